@@ -1,0 +1,148 @@
+"""Rotary positions, QK norm, temperature, the KV cache's writes, and attention over it with an online softmax.
+
+q, k, v are float32 rows of heads side by side. The cache holds halves, head-major: [n_kv_heads][capacity][head_dim], and is found
+through a table of (key address, value address, capacity) for each layer. A layer with chunks sees positions from the start of the
+query's chunk on and keeps one chunk (slot = position mod chunk); a run never crosses a chunk's edge, so slots of one run are contiguous.
+Know nothing of weights.
+
+`prepare_heads` and `attend` are separate steps because every thread reads keys that another may have written.
+"""
+
+import math
+
+from numba import float32, float64, int64
+
+from llamacli.kernels.elementwise import CACHE, POS, N
+from llamacli.kernels.jit import call, kernel, pointer
+
+KEYS = 256  # keys scored at a time
+QUERY_ROWS = 48  # most query rows (tokens x heads of one group) of one work item
+ONE, EPS, ATTN_SCALE, TEMP_LENGTH, TEMP_SCALE = range(5)  # slots of the float constants
+
+
+def scratch_bytes(head_dim: int) -> int:
+    """Scratch that one thread needs."""
+    rows = QUERY_ROWS + 4
+    return 4 * rows * (KEYS + head_dim + 3) + 4 * head_dim + 16 * 8 * 2 + 1024
+
+
+@kernel
+def angles(at, thread, threads):
+    """(cos, sin) of each token's position times each pair's frequency, as float32 [n][head_dim / 2][2], computed in float64."""
+    a = pointer(at, int64)
+    frequencies, pairs, table, state_at = a[0], a[1], a[2], a[3]
+    state, frequency = pointer(state_at, int64), pointer(frequencies, float64)
+    n = state[N]
+    for t in range(n * thread // threads, n * (thread + 1) // threads):
+        to = pointer(table + 8 * pairs * t, float32)
+        for j in range(pairs):
+            angle = float64(state[POS] + t) * frequency[j]
+            to[2 * j], to[2 * j + 1] = math.cos(angle), math.sin(angle)
+
+
+@kernel
+def prepare_heads(at, thread, threads):
+    """Rotate (interleaved pairs) and norm q and k, scale q by the temperature, and write k and v to the cache."""
+    a = pointer(at, int64)
+    q, q_stride, k, v, kv_stride, n_heads, n_kv, dim, rope, use_norm, use_temp, chunk, layer, to_half, floats_at, state_at = (
+        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
+        *(a[10], a[11], a[12], a[13], a[14], a[15]),
+    )
+    state, floats = pointer(state_at, int64), pointer(floats_at, float32)
+    n, pos = state[N], state[POS]
+    cache = pointer(state[CACHE] + 24 * layer, int64)
+    keys, values, capacity = cache[0], cache[1], cache[2]
+    rotary = rope != 0
+    heads = n_heads + n_kv
+    for item in range(n * heads * thread // threads, n * heads * (thread + 1) // threads):
+        t, h = item // heads, item % heads
+        is_query = h < n_heads
+        where = q + t * q_stride + 4 * dim * h if is_query else k + t * kv_stride + 4 * dim * (h - n_heads)
+        x = pointer(where, float32)
+        if rotary:
+            turn = pointer(rope + 4 * dim * t, float32)
+            for j in range(dim // 2):
+                c, s, even, odd = turn[2 * j], turn[2 * j + 1], x[2 * j], x[2 * j + 1]
+                x[2 * j], x[2 * j + 1] = even * c - odd * s, even * s + odd * c
+            if use_norm:
+                total = float32(0.0)
+                for j in range(dim):
+                    total += x[j] * x[j]
+                scale = float32(1.0) / math.sqrt(total / float32(dim) + floats[EPS])
+                for j in range(dim):
+                    x[j] *= scale
+        elif use_temp and is_query:
+            steps = math.floor(float64(pos + t + 1) / float64(floats[TEMP_LENGTH]))
+            factor = float32(1.0 + float64(floats[TEMP_SCALE]) * math.log(1.0 + steps))
+            for j in range(dim):
+                x[j] *= factor
+        if not is_query:
+            slot = (pos + t) % chunk if chunk > 0 else pos + t
+            at_cache = 2 * dim * ((h - n_heads) * capacity + slot)
+            call(to_half, (where, dim, keys + at_cache))
+            call(to_half, (v + t * kv_stride + 4 * dim * (h - n_heads), dim, values + at_cache))
+
+
+@kernel
+def attend(at, thread, threads):
+    """out[t] = softmax(scale * q k^T) v over the keys that token t may see; work items are (key-value head, some tokens)."""
+    a = pointer(at, int64)
+    q, q_stride, out, out_stride, n_heads, n_kv, dim, chunk, layer, tile, softmax, weigh, floats_at, state_at = (
+        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
+        *(a[10], a[11], a[12], a[13]),
+    )
+    scratch = a[14] + thread * a[15]
+    state = pointer(state_at, int64)
+    n, pos = state[N], state[POS]
+    cache = pointer(state[CACHE] + 24 * layer, int64)
+    group = n_heads // n_kv
+    per_item = max(1, QUERY_ROWS // group)
+    blocks = (n + per_item - 1) // per_item
+    first_slot = pos % chunk if chunk > 0 else pos
+
+    scores = scratch
+    sums = scores + 4 * (QUERY_ROWS + 4) * KEYS
+    states = sums + 4 * (QUERY_ROWS + 4) * dim
+    nothing = states + 12 * (QUERY_ROWS + 4)  # a query of zeros for rows that only fill up a tile
+    pointers = (nothing + 4 * dim + 7) // 8 * 8
+    xs, outs = pointer(pointers, int64), pointer(pointers + 64, int64)
+    filler = pointer(nothing, float32)
+    for j in range(dim):
+        filler[j] = float32(0.0)
+
+    for item in range(thread, n_kv * blocks, threads):
+        kv, block = item // blocks, item % blocks
+        start = block * per_item
+        tokens = min(per_item, n - start)
+        for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
+            in_part = min(group - head, QUERY_ROWS)
+            rows = tokens * in_part
+            padded = (rows + 3) // 4 * 4
+            keys = cache[0] + 2 * dim * kv * cache[2]
+            values = cache[1] + 2 * dim * kv * cache[2]
+            f = pointer(states, float32)
+            total = pointer(sums, float32)
+            for r in range(padded):
+                f[3 * r], f[3 * r + 1], f[3 * r + 2] = float32(-3.0e38), float32(0.0), float32(0.0)
+            for j in range(padded * dim):
+                total[j] = float32(0.0)
+            last_key = first_slot + start + tokens
+            for key in range(0, last_key, KEYS):
+                n_keys = min(KEYS, last_key - key)
+                for r in range(0, padded, 4):
+                    for j in range(4):
+                        t, h = (r + j) // in_part, (r + j) % in_part
+                        where = q + (start + t) * q_stride + 4 * dim * (kv * group + head + h)
+                        xs[j] = where if r + j < rows else nothing
+                        outs[j] = scores + 4 * KEYS * (r + j)
+                    call(tile, (keys + 2 * dim * key, 2 * dim, n_keys, dim, pointers, pointers + 64, 0, 0))
+                for r in range(padded):
+                    seen = min(n_keys, max(0, first_slot + start + r // in_part + 1 - key)) if r < rows else 0
+                    call(softmax, (scores + 4 * KEYS * r, seen, n_keys, states + 12 * r, floats_at + 4 * ATTN_SCALE))
+                call(weigh, (scores, 4 * KEYS, padded, values + 2 * dim * key, n_keys, sums, states))
+            for r in range(rows):
+                t, h = r // in_part, r % in_part
+                to = pointer(out + (start + t) * out_stride + 4 * dim * (kv * group + head + h), float32)
+                whole = float32(1.0) / f[3 * r + 1]
+                for j in range(dim):
+                    to[j] = total[r * dim + j] * whole

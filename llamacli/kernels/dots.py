@@ -1,0 +1,310 @@
+"""Leaves for matrix products: block-quantized rows against int8 activations, and float rows against float activations.
+
+Quantized. An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16 scaled
+sums of 16, float32. A format module answers `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each
+group), so that weight = scale * u - min, and
+
+    dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x)).
+
+`matvec` does rows against one activation row, reading the weights once, front to back, at memory speed. `prepare` turns `lanes`
+rows into a panel whose dwords stand column by column, and `tile` multiplies a panel with up to `target.tile` activation rows, one
+lane a row of weights, so that products of a whole group add up in integers before one conversion: the unpacking is paid once
+for all tokens. Panel superblock: [64][lanes] dwords of weights, [groups][lanes] scales, [groups][lanes] mins.
+
+Float. `matvec` and `tile` read F32, F16 or BF16 rows as they are.
+
+All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out. They know nothing of threads, experts or tokens.
+"""
+
+from llvmlite import ir
+
+from llamacli.kernels import q4_0, q4_k, q5_k, q6_k, q8_0
+from llamacli.kernels.simd import Simd, f16, f32, i8, i16, i32, i64, vec
+
+ACT_BYTES = 384
+D, S32, S16 = 256, 288, 320  # where scales and sums stand in an activation superblock
+ROWS = 2  # rows that matvec takes side by side
+AHEAD = 4096  # bytes that matvec prefetches ahead
+FLOAT_ROWS, FLOAT_TOKENS = 4, 4
+
+QUANTIZED = {"Q4_0": q4_0, "Q8_0": q8_0, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k}
+FLOATS = ("F32", "F16", "BF16")
+SYMBOLS = ("dequantize", "matvec", "prepare", "tile")
+FLOAT_SYMBOLS = ("dequantize", "matvec", "tile")
+
+
+def panel_bytes(name, lanes):
+    """Bytes of one panel superblock (0 for the float types, whose tiles read the weights themselves)."""
+    return 0 if name in FLOATS else (256 + 8 * (256 // QUANTIZED[name].group)) * lanes
+
+
+def quantized(name, target):
+    """The module of leaves for one block format."""
+    fmt, module = QUANTIZED[name], ir.Module(name)
+    _dequantize(module, target, fmt)
+    _matvec(module, target, fmt)
+    _prepare(module, target, fmt)
+    _tile(module, target, fmt)
+    return module
+
+
+def floats(name, target):
+    """The module of leaves for one float type."""
+    module = ir.Module(name)
+    _float_dequantize(module, target, name)
+    _float_dots(module, target, name, "matvec", FLOAT_ROWS, 1)
+    _float_dots(module, target, name, "tile", FLOAT_ROWS, FLOAT_TOKENS)
+    return module
+
+
+# quantized
+
+
+def _span(fmt, n=8):
+    return n * fmt.nbytes if fmt.block == 32 else fmt.nbytes
+
+
+def _chunk(s, fmt, w, c):
+    """Weights c * width onwards, one register of them."""
+    return fmt.piece(s, w, c) if s.width == 32 else s.concat(fmt.piece(s, w, 2 * c), fmt.piece(s, w, 2 * c + 1))
+
+
+def _scales_and_mins(s, fmt, w, n):
+    scale, least = fmt.scales(s, w, n)
+    return scale, least if least is not None else s.b.fmul(scale, s.fill(f32, scale.type.count, float(fmt.offset)))
+
+
+def _dequantize(module, target, fmt):
+    """dequantize(w, n_cols, out): one row as float32."""
+    s = Simd(module, target, "dequantize", 3)
+    w0, n_cols, out0 = s.args
+    pieces = fmt.block // 32
+
+    def one_block(i, _):
+        w, out = s.add(w0, s.mul(i, fmt.nbytes)), s.add(out0, s.mul(i, 4 * fmt.block))
+        scale, least = _scales_and_mins(s, fmt, w, 1)
+        for j in range(pieces):
+            pick = [(32 * j + lane) // fmt.group for lane in range(32)]
+            q = s.to_float(s.unsigned(fmt.piece(s, w, j)))
+            s.store(s.b.fsub(s.b.fmul(q, s.shuffle(scale, pick)), s.shuffle(least, pick)), out, 128 * j)
+        return []
+
+    s.loop(s.b.sdiv(n_cols, i64(fmt.block)), [], one_block)
+    s.done()
+
+
+def _matvec(module, target, fmt):
+    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc): out[r] = row r . x for int8 activations x; n_cols a multiple of the block."""
+    s = Simd(module, target, "matvec", 7)
+    w0, row_bytes, n_rows, n_cols, x, out, acc = s.args
+    supers = s.b.lshr(n_cols, i64(8))
+    keep = s.b.icmp_signed("!=", acc, i64(0))
+
+    def rows(first, count):
+        starts = [s.add(w0, s.mul(row_bytes, s.add(first, r))) for r in range(count)]
+        groups = 256 // fmt.group
+
+        def superblock(i, sums):
+            xs, new = s.add(x, s.mul(i, ACT_BYTES)), []
+            d = s.load(vec(f32, 8), xs, D)
+            if groups == 16:
+                d = s.shuffle(d, [g // 2 for g in range(16)])
+            total = s.load(vec(f32, groups), xs, S32 if groups == 8 else S16)
+            for r, start in enumerate(starts):
+                w = s.add(start, s.mul(i, _span(fmt)))
+                s.prefetch(w, AHEAD, _span(fmt))
+                scale, least = _scales_and_mins(s, fmt, w, 8)
+                scale = s.b.fmul(scale, d)
+                value, low = sums[2 * r : 2 * r + 2]
+                low = s.fma(least, total, low)
+                for c in range(256 // s.width):
+                    dots = s.dot4(s.zeros(i32), _chunk(s, fmt, w, c), s.load(vec(i8, s.width), xs, c * s.width), fmt.wide)
+                    spread = s.shuffle(scale, [(c * s.width + 4 * lane) // fmt.group for lane in range(s.lanes)])
+                    value = s.fma(s.to_float(dots), spread, value)
+                new += [value, low]
+            return new
+
+        sums = s.loop(supers, [s.zeros(), s.zeros(f32, groups)] * count, superblock)
+        values = [s.b.fsub(s.sum(sums[2 * r]), s.sum(sums[2 * r + 1])) for r in range(count)]
+        if fmt.block == 32:
+            values = _odd_blocks(s, fmt, starts, supers, n_cols, x, values)
+        for r, value in enumerate(values):
+            at = s.add(out, s.mul(s.add(first, r), 4))
+            old = s.b.select(keep, s.load(f32, at), f32(0.0))
+            s.store(s.b.fadd(value, old), at)
+
+    pairs = s.b.sdiv(n_rows, i64(ROWS))
+    s.loop(pairs, [], lambda i, _: rows(s.mul(i, ROWS), ROWS) or [])
+    s.loop(n_rows, [], lambda i, _: rows(i, 1) or [], start=s.mul(pairs, ROWS))
+    s.done()
+
+
+def _odd_blocks(s, fmt, starts, supers, n_cols, x, values):
+    """The 32-weight blocks after the last whole superblock, one at a time."""
+    xs, base = s.add(x, s.mul(supers, ACT_BYTES)), s.mul(supers, 8)
+
+    def one(k, sums):
+        new = []
+        d = s.load(f32, s.add(xs, s.mul(k, 4)), D)
+        total = s.load(f32, s.add(xs, s.mul(k, 4)), S32)
+        codes = s.load(vec(i8, 32), s.add(xs, s.mul(k, 32)))
+        for start, value in zip(starts, sums, strict=True):
+            w = s.add(start, s.mul(s.add(base, k), fmt.nbytes))
+            scale, least = (s.b.extract_element(v, i32(0)) for v in _scales_and_mins(s, fmt, w, 1))
+            dots = s.sum(s.to_float(s.dot4(s.zeros(i32, 8), fmt.piece(s, w, 0), codes, fmt.wide)))
+            part = s.b.fsub(s.b.fmul(s.b.fmul(dots, scale), d), s.b.fmul(least, total))
+            new.append(s.b.fadd(value, part))
+        return new
+
+    return s.loop(s.b.and_(s.b.lshr(n_cols, i64(5)), i64(7)), values, one)
+
+
+def _prepare(module, target, fmt):
+    """prepare(w, row_bytes, n_supers, panel): `lanes` rows into a panel."""
+    s = Simd(module, target, "prepare", 4)
+    w0, row_bytes, supers, panel0 = s.args
+    lanes, groups = s.lanes, 256 // fmt.group
+    size = (256 + 8 * groups) * lanes
+
+    def superblock(i, _):
+        panel = s.add(panel0, s.mul(i, size))
+        rows = [s.add(s.add(w0, s.mul(row_bytes, r)), s.mul(i, _span(fmt))) for r in range(lanes)]
+        for c in range(256 // s.width):
+            for k, column in enumerate(s.transpose([s.bits(_chunk(s, fmt, w, c), i32) for w in rows])):
+                s.store(column, panel, (c * lanes + k) * lanes * 4)
+        both = [_scales_and_mins(s, fmt, w, 8) for w in rows]
+        both = [s.concat(scale, least) for scale, least in both]
+        for part in range(2 * groups // lanes):
+            pick = list(range(part * lanes, (part + 1) * lanes))
+            for k, column in enumerate(s.transpose([s.shuffle(v, pick) for v in both])):
+                s.store(column, panel, 256 * lanes + (part * lanes + k) * lanes * 4)
+        return []
+
+    s.loop(supers, [], superblock)
+    s.done()
+
+
+def _tile(module, target, fmt):
+    """tile(panel, n_supers, xs, outs, offset, acc): for each of target.tile tokens t, `lanes` products to outs[t] + offset.
+
+    xs and outs are arrays of addresses.
+    """
+    s = Simd(module, target, "tile", 6)
+    panel0, supers, xs0, outs0, offset, acc = s.args
+    lanes, groups, tokens = s.lanes, 256 // fmt.group, target.tile
+    size, line, steps = (256 + 8 * groups) * lanes, lanes * 4, fmt.group // 4
+    xs = [s.load(i64, xs0, 8 * t) for t in range(tokens)]
+
+    def superblock(i, sums):
+        panel, here = s.add(panel0, s.mul(i, size)), s.mul(i, ACT_BYTES)
+
+        def one_group(g, sums):
+            w, base = s.add(panel, s.mul(g, steps * line)), s.add(here, s.mul(g, fmt.group))
+            dots = [s.zeros(i32)] * tokens
+            for k in range(steps):
+                column = s.load(vec(i8, s.width), w, k * line)
+                for t in range(tokens):
+                    x = s.bits(s.splat(s.load(i32, s.add(xs[t], base), 4 * k)), i8)
+                    dots[t] = s.dot4(dots[t], column, x, fmt.wide)
+            at = s.add(panel, s.mul(g, line))
+            scale = s.load(vec(f32, lanes), at, 256 * lanes)
+            least = s.load(vec(f32, lanes), at, (256 + 4 * groups) * lanes)
+            new = []
+            for t in range(tokens):
+                group = s.add(s.add(xs[t], here), s.mul(g, 4))
+                d_at = group if groups == 8 else s.add(s.add(xs[t], here), s.mul(s.b.lshr(g, i64(1)), 4))
+                d = s.splat(s.load(f32, d_at, D))
+                total = s.splat(s.load(f32, group, S32 if groups == 8 else S16))
+                value = s.fma(s.b.fmul(s.to_float(dots[t]), scale), d, sums[t])
+                new.append(s.b.fsub(value, s.b.fmul(least, total)))
+            return new
+
+        return s.loop(groups, sums, one_group)
+
+    sums = s.loop(supers, [s.zeros()] * tokens, superblock)
+    keep = s.b.icmp_signed("!=", acc, i64(0))
+    for t, value in enumerate(sums):
+        at = s.add(s.load(i64, outs0, 8 * t), offset)
+        s.store(s.b.fadd(value, s.b.select(keep, s.load(vec(f32, lanes), at), s.zeros())), at)
+    s.done()
+
+
+# float
+
+
+def _float_type(s, name):
+    """(bytes, IR element, how a vector of it becomes float32)."""
+    if name == "F32":
+        return 4, f32, lambda raw: raw
+    if name == "F16":
+        return 2, f16, s.from_half
+    return 2, i16, lambda raw: s.bits(s.b.shl(s.unsigned(raw), s.fill(i32, raw.type.count, 16)), f32)
+
+
+def _float_dequantize(module, target, name):
+    """dequantize(w, n_cols, out): one row as float32."""
+    s = Simd(module, target, "dequantize", 3)
+    w, n_cols, out = s.args
+    size, element, widen = _float_type(s, name)
+
+    def some(lanes):
+        def step(i, _):
+            s.store(widen(s.load(vec(element, lanes), s.add(w, s.mul(i, lanes * size)))), s.add(out, s.mul(i, lanes * 4)))
+            return []
+
+        return step
+
+    whole = s.b.sdiv(n_cols, i64(s.lanes))
+    s.loop(whole, [], some(s.lanes))
+    s.loop(n_cols, [], some(1), start=s.mul(whole, s.lanes))
+    s.done()
+
+
+def _float_dots(module, target, name, symbol, n_rows_block, n_tokens):
+    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc) or tile(w, row_bytes, n_rows, n_cols, xs, outs, offset, acc).
+
+    x rows are float32, padded with zeros to a multiple of `lanes`.
+    """
+    tiled = symbol == "tile"
+    s = Simd(module, target, symbol, 8 if tiled else 7)
+    w0, row_bytes, n_rows, n_cols = s.args[:4]
+    xs = [s.load(i64, s.args[4], 8 * t) for t in range(n_tokens)] if tiled else [s.args[4]]
+    outs = [s.add(s.load(i64, s.args[5], 8 * t), s.args[6]) for t in range(n_tokens)] if tiled else [s.args[5]]
+    keep = s.b.icmp_signed("!=", s.args[-1], i64(0))
+    size, element, widen = _float_type(s, name)
+    lanes = s.lanes
+    whole, odd = s.b.sdiv(n_cols, i64(lanes)), s.b.srem(n_cols, i64(lanes))
+
+    def rows(first, count):
+        starts = [s.add(w0, s.mul(row_bytes, s.add(first, r))) for r in range(count)]
+
+        def step(i, sums):
+            x = [s.load(vec(f32, lanes), s.add(x, s.mul(i, lanes * 4))) for x in xs]
+            new = []
+            for r, start in enumerate(starts):
+                at = s.add(start, s.mul(i, lanes * size))
+                if not tiled:
+                    s.prefetch(at, AHEAD, lanes * size)
+                w = widen(s.load(vec(element, lanes), at))
+                new += [s.fma(w, x[t], sums[r * n_tokens + t]) for t in range(n_tokens)]
+            return new
+
+        def last(k, sums):
+            i, new = s.add(s.mul(whole, lanes), k), []
+            x = [s.load(f32, s.add(x, s.mul(i, 4))) for x in xs]
+            for r, start in enumerate(starts):
+                w = s.b.extract_element(widen(s.load(vec(element, 1), s.add(start, s.mul(i, size)))), i32(0))
+                new += [s.b.fadd(sums[r * n_tokens + t], s.b.fmul(w, x[t])) for t in range(n_tokens)]
+            return new
+
+        sums = [s.sum(v) for v in s.loop(whole, [s.zeros()] * (count * n_tokens), step)]
+        sums = s.loop(odd, sums, last)
+        for r in range(count):
+            for t in range(n_tokens):
+                at = s.add(outs[t], s.mul(s.add(first, r), 4))
+                s.store(s.b.fadd(sums[r * n_tokens + t], s.b.select(keep, s.load(f32, at), f32(0.0))), at)
+
+    blocks = s.b.sdiv(n_rows, i64(n_rows_block))
+    s.loop(blocks, [], lambda i, _: rows(s.mul(i, n_rows_block), n_rows_block) or [])
+    s.loop(n_rows, [], lambda i, _: rows(i, 1) or [], start=s.mul(blocks, n_rows_block))
+    s.done()

@@ -1,0 +1,111 @@
+"""The steps between matrix products: norms, quantizing activations, SwiGLU, and routing tokens to experts.
+
+Drivers with int64 arguments, in the order their `arguments` comment gives. `state` is the shared block of the run: see model.py for its
+slots. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know nothing of layers.
+"""
+
+import math
+
+from numba import float32, int64
+
+from llamacli.kernels.dots import ACT_BYTES
+from llamacli.kernels.jit import call, kernel, pointer
+
+N, POS, ROW, COUNT, CACHE, TABLES = range(6)  # slots of the state block
+EPS = 0  # slot of the float constants
+
+
+@kernel
+def norm(at, thread, threads):
+    """out[t] = x[t] * rsqrt(mean(x[t]**2) + eps) * w, and its codes, for the COUNT rows from ROW on (Zhang and Sennrich, RMSNorm)."""
+    a = pointer(at, int64)
+    x, x_stride, weight_at, n, out, out_stride, codes, codes_stride, quantize, eps_at, state_at = (
+        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
+        a[10],
+    )
+    state = pointer(state_at, int64)
+    first, count, eps = state[ROW], state[COUNT], pointer(eps_at, float32)[0]
+    weight = pointer(weight_at, float32)
+    for t in range(count * thread // threads, count * (thread + 1) // threads):
+        row, to = pointer(x + (first + t) * x_stride, float32), pointer(out + t * out_stride, float32)
+        total = float32(0.0)
+        for i in range(n):
+            total += row[i] * row[i]
+        scale = float32(1.0) / math.sqrt(total / float32(n) + eps)
+        for i in range(n):
+            to[i] = row[i] * scale * weight[i]
+        if codes != 0:
+            call(quantize, (out + t * out_stride, (n + 255) // 256, codes + t * codes_stride))
+
+
+@kernel
+def quantize_rows(at, thread, threads):
+    """codes of x for all rows of this run; the threads share the superblocks."""
+    a = pointer(at, int64)
+    x, x_stride, n, codes, codes_stride, quantize, state_at = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    supers = (n + 255) // 256
+    total = pointer(state_at, int64)[N] * supers
+    for k in range(total * thread // threads, total * (thread + 1) // threads):
+        t, b = k // supers, k % supers
+        call(quantize, (x + t * x_stride + 1024 * b, 1, codes + t * codes_stride + ACT_BYTES * b))
+
+
+@kernel
+def gate_up(at, thread, threads):
+    """gate = silu(s * gate) * s * up, in place, and its codes; s is the pair's router score, or 1 where scores is 0."""
+    a = pointer(at, int64)
+    gate, up, stride, n, codes, codes_stride, quantize, swiglu, scores, one, per_token, state_at = (
+        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
+        *(a[10], a[11]),
+    )
+    supers = (n + 255) // 256
+    total = pointer(state_at, int64)[N] * per_token * supers
+    for k in range(total * thread // threads, total * (thread + 1) // threads):
+        pair, b = k // supers, k % supers
+        here = pair * stride + 1024 * b
+        score = scores + 4 * pair if scores != 0 else one
+        call(swiglu, (gate + here, up + here, score, min(256, (n - 256 * b + 15) // 16 * 16)))
+        if codes != 0:
+            call(quantize, (gate + here, 1, codes + pair * codes_stride + ACT_BYTES * b))
+
+
+@kernel
+def route(at, thread, threads):
+    """Choose experts by the largest raw logits, score them with a sigmoid, and sort the pairs by expert into the matmul table.
+
+    Llama 4 neither softmaxes nor renormalizes. Ties go to the lower expert, as in torch.topk on CPU.
+    """
+    if thread != 0:
+        return
+    a = pointer(at, int64)
+    logits, stride, n_experts, n_used, scores_at, chosen_at, table_at, state_at = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    n = pointer(state_at, int64)[N]
+    scores, chosen, table = pointer(scores_at, float32), pointer(chosen_at, int64), pointer(table_at, int64)
+    pairs = pointer(table_at + 8 * (n_experts + 1), int64)
+    for e in range(n_experts + 1):
+        table[e] = 0
+    for t in range(n):
+        row = pointer(logits + t * stride, float32)
+        for j in range(n_used):
+            best = -1
+            for e in range(n_experts):
+                taken = False
+                for before in range(j):
+                    taken = taken or chosen[t * n_used + before] == e
+                if not taken and (best < 0 or row[e] > row[best]):
+                    best = e
+            chosen[t * n_used + j] = best
+            scores[t * n_used + j] = float32(1.0) / (float32(1.0) + math.exp(-row[best]))
+            table[best + 1] += 1
+    for e in range(n_experts):
+        table[e + 1] += table[e]
+    for pair in range(n * n_used - 1, -1, -1):  # from the back, so that pairs of one expert stand in token order
+        expert = chosen[pair]
+        table[expert + 1] -= 1
+        pairs[table[expert + 1]] = pair
+    for e in range(n_experts):  # the ends have become starts: shift them back
+        table[e] = table[e + 1]
+    table[n_experts] = n * n_used
+
+
+__all__ = ["COUNT", "POS", "ROW", "N", "gate_up", "norm", "quantize_rows", "route"]

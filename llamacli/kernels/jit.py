@@ -1,0 +1,216 @@
+"""From LLVM IR to callable addresses: choose the CPU's variant, compile, keep the object code on disk, load it.
+
+In: a name and a function that builds a module with `simd.Simd`. Out: `{symbol: address}`. Addresses are called from Numba code with
+`call(address, (a, b, ...))`, every argument an int64. Also the atomics that the thread pool needs. Knows nothing of what a leaf
+computes. This file and simd.py are the only ones that import llvmlite.
+"""
+
+import os
+from typing import NamedTuple
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from llamacli.kernels import CACHE
+
+
+class Target(NamedTuple):
+    """One way to compile the leaves."""
+
+    name: str
+    triple: str
+    cpu: str
+    features: str
+    width: int  # bytes of a vector register as the leaves see it: 64 or 32
+    dot: str  # instruction family of Simd.dot4: vnni, maddubs, usdot, sdot or plain
+    half: bool  # the CPU converts between half and float itself
+    tile: int  # tokens whose accumulators fit the registers of one tile
+
+    @property
+    def lanes(self) -> int:
+        """float32 or int32 lanes of a vector."""
+        return self.width // 4
+
+
+def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
+    """Every variant that this CPU can run, best first."""
+    has = {name for name, on in features.items() if on}
+    flags = ",".join(("+" if on else "-") + name for name, on in sorted(features.items()))
+    found = []
+    if triple.startswith(("x86_64", "i686")):
+        avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has
+        if avx512 and "avx512vnni" in has:
+            found.append(Target("avx512vnni", triple, cpu, flags, 64, "vnni", True, 12))
+        if avx512:
+            found.append(Target("avx512", triple, "skylake-avx512", "", 64, "maddubs", True, 12))
+        if {"avx2", "fma", "f16c"} <= has:
+            found.append(Target("avx2", triple, "haswell", "", 32, "maddubs", True, 4))
+        found.append(Target("plain", triple, "x86-64", "", 32, "plain", False, 4))
+    elif triple.startswith(("aarch64", "arm64")):
+        if "i8mm" in has:
+            found.append(Target("i8mm", triple, cpu, flags, 32, "usdot", True, 4))
+        if "dotprod" in has:
+            found.append(Target("dotprod", triple, cpu, flags, 32, "sdot", True, 4))
+        found.append(Target("plain", triple, "generic", "", 32, "plain", True, 4))
+    else:
+        found.append(Target("plain", triple, "generic", "", 32, "plain", False, 4))
+    return found
+
+
+def host_targets() -> list[Target]:
+    """The variants this machine can run, best first."""
+    return targets(llvm.get_process_triple(), llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()))
+
+
+def chosen_target() -> Target:
+    """The best variant, or the one that LLAMACLI_SIMD names (for tests and comparisons)."""
+    found = host_targets()
+    wanted = os.environ.get("LLAMACLI_SIMD")
+    return next((t for t in found if t.name == wanted), found[0])
+
+
+llvm.initialize_all_targets()
+llvm.initialize_all_asmprinters()
+TARGET = chosen_target()
+_tags: dict[str, object] = {}  # loaded libraries stay loaded as long as their trackers live
+
+
+def machine(target: Target):
+    """The code generator for `target`."""
+    return llvm.Target.from_triple(target.triple).create_target_machine(
+        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small"
+    )
+
+
+def optimized(build, target: Target):
+    """`build(target) -> ir.Module`, parsed, verified and run through LLVM's passes; no automatic vectorizing, the IR already is."""
+    module = build(target)
+    module.triple = target.triple
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    builder = llvm.create_pass_builder(machine(target), options)
+    builder.getModulePassManager().run(parsed, builder)
+    return parsed
+
+
+def assembly(build, target: Target) -> str:
+    """The assembly text of a module, for reading and for tests of targets that this machine cannot run."""
+    return machine(target).emit_assembly(optimized(build, target))
+
+
+def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
+    """Addresses of `symbols` in the module that `build(target)` makes; compiled once, then read from the cache folder."""
+    tag = f"{name}-{target.name}-{target.cpu}-llvm{'.'.join(map(str, llvm.llvm_version_info))}-{llvmlite.__version__}"
+    path = CACHE / f"{tag}.o"
+    try:
+        code = path.read_bytes()
+    except OSError:
+        code = machine(target).emit_object(optimized(build, target))
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            part.write_bytes(code)
+            part.replace(path)
+        except OSError:
+            part.unlink(missing_ok=True)
+    if tag not in _tags:
+        builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+        for symbol in symbols:
+            builder.export_symbol(symbol)
+        _tags[tag] = builder.link(_compiler(), tag)
+    return {symbol: _tags[tag][symbol] for symbol in symbols}
+
+
+def _compiler():
+    if "jit" not in _tags:
+        _tags["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=False)
+    return _tags["jit"]
+
+
+_i64 = ir.IntType(64)
+
+
+@intrinsic
+def call(typingctx, address, args):
+    """Call a leaf: `call(address, (int64, ...))`, nothing returned."""
+    sig = types.void(types.int64, args)
+
+    def codegen(context, builder, signature, values):
+        n = len(args)
+        unpacked = [builder.extract_value(values[1], k) for k in range(n)]
+        fn = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [_i64] * n).as_pointer())
+        builder.call(fn, unpacked)
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def atomic_load(typingctx, address):
+    """The int64 at `address`, in acquire order."""
+
+    def codegen(context, builder, signature, values):
+        return builder.load_atomic(builder.inttoptr(values[0], _i64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typingctx, address, value):
+    """Store an int64, sequentially consistent."""
+
+    def codegen(context, builder, signature, values):
+        builder.store_atomic(values[1], builder.inttoptr(values[0], _i64.as_pointer()), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, value):
+    """Add to the int64 at `address`; returns what it was."""
+
+    def codegen(context, builder, signature, values):
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], _i64.as_pointer()), values[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx):
+    """Tell the core that this is a spin loop."""
+
+    def codegen(context, builder, signature, values):
+        if TARGET.triple.startswith("x86_64"):
+            fn = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), []))
+            builder.call(fn, [])
+        elif TARGET.triple.startswith(("aarch64", "arm64")):
+            fn = builder.module.declare_intrinsic("llvm.aarch64.hint", (), ir.FunctionType(ir.VoidType(), [ir.IntType(32)]))
+            builder.call(fn, [ir.IntType(32)(1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def pointer(typingctx, address, dtype):
+    """An address as a typed pointer: `pointer(address, float32)[i]` reads and writes without bounds."""
+    target = types.CPointer(dtype.dtype if isinstance(dtype, types.NumberClass) else dtype)
+
+    def codegen(context, builder, signature, values):
+        return builder.inttoptr(values[0], context.get_value_type(target))
+
+    return target(types.int64, dtype), codegen
+
+
+KERNEL = types.void(types.int64, types.int64, types.int64)  # every driver: (address of its int64 arguments, thread, threads)
+
+
+def kernel(function):
+    """Compile a driver and keep it in the cache; `.address` is what a program step calls."""
+    return numba.cfunc(KERNEL, nopython=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(function)

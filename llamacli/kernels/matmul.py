@@ -1,0 +1,162 @@
+"""Matrix products of one activation matrix with one weight matrix or with one matrix per expert, in any tensor type.
+
+`Matrix` says where rows of weights are and which leaves read them. `matmul` is the driver: every thread takes a range of rows and
+does it for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed; more go through panels: some rows
+are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
+
+Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and pair j is
+token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1 or n_choices) turn
+its number into a row of x and a row of out. The table is int64: n_groups + 1 offsets, then the pairs. Knows nothing of layers.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import int64
+
+from llamacli.kernels import dots
+from llamacli.kernels.jit import TARGET, call, kernel, load, pointer
+
+FEW = 4  # tokens below which unpacking a panel does not pay
+PANEL_SHARE = 384 << 10  # bytes of panels kept in the second-level cache while all tokens pass by
+FLOAT_BLOCK = 64  # rows that a float tile takes at a time
+
+
+class Leaves(NamedTuple):
+    """Addresses of one tensor type's leaves; prepare is 0 for float types."""
+
+    dequantize: int
+    matvec: int
+    prepare: int
+    tile: int
+    tile_rows: int
+    tile_tokens: int
+    panel_bytes: int
+    quantized: bool
+
+
+_leaves: dict[str, Leaves] = {}
+
+
+def leaves(type_name: str) -> Leaves:
+    """The leaves of a tensor type, compiled or read from the cache on first use. KeyError for a type without leaves."""
+    if type_name not in _leaves:
+        if type_name in dots.FLOATS:
+            found = load(type_name, lambda target: dots.floats(type_name, target), dots.FLOAT_SYMBOLS)
+            found = Leaves(found["dequantize"], found["matvec"], 0, found["tile"], FLOAT_BLOCK, dots.FLOAT_TOKENS, 0, False)
+        else:
+            found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
+            size = dots.panel_bytes(type_name, TARGET.lanes)
+            found = Leaves(*(found[s] for s in dots.SYMBOLS), TARGET.lanes, TARGET.tile, size, True)
+        _leaves[type_name] = found
+    return _leaves[type_name]
+
+
+class Matrix(NamedTuple):
+    """Rows of weights: one matrix, or n_groups of them one after the other."""
+
+    address: int
+    type_name: str
+    n_groups: int
+    n_rows: int
+    n_cols: int
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one group."""
+        return self.n_rows * self.row_bytes
+
+
+class Rows(NamedTuple):
+    """A buffer of activation rows: float32 and int8 (dots.py) sides, each with its stride in bytes; either address may be 0."""
+
+    address: int
+    stride: int
+    codes: int = 0
+    codes_stride: int = 0
+
+
+def scratch_bytes(max_pairs: int, max_rows: int) -> int:
+    """Scratch that one thread needs."""
+    return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + 2 * PANEL_SHARE
+
+
+def arguments(matrix: Matrix, x: Rows, out: Rows, table: int, scratch: np.ndarray, max_pairs: int, *, add=False, x_div=1, out_div=1):
+    """The int64 arguments of one `matmul` step; scratch is uint8 [threads, scratch_bytes]."""
+    f = leaves(matrix.type_name)
+    side = (x.codes, x.codes_stride) if f.quantized else (x.address, x.stride)
+    rows = max(1, PANEL_SHARE // max(1, f.panel_bytes * (matrix.n_cols // 256))) * f.tile_rows if f.quantized else FLOAT_BLOCK
+    tiled = f.tile if not f.quantized or matrix.n_cols % 256 == 0 else 0
+    return [
+        *(matrix.address, matrix.n_groups, matrix.nbytes, matrix.n_rows, matrix.n_cols, matrix.row_bytes),
+        *(*side, out.address, out.stride, int(add), table, x_div, out_div),
+        *(f.matvec, f.prepare, tiled, f.tile_rows, f.tile_tokens, f.panel_bytes, rows),
+        *(scratch.ctypes.data, scratch.strides[0], max_pairs),
+    ]
+
+
+@kernel
+def matmul(at, thread, threads):
+    """out[pair] (+)= W[group] x[pair], this thread's rows of it."""
+    a = pointer(at, int64)
+    weights, n_groups, group_bytes, n_rows, n_cols, row_bytes = a[0], a[1], a[2], a[3], a[4], a[5]
+    x, x_stride, out, out_stride, add, table_at, x_div, out_div = a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
+    matvec, prepare, tile, tile_rows, tile_tokens, panel_bytes, block_rows = a[14], a[15], a[16], a[17], a[18], a[19], a[20]
+    scratch, max_pairs = a[21] + thread * a[22], a[23]
+
+    units = (n_rows + 31) // 32
+    first_row, end_row = units * thread // threads * 32, min(units * (thread + 1) // threads * 32, n_rows)
+    if first_row >= end_row:
+        return
+    table = pointer(table_at, int64)
+    pairs = pointer(table_at + 8 * (n_groups + 1), int64)
+    xs_at, outs_at = scratch, scratch + 8 * (max_pairs + 64)
+    xs, outs = pointer(xs_at, int64), pointer(outs_at, int64)
+    spare = outs_at + 8 * (max_pairs + 64)
+    panels = (spare + 4 * (n_rows + 64) + 63) // 64 * 64
+    supers = n_cols // 256
+
+    for group in range(n_groups):
+        start, count = table[group], table[group + 1] - table[group]
+        base = weights + group * group_bytes
+        for j in range(count):
+            pair = pairs[start + j]
+            xs[j] = x + pair // x_div * x_stride
+            outs[j] = out + pair // out_div * out_stride
+        done = first_row
+        if count >= FEW and tile != 0:
+            padded = (count + tile_tokens - 1) // tile_tokens * tile_tokens
+            for j in range(count, padded):
+                xs[j], outs[j] = xs[count - 1], spare
+            whole = first_row + (end_row - first_row) // tile_rows * tile_rows
+            for row in range(first_row, whole, block_rows):
+                block_end = min(row + block_rows, whole)
+                if prepare != 0:
+                    for r in range(row, block_end, tile_rows):
+                        panel = panels + (r - row) // tile_rows * supers * panel_bytes
+                        call(prepare, (base + r * row_bytes, row_bytes, supers, panel))
+                for j in range(0, padded, tile_tokens):
+                    for r in range(row, block_end, tile_rows):
+                        if prepare != 0:
+                            panel = panels + (r - row) // tile_rows * supers * panel_bytes
+                            call(tile, (panel, supers, xs_at + 8 * j, outs_at + 8 * j, 4 * r, add))
+                        else:
+                            call(tile, (base + r * row_bytes, row_bytes, tile_rows, n_cols, xs_at + 8 * j, outs_at + 8 * j, 4 * r, add))
+            done = whole
+        if done < end_row:
+            for j in range(count):
+                call(matvec, (base + done * row_bytes, row_bytes, end_row - done, n_cols, xs[j], outs[j] + 4 * done, add))
+
+
+@kernel
+def embed(at, thread, threads):
+    """x[t] = row ids[t] of the embedding, as float32."""
+    a = pointer(at, int64)
+    weights, row_bytes, n_cols, dequantize, out, out_stride, ids_at, state = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    n = pointer(state, int64)[0]
+    ids = pointer(ids_at, int64)
+    for t in range(n * thread // threads, n * (thread + 1) // threads):
+        call(dequantize, (weights + ids[t] * row_bytes, n_cols, out + t * out_stride))
+
+

@@ -1,0 +1,283 @@
+"""Vector IR in words: a thin layer over llvmlite that the leaves are written in.
+
+`Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. The only operation
+that differs between CPUs is `dot4`; everything else is portable IR. Knows nothing of block formats or of Numba.
+"""
+
+from llvmlite import ir
+
+i1, i8, i16, i32, i64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+f16, f32 = ir.HalfType(), ir.FloatType()
+
+
+def vec(element, n):
+    """The vector type of `n` elements."""
+    return ir.VectorType(element, n)
+
+
+class Simd:
+    """One `void name(i64, ...)` function under construction in `module`."""
+
+    def __init__(self, module, target, name: str, n_args: int):
+        self.target, self.module = target, module
+        self.width, self.lanes = target.width, target.lanes
+        self.fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [i64] * n_args), name)
+        self.b = ir.IRBuilder(self.fn.append_basic_block())
+        self.args = self.fn.args
+
+    def done(self):
+        """Close the function."""
+        self.b.ret_void()
+
+    # constants and shapes
+
+    def int(self, value):
+        """A 64-bit constant."""
+        return value if isinstance(value, ir.Value) else i64(value)
+
+    def fill(self, element, n, value):
+        """A constant vector."""
+        return ir.Constant(vec(element, n), [value] * n)
+
+    def zeros(self, element=f32, n=None):
+        """A vector of zeros, one register wide by default."""
+        return self.fill(element, n or self.lanes, 0)
+
+    def shuffle(self, a, lanes, b=None):
+        """Pick `lanes` of a (and b, whose lanes count on)."""
+        return self.b.shuffle_vector(a, ir.Constant(a.type, ir.Undefined) if b is None else b, ir.Constant(vec(i32, len(lanes)), lanes))
+
+    def concat(self, a, b):
+        """Both vectors one after the other; they are of one type."""
+        return self.shuffle(a, list(range(2 * a.type.count)), b)
+
+    def splat(self, scalar, n=None):
+        """The scalar in every lane."""
+        n = n or self.lanes
+        v = self.b.insert_element(ir.Constant(vec(scalar.type, n), ir.Undefined), scalar, i32(0))
+        return self.shuffle(v, [0] * n)
+
+    def bits(self, v, element):
+        """The same bits as a vector of another element."""
+        return self.b.bitcast(v, vec(element, v.type.count * _bits(v.type.element) // _bits(element)))
+
+    # memory
+
+    def add(self, a, b):
+        """Integer addition of addresses and offsets."""
+        return self.b.add(a, self.int(b))
+
+    def mul(self, a, b):
+        """Integer product."""
+        return self.b.mul(a, self.int(b))
+
+    def load(self, type_, address, offset=0):
+        """A value of `type_` at address + offset, of any alignment."""
+        value = self.b.load(self.b.inttoptr(self.add(address, offset), type_.as_pointer()))
+        value.align = 1
+        return value
+
+    def store(self, value, address, offset=0):
+        """Write a value at address + offset, of any alignment."""
+        self.b.store(value, self.b.inttoptr(self.add(address, offset), value.type.as_pointer()), align=1)
+
+    def prefetch(self, address, distance, nbytes):
+        """Ask for the lines of `nbytes` bytes that lie `distance` ahead."""
+        fn = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), i8.as_pointer(), i32, i32, i32)
+        for line in range(0, nbytes, 64):
+            self.b.call(fn, [self.b.inttoptr(self.add(address, distance + line), i8.as_pointer()), i32(0), i32(3), i32(1)])
+
+    # control
+
+    def loop(self, count, values, body, start=0):
+        """`values = body(i, values)` for i in range(start, count); returns the last values. Zero rounds are fine."""
+        before = self.b.block
+        head, inside, after = (self.fn.append_basic_block() for _ in range(3))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        i = self.b.phi(i64)
+        i.add_incoming(self.int(start), before)
+        phis = [self.b.phi(v.type) for v in values]
+        for phi, v in zip(phis, values, strict=True):
+            phi.add_incoming(v, before)
+        self.b.cbranch(self.b.icmp_signed("<", i, self.int(count)), inside, after)
+        self.b.position_at_end(inside)
+        new = body(i, phis)
+        i.add_incoming(self.add(i, 1), self.b.block)
+        for phi, v in zip(phis, new, strict=True):
+            phi.add_incoming(v, self.b.block)
+        self.b.branch(head)
+        self.b.position_at_end(after)
+        return phis
+
+    # arithmetic
+
+    def fma(self, a, b, c):
+        """a * b + c, one rounding where the CPU has it."""
+        if self.target.dot == "plain" and self.target.triple.startswith("x86"):
+            return self.b.fadd(self.b.fmul(a, b), c)  # SSE2 has no fma, and a library call for each lane would be worse
+        return self.b.call(self._intrinsic(f"llvm.fma.{_name(a.type)}", a.type, a.type, a.type, a.type), [a, b, c])
+
+    def fmax(self, a, b):
+        """The larger, lane by lane."""
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def fabs(self, a):
+        """Absolute value."""
+        return self.b.call(self._intrinsic(f"llvm.fabs.{_name(a.type)}", a.type, a.type), [a])
+
+    def to_float(self, v):
+        """Signed integers to float32."""
+        return self.b.sitofp(v, vec(f32, v.type.count) if isinstance(v.type, ir.VectorType) else f32)
+
+    def round(self, v):
+        """float32 to the nearest int32 by the magic-number addition: exact for |v| < 2**22, ties to even."""
+        magic = self.fill(f32, v.type.count, 12582912.0)
+        return self.b.sub(self.bits(self.b.fadd(v, magic), i32), self.bits(magic, i32))
+
+    def unsigned(self, v, element=i32):
+        """Widen unsigned integers."""
+        return self.b.zext(v, vec(element, v.type.count))
+
+    def signed(self, v, element=i32):
+        """Widen signed integers."""
+        return self.b.sext(v, vec(element, v.type.count))
+
+    def sum(self, v):
+        """All lanes of a float vector added."""
+        fn = self._intrinsic(f"llvm.vector.reduce.fadd.{_name(v.type)}", f32, f32, v.type)
+        return self.b.call(fn, [ir.Constant(f32, -0.0), v], fastmath=("reassoc",))
+
+    def reduce_max(self, v):
+        """The largest lane of a float vector without NaN."""
+        while v.type.count > 1:
+            n = v.type.count // 2
+            v = self.fmax(self.shuffle(v, list(range(n))), self.shuffle(v, list(range(n, 2 * n))))
+        return self.b.extract_element(v, i32(0))
+
+    def exp(self, v):
+        """e**v to about 2 ulp for v <= 88; below -87 it is 0."""
+        n = v.type.count
+        c = lambda x: self.fill(f32, n, x)  # noqa: E731
+        tiny = self.b.fcmp_ordered("<", v, c(-87.0))
+        t = self.b.fmul(v, c(1.4426950408889634))
+        whole = self.round(self.b.select(tiny, c(0.0), t))
+        k = self.to_float(whole)
+        r = self.fma(k, c(-0.693145751953125), v)  # ln 2 in two parts, so that the remainder keeps its low bits (Cody and Waite)
+        r = self.fma(k, c(-1.428606765330187e-06), r)
+        p = c(1 / 5040)
+        for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            p = self.fma(p, r, c(term))
+        scale = self.bits(self.b.shl(self.b.add(whole, self.fill(i32, n, 127)), self.fill(i32, n, 23)), f32)
+        return self.b.select(tiny, c(0.0), self.b.fmul(p, scale))
+
+    # half precision
+
+    def from_half(self, v):
+        """float16 (as half values) to float32; infinities and NaN only where the CPU converts itself."""
+        scalar = not isinstance(v.type, ir.VectorType)
+        if self.target.half:
+            return self.b.fpext(v, f32 if scalar else vec(f32, v.type.count))
+        if scalar:
+            v = self.splat(v, 1)
+        n = v.type.count
+        h = self.unsigned(self.bits(v, i16))
+        magnitude = self.b.shl(self.b.and_(h, self.fill(i32, n, 0x7FFF)), self.fill(i32, n, 13))
+        value = self.b.fmul(self.bits(magnitude, f32), self.fill(f32, n, 2.0**112))
+        sign = self.b.shl(self.b.and_(h, self.fill(i32, n, 0x8000)), self.fill(i32, n, 16))
+        value = self.bits(self.b.or_(self.bits(value, i32), sign), f32)
+        return self.b.extract_element(value, i32(0)) if scalar else value
+
+    def to_half(self, v):
+        """float32 to float16, nearest even; beyond the range it becomes infinity."""
+        n = v.type.count
+        if self.target.half:
+            return self.b.fptrunc(v, vec(f16, n))
+        c = lambda x: self.fill(i32, n, x)  # noqa: E731
+        raw = self.bits(v, i32)
+        magnitude = self.b.and_(raw, c(0x7FFFFFFF))
+        odd = self.b.and_(self.b.lshr(magnitude, c(13)), c(1))
+        normal = self.b.sub(self.b.lshr(self.b.add(self.b.add(magnitude, c(0xFFF)), odd), c(13)), c(112 << 10))
+        small = self.b.sub(self.bits(self.b.fadd(self.bits(magnitude, f32), self.fill(f32, n, 0.5)), i32), c(0x3F000000))
+        h = self.b.select(self.b.icmp_unsigned("<", magnitude, c(113 << 23)), small, normal)
+        h = self.b.select(self.b.icmp_unsigned(">", magnitude, c(0x477FEFFF)), c(0x7C00), h)
+        h = self.b.or_(h, self.b.and_(self.b.lshr(raw, c(16)), c(0x8000)))
+        return self.bits(self.b.trunc(h, vec(i16, n)), f16)
+
+    # the one operation that is each CPU's own
+
+    def dot4(self, acc, u, s, wide=False):
+        """acc[l] + sum of u[4l+j] * s[4l+j] over j < 4: unsigned bytes times signed bytes into int32 lanes.
+
+        `wide` says that u may exceed 127; without it the cheaper saturating forms are safe.
+        """
+        n, kind = u.type.count, self.target.dot
+        if kind == "vnni":
+            return self._vpdpbusd(acc, u, s)
+        if kind == "maddubs" and not wide:
+            name, half = {64: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"), 32: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd")}[n]
+            pairs = self.b.call(self._intrinsic(f"llvm.x86.{name}", vec(i16, n // 2), u.type, s.type), [u, s])
+            widen = self._intrinsic(f"llvm.x86.{half}", acc.type, pairs.type, pairs.type)
+            return self.b.add(acc, self.b.call(widen, [pairs, self.fill(i16, n // 2, 1)]))
+        if kind == "maddubs":  # even and odd bytes apart, in 16 bits: nothing can saturate
+            eight, name = self.fill(i16, n // 2, 8), {64: "avx512.pmaddw.d.512", 32: "avx2.pmadd.wd"}[n]
+            u16, s16 = self.bits(u, i16), self.bits(s, i16)
+            madd = self._intrinsic(f"llvm.x86.{name}", acc.type, u16.type, u16.type)
+            even = self.b.and_(u16, self.fill(i16, n // 2, 255)), self.b.ashr(self.b.shl(s16, eight), eight)
+            odd = self.b.lshr(u16, eight), self.b.ashr(s16, eight)
+            return self.b.add(acc, self.b.add(self.b.call(madd, even), self.b.call(madd, odd)))
+        if kind in ("usdot", "sdot"):
+            return self._each_quarter(self._neon_dot, acc, u, s, wide)
+        products = self.b.mul(self.unsigned(u), self.signed(s))
+        for j in range(4):
+            acc = self.b.add(acc, self.shuffle(products, list(range(j, n, 4))))
+        return acc
+
+    def _vpdpbusd(self, acc, u, s):
+        fn = self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{u.type.count * 8}", acc.type, acc.type, u.type, s.type)
+        return self.b.call(fn, [acc, u, s])
+
+    def _neon_dot(self, acc, u, s, wide):
+        dot = lambda op, acc, a, b: self.b.call(  # noqa: E731
+            self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", acc.type, acc.type, a.type, b.type), [acc, a, b]
+        )
+        if self.target.dot == "usdot":
+            return dot("usdot", acc, u, s)
+        if not wide:
+            return dot("sdot", acc, u, s)
+        # u = (u - 128) + 64 + 64: three signed dots, since this CPU has no mixed one
+        for a in (self.b.xor(u, self.fill(i8, 16, -128)), self.fill(i8, 16, 64), self.fill(i8, 16, 64)):
+            acc = dot("sdot", acc, a, s)
+        return acc
+
+    def _each_quarter(self, op, acc, u, s, wide):
+        parts = []
+        for k in range(0, u.type.count, 16):
+            pick = list(range(k, k + 16))
+            parts.append(op(self.shuffle(acc, list(range(k // 4, k // 4 + 4))), self.shuffle(u, pick), self.shuffle(s, pick), wide))
+        while len(parts) > 1:
+            parts = [self.concat(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def transpose(self, rows):
+        """n vectors of n lanes, rows to columns, by log2(n) rounds of two-vector shuffles."""
+        n, rows, step = len(rows), list(rows), 1
+        while step < n:
+            for i in range(n):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    rows[i] = self.shuffle(a, [l if not l & step else n + l - step for l in range(n)], b)
+                    rows[i + step] = self.shuffle(a, [l + step if not l & step else n + l for l in range(n)], b)
+            step *= 2
+        return rows
+
+    def _intrinsic(self, name, result, *args):
+        return self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(result, args), name)
+
+
+def _bits(element):
+    return {f16: 16, f32: 32}[element] if element in (f16, f32) else element.width
+
+
+def _name(type_):
+    return f"v{type_.count}f32" if isinstance(type_, ir.VectorType) else "f32"

@@ -1,0 +1,59 @@
+"""The KV cache: what attention remembers of the tokens so far.
+
+A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by doubling,
+so memory follows the conversation, never the file's context length. Halves, head-major: keys [n_kv_heads, capacity, head_dim], values
+alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity. Knows nothing of tokens or weights.
+"""
+
+import numpy as np
+
+from llamacli.config import Config
+from llamacli.errors import ContextFullError
+
+
+class KVCache:
+    """Holds `pos` tokens, at most `ctx`."""
+
+    def __init__(self, config: Config, ctx: int):
+        self.ctx, self.pos = ctx, 0
+        self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in range(config.n_layers)]
+        self._shape = config.n_kv_heads, config.head_dim
+        self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
+        self.table = np.zeros((config.n_layers, 3), np.int64)
+
+    def _empty(self, capacity: int) -> np.ndarray:
+        heads, dim = self._shape
+        return np.empty((heads, capacity, dim), np.float16)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(side.nbytes for layer in self._layers for side in layer)
+
+    def reserve(self, n: int) -> None:
+        """Make room for `n` more tokens; ContextFullError past ctx."""
+        need = self.pos + n
+        if need > self.ctx:
+            raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
+        for i, (layer, chunk) in enumerate(zip(self._layers, self._chunks, strict=True)):
+            held = layer[0].shape[1]
+            if held >= need or (chunk and held == chunk):
+                continue
+            capacity = min(max(need, 2 * held, 256), chunk or self.ctx, self.ctx)
+            grown = tuple(self._empty(capacity) for _ in layer)
+            for old, new in zip(layer, grown, strict=True):
+                new[:, : old.shape[1]] = old
+            self._layers[i] = grown
+            self.table[i] = grown[0].ctypes.data, grown[1].ctypes.data, capacity
+
+    def truncate(self, pos: int) -> int:
+        """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
+
+        A ring holds only the newest chunk. To go back into an older one, its tokens must be evaluated again from its start.
+        """
+        pos = max(0, min(pos, self.pos))
+        chunk = max(self._chunks, default=0)
+        if chunk and pos < self.pos and (self.pos - 1) // chunk != pos // chunk:
+            pos = pos // chunk * chunk
+        self.pos = pos
+        return pos

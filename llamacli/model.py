@@ -1,0 +1,238 @@
+"""Llama 4's forward pass: the order of operations, written once as a program of compiled steps and run for every batch of tokens.
+
+In: token ids and a KVCache. Out: float32 logits. `Engine` lays out the buffers, `_layer` reads like the model's definition, and the
+thread pool runs the resulting table, so that between the first and the last layer of a token no Python runs at all. A prompt goes through
+one layer after the other, its tokens grouped by expert, in batches that end at chunk edges. Knows nothing of text, sampling or terminals.
+
+Sources: Meta's and Hugging Face's Llama 4 (router on raw logits, sigmoid score on the expert's input, interleaved rotary pairs, QK norm
+after rotation, attention temperature where there is no rotation). down(silu(s g) * (s u)) equals feeding s x to the expert, so one
+quantized x serves router, shared and routed experts.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamacli.config import Config
+from llamacli.errors import PromptError, UnsupportedModelError
+from llamacli.gguf import GGUF
+from llamacli.kernels import attention, elementwise, matmul
+from llamacli.kernels.dots import ACT_BYTES
+from llamacli.kernels.elementwise import CACHE, COUNT, POS, ROW, N
+from llamacli.kernels.jit import TARGET, load
+from llamacli.kernels.matmul import Matrix, Rows
+from llamacli.kernels.pool import Pool, Program, default_threads
+from llamacli.kernels.vectors import SYMBOLS, build
+from llamacli.kvcache import KVCache
+from llamacli.weights import Dense, Experts, bind
+
+MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
+ALL_LOGITS_BATCH = 64  # rows of logits made at a time, so that a long prompt does not ask for gigabytes
+INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
+
+
+class Engine:
+    """A bound model, its threads and its buffers. One caller at a time."""
+
+    def __init__(self, gguf: GGUF, config: Config, threads: int | None = None):
+        if config.head_dim % TARGET.lanes:
+            raise UnsupportedModelError(f"{gguf.path}: expected a head size that is a multiple of {TARGET.lanes}, found {config.head_dim}")
+        self.config, self.weights = config, bind(gguf, config)
+        self.threads = threads or default_threads()
+        self._pool = Pool(self.threads)
+        self._leaves = load(f"vectors-{config.head_dim}", build(config.head_dim), SYMBOLS)
+        self._state = np.zeros(8, np.int64)
+        c = config
+        self._floats = np.array(
+            [1.0, c.rms_eps, c.head_dim**-0.5, c.temperature_length or 1.0, c.temperature_scale], np.float32
+        )
+        factors = 1.0 if self.weights.rope_freqs is None else self.weights.rope_freqs.astype(np.float64)
+        self._frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim) / factors
+        self._f16_tile = matmul.leaves("F16").tile
+        self._reserve(INTERRUPTIBLE)
+
+    def new_cache(self, ctx: int) -> KVCache:
+        """An empty cache for at most `ctx` tokens."""
+        return KVCache(self.config, ctx)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights read to decode one token: everything always used, and the routed experts' share."""
+        w, c = self.weights, self.config
+        total = w.output.nbytes + w.token_embd.row_bytes
+        for layer in w.layers:
+            total += sum(m.nbytes for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output))
+            if isinstance(layer.ffn, Experts):
+                total += layer.ffn.gate_inp.nbytes + sum(m.nbytes for m in layer.ffn.shexp)
+                total += c.n_experts_used * sum(m.nbytes for m in layer.ffn.exps)
+            else:
+                total += sum(m.nbytes for m in layer.ffn)
+        return total
+
+    def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False) -> np.ndarray:
+        """Evaluate `ids` after what `cache` holds and remember them.
+
+        Returns the last token's logits, float32 [n_vocab], a view that the next call overwrites; or with `all_logits` every token's,
+        [len(ids), n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
+        """
+        ids = np.ascontiguousarray(ids, np.int64)
+        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.n_vocab:
+            raise PromptError(f"expected token ids from 0 to {self.config.n_vocab - 1}, at least one")
+        cache.reserve(len(ids))
+        result = np.empty((len(ids), self.config.n_vocab), np.float32) if all_logits else None
+        done = 0
+        while done < len(ids):
+            n = self._batch_size(cache.pos, len(ids) - done)
+            self._run_layers(ids[done : done + n], cache)
+            if all_logits:
+                for row in range(0, n, ALL_LOGITS_BATCH):
+                    count = min(ALL_LOGITS_BATCH, n - row)
+                    result[done + row : done + row + count] = self._head(row, count)
+            elif done + n == len(ids):
+                result = self._head(n - 1, 1)[0]
+            cache.pos += n
+            done += n
+        return result
+
+    def _batch_size(self, pos: int, left: int) -> int:
+        chunk = self.config.chunk_size
+        return min(left, MAX_BATCH, chunk - pos % chunk if chunk else left)
+
+    def _run_layers(self, ids: np.ndarray, cache: KVCache) -> None:
+        n = len(ids)
+        self._reserve(n)
+        self._ids[:n] = ids
+        self._state[[N, POS, ROW, COUNT, CACHE]] = n, cache.pos, 0, n, cache.table.ctypes.data
+        self._dense[1] = n
+        if n < INTERRUPTIBLE:
+            self._pool.run(self._program, 0, self._cuts[-1])
+        else:
+            for first, last in zip([0, *self._cuts], self._cuts, strict=False):
+                self._pool.run(self._program, first, last)
+
+    def _head(self, row: int, count: int) -> np.ndarray:
+        self._state[[ROW, COUNT]] = row, count
+        self._dense[1] = count
+        self._pool.run(self._program, self._cuts[-1])
+        return self._logits[:count]
+
+    # buffers and program
+
+    def _reserve(self, n: int) -> None:
+        """Buffers for `n` tokens at a time, and the program over them."""
+        if n <= getattr(self, "_capacity", 0):
+            return
+        self._capacity = n = min(MAX_BATCH, 1 << (n - 1).bit_length())
+        c, k = self.config, max(1, self.config.n_experts_used)
+        widths = [m.n_rows for m in (self.weights.output, *(m for layer in self.weights.layers for m in layer[1:4]))]
+        n_ff = max([c.n_ff_exp if c.is_moe(i) else c.n_ff for i in range(c.n_layers)])
+        pairs = n * k
+        self._keep: list[np.ndarray] = []
+        self._ids = np.zeros(n, np.int64)
+        self._dense = np.concatenate([np.zeros(2, np.int64), np.arange(n)])
+        self._moe = np.zeros(c.n_experts + 1 + pairs, np.int64)
+        self._chosen, self._scores = np.zeros(pairs, np.int64), np.zeros(pairs, np.float32)
+        self._rope = np.zeros((n, c.head_dim), np.float32)
+        self._scratch = np.empty((self.threads, matmul.scratch_bytes(pairs, max([*widths, n_ff, c.n_embd]))), np.uint8)
+        self._attn_scratch = np.empty((self.threads, attention.scratch_bytes(c.head_dim)), np.uint8)
+        self._pairs = pairs
+        self._x, self._xn = self._rows(n, c.n_embd), self._rows(n, c.n_embd, codes=True)
+        self._q, self._k, self._v = (self._rows(n, w * c.head_dim) for w in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
+        self._att = self._rows(n, c.n_heads * c.head_dim, codes=True)
+        self._gate, self._up = self._rows(n, n_ff, codes=True), self._rows(n, n_ff)
+        self._gate_exps, self._up_exps = self._rows(pairs, c.n_ff_exp, codes=True), self._rows(pairs, c.n_ff_exp)
+        self._router = self._rows(n, max(1, c.n_experts))
+        self._logits = np.zeros((min(n, ALL_LOGITS_BATCH), c.n_vocab), np.float32)
+        self._program = self._compose()
+
+    def _rows(self, n: int, width: int, codes: bool = False) -> Rows:
+        """A zeroed buffer of n rows; rows are padded to whole superblocks of 256."""
+        supers = -(-width // 256)
+        values = np.zeros((n, supers * 256), np.float32)
+        quantized = np.zeros((n, supers * ACT_BYTES if codes else 0), np.int8)
+        self._keep += [values, quantized]
+        return Rows(values.ctypes.data, values.strides[0], quantized.ctypes.data if codes else 0, quantized.strides[0] if codes else 0)
+
+    def _compose(self) -> Program:
+        """The whole model as steps; `_cuts` are where one layer ends and the next begins."""
+        w, c, p = self.weights, self.config, Program()
+        e = w.token_embd
+        dequantize = matmul.leaves(e.type_name).dequantize
+        p.add(
+            matmul.embed,
+            [e.address, e.row_bytes, e.n_cols, dequantize, *self._x[:2], self._ids.ctypes.data, self._state.ctypes.data],
+            meet=False,  # the norm reads rows that the same thread wrote
+        )
+        angle_args = [self._frequencies.ctypes.data, c.head_dim // 2, self._rope.ctypes.data, self._state.ctypes.data]
+        p.add(attention.angles, angle_args)
+        self._cuts = []
+        for i in range(c.n_layers):
+            self._layer(p, i)
+            self._cuts.append(len(p))
+        self._norm(p, w.output_norm)
+        self._matmul(p, w.output, self._xn, Rows(self._logits.ctypes.data, self._logits.strides[0]))
+        return p.seal()
+
+    def _layer(self, p: Program, i: int) -> None:
+        layer = self.weights.layers[i]
+        self._norm(p, layer.attn_norm)
+        self._matmul(p, layer.attn_q, self._xn, self._q, meet=False)
+        self._matmul(p, layer.attn_k, self._xn, self._k, meet=False)
+        self._matmul(p, layer.attn_v, self._xn, self._v)
+        self._attention(p, i)
+        self._matmul(p, layer.attn_output, self._att, self._x, add=True)
+        self._norm(p, layer.ffn_norm)
+        if isinstance(layer.ffn, Experts):
+            self._experts(p, layer.ffn)
+        else:
+            self._dense_ffn(p, layer.ffn)
+
+    def _norm(self, p: Program, weight: np.ndarray) -> None:
+        quantize, eps = self._leaves["quantize"], self._floats[attention.EPS :].ctypes.data
+        args = [*self._x[:2], weight.ctypes.data, self.config.n_embd, *self._xn, quantize, eps, self._state.ctypes.data]
+        p.add(elementwise.norm, args)
+
+    def _matmul(self, p: Program, m: Matrix, x: Rows, out: Rows, table: np.ndarray | None = None, meet: bool = True, **how) -> None:
+        table = self._dense if table is None else table
+        p.add(matmul.matmul, matmul.arguments(m, x, out, table.ctypes.data, self._scratch, self._pairs, **how), meet)
+
+    def _attention(self, p: Program, i: int) -> None:
+        c, state, floats = self.config, self._state.ctypes.data, self._floats.ctypes.data
+        rotary = c.uses_rope(i)
+        chunk = c.chunk_size if rotary else 0
+        heads = [c.n_heads, c.n_kv_heads, c.head_dim]
+        rope = self._rope.ctypes.data if rotary else 0
+        temperature = not rotary and c.temperature_length > 0
+        to_half = self._leaves["to_half"]
+        args = [*self._q[:2], self._k.address, self._v.address, self._k.stride, *heads, rope, c.use_qk_norm, temperature, chunk, i]
+        p.add(attention.prepare_heads, [*args, to_half, floats, state])
+        leaves = [self._f16_tile, self._leaves["softmax"], self._leaves["weigh"]]
+        scratch = [self._attn_scratch.ctypes.data, self._attn_scratch.strides[0]]
+        p.add(attention.attend, [*self._q[:2], *self._att[:2], *heads, chunk, i, *leaves, floats, state, *scratch])
+        width = c.n_heads * c.head_dim
+        p.add(elementwise.quantize_rows, [*self._att[:2], width, *self._att[2:], self._leaves["quantize"], state])
+
+    def _gate_up(self, p: Program, gate: Rows, up: Rows, n: int, scores: int = 0, per_token: int = 1) -> None:
+        leaves = [self._leaves["quantize"], self._leaves["swiglu"]]
+        args = [gate.address, up.address, gate.stride, n, gate.codes, gate.codes_stride, *leaves]
+        p.add(elementwise.gate_up, [*args, scores, self._floats.ctypes.data, per_token, self._state.ctypes.data])
+
+    def _dense_ffn(self, p: Program, ffn: Dense) -> None:
+        self._matmul(p, ffn.gate, self._xn, self._gate, meet=False)
+        self._matmul(p, ffn.up, self._xn, self._up)
+        self._gate_up(p, self._gate, self._up, ffn.gate.n_rows)
+        self._matmul(p, ffn.down, self._gate, self._x, add=True)
+
+    def _experts(self, p: Program, ffn: Experts) -> None:
+        c, k = self.config, self.config.n_experts_used
+        self._matmul(p, ffn.gate_inp, self._xn, self._router)
+        choice = [a.ctypes.data for a in (self._scores, self._chosen, self._moe, self._state)]
+        p.add(elementwise.route, [*self._router[:2], c.n_experts, k, *choice], meet=False)
+        self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)
+        self._matmul(p, ffn.shexp.up, self._xn, self._up)
+        self._matmul(p, ffn.exps.gate, self._xn, self._gate_exps, self._moe, meet=False, x_div=k)
+        self._matmul(p, ffn.exps.up, self._xn, self._up_exps, self._moe, x_div=k)
+        self._gate_up(p, self._gate, self._up, c.n_ff_exp)
+        self._gate_up(p, self._gate_exps, self._up_exps, c.n_ff_exp, self._scores.ctypes.data, k)
+        self._matmul(p, ffn.shexp.down, self._gate, self._x, meet=False, add=True)
+        self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k)

@@ -1,0 +1,154 @@
+"""Every leaf, in every variant this CPU can run, against gguf-py's dequantization and NumPy."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from numba import njit
+
+from llamacli.ggml import BY_NAME
+from llamacli.kernels import dots, vectors
+from llamacli.kernels.jit import call, host_targets, load
+
+TARGETS = {t.name: t for t in host_targets()}
+HEAD_DIM = 64
+
+
+@njit
+def leaf(address, args):
+    call(address, args)
+
+
+def run(address, *args):
+    leaf(address, tuple(np.int64(a.ctypes.data if isinstance(a, np.ndarray) else a) for a in args))
+
+
+def random_rows(name, n_rows, n_cols, rng):
+    """Rows of random blocks with sane scales, and what they mean as float32."""
+    kind = BY_NAME[name]
+    raw = rng.integers(0, 256, (n_rows, n_cols // kind.block, kind.nbytes), dtype=np.uint8)
+    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}.get(name, ()):
+        scale = (rng.random(raw.shape[:2]) * 0.01 + 0.001).astype(np.float16)
+        raw[..., at : at + 2] = scale[..., None].view(np.uint8).reshape(*scale.shape, 2)
+    raw = raw.reshape(n_rows, -1)
+    if name in dots.FLOATS:
+        raw = quantize(rng.standard_normal((n_rows, n_cols)).astype(np.float32), GGMLQuantizationType[name]).view(np.uint8)
+    return raw, dequantize(raw, GGMLQuantizationType[name]).astype(np.float32)
+
+
+def activations(x, target):
+    """int8 superblocks of float rows, and the float rows that they stand for."""
+    n, n_cols = x.shape
+    supers = -(-n_cols // 256)
+    padded = np.zeros((n, supers * 256), np.float32)
+    padded[:, :n_cols] = x
+    codes = np.zeros((n, supers, dots.ACT_BYTES), np.int8)
+    quantize_leaf = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
+    for t in range(n):
+        run(quantize_leaf, padded[t], supers, codes[t])
+    d = codes[..., dots.D : dots.D + 32].copy().view(np.float32)
+    q = codes[..., :256].reshape(n, supers, 8, 32).astype(np.float32)
+    return codes, (q * d[..., None]).reshape(n, -1)[:, :n_cols]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+class TestVariants:
+    def test_activations_keep_seven_bits_and_their_sums(self, target):
+        x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+        x[1, 32:64] = 0
+        codes, back = activations(x, target)
+        assert np.abs(back - x).max() <= np.abs(x).max() / 127
+        s32 = codes[..., dots.S32 : dots.S32 + 32].copy().view(np.float32).reshape(3, -1)
+        s16 = codes[..., dots.S16 : dots.S16 + 64].copy().view(np.float32).reshape(3, -1)
+        np.testing.assert_allclose(s32, back.reshape(3, -1, 32).sum(-1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(s16, back.reshape(3, -1, 16).sum(-1), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", dots.QUANTIZED)
+    def test_block_rows_times_int8(self, name, target):
+        rng = np.random.default_rng(1)
+        n_rows, n_cols, n = 2 * target.lanes + 1, 768, target.tile
+        raw, meant = random_rows(name, n_rows, n_cols, rng)
+        codes, x = activations(rng.standard_normal((n, n_cols)).astype(np.float32), target)
+        want = x @ meant.T
+        f = load(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got = np.full((n, n_rows), 7, np.float32)
+        run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1)
+        np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
+        panel = np.zeros(3 * dots.panel_bytes(name, target.lanes), np.uint8)
+        got[:] = np.nan
+        xs = np.array([row.ctypes.data for row in codes])
+        outs = np.array([row.ctypes.data for row in got])
+        for r in range(0, n_rows - 1, target.lanes):
+            run(f["prepare"], raw.ctypes.data + r * raw.shape[1], raw.shape[1], 3, panel)
+            run(f["tile"], panel, 3, xs, outs, 4 * r, 0)
+        np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
+        assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
+
+    @pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+    def test_rows_that_end_within_a_superblock(self, name, target):
+        rng = np.random.default_rng(2)
+        raw, meant = random_rows(name, 5, 352, rng)
+        codes, x = activations(rng.standard_normal((1, 352)).astype(np.float32), target)
+        f = load(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got = np.zeros(5, np.float32)
+        run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0)
+        np.testing.assert_allclose(got, (x @ meant.T)[0], atol=2e-5 * np.abs(x @ meant.T).max())
+
+    @pytest.mark.parametrize("name", dots.FLOATS)
+    def test_float_rows(self, name, target):
+        rng = np.random.default_rng(3)
+        raw, meant = random_rows(name, 7, 203, rng)
+        x = rng.standard_normal((4, 203)).astype(np.float32)
+        f = load(name, lambda t: dots.floats(name, t), dots.FLOAT_SYMBOLS, target)
+        got = np.zeros((4, 7), np.float32)
+        xs, outs = (np.array([row.ctypes.data for row in m]) for m in (x, got))
+        run(f["tile"], raw, raw.shape[1], 7, 203, xs, outs, 0, 0)
+        np.testing.assert_allclose(got, x @ meant.T, atol=1e-4)
+        run(f["matvec"], raw, raw.shape[1], 7, 203, x, got, 1)
+        np.testing.assert_allclose(got[0], 2 * (x @ meant.T)[0], atol=1e-4)
+
+    @pytest.mark.parametrize("name", [*dots.QUANTIZED, *dots.FLOATS])
+    def test_a_row_dequantized(self, name, target):
+        raw, meant = random_rows(name, 1, 512, np.random.default_rng(4))
+        build, symbols = (dots.floats, dots.FLOAT_SYMBOLS) if name in dots.FLOATS else (dots.quantized, dots.SYMBOLS)
+        f = load(name, lambda t: build(name, t), symbols, target)
+        got = np.zeros(512, np.float32)
+        run(f["dequantize"], raw, 512, got)
+        np.testing.assert_allclose(got, meant[0], rtol=1e-5, atol=1e-6 * np.abs(meant).max())
+
+    def test_float_vectors(self, target):
+        rng = np.random.default_rng(5)
+        f = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        gate, up, factor = (rng.standard_normal(n).astype(np.float32) * 20 for n in (256, 256, 1))
+        gate[0], gate[1] = 3000, -3000
+        factor[0] = 0.7
+        g = gate.astype(np.float64) * factor
+        want = g / (1 + np.exp(-g.clip(-700))) * up * factor
+        run(f["swiglu"], gate, up, factor, 256)
+        np.testing.assert_allclose(gate, want, rtol=1e-5, atol=1e-6)
+
+        half = np.zeros(256, np.float16)
+        x = np.concatenate([rng.standard_normal(200) * 10.0 ** rng.integers(-9, 4, 200), np.zeros(56)]).astype(np.float32)
+        x[200:204] = 65504, -65519, 1e9, -1e9
+        run(f["to_half"], x, 256, half)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(half, x.astype(np.float16))
+
+    def test_softmax_in_blocks_is_softmax(self, target):
+        rng = np.random.default_rng(6)
+        f = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        scores = (rng.standard_normal((2, 2, 64)) * 30).astype(np.float32)
+        values = rng.standard_normal((2, 64, HEAD_DIM)).astype(np.float16)
+        valid, scale = np.array([[64, 37], [5, 0]]), np.array([0.5], np.float32)
+        out, state = np.full((2, HEAD_DIM), 0.0, np.float32), np.array([[-3e38, 0, 0]] * 2, np.float32)
+        want = []
+        for r in range(2):
+            s = np.concatenate([scores[b, r, : valid[r, b]] for b in range(2)]).astype(np.float64) * 0.5
+            v = np.concatenate([values[b, : valid[r, b]] for b in range(2)]).astype(np.float64)
+            p = np.exp(s - s.max())
+            want.append(p @ v / p.sum())
+        for b in range(2):
+            for r in range(2):
+                run(f["softmax"], scores[b, r], valid[r, b], 64, state[r], scale)
+            run(f["weigh"], scores[b], 256, 2, values[b], 64, out, state)
+        np.testing.assert_allclose(out / state[:, 1:2], want, rtol=1e-4, atol=1e-5)
