@@ -27,7 +27,8 @@ def random_rows(name, n_rows, n_cols, rng):
     """Rows of random blocks with sane scales, and what they mean as float32."""
     kind = BY_NAME[name]
     raw = rng.integers(0, 256, (n_rows, n_cols // kind.block, kind.nbytes), dtype=np.uint8)
-    for at in {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q8_0": (0,), "Q4_0": (0,)}.get(name, ()):
+    heads = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
+    for at in heads.get(name, (0,)):
         scale = (rng.random(raw.shape[:2]) * 0.01 + 0.001).astype(np.float16)
         raw[..., at : at + 2] = scale[..., None].view(np.uint8).reshape(*scale.shape, 2)
     raw = raw.reshape(n_rows, -1)
@@ -84,7 +85,7 @@ class TestVariants:
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
 
-    @pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+    @pytest.mark.parametrize("name", [name for name, f in dots.QUANTIZED.items() if f.block == 32])
     def test_rows_that_end_within_a_superblock(self, name, target):
         rng = np.random.default_rng(2)
         raw, meant = random_rows(name, 5, 352, rng)

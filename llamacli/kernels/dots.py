@@ -18,7 +18,7 @@ All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in 
 
 from llvmlite import ir
 
-from llamacli.kernels import q4_0, q4_k, q5_k, q6_k, q8_0
+from llamacli.kernels import iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
 from llamacli.kernels.simd import Simd, f16, f32, i8, i16, i32, i64, vec
 
 ACT_BYTES = 384
@@ -27,7 +27,10 @@ ROWS = 2  # rows that matvec takes side by side
 AHEAD = 4096  # bytes that matvec prefetches ahead
 FLOAT_ROWS, FLOAT_TOKENS = 4, 4
 
-QUANTIZED = {"Q4_0": q4_0, "Q8_0": q8_0, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k}
+QUANTIZED = {
+    **{"Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "Q8_0": q8_0, "IQ4_NL": iq4_nl},
+    **{"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_XS": iq4_xs},
+}
 FLOATS = ("F32", "F16", "BF16")
 SYMBOLS = ("dequantize", "matvec", "prepare", "tile")
 FLOAT_SYMBOLS = ("dequantize", "matvec", "tile")

@@ -3,16 +3,14 @@
 `piece` and `scales` are the two questions dots.py asks of every block format. Source: ggml-common.h, block_q4_0.
 """
 
-from llamacli.kernels.halves import half_scales
-from llamacli.kernels.simd import i8, vec
+from llamacli.kernels.halves import half_scales, nibbles
 
 block, nbytes, group, offset, wide = 32, 18, 32, 8, False
 
 
 def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
-    q = s.load(vec(i8, 16), w, 18 * j + 2)
-    return s.concat(s.b.and_(q, s.fill(i8, 16, 15)), s.b.lshr(q, s.fill(i8, 16, 4)))
+    return nibbles(s, w, 18 * j + 2)
 
 
 def scales(s, w, n):

@@ -204,7 +204,23 @@ class Simd:
         h = self.b.or_(h, self.b.and_(self.b.lshr(raw, c(16)), c(0x8000)))
         return self.bits(self.b.trunc(h, vec(i16, n)), f16)
 
-    # the one operation that is each CPU's own
+    # operations that are each CPU's own
+
+    def lookup(self, table, index):
+        """table[index] for 16 bytes and an <n x i8> index below 16."""
+        n = index.type.count
+        if self.target.triple.startswith("x86_64") and self.target.dot != "plain" and n == 32:
+            fn = self._intrinsic("llvm.x86.avx2.pshuf.b", index.type, index.type, index.type)
+            return self.b.call(fn, [ir.Constant(vec(i8, 32), [*table, *table]), index])
+        if self.target.dot in ("usdot", "sdot"):
+            fn = self._intrinsic("llvm.aarch64.neon.tbl1.v16i8", vec(i8, 16), vec(i8, 16), vec(i8, 16))
+            levels = ir.Constant(vec(i8, 16), list(table))
+            halves = [self.b.call(fn, [levels, self.shuffle(index, list(range(k, k + 16)))]) for k in range(0, n, 16)]
+            return self.concat(*halves)
+        value = self.fill(i8, n, table[0])
+        for k in range(1, 16):
+            value = self.b.select(self.b.icmp_unsigned("==", index, self.fill(i8, n, k)), self.fill(i8, n, table[k]), value)
+        return value
 
     def dot4(self, acc, u, s, wide=False):
         """acc[l] + sum of u[4l+j] * s[4l+j] over j < 4: unsigned bytes times signed bytes into int32 lanes.
