@@ -1,0 +1,58 @@
+# make run: set up .venv if it is absent, then let the small model answer. `make help` lists the rest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= What is the capital of France?
+MODEL ?= models/scout-tiny/scout-tiny.gguf
+# the first Python that is new enough
+PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: run setup test lint format bench clean help
+.DEFAULT_GOAL := help
+
+run: setup ## Answer PROMPT="..." with the small model; its speed goes to stderr
+	@$(BIN)/llamacli run --no-stdin -v -m $(MODEL) --temp 0 -n 200 "$(PROMPT)"
+
+setup: $(VENV)/.installed ## Make .venv with .venv/bin/llamacli
+
+test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, ARGS="-m slow" for the slow ones)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev ## Repair style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Measure MODEL=file: prefill, decode, memory bandwidth
+	$(BIN)/llamacli bench -m $(MODEL)
+
+clean: ## Remove .venv and everything that is made again
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## This list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
+
+# Some systems' Python comes without ensurepip; the system's pip fills such an environment from outside.
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: expected Python 3.11 or newer, found $$(python3 -V 2>&1 || echo none); install it" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
+
+define install
+	@echo "installing into $(VENV) ..." >&2
+	@if $(BIN)/python -m pip --version >/dev/null 2>&1; \
+	then $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)'; \
+	else $(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -e '$(1)'; fi
+endef
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(call install,.[dev])
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,126 @@
+"""llamacli: Llama 4 GGUF files in the terminal and from Python.
+
+In: the path of a GGUF. Out: `Model`, with text, logits and sessions. The engine and Numba are imported by `Model.load`, never
+here, so that help and completion stay fast. Knows nothing of terminals.
+
+    from llamacli import Model
+    model = Model.load("file.gguf", threads=2, ctx=4096)
+    for piece in model.stream(messages=[{"role": "user", "content": "Hello"}], max_tokens=64, temp=0):
+        print(piece.text, end="")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llamacli.errors import (
+    CheckpointError,
+    ContextFullError,
+    LlamacliError,
+    ModelFileError,
+    OutputError,
+    PromptError,
+    UnsupportedModelError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from os import PathLike
+
+    import numpy as np
+
+    from llamacli.session import Piece, Session
+
+__all__ = [
+    "CheckpointError",
+    "ContextFullError",
+    "LlamacliError",
+    "Model",
+    "ModelFileError",
+    "OutputError",
+    "PromptError",
+    "UnsupportedModelError",
+    "UsageError",
+]
+__version__ = "0.1.0"
+
+DEFAULT_CTX = 8192  # tokens; the file's own limit may be 10 million, which no memory holds
+
+
+class Model:
+    """A loaded model. One caller at a time.
+
+    `tokenizer` and `config` are the file's; `ctx` is the limit of a session's tokens; `defaults` are the sampling values that
+    the file asks for, else Llama 4's own (temp 0.6, top_p 0.9).
+    """
+
+    def __init__(self, gguf, config, tokenizer, engine, ctx: int):
+        self.gguf, self.config, self.tokenizer, self.engine, self.ctx = gguf, config, tokenizer, engine, ctx
+        self.defaults = sampling_defaults(gguf.metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], threads: int | None = None, ctx: int | None = None) -> Model:
+        """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
+
+        ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for this engine.
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        from llamacli.config import Config
+        from llamacli.gguf import open_gguf
+
+        gguf = open_gguf(path)
+        config = Config.from_gguf(gguf)
+        with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
+            tokenizer = beside.submit(_tokenizer, gguf)
+            from llamacli.model import Engine
+
+            engine = Engine(gguf, config, threads)
+            return cls(gguf, config, tokenizer.result(), engine, ctx or min(DEFAULT_CTX, config.context_length or DEFAULT_CTX))
+
+    def session(self, ctx: int | None = None) -> Session:
+        """A new, empty conversation of at most `ctx` tokens (default: the model's)."""
+        from llamacli.session import Session
+
+        return Session(self.engine, self.tokenizer, ctx or self.ctx)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Every token's logits in a fresh context, float32 [len(ids), n_vocab]."""
+        return self.engine.forward(ids, self.engine.new_cache(self.ctx), all_logits=True)
+
+    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins."""
+        from llamacli.template import render
+
+        return render(self.tokenizer, list(messages), self.gguf.metadata.get("tokenizer.chat_template"))
+
+    def sampler(self, **settings):
+        """A Sampler; `settings`: temp, top_k, top_p, min_p, repeat_penalty, seed. None means the model's default."""
+        from llamacli.sampler import Sampler
+
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return Sampler(**{**self.defaults, **chosen}, hidden_ids=self.tokenizer.hidden_ids)
+
+    def stream(
+        self, messages: Sequence[dict[str, str]], max_tokens: int | None = None, stop: Sequence[str] = (), **settings
+    ) -> Iterator[Piece]:
+        """Answer a conversation in a fresh session, piece by piece. `settings` as for `sampler`."""
+        return self.session().stream(self.prompt_ids(messages), self.sampler(**settings), max_tokens, stop)
+
+
+def sampling_defaults(metadata) -> dict[str, float]:
+    """Sampling values by a file's metadata; Llama 4's where it says nothing or nonsense."""
+    values = {"temp": 0.6, "top_p": 0.9}
+    ranges = {"temp": (0.0, 5.0), "top_k": (0, 1 << 20), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
+    for name, (low, high) in ranges.items():
+        value = metadata.get(f"general.sampling.{name}")
+        if isinstance(value, int | float) and low <= value <= high:
+            values[name] = value
+    return values
+
+
+def _tokenizer(gguf):
+    from llamacli.tokenizer import Tokenizer
+
+    return Tokenizer.from_gguf(gguf)

@@ -1,0 +1,161 @@
+"""Where bytes meet the terminal: answers to stdout, everything else to stderr, colour only where it is wanted.
+
+In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece at once and nothing is left to fail at the
+end; notes, tables and progress. The only file that imports rich, and only for tables and progress bars. Knows nothing of
+models or options.
+"""
+
+import os
+import select
+import sys
+from collections.abc import Iterable
+from contextlib import contextmanager
+
+from llamacli import environment
+from llamacli.errors import OutputError
+
+DIM, RED, BOLD, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control characters: a hostile file must not steer the terminal."""
+    words = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def complain(message: str) -> None:
+    """The one line of an error."""
+    prefix = f"{RED}llamacli: error:{PLAIN}" if _coloured(sys.stderr, "auto") else "llamacli: error:"
+    _to_stderr(f"{prefix} {one_line(message)}\n")
+
+
+def _to_stderr(text: str) -> None:
+    try:
+        if sys.stderr is not None:
+            sys.stderr.write(text)
+            sys.stderr.flush()
+    except (OSError, ValueError):
+        pass  # nobody is left to tell
+
+
+def _coloured(stream, color: str) -> bool:
+    if color != "auto":
+        return color == "always"
+    return is_terminal(stream) and not environment.plain_terminal()
+
+
+def is_terminal(stream) -> bool:
+    """Whether `stream` is a terminal; False for one that is closed or missing."""
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:
+        return False
+
+
+class Console:
+    """`color` is auto, always or never. `talks`: whether notes are shown, on a terminal or with -v."""
+
+    def __init__(self, color: str = "auto", verbose: bool = False):
+        self.verbose = verbose
+        self.talks = verbose or is_terminal(sys.stderr)
+        self._color = color
+        self._last = ""  # the last character of the answer under way; empty before its first
+
+    def note(self, text: str) -> None:
+        """A remark beside the answer."""
+        if self.talks:
+            self.say(self.dim(one_line(text)))
+
+    def say(self, text: str) -> None:
+        """A line to stderr that the user asked for."""
+        _to_stderr(text + "\n")
+
+    def ask(self, sign: str) -> None:
+        """The sign before a line to be typed, where readline does not write it."""
+        _to_stderr(sign)
+
+    def warn(self, text: str) -> None:
+        """A line to stderr that is shown in any case."""
+        _to_stderr(f"llamacli: {one_line(text)}\n")
+
+    def dim(self, text: str) -> str:
+        """`text` in grey where stderr has colours."""
+        return f"{DIM}{text}{PLAIN}" if _coloured(sys.stderr, self._color) else text
+
+    def prompt(self, text: str) -> str:
+        """`text` in bold where stdout has colours, marked as taking no room for readline."""
+        return f"\x01{BOLD}\x02{text}\x01{PLAIN}\x02" if _coloured(sys.stdout, self._color) else text
+
+    def piece(self, text: str) -> None:
+        """A piece of the answer, to stdout at once. BrokenPipeError if nobody reads any more."""
+        if text:
+            self._last = text[-1]
+            _write(text.encode("utf-8", "replace"))
+
+    def end(self, always: bool = True) -> None:
+        """The answer is over: make sure that it ends in a newline. `always` False: only if there was an answer."""
+        last, self._last = self._last, ""
+        if last != "\n" and (last or always):
+            _write(b"\n")
+
+    def result(self, text: str) -> None:
+        """A whole result to stdout, one line."""
+        _write(text.encode("utf-8", "replace") + b"\n")
+
+    def table(self, title: str, rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> None:
+        """A result as aligned columns to stdout; the first is text, the others numbers or words."""
+        rows = [tuple(one_line(cell) for cell in row) for row in rows]
+        if not _coloured(sys.stdout, self._color):
+            lines = [*([head] if head else []), *rows]
+            widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
+            text = [title] if title else []
+            text += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+            return self.result("\n".join(text))
+        import io
+
+        from rich.console import Console as Rich
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(
+            box=None, show_header=bool(head), title=title or None, title_justify="left", title_style="bold", pad_edge=True
+        )
+        for i in range(len(head or rows[0])):
+            table.add_column(head[i] if head else None, style=None if i else "cyan", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        rendered = io.StringIO()
+        width = os.get_terminal_size(1).columns if os.isatty(1) else 100
+        Rich(file=rendered, force_terminal=True, width=width).print(table)
+        return self.result("\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n")))
+
+    @contextmanager
+    def progress(self, what: str):
+        """Yields update(done, total, label) for a long job: a bar on a terminal, with -v a line for each label."""
+        if not is_terminal(sys.stderr):
+            yield lambda done, total, label="": self.note(f"{what}: {label}")
+            return
+        from rich.console import Console as Rich
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        rich = Rich(stderr=True, no_color=not _coloured(sys.stderr, self._color))
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=rich, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total, label="": bar.update(
+                task, completed=done, total=total, description=one_line(f"{what} {label}")
+            )
+
+
+def _write(data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(1, data) :]
+        except BlockingIOError:
+            select.select([], [1], [])
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputError(
+                f"stdout: expected to write {len(data)} bytes, found: {error.strerror}; free some room or redirect elsewhere"
+            ) from None

@@ -1,0 +1,187 @@
+"""`llamacli inspect`: what a GGUF holds and what it will need, without loading it.
+
+In: a path. Out: a table or one JSON object on stdout. `describe` gathers, `_show` lays out. A sound GGUF of another
+architecture is described too, with the reason why it cannot be run. Knows nothing of the engine.
+"""
+
+import json
+import os
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from llamacli.cli.options import Json, Output, find_model
+from llamacli.errors import LlamacliError
+
+EXPERTS = "_exps.weight"  # the end of every routed tensor's name
+CONTEXTS = (4096, 8192, 32768, 131072, 1048576)
+HALF = 2  # bytes of a number in the KV cache
+
+
+def inspect(
+    file: Annotated[
+        str | None, typer.Argument(metavar="FILE", help="A GGUF file or a model's name.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Say what is inside a GGUF and how much memory it will need."""
+    from llamacli.gguf import open_gguf
+
+    console = output.console()
+    record = describe(open_gguf(find_model(file, console)))
+    if as_json:
+        console.result(json.dumps(record, ensure_ascii=False))
+    else:
+        _show(record, console)
+
+
+def describe(gguf) -> dict:
+    """Everything known about the file as a record fit for JSON. Sizes in bytes."""
+    meta, tensors = gguf.metadata, gguf.tensors.values()
+    record = {
+        "file": str(gguf.path),
+        "name": _text(meta.get("general.name")),
+        "architecture": _text(meta.get("general.architecture")),
+        "gguf_version": gguf.version,
+        "file_bytes": gguf.nbytes,
+        "parameters": sum(_size(t) for t in tensors),
+        "tensors": {"count": len(gguf.tensors), "by_type": _by_type(tensors)},
+        "tokenizer": _tokenizer(meta),
+    }
+    try:
+        from llamacli.config import Config
+
+        config = Config.from_gguf(gguf)
+    except LlamacliError as error:
+        return record | {"runnable": False, "why_not": str(error)}
+    share = config.n_experts_used / config.n_experts if config.n_experts else 1.0
+    active = sum(_size(t) * (share if t.name.endswith(EXPERTS) else 1) for t in tensors)
+    return record | {
+        "runnable": True,
+        "parameters_active": round(active),
+        "layers": config.n_layers,
+        "embedding": config.n_embd,
+        "heads": config.n_heads,
+        "kv_heads": config.n_kv_heads,
+        "head_size": config.head_dim,
+        "experts": config.n_experts,
+        "experts_used": config.n_experts_used,
+        "expert_layers": sum(map(config.is_moe, range(config.n_layers))),
+        "rope_layers": sum(map(config.uses_rope, range(config.n_layers))),
+        "chunk": config.chunk_size,
+        "context": config.context_length,
+        "vocabulary": config.n_vocab,
+        "memory": _memory(config, gguf),
+    }
+
+
+def _memory(config, gguf) -> dict:
+    longest = config.context_length or CONTEXTS[0]
+    contexts = [ctx for ctx in CONTEXTS if ctx < longest] + [longest]
+    return {
+        "weights_bytes": sum(t.nbytes for t in gguf.tensors.values()),
+        "kv": [
+            {"ctx": ctx, "bytes": kv_bytes(config, ctx), "without_chunks_bytes": kv_bytes(config, ctx, False)}
+            for ctx in contexts
+        ],
+    }
+
+
+def kv_bytes(config, ctx: int, chunked: bool = True) -> int:
+    """Bytes of keys and values for `ctx` tokens; `chunked`: layers with rotary positions keep one chunk only."""
+    per_token = 2 * config.n_kv_heads * config.head_dim * HALF
+    chunk = config.chunk_size if chunked else 0
+    return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
+
+
+def _by_type(tensors) -> list[dict]:
+    count, weights, nbytes = Counter(), Counter(), Counter()
+    for t in tensors:
+        count[t.type.name] += 1
+        weights[t.type.name] += _size(t)
+        nbytes[t.type.name] += t.nbytes
+    return [
+        {"type": name, "count": count[name], "parameters": weights[name], "bytes": size} for name, size in nbytes.most_common()
+    ]
+
+
+def _tokenizer(meta) -> dict:
+    tokens = meta.get("tokenizer.ggml.tokens")
+    return {
+        "model": _text(meta.get("tokenizer.ggml.model")),
+        "pre": _text(meta.get("tokenizer.ggml.pre")),
+        "tokens": len(tokens) if hasattr(tokens, "__len__") else 0,
+        "chat_template": isinstance(meta.get("tokenizer.chat_template"), str),
+    }
+
+
+def _size(tensor) -> int:
+    size = 1
+    for n in tensor.shape:
+        size *= int(n)
+    return size
+
+
+def _text(value) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _show(r: dict, console) -> None:
+    general = [("architecture", r["architecture"] or "?"), ("name", r["name"] or "-")]
+    general.append(("file", f"{_bytes(r['file_bytes'])}, GGUF version {r['gguf_version']}"))
+    if r["runnable"]:
+        general.append(("parameters", f"{_count(r['parameters'])}, active per token {_count(r['parameters_active'])}"))
+        general.append(
+            ("layers", f"{r['layers']}, {r['expert_layers']} with experts, {r['rope_layers']} with rotary positions")
+        )
+        general.append(("experts", f"{r['experts']}, {r['experts_used']} used per token" if r["experts"] else "none"))
+        general.append(
+            ("heads", f"{r['heads']} of {r['head_size']}, {r['kv_heads']} for keys and values; embedding {r['embedding']}")
+        )
+        general.append(("context", f"{r['context']} tokens, " + (f"chunks of {r['chunk']}" if r["chunk"] else "no chunks")))
+    else:
+        general.append(("parameters", _count(r["parameters"])))
+    t = r["tokenizer"]
+    template = "with" if t["chat_template"] else "no"
+    general.append(("tokenizer", f"{t['model'] or '?'}, {t['pre'] or '?'}, {t['tokens']} tokens, {template} chat template"))
+    console.table(r["file"], general)
+    rows = [(k["type"], str(k["count"]), _count(k["parameters"]), _bytes(k["bytes"])) for k in r["tensors"]["by_type"]]
+    if rows:
+        console.table("\nWeights", rows, ("type", "tensors", "parameters", "size"))
+    if not r["runnable"]:
+        console.result(f"\nThis file cannot be run: {r['why_not']}")
+        return
+    weights, free = r["memory"]["weights_bytes"], _available()
+    rows = []
+    for kv in r["memory"]["kv"]:
+        need = weights + kv["bytes"]
+        fits = "" if free is None else "fits in memory" if need <= free else "more than this machine has free"
+        rows.append((f"{kv['ctx']}", _bytes(kv["bytes"]), _bytes(kv["without_chunks_bytes"]), _bytes(need), fits))
+    console.table("\nMemory by context", rows, ("tokens", "KV cache", "(unchunked)", "with weights", ""))
+
+
+def _available() -> int | None:
+    """Bytes of memory that the machine can still give, None where it does not tell."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _bytes(n: int) -> str:
+    return _scaled(n, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), f"{n} B")
+
+
+def _count(n: float) -> str:
+    return _scaled(n, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)), f"{n:.0f}")
+
+
+def _scaled(n: float, units, small: str) -> str:
+    return next((f"{n / size:.2f} {unit}" for unit, size in units if n >= size), small)

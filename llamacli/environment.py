@@ -1,0 +1,35 @@
+"""Every environment variable that the project reads, and where its own files lie. The one home of both.
+
+    LLAMACLI_MODEL   the model when -m is absent            LLAMACLI_DEBUG   1: a traceback with an error
+    LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
+    NO_COLOR, TERM   no colour                              XDG_STATE_HOME, XDG_CACHE_HOME   the user's folders
+
+Knows nothing of models or terminals; importing it costs nothing.
+"""
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+SMALL_MODEL = PROJECT / "models" / "scout-tiny" / "scout-tiny.gguf"
+
+
+def model() -> str | None:
+    """The model that the user prefers, a file or a name."""
+    return os.environ.get("LLAMACLI_MODEL") or None
+
+
+def debug() -> bool:
+    """Whether an error shows its traceback."""
+    return os.environ.get("LLAMACLI_DEBUG", "") not in ("", "0")
+
+
+def plain_terminal() -> bool:
+    """Whether the user or the terminal asks for no colour."""
+    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def history_file() -> Path:
+    """Where the chat keeps the lines typed into it."""
+    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(root) / "llamacli" / "history"

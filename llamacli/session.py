@@ -1,0 +1,180 @@
+"""One conversation with a model: which tokens the cache holds, and THE decode loop.
+
+In: an engine, a tokenizer, ids and a sampler. Out: logits, or `Piece`s of text that end with a finish reason. `sync` reuses
+what the cache has in common with the new prompt. An interrupt (Ctrl-C) at any point leaves the session usable: `ids` lists
+only tokens whose evaluation succeeded, and whatever a broken-off call may have written is forgotten before the next one.
+Knows nothing of messages, templates, files or terminals.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from llamacli.errors import ContextFullError, PromptError
+
+
+class Piece(NamedTuple):
+    """A part of an answer. `text` may be empty; `finish_reason` is set on the last piece only:
+
+    "stop" (a stop token or string), "length" (max_tokens), "context" (no room left), "interrupt" (Ctrl-C; KeyboardInterrupt follows).
+    """
+
+    text: str
+    id: int | None
+    finish_reason: str | None = None
+
+
+@dataclass
+class Stats:
+    """What the latest `stream` did, tokens and seconds; the rates are None where nothing was measured."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    decoded: int = 0  # evaluations of one token; the first sampled token needs none
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tps(self) -> float | None:
+        """Prompt tokens evaluated per second, reused ones not counted."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tps(self) -> float | None:
+        """Tokens evaluated per second after the prompt, sampling included, the reader's time not."""
+        return self.decoded / self.decode_s if self.decoded and self.decode_s else None
+
+
+class StopStrings:
+    """Watches a stream of text for stop strings; holds back what may turn out to be the start of one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Returns the text that is safe to show and whether a stop string was found; nothing from it on is ever shown."""
+        self._held += text
+        found = [at for at in map(self._held.find, self._stops) if at >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown, False
+
+    def _overlap(self, stop: str) -> int:
+        """How many characters at the end of the held text begin `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+    def flush(self) -> str:
+        """The text still held back, once the stream is over."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+class Session:
+    """Holds the evaluated tokens in `ids`, at most `ctx`. `stats` tells of the latest `stream`."""
+
+    def __init__(self, engine, tokenizer, ctx: int):
+        self.engine, self.tokenizer, self.ctx = engine, tokenizer, ctx
+        self.cache = engine.new_cache(ctx)
+        self.ids: list[int] = []
+        self.stats = Stats()
+        self._touched = 0  # positions below this one may have been written, by a finished call or by one that broke off
+
+    def eval(self, ids: Sequence[int]) -> np.ndarray:
+        """Evaluate `ids` after those already held; returns the last one's logits, float32 [n_vocab], the caller's own copy."""
+        if not len(ids):
+            raise PromptError("nothing to evaluate: expected at least one token id, found none")
+        return self._evaluate(self._rewind(len(self.ids)) + [int(i) for i in ids]).copy()
+
+    def sync(self, ids: Sequence[int]) -> np.ndarray:
+        """Make the session hold exactly `ids` and return the last one's logits, float32 [n_vocab], a view until the next call.
+
+        What the cache shares with `ids` from the start is kept. ContextFullError if `ids` are more than `ctx`.
+        """
+        ids = [int(i) for i in ids]
+        if not ids:
+            raise PromptError("the prompt is empty: expected at least one token")
+        if len(ids) > self.ctx:
+            raise ContextFullError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.ctx}: shorten it or use -c {_round_up(len(ids))}"
+            )
+        common = next(
+            (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
+        )
+        self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
+        return self._evaluate(ids[len(self.ids) :])
+
+    def stream(
+        self, prompt_ids: Sequence[int], sampler, max_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Iterator[Piece]:
+        """Answer the prompt piece by piece, until a stop token, a stop string, `max_tokens` or a full context.
+
+        On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the KeyboardInterrupt.
+        """
+        stats = self.stats = Stats(prompt_tokens=len(prompt_ids))
+        decoder, watch = self.tokenizer.stream(), StopStrings(stop)
+        stopped = False
+        try:
+            began = perf_counter()
+            logits = self.sync(prompt_ids)
+            stats.prefill_s = perf_counter() - began
+            while True:
+                began = perf_counter()
+                token = sampler.pick(logits, self.ids)
+                stats.decode_s += perf_counter() - began
+                if token in self.tokenizer.stop_ids:
+                    reason = "stop"
+                    break
+                stats.completion_tokens += 1
+                text, stopped = watch.push(decoder.push(token))
+                yield Piece(text, token)
+                if stopped or stats.completion_tokens == max_tokens or len(self.ids) == self.ctx:
+                    reason = "stop" if stopped else "length" if stats.completion_tokens == max_tokens else "context"
+                    break
+                began = perf_counter()
+                logits = self._evaluate([token])
+                stats.decode_s += perf_counter() - began
+                stats.decoded += 1
+        except KeyboardInterrupt:
+            yield Piece("" if stopped else watch.push(decoder.flush())[0] + watch.flush(), None, "interrupt")
+            raise
+        tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
+        yield Piece(tail, None, reason)
+
+    def _evaluate(self, ids: list[int]) -> np.ndarray:
+        """Forward `ids` from where the cache stands. They count as held only once the engine is through."""
+        if len(self.ids) + len(ids) > self.ctx:
+            raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start anew")
+        if self._touched > len(self.ids):
+            ids = self._rewind(len(self.ids)) + ids
+        self._touched = len(self.ids) + len(ids)
+        logits = self.engine.forward(ids, self.cache)
+        self.ids.extend(ids)
+        return logits
+
+    def _rewind(self, length: int) -> list[int]:
+        """Forget from `length` on; returns the ids that the cache had to forget besides, to be evaluated again.
+
+        A call that broke off may have written past the cache's own position, into a ring even over older tokens. So the cache
+        is told that it went as far as anything may have been written, and decides itself how far back is safe.
+        """
+        if self._touched > length:
+            self.cache.pos = self._touched
+        reached = self.cache.truncate(length)
+        lost = self.ids[reached:length]
+        del self.ids[reached:]
+        self._touched = reached
+        return lost
+
+
+def _round_up(n: int) -> int:
+    """A context size to suggest for a prompt of `n` tokens: room for an answer, in whole kilotokens."""
+    return (n + 512 + 1023) // 1024 * 1024
