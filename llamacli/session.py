@@ -17,9 +17,9 @@ from llamacli.errors import ContextFullError, PromptError
 
 
 class Piece(NamedTuple):
-    """A part of an answer. `text` may be empty; `finish_reason` is set on the last piece only:
+    """A part of an answer. `text` may be empty; `finish_reason` is set on the last piece only.
 
-    "stop" (a stop token or string), "length" (max_tokens), "context" (no room left), "interrupt" (Ctrl-C; KeyboardInterrupt follows).
+    "stop": a stop token or string; "length": max_tokens; "context": no room left; "interrupt": Ctrl-C, KeyboardInterrupt follows.
     """
 
     text: str
@@ -110,6 +110,7 @@ class Session:
             (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
         )
         self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
+        self.stats.cached_tokens = len(self.ids)
         return self._evaluate(ids[len(self.ids) :])
 
     def stream(

@@ -1,0 +1,150 @@
+"""A model in miniature for tests of everything above the engine: real sessions and commands, no weights, no compiled code.
+
+Tokens are UTF-8 bytes and five special ids. `FakeEngine`'s logits are a fingerprint of all tokens that a chunked cache would let it
+see, so a wrong cache shows as a wrong next token; `Scripted` says a text instead, token by token.
+Run as a script it is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
+"""
+
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from llamacli import Model
+from llamacli.errors import ContextFullError
+
+BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
+N_VOCAB = 261
+
+
+class FakeTokenizer:
+    bos, eos, n_vocab = BOS, EOT, N_VOCAB
+    stop_ids = frozenset({EOT, EOM})
+    hidden_ids = np.array([BOS, HEADER, RESERVED])
+
+    def encode(self, text, bos=True, special=False):
+        return [BOS] * bos + list(text.encode())
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def stream(self):
+        return FakeDecoder()
+
+
+class FakeDecoder:
+    def __init__(self):
+        self.held = b""
+
+    def push(self, token):
+        self.held += bytes([token]) if token < 256 else b""
+        for end in range(len(self.held), max(-1, len(self.held) - 4), -1):
+            try:
+                text, self.held = self.held[:end].decode(), self.held[end:]
+                return text
+            except UnicodeDecodeError:
+                continue
+        return ""
+
+    def flush(self):
+        text, self.held = self.held.decode(errors="replace"), b""
+        return text
+
+
+class FakeCache:
+    """A ring of `chunk` slots (what chunked layers see) and everything (what global layers see)."""
+
+    def __init__(self, ctx, chunk):
+        self.ctx, self.chunk, self.pos = ctx, chunk, 0
+        self.ring, self.all = [-1] * chunk, [-1] * ctx
+
+    def truncate(self, pos):
+        pos = max(0, min(pos, self.pos))
+        if pos < self.pos and (self.pos - 1) // self.chunk != pos // self.chunk:
+            pos = pos // self.chunk * self.chunk
+        self.pos = pos
+        return pos
+
+
+class FakeEngine:
+    threads, bytes_per_token = 1, 1000
+
+    def __init__(self, chunk=8, delay=0.0):
+        self.chunk, self.delay = chunk, delay
+        self.calls = []  # (position, ids) of every call
+        self.break_after = None  # raise KeyboardInterrupt once so many tokens of a call are written
+
+    def new_cache(self, ctx):
+        return FakeCache(ctx, self.chunk)
+
+    def forward(self, ids, cache, all_logits=False):
+        if cache.pos + len(ids) > cache.ctx:
+            raise ContextFullError("full")
+        self.calls.append((cache.pos, list(ids)))
+        rows = []
+        for n, token in enumerate(ids):
+            if n == self.break_after:
+                self.break_after = None
+                raise KeyboardInterrupt
+            time.sleep(self.delay)
+            pos = cache.pos + n
+            cache.ring[pos % self.chunk] = cache.all[pos] = token
+            seen = cache.ring[: pos % self.chunk + 1], cache.all[: pos + 1]
+            rows.append(self.logits(*seen))
+        cache.pos += len(ids)
+        return np.stack(rows) if all_logits else rows[-1]
+
+    def logits(self, chunk, everything):
+        mixed = 0
+        for token in [*chunk, *everything]:
+            mixed = (mixed * 31 + token + 7) % 1_000_003
+        return one_hot(97 + mixed % 26)
+
+
+class Scripted(FakeEngine):
+    """Says `reply` after the assistant's header, then <|eot|>."""
+
+    def __init__(self, reply, **how):
+        super().__init__(**how)
+        self.reply = [*reply.encode(), EOT]
+
+    def logits(self, chunk, everything):
+        said = everything[::-1].index(HEADER) if HEADER in everything else len(everything) - 1
+        return one_hot(self.reply[min(said, len(self.reply) - 1)])
+
+
+def one_hot(token):
+    logits = np.zeros(N_VOCAB, np.float32)
+    logits[token] = 1
+    return logits
+
+
+class Greedy:
+    def pick(self, logits, history):
+        return int(np.argmax(logits))
+
+
+class FakeModel(Model):
+    def __init__(self, engine, ctx=None):
+        gguf = SimpleNamespace(metadata={}, path=None, tensors={})
+        super().__init__(gguf, SimpleNamespace(n_vocab=N_VOCAB, context_length=4096), FakeTokenizer(), engine, ctx or 4096)
+
+    def prompt_ids(self, messages):
+        ids = [BOS]
+        for message in messages:
+            ids += [*message["role"][:1].encode(), 10, *message["content"].encode(), EOT]
+        return [*ids, HEADER]
+
+    def sampler(self, **settings):
+        self.settings = settings
+        return Greedy()
+
+
+if __name__ == "__main__":
+    from llamacli.cli import main, options
+
+    reply, delay = sys.argv[1], float(sys.argv[2])
+    options.load_model = lambda path, threads, ctx, console: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
+    options.find_model = lambda name, console: name
+    sys.exit(main(sys.argv[3:]))
