@@ -1,0 +1,445 @@
+"""The commands as a user meets them: what goes to which stream, exit codes, pipes, signals, a real pseudo-terminal.
+
+Most tests run over the miniature model of fakes.py, whose answers and pace are known; the last ones start the real thing.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+from fakes import FakeModel, Scripted
+
+import llamacli
+from llamacli import environment
+from llamacli.cli import chat, main, options
+from llamacli.cli.console import one_line
+
+TESTS = Path(__file__).parent
+REPLY = "first line\nsecond line"
+
+
+def fake(*args, reply=REPLY, delay="0"):
+    """The command line of a process over the miniature model."""
+    return [sys.executable, str(TESTS / "fakes.py"), reply, delay, *args]
+
+
+def start(*args, **how):
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    fakes = {name: how.pop(name) for name in ("reply", "delay") if name in how}
+    return subprocess.Popen(fake(*args, **fakes), **{**pipes, **how})
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Commands in this process answer from a miniature model that a test may look into; stdin is empty."""
+    made = FakeModel(Scripted(REPLY, chunk=64))
+    monkeypatch.setattr(options, "find_model", lambda name, console: name)
+    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console: made)
+    monkeypatch.setattr(options, "stdin_is_piped", lambda: False)
+    monkeypatch.setattr("llamacli.cli.run.stdin_is_piped", lambda: False)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def prompt_of(model):
+    """The prompt that the engine saw, as text."""
+    return bytes(t for t in model.engine.calls[0][1] if t < 256).decode()
+
+
+# the package
+
+
+def test_all_is_sorted_and_complete():
+    assert llamacli.__all__ == sorted(llamacli.__all__)
+    public = {name for name in vars(llamacli) if not name.startswith("_") and isinstance(getattr(llamacli, name), type)}
+    assert public <= set(llamacli.__all__)
+
+
+def test_help_imports_neither_numba_nor_numpy():
+    code = "import sys; from llamacli.cli import main; main(['--help']); print(sorted({'numba', 'numpy', 'rich'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_model_streams_messages_and_takes_the_files_sampling_values():
+    model = FakeModel(Scripted("hello"))
+    assert "".join(piece.text for piece in model.stream([{"role": "user", "content": "hi"}], max_tokens=4)) == "hell"
+    assert llamacli.sampling_defaults({}) == {"temp": 0.6, "top_p": 0.9}
+    odd = {"general.sampling.temp": 0.25, "general.sampling.top_p": 7.0, "general.sampling.top_k": 20}
+    assert llamacli.sampling_defaults(odd) == {"temp": 0.25, "top_p": 0.9, "top_k": 20}
+
+
+def test_model_logits_come_from_a_fresh_context():
+    model = FakeModel(Scripted("hello"))
+    assert model.logits([1, 2, 3]).shape == (3, model.tokenizer.n_vocab)
+    model.logits([4])
+    assert model.engine.calls[1] == (0, [4])
+
+
+# run
+
+
+def test_run_prints_the_answer_and_one_newline_and_nothing_else(model, capfd):
+    assert main(["run", "hi"]) == 0
+    assert capfd.readouterr() == (REPLY + "\n", "")
+
+
+def test_run_adds_no_second_newline(model, capfd):
+    model.engine.reply = [*b"text\n", 257]
+    main(["run", "hi"])
+    assert capfd.readouterr().out == "text\n"
+
+
+def test_run_verbose_tells_speed_on_stderr(model, capfd):
+    assert main(["run", "-v", "-n", "3", "hi"]) == 0
+    out, err = capfd.readouterr()
+    assert out == REPLY[:3] + "\n"
+    assert "3 answered at" in err
+    assert "-n limit" in err
+
+
+def test_run_joins_words_and_sends_the_system_prompt_first(model):
+    main(["run", "-s", "be kind", "two", "words"])
+    assert prompt_of(model) == "s\nbe kindu\ntwo words"
+
+
+def test_run_passes_sampling_options_and_leaves_the_others_to_the_model(model):
+    main(["run", "--temp", "0.5", "--top-k", "7", "--seed", "3", "hi"])
+    assert model.settings == {"temp": 0.5, "top_k": 7, "top_p": None, "min_p": None, "repeat_penalty": None, "seed": 3}
+
+
+def test_run_json_is_one_object(model, capfd):
+    main(["run", "--json", "-n", "5", "hi"])
+    out, err = capfd.readouterr()
+    record = json.loads(out)
+    assert err == ""
+    assert record["text"] == "first"
+    assert record["finish_reason"] == "length"
+    assert record["usage"] == {"prompt_tokens": 7, "completion_tokens": 5}
+    assert {"load_s", "prefill_tps", "decode_tps"} <= set(record["timings"])
+
+
+def test_run_stops_before_a_stop_string(model, capfd):
+    assert main(["run", "--stop", "\nsec", "hi"]) == 0
+    assert capfd.readouterr().out == "first line\n"
+
+
+def test_run_raw_sends_the_text_alone(model):
+    main(["run", "--raw", "once upon"])
+    assert model.engine.calls[0][1] == [256, *b"once upon"]
+
+
+def test_run_reads_files_in_order_and_keeps_their_bytes(model, tmp_path):
+    (tmp_path / "a").write_bytes(b"one\r\n")
+    (tmp_path / "b").write_bytes("zwei ü".encode())
+    main(["run", "-f", str(tmp_path / "a"), "-f", str(tmp_path / "b"), "sum"])
+    assert prompt_of(model) == "u\none\r\n\nzwei ü\n\nsum"
+
+
+def test_run_at_a_full_context_says_so(model, capfd):
+    model.ctx = 10
+    assert main(["run", "--json", "hi"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["finish_reason"] == "context"
+    assert "context of 10 tokens is full" in err
+
+
+@pytest.mark.parametrize(
+    "args, code, words",
+    [
+        ([], 2, "no prompt"),
+        (["-c", "0", "hi"], 2, "-c"),
+        (["-n", "-5", "hi"], 2, "-n"),
+        (["-t", "0", "hi"], 2, "-t"),
+        (["--temp", "-1", "hi"], 2, "--temp"),
+        (["--temp", "nan", "hi"], 2, "--temp"),
+        (["--top-p", "2", "hi"], 2, "--top-p"),
+        (["--stop", "", "hi"], 2, "--stop"),
+        (["--image", "cat.png", "hi"], 2, "images"),
+        (["--raw", "-s", "x", "hi"], 2, "--raw"),
+        (["--nonsense"], 2, "--nonsense"),
+        (["-f", "/nonexistent", "hi"], 1, "/nonexistent"),
+        (["broken \udcff"], 1, "UTF-8"),
+        (["-s", "broken \udcff", "hi"], 1, "--system"),
+        (["x" * 5000], 1, "5005 tokens, the context holds 4096: shorten it or use -c 6144"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_one_line_on_stderr(model, capfd, args, code, words):
+    assert main(["run", *args]) == code
+    out, err = capfd.readouterr()
+    assert out.strip() == ""
+    assert err.startswith("llamacli: error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize("error, words", [(ZeroDivisionError("oops"), "LLAMACLI_DEBUG=1"), (MemoryError(), "out of memory")])
+def test_an_unexpected_error_is_one_line_too(model, capfd, monkeypatch, error, words):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(model.engine, "logits", fail)
+    assert main(["run", "hi"]) == 1
+    err = capfd.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    monkeypatch.setenv("LLAMACLI_DEBUG", "1")
+    main(["run", "hi"])
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_text_from_a_file_cannot_steer_the_terminal():
+    assert one_line("a\nb\x1b[31mc") == "a b\\x1b[31mc"
+
+
+def test_no_arguments_show_help_and_version_its_number(capfd):
+    assert main([]) == 0
+    assert "Usage: llamacli" in capfd.readouterr().out
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"llamacli {llamacli.__version__}\n"
+
+
+# which model
+
+
+def test_the_model_is_the_option_else_the_variable_else_the_small_one(monkeypatch, tmp_path, capfd):
+    quiet, loud = options.Output().console(), options.Output(verbose=True).console()
+    monkeypatch.setattr(environment, "SMALL_MODEL", tmp_path / "small.gguf")
+    (tmp_path / "small.gguf").touch()
+    monkeypatch.delenv("LLAMACLI_MODEL", raising=False)
+    assert options.find_model(None, loud) == tmp_path / "small.gguf"
+    assert "small.gguf" in capfd.readouterr().err
+    options.find_model(None, quiet)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("LLAMACLI_MODEL", str(tmp_path / "mine.gguf"))
+    assert options.find_model(None, quiet) == tmp_path / "mine.gguf"
+    assert options.find_model("/else/where.gguf", quiet) == Path("/else/where.gguf")
+
+
+def test_a_model_is_found_by_name_and_a_wrong_name_is_an_error(monkeypatch, tmp_path, capfd):
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "models" / "tiny" / "tiny.gguf").touch()
+    monkeypatch.setattr(environment, "PROJECT", tmp_path)
+    assert options.find_model("tiny", options.Output().console()) == tmp_path / "models" / "tiny" / "tiny.gguf"
+    assert main(["tokenize", "-m", "huge", "text"]) == 1
+    assert "huge: expected a GGUF file or the name" in capfd.readouterr().err
+
+
+# processes: pipes and signals
+
+
+def test_piped_text_comes_before_the_prompt():
+    code = "import sys, fakes; from llamacli.cli import run; print(repr(run._prompt(['sum', 'up'], [], False)))"
+    done = subprocess.run([sys.executable, "-c", code], input=b"text\n", cwd=TESTS, capture_output=True, check=True)
+    assert done.stdout == b"'text\\n\\nsum up'\n"
+
+
+def test_empty_stdin_without_a_prompt_is_a_usage_error_and_invalid_bytes_an_error():
+    done = subprocess.run(fake("run"), input=b"", capture_output=True)
+    assert (done.returncode, done.stdout) == (2, b"")
+    done = subprocess.run(fake("run"), input=b"caf\xe9", capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr == b"llamacli: error: stdin: expected UTF-8, found byte 0xe9 at offset 3; convert it with iconv\n"
+
+
+def test_no_stdin_leaves_stdin_to_the_loop_around():
+    reader, writer = os.pipe()  # open, never written: reading it would hang
+    with start("run", "--no-stdin", "hi", stdin=reader) as process:
+        out, _ = process.communicate(timeout=20)
+    os.close(reader)
+    os.close(writer)
+    assert out.decode() == REPLY + "\n"
+
+
+def test_a_closed_pipe_ends_quietly():
+    with start("run", "hi", reply="line\n" * 500, delay="0.001") as process:
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("args", [["run", "hi"], ["--help"], ["run", "--json", "hi"]])
+def test_a_pipe_closed_from_the_start_ends_quietly(args):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with start(*args, stdout=writer) as process:
+        os.close(writer)
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "wb") as full, start("run", "hi", stdout=full) as process:
+        err = process.stderr.read().decode()
+    assert process.returncode == 1
+    assert err.count("\n") == 1
+    assert "No space left" in err
+
+
+def test_pieces_arrive_as_they_are_made():
+    with start("run", "hi", delay="0.05") as process:
+        assert os.read(process.stdout.fileno(), 100) == b"f"
+        process.kill()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_line_and_keeps_what_was_said(number, code):
+    with start("run", "hi", delay="0.05") as process:
+        said = process.stdout.read(5)
+        process.send_signal(number)
+        said += process.stdout.read()
+        assert process.stderr.read() == b""
+    assert process.returncode == code
+    assert said.startswith(b"first")
+    assert said.endswith(b"\n")
+    assert len(said) < len(REPLY)
+
+
+def test_ctrl_c_before_the_first_token_leaves_no_output():
+    with start("run", "a long prompt " * 50, delay="0.05") as process:
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+    assert process.returncode == 130
+
+
+# chat
+
+
+def talk(text, **how):
+    done = subprocess.run(fake("chat", **how), input=text.encode(), capture_output=True, timeout=30)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_chat_takes_piped_lines_as_turns():
+    assert talk("one\n\ntwo\n", reply="ok") == (0, "ok\nok\n", "")
+
+
+def test_chat_commands_work_in_a_pipe_and_speak_on_stderr():
+    code, out, err = talk("hi\n/regen\n/stats\n/system be kind\n/system\n/nonsense\n/exit\nnever\n", reply="ok")
+    assert (code, out) == (0, "ok\nok\n")
+    assert "context: " in err
+    assert "be kind" in err
+    assert "unknown command /nonsense; /help lists them" in err
+
+
+def test_chat_reads_blocks_in_three_quotes_as_one_turn():
+    text = '"""\nline one\nline two\n"""\n'
+    code, out, _ = talk(text, reply="ok")
+    assert (code, out) == (0, "ok\n")
+
+
+def conversation(reply="ok"):
+    model = FakeModel(Scripted(reply, chunk=64))
+    return chat.Conversation(model, model.sampler(), None, None, [])
+
+
+def test_a_conversation_remembers_undoes_and_answers_again():
+    c = conversation()
+    assert "".join(c.ask("one")) == "ok"
+    assert "".join(c.ask("two")) == "ok"
+    assert [m["content"] for m in c.messages] == ["one", "ok", "two", "ok"]
+    assert "".join(c.regenerate()) == "ok"
+    assert [m["content"] for m in c.messages] == ["one", "ok", "two", "ok"]
+    c.undo()
+    assert [m["content"] for m in c.messages] == ["one", "ok"]
+    c.clear()
+    with pytest.raises(llamacli.PromptError):
+        list(c.regenerate())
+
+
+def test_a_broken_off_answer_stays_as_the_turn():
+    c = conversation("hello")
+    answer = c.ask("one")
+    assert next(answer) + next(answer) == "he"
+    answer.close()
+    assert c.messages[-1] == {"role": "assistant", "content": "he"}
+    assert "".join(c.ask("two")) == "hello"
+
+
+def test_a_turn_too_long_is_taken_back():
+    c = conversation()
+    list(c.ask("one"))
+    with pytest.raises(llamacli.ContextFullError):
+        list(c.ask("x" * 5000))
+    assert [m["content"] for m in c.messages] == ["one", "ok"]
+
+
+def test_chat_at_a_terminal(tmp_path):
+    """Streaming, Ctrl-C during an answer and at the prompt, commands, Ctrl-D: on a real pseudo-terminal."""
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb", "PYTHONPATH": str(TESTS.parent)}
+    command, *args = fake("chat", reply="a rather long answer", delay="0.02")
+    child = pexpect.spawn(command, args, env=env, timeout=20, encoding="utf-8")
+    child.expect("/help lists the commands")
+    child.expect("> ")
+    child.sendline("hello")
+    child.expect("a rather")
+    child.sendintr()
+    child.expect("stopped by Ctrl-C")
+    child.expect("> ")
+    child.sendline("/regen")
+    child.expect("a rather long answer\r\n")
+    child.expect("> ")
+    child.sendline('"""')
+    child.expect(r"\.\.\. ")
+    child.sendline('two lines"""')
+    child.expect("a rather long answer\r\n")
+    child.expect("> ")
+    child.sendintr()
+    child.expect("Ctrl-D or /exit leaves")
+    child.expect("> ")
+    child.sendline("/help")
+    child.expect("/regen")
+    child.expect("> ")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    history = tmp_path / "llamacli" / "history"
+    assert history.stat().st_mode & 0o777 == 0o600
+    assert "hello" in history.read_text()
+
+
+def test_chat_leaves_with_130_at_the_second_ctrl_c_in_a_row(tmp_path):
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
+    command, *args = fake("chat")
+    child = pexpect.spawn(command, args, env=env, timeout=20, encoding="utf-8")
+    child.expect("> ")
+    child.sendintr()
+    child.expect("once more")
+    child.expect("> ")
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+
+
+def test_colour_only_where_it_is_wanted(tmp_path):
+    def colours(*args, **env):
+        command, *rest = fake("run", *args, "hi")
+        child = pexpect.spawn(
+            command, rest, env={**os.environ, "TERM": "xterm", "NO_COLOR": "", **env}, timeout=20, encoding="utf-8"
+        )
+        child.expect(pexpect.EOF)
+        return "\x1b[" in child.before
+
+    assert colours()
+    assert not colours(NO_COLOR="1")
+    assert not colours(TERM="dumb")
+    assert not colours("--color", "never")
+    assert colours("--color", "always", NO_COLOR="1")
