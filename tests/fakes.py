@@ -1,8 +1,8 @@
 """A model in miniature for tests of everything above the engine: real sessions and commands, no weights, no compiled code.
 
-Tokens are UTF-8 bytes and five special ids. `FakeEngine`'s logits are a fingerprint of all tokens that a chunked cache would let it
-see, so a wrong cache shows as a wrong next token; `Scripted` says a text instead, token by token.
-Run as a script it is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
+Tokens are UTF-8 bytes and five special ids. `FakeEngine`'s logits are a fingerprint of all tokens that a chunked cache would
+let it see, so a wrong cache shows as a wrong next token; `Scripted` says a text instead, token by token. Run as a script it
+is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
 """
 
 import sys

@@ -8,6 +8,7 @@ decoding; session.py does it.
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from llamacli import environment
@@ -16,6 +17,7 @@ from llamacli.cli.options import Generation, Output, checked, decoded
 from llamacli.cli.run import describe
 from llamacli.errors import ContextFullError, PromptError, UsageError
 
+TWICE = 1.0  # seconds between two Ctrl-C that mean it
 FENCE = '"""'
 
 
@@ -132,8 +134,8 @@ def _start_readline(commands: list[str]):
 class Chat:
     """One command of the conversation a method; `commands` maps a word to it and its line of help."""
 
-    def __init__(self, conversation: Conversation, console: Console):
-        self.conversation, self.console = conversation, console
+    def __init__(self, conversation: Conversation, console: Console, typed: bool):
+        self.conversation, self.console, self.typed = conversation, console, typed
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self.help, "this list"),
             "/regen": (self.regen, "answer the latest question again"),
@@ -166,7 +168,10 @@ class Chat:
                 self.console.piece(text)
         except KeyboardInterrupt:
             answer.close()
+            if not self.typed:
+                raise  # nobody is there to go on talking
             self._reason = "stopped by Ctrl-C"
+            self.console.fresh_line()
         finally:
             self.console.end(always=self._reason in ("stop", "length", "context"))
         if self._reason == "context":
@@ -217,9 +222,10 @@ def chat(options: Generation = None, output: Output = None) -> None:
     console = output.console()
     model = options.load(console)
     sampler = options.sampler(model, console)
-    talk = Chat(Conversation(model, sampler, options.system, options.max_tokens, options.stop or []), console)
+    conversation = Conversation(model, sampler, options.system, options.max_tokens, options.stop or [])
+    talk = Chat(conversation, console, is_terminal(sys.stdin))
     lines = Lines(console, [*talk.commands, *talk.aliases])
-    if lines.typed:
+    if talk.typed:
         console.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
     try:
         _loop(talk, lines, console)
@@ -228,23 +234,22 @@ def chat(options: Generation = None, output: Output = None) -> None:
 
 
 def _loop(talk: Chat, lines: Lines, console: Console) -> None:
-    """Turn after turn. A second Ctrl-C in a row with nothing typed leaves as an interrupt."""
-    warned = False
+    """Turn after turn. Ctrl-C throws away what is typed; twice in a row it leaves."""
+    interrupted = float("-inf")
     while True:
         try:
-            text = lines.turn()
-            warned = False
-            talk.take(text)
+            talk.take(lines.turn())
         except EOFError:
             if lines.typed:
                 console.say("")
             return
         except KeyboardInterrupt:
-            if warned or not lines.typed:
+            now = time.monotonic()
+            if now - interrupted < TWICE or not lines.typed:
                 raise
-            warned = True
+            interrupted = now
             console.say("")
-            console.note("Ctrl-D or /exit leaves, Ctrl-C once more too")
+            console.note("Ctrl-D or /exit leaves, Ctrl-C twice too")
         except (PromptError, ContextFullError, UsageError) as error:
             if not lines.typed:
                 raise

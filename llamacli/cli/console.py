@@ -98,6 +98,11 @@ class Console:
         if last != "\n" and (last or always):
             _write(b"\n")
 
+    def fresh_line(self) -> None:
+        """After a ^C that the terminal echoed: begin a new line, unless `end` will."""
+        if not self._last:
+            self.say("")
+
     def result(self, text: str) -> None:
         """A whole result to stdout, one line."""
         _write(text.encode("utf-8", "replace") + b"\n")
