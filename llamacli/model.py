@@ -133,7 +133,8 @@ class Engine:
         self._moe = np.zeros(c.n_experts + 1 + pairs, np.int64)
         self._chosen, self._scores = np.zeros(pairs, np.int64), np.zeros(pairs, np.float32)
         self._rope = np.zeros((n, c.head_dim), np.float32)
-        self._scratch = np.empty((self.threads, matmul.scratch_bytes(pairs, max([*widths, n_ff, c.n_embd]))), np.uint8)
+        widest = max(n_ff, c.n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
+        self._scratch = np.empty((self.threads, matmul.scratch_bytes(pairs, max([*widths, widest]), widest)), np.uint8)
         self._attn_scratch = np.empty((self.threads, attention.scratch_bytes(c.head_dim)), np.uint8)
         self._pairs = pairs
         self._x, self._xn = self._rows(n, c.n_embd), self._rows(n, c.n_embd, codes=True)

@@ -79,9 +79,11 @@ class TestVariants:
         got[:] = np.nan
         xs = np.array([row.ctypes.data for row in codes])
         outs = np.array([row.ctypes.data for row in got])
+        packed = np.zeros(3 * dots.packed_bytes(name, target.tile), np.uint8)
+        run(f["pack"], xs, 3, packed)
         for r in range(0, n_rows - 1, target.lanes):
             run(f["prepare"], raw.ctypes.data + r * raw.shape[1], raw.shape[1], 3, panel)
-            run(f["tile"], panel, 3, xs, outs, 4 * r, 0)
+            run(f["tile"], panel, 3, packed, outs, 4 * r, 0)
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
 

@@ -130,7 +130,7 @@ class Console:
         for row in rows:
             table.add_row(*map(Text, row))
         rendered = io.StringIO()
-        width = os.get_terminal_size(1).columns if os.isatty(1) else 100
+        width = (os.get_terminal_size(1).columns if os.isatty(1) else 0) or 100  # a terminal may not know its width
         Rich(file=rendered, force_terminal=True, width=width).print(table)
         return self.result("\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n")))
 

@@ -7,8 +7,8 @@ group), so that weight = scale * u - min, and
     dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x)).
 
 `matvec` does rows against one activation row, reading the weights once, front to back, at memory speed. `prepare` turns `lanes`
-rows into a panel whose dwords stand column by column, and `tile` multiplies a panel with up to `target.tile` activation rows, one
-lane a row of weights, so that products of a whole group add up in integers before one conversion: the unpacking is paid once
+rows into a panel whose dwords stand column by column, `pack` does the same to `target.tile` activation rows, and `tile` multiplies
+the two, one lane a row of weights, so that products of a whole group add up in integers before one conversion: the unpacking is paid once
 for all tokens. Panel superblock: [64][lanes] dwords of weights, [groups][lanes] scales, [groups][lanes] mins.
 
 Float. `matvec` and `tile` read F32, F16 or BF16 rows as they are.
@@ -32,7 +32,7 @@ QUANTIZED = {
     **{"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_XS": iq4_xs},
 }
 FLOATS = ("F32", "F16", "BF16")
-SYMBOLS = ("dequantize", "matvec", "prepare", "tile")
+SYMBOLS = ("dequantize", "matvec", "prepare", "pack", "tile")
 FLOAT_SYMBOLS = ("dequantize", "matvec", "tile")
 
 
@@ -47,6 +47,7 @@ def quantized(name, target):
     _dequantize(module, target, fmt)
     _matvec(module, target, fmt)
     _prepare(module, target, fmt)
+    _pack(module, target, fmt)
     _tile(module, target, fmt)
     return module
 
@@ -187,42 +188,77 @@ def _prepare(module, target, fmt):
     s.done()
 
 
-def _tile(module, target, fmt):
-    """tile(panel, n_supers, xs, outs, offset, acc): for each of target.tile tokens t, `lanes` products to outs[t] + offset.
+def packed_bytes(name, tokens):
+    """Bytes of one superblock of `tokens` activation rows as `pack` leaves them (0 for the float types)."""
+    return 0 if name in FLOATS else (256 + 32 + 4 * (256 // QUANTIZED[name].group)) * tokens
 
-    xs and outs are arrays of addresses.
+
+def _pack(module, target, fmt):
+    """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [64][tile] dwords, [8][tile] scales,
+    [groups][tile] sums, negated (and times the format's offset), so that `tile` walks through memory in one line.
     """
+    s = Simd(module, target, "pack", 3)
+    xs0, supers, out0 = s.args
+    tokens, groups = target.tile, 256 // fmt.group
+    factor = f32(-1.0 if fmt.offset is None else -float(fmt.offset))
+
+    def token(t, _):
+        x0 = s.load(i64, s.add(xs0, s.mul(t, 8)))
+        column = s.add(out0, s.mul(t, 4))
+
+        def superblock(i, _):
+            x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(column, s.mul(i, (288 + 4 * groups) * tokens))
+            for k in range(64):
+                s.store(s.load(i32, x, 4 * k), out, 4 * tokens * k)
+            for k in range(8):
+                s.store(s.load(i32, x, D + 4 * k), out, 4 * tokens * (64 + k))
+            for g in range(groups):
+                total = s.load(f32, x, (S32 if groups == 8 else S16) + 4 * g)
+                s.store(s.b.fmul(total, factor), out, 4 * tokens * (72 + g))
+            return []
+
+        return s.loop(supers, [], superblock)
+
+    s.loop(tokens, [], token)
+    s.done()
+
+
+def _tile(module, target, fmt):
+    """tile(panel, n_supers, packed, outs, offset, acc): for each of target.tile tokens t, `lanes` products to outs[t] + offset."""
     s = Simd(module, target, "tile", 6)
-    panel0, supers, xs0, outs0, offset, acc = s.args
+    panel0, supers, packed0, outs0, offset, acc = s.args
     lanes, groups, tokens = s.lanes, 256 // fmt.group, target.tile
-    size, line, steps = (256 + 8 * groups) * lanes, lanes * 4, fmt.group // 4
-    xs = [s.load(i64, xs0, 8 * t) for t in range(tokens)]
+    size, packed_size, line, steps = (256 + 8 * groups) * lanes, (288 + 4 * groups) * tokens, lanes * 4, fmt.group // 4
+    per_scale = groups // 8  # groups that share one activation scale
 
     def superblock(i, sums):
-        panel, here = s.add(panel0, s.mul(i, size)), s.mul(i, ACT_BYTES)
+        panel, packed = s.add(panel0, s.mul(i, size)), s.add(packed0, s.mul(i, packed_size))
 
-        def one_group(g, sums):
-            w, base = s.add(panel, s.mul(g, steps * line)), s.add(here, s.mul(g, fmt.group))
-            dots = [s.zeros(i32)] * tokens
-            for k in range(steps):
-                column = s.load(vec(i8, s.width), w, k * line)
+        def thirty_two(g, sums):
+            w, x = s.add(panel, s.mul(g, 8 * line)), s.add(packed, s.mul(g, 8 * 4 * tokens))
+            d_at = s.add(packed, s.mul(g, 4 * tokens))
+            for part in range(per_scale):
+                dots = [s.zeros(i32)] * tokens
+                for k in range(part * steps, (part + 1) * steps):
+                    column = s.load(vec(i8, s.width), w, k * line)
+                    for t in range(tokens):
+                        dots[t] = s.dot4(dots[t], column, s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8), fmt.wide)
+                at = s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line))
+                total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
+                scale = s.load(vec(f32, lanes), at, 256 * lanes)
+                new = []
                 for t in range(tokens):
-                    x = s.bits(s.splat(s.load(i32, s.add(xs[t], base), 4 * k)), i8)
-                    dots[t] = s.dot4(dots[t], column, x, fmt.wide)
-            at = s.add(panel, s.mul(g, line))
-            scale = s.load(vec(f32, lanes), at, 256 * lanes)
-            least = s.load(vec(f32, lanes), at, (256 + 4 * groups) * lanes)
-            new = []
-            for t in range(tokens):
-                group = s.add(s.add(xs[t], here), s.mul(g, 4))
-                d_at = group if groups == 8 else s.add(s.add(xs[t], here), s.mul(s.b.lshr(g, i64(1)), 4))
-                d = s.splat(s.load(f32, d_at, D))
-                total = s.splat(s.load(f32, group, S32 if groups == 8 else S16))
-                value = s.fma(s.b.fmul(s.to_float(dots[t]), scale), d, sums[t])
-                new.append(s.b.fsub(value, s.b.fmul(least, total)))
-            return new
+                    d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
+                    total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t)))
+                    if fmt.offset is not None:  # scale * (d * dot - offset * sum)
+                        new.append(s.fma(s.fma(s.to_float(dots[t]), d, total), scale, sums[t]))
+                    else:
+                        least = s.load(vec(f32, lanes), at, (256 + 4 * groups) * lanes)
+                        new.append(s.fma(least, total, s.fma(s.b.fmul(s.to_float(dots[t]), scale), d, sums[t])))
+                sums = new
+            return sums
 
-        return s.loop(groups, sums, one_group)
+        return s.loop(8, sums, thirty_two)
 
     sums = s.loop(supers, [s.zeros()] * tokens, superblock)
     keep = s.b.icmp_signed("!=", acc, i64(0))

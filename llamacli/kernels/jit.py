@@ -128,7 +128,7 @@ def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
 
 def _compiler():
     if "jit" not in _tags:
-        _tags["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=False)
+        _tags["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=True)
     return _tags["jit"]
 
 

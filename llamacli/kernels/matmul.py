@@ -18,20 +18,23 @@ from llamacli.kernels import dots
 from llamacli.kernels.jit import TARGET, call, kernel, load, pointer
 
 FEW = 4  # tokens below which unpacking a panel does not pay
+TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
 PANEL_SHARE = 384 << 10  # bytes of panels kept in the second-level cache while all tokens pass by
 FLOAT_BLOCK = 64  # rows that a float tile takes at a time
 
 
 class Leaves(NamedTuple):
-    """Addresses of one tensor type's leaves; prepare is 0 for float types."""
+    """Addresses of one tensor type's leaves; prepare and pack are 0 for float types."""
 
     dequantize: int
     matvec: int
     prepare: int
+    pack: int
     tile: int
     tile_rows: int
     tile_tokens: int
-    panel_bytes: int
+    panel_bytes: int  # of one superblock
+    packed_bytes: int  # of one superblock of tile_tokens tokens
     quantized: bool
 
 
@@ -43,11 +46,11 @@ def leaves(type_name: str) -> Leaves:
     if type_name not in _leaves:
         if type_name in dots.FLOATS:
             found = load(type_name, lambda target: dots.floats(type_name, target), dots.FLOAT_SYMBOLS)
-            found = Leaves(found["dequantize"], found["matvec"], 0, found["tile"], FLOAT_BLOCK, dots.FLOAT_TOKENS, 0, False)
+            found = Leaves(found["dequantize"], found["matvec"], 0, 0, found["tile"], FLOAT_BLOCK, dots.FLOAT_TOKENS, 0, 0, False)
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
-            size = dots.panel_bytes(type_name, TARGET.lanes)
-            found = Leaves(*(found[s] for s in dots.SYMBOLS), TARGET.lanes, TARGET.tile, size, True)
+            sizes = dots.panel_bytes(type_name, TARGET.lanes), dots.packed_bytes(type_name, TARGET.tile)
+            found = Leaves(*(found[s] for s in dots.SYMBOLS), TARGET.lanes, TARGET.tile, *sizes, True)
         _leaves[type_name] = found
     return _leaves[type_name]
 
@@ -77,9 +80,11 @@ class Rows(NamedTuple):
     codes_stride: int = 0
 
 
-def scratch_bytes(max_pairs: int, max_rows: int) -> int:
-    """Scratch that one thread needs."""
-    return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + 2 * PANEL_SHARE
+def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
+    """Scratch that one thread needs: addresses, a row to throw away, panels, packed tokens."""
+    supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + TARGET.tile
+    panels = max(PANEL_SHARE, supers * dots.panel_bytes("Q6_K", TARGET.lanes))
+    return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * dots.packed_bytes("Q6_K", tokens) + 256
 
 
 def arguments(matrix: Matrix, x: Rows, out: Rows, table: int, scratch: np.ndarray, max_pairs: int, *, add=False, x_div=1, out_div=1):
@@ -91,7 +96,7 @@ def arguments(matrix: Matrix, x: Rows, out: Rows, table: int, scratch: np.ndarra
     return [
         *(matrix.address, matrix.n_groups, matrix.nbytes, matrix.n_rows, matrix.n_cols, matrix.row_bytes),
         *(*side, out.address, out.stride, int(add), table, x_div, out_div),
-        *(f.matvec, f.prepare, tiled, f.tile_rows, f.tile_tokens, f.panel_bytes, rows),
+        *(f.matvec, f.prepare, f.pack, tiled, f.tile_rows, f.tile_tokens, f.panel_bytes, f.packed_bytes, rows),
         *(scratch.ctypes.data, scratch.strides[0], max_pairs),
     ]
 
@@ -102,8 +107,8 @@ def matmul(at, thread, threads):
     a = pointer(at, int64)
     weights, n_groups, group_bytes, n_rows, n_cols, row_bytes = a[0], a[1], a[2], a[3], a[4], a[5]
     x, x_stride, out, out_stride, add, table_at, x_div, out_div = a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    matvec, prepare, tile, tile_rows, tile_tokens, panel_bytes, block_rows = a[14], a[15], a[16], a[17], a[18], a[19], a[20]
-    scratch, max_pairs = a[21] + thread * a[22], a[23]
+    matvec, prepare, pack, tile, tile_rows, tile_tokens, panel_bytes = a[14], a[15], a[16], a[17], a[18], a[19], a[20]
+    packed_bytes, block_rows, scratch, max_pairs = a[21], a[22], a[23] + thread * a[24], a[25]
 
     units = (n_rows + 31) // 32
     first_row, end_row = units * thread // threads * 32, min(units * (thread + 1) // threads * 32, n_rows)
@@ -116,6 +121,9 @@ def matmul(at, thread, threads):
     spare = outs_at + 8 * (max_pairs + 64)
     panels = (spare + 4 * (n_rows + 64) + 63) // 64 * 64
     supers = n_cols // 256
+    panel_bytes, packed_bytes = panel_bytes * supers, packed_bytes * supers
+    packed = panels + (block_rows // tile_rows * panel_bytes + 63) // 64 * 64
+    whole = first_row + (end_row - first_row) // tile_rows * tile_rows
 
     for group in range(n_groups):
         start, count = table[group], table[group + 1] - table[group]
@@ -126,24 +134,29 @@ def matmul(at, thread, threads):
             outs[j] = out + pair // out_div * out_stride
         done = first_row
         if count >= FEW and tile != 0:
+            done = whole
             padded = (count + tile_tokens - 1) // tile_tokens * tile_tokens
             for j in range(count, padded):
                 xs[j], outs[j] = xs[count - 1], spare
-            whole = first_row + (end_row - first_row) // tile_rows * tile_rows
-            for row in range(first_row, whole, block_rows):
-                block_end = min(row + block_rows, whole)
-                if prepare != 0:
-                    for r in range(row, block_end, tile_rows):
-                        panel = panels + (r - row) // tile_rows * supers * panel_bytes
-                        call(prepare, (base + r * row_bytes, row_bytes, supers, panel))
-                for j in range(0, padded, tile_tokens):
-                    for r in range(row, block_end, tile_rows):
-                        if prepare != 0:
-                            panel = panels + (r - row) // tile_rows * supers * panel_bytes
-                            call(tile, (panel, supers, xs_at + 8 * j, outs_at + 8 * j, 4 * r, add))
-                        else:
-                            call(tile, (base + r * row_bytes, row_bytes, tile_rows, n_cols, xs_at + 8 * j, outs_at + 8 * j, 4 * r, add))
-            done = whole
+            for token in range(0, padded, TOKENS):
+                token_end = min(token + TOKENS, padded)
+                if pack != 0:
+                    for j in range(token, token_end, tile_tokens):
+                        call(pack, (xs_at + 8 * j, supers, packed + (j - token) // tile_tokens * packed_bytes))
+                for row in range(first_row, whole, block_rows):
+                    row_end = min(row + block_rows, whole)
+                    if prepare != 0:
+                        for r in range(row, row_end, tile_rows):
+                            call(prepare, (base + r * row_bytes, row_bytes, supers, panels + (r - row) // tile_rows * panel_bytes))
+                    for j in range(token, token_end, tile_tokens):
+                        for r in range(row, row_end, tile_rows):
+                            if prepare != 0:
+                                panel = panels + (r - row) // tile_rows * panel_bytes
+                                xs_tile = packed + (j - token) // tile_tokens * packed_bytes
+                                call(tile, (panel, supers, xs_tile, outs_at + 8 * j, 4 * r, add))
+                            else:
+                                at_row = base + r * row_bytes
+                                call(tile, (at_row, row_bytes, tile_rows, n_cols, xs_at + 8 * j, outs_at + 8 * j, 4 * r, add))
         if done < end_row:
             for j in range(count):
                 call(matvec, (base + done * row_bytes, row_bytes, end_row - done, n_cols, xs[j], outs[j] + 4 * done, add))
