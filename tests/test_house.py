@@ -1,0 +1,79 @@
+"""The order of the house: what may import what, that every module says what it is for, that README.md shows the tree as it is."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted([*ROOT.glob("llamacli/**/*.py"), *ROOT.glob("quantize/**/*.py")])
+HEAVY = {
+    "numba": ("llamacli/kernels/", "quantize/encoders/"),
+    "llvmlite": ("llamacli/kernels/",),
+    "rich": ("llamacli/cli/console.py",),
+    "typer": ("llamacli/cli/",),
+}
+FLOORS = [
+    "errors ggml environment",
+    "gguf kernels",
+    "config weights kvcache tokenizer sampler",
+    "model template",
+    "session",
+    "measure",
+    "cli",
+]
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
+
+
+def imports(path):
+    """Names of all modules imported anywhere in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ([f"{node.module}.{alias.name}" for alias in node.names] if node.module == "llamacli" else [node.module])
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_a_module_says_what_it_is_for_and_stays_short(path):
+    text = path.read_text()
+    assert ast.get_docstring(ast.parse(text)), "expected a docstring at the top"
+    assert text.count("\n") < 450
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_heavy_packages_are_imported_in_their_room_only(path):
+    for package in {module.partition(".")[0] for module in imports(path)} & set(HEAVY):
+        assert name(path).startswith(HEAVY[package]), f"{package} is imported"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_go_down_only(path):
+    package, room = path.relative_to(ROOT).with_suffix("").parts[:2]
+    for module in imports(path):
+        other, _, inner = module.partition(".")
+        inner = inner.partition(".")[0]
+        if package == "quantize" and other == "llamacli":
+            assert inner in ("errors", "ggml", "gguf", "kernels"), f"{module} is imported"
+        elif package == "llamacli":
+            assert other != "quantize" or room == "cli", f"{module} is imported"
+            if other == "llamacli" and room in FLOOR and inner in FLOOR:
+                assert FLOOR[inner] <= FLOOR[room], f"{module} is imported"
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk():
+    tree = re.search(r"```\n(llamacli/.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    folder, shown = "", set()
+    for line in tree.splitlines():
+        if top := re.match(r"(\S+/)", line):
+            folder = top.group(1)
+        elif inner := re.match(r"  (\S+/)", line):
+            shown.update(f"{folder}{inner.group(1)}{file}" for file in re.findall(r"\S+\.py", line))
+        else:
+            shown.update(f"{folder}{file}" for file in re.findall(r"\S+\.py", line))
+    assert {name(path) for path in MODULES if path.name != "__init__.py"} == {f for f in shown if not f.endswith("__init__.py")}
