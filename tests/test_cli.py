@@ -10,7 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pexpect
 import pytest
 from fakes import FakeModel, Scripted
@@ -19,6 +22,8 @@ import llamacli
 from llamacli import environment
 from llamacli.cli import chat, main, options
 from llamacli.cli.console import one_line
+from llamacli.cli.inspect import kv_bytes
+from llamacli.kvcache import KVCache
 
 TESTS = Path(__file__).parent
 REPLY = "first line\nsecond line"
@@ -236,6 +241,56 @@ def test_a_model_is_found_by_name_and_a_wrong_name_is_an_error(monkeypatch, tmp_
     assert options.find_model("tiny", options.Output().console()) == tmp_path / "models" / "tiny" / "tiny.gguf"
     assert main(["tokenize", "-m", "huge", "text"]) == 1
     assert "huge: expected a GGUF file or the name" in capfd.readouterr().err
+
+
+# inspect, tokenize, bench
+
+
+def gguf_of(path, architecture, rows=4):
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("small\x1b[31m")
+    writer.add_tensor("token_embd.weight", np.zeros((rows, 32), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return str(path)
+
+
+def test_inspect_shows_what_cannot_be_run_and_says_so(tmp_path, capfd):
+    path = gguf_of(tmp_path / "other.gguf", "mamba")
+    assert main(["inspect", path]) == 0
+    out = capfd.readouterr().out
+    assert "mamba" in out
+    assert "cannot be run" in out
+    assert "\x1b" not in out
+    assert main(["inspect", "--json", path]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert record["runnable"] is False
+    assert record["parameters"] == 128
+    assert record["tensors"]["by_type"] == [{"type": "F32", "count": 1, "parameters": 128, "bytes": 512}]
+
+
+def test_kv_memory_is_what_the_cache_takes():
+    config = SimpleNamespace(n_layers=8, n_kv_heads=2, head_dim=16, chunk_size=512, uses_rope=lambda i: i % 4 != 3)
+    for ctx in (256, 300, 512, 2000):
+        cache = KVCache(config, ctx)
+        cache.reserve(ctx)
+        assert kv_bytes(config, ctx) == cache.nbytes
+    assert kv_bytes(config, 1024) == kv_bytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
+
+
+def test_bench_json_has_a_record_for_prefill_and_one_for_decode(model, capfd, monkeypatch):
+    monkeypatch.setattr("llamacli.measure.bandwidth", lambda threads: 12.5)
+    monkeypatch.setattr("llamacli.cli.bench.find_model", lambda name, console: name)
+    monkeypatch.setattr("llamacli.cli.bench.load_model", lambda path, threads, ctx, console: model)
+    assert main(["bench", "-p", "16", "-n", "4", "-r", "2", "--json"]) == 0
+    prefill, decode = json.loads(capfd.readouterr().out)
+    assert (prefill["test"], decode["test"]) == ("pp16", "tg4")
+    assert len(decode["runs"]) == 2
+    assert min(decode["runs"]) <= decode["tokens_per_second"] <= max(decode["runs"])
+    assert decode["gbytes_per_second"] == pytest.approx(decode["tokens_per_second"] * 1000 / 1e9, abs=1e-3)
+    assert decode["bandwidth_limit"] == 12.5
+    assert [len(ids) for _, ids in model.engine.calls] == [16] * 3 + [1] * 12
+    assert main(["bench", "-p", "0", "-n", "0"]) == 2
 
 
 # processes: pipes and signals
