@@ -128,7 +128,7 @@ def test_a_second_answer_reuses_the_first_conversation():
 
 
 @pytest.mark.parametrize("written", [0, 1, 5, 12])
-@pytest.mark.parametrize("held", [3, 7, 8, 15, 16])
+@pytest.mark.parametrize("held", [3, 6, 7, 8, 13, 15, 16])
 def test_an_interrupt_inside_the_engine_leaves_the_session_usable(written, held):
     s = session()
     s.eval(list(range(held)))
@@ -136,7 +136,7 @@ def test_an_interrupt_inside_the_engine_leaves_the_session_usable(written, held)
     with pytest.raises(KeyboardInterrupt):
         s.eval([50] * 13)
     assert s.ids == list(range(held))
-    assert np.array_equal(s.eval([60, 61]), session().sync([*range(held), 60, 61]))
+    assert np.array_equal(s.eval([60]), session().sync([*range(held), 60]))
 
 
 def test_an_interrupted_answer_hands_out_what_it_held_back_first():
