@@ -50,7 +50,9 @@ class Config(NamedTuple):
         """Read and check the metadata."""
         arch = gguf.metadata.get("general.architecture")
         if arch != "llama4":
-            raise UnsupportedModelError(f"{gguf.path}: expected architecture llama4, found {arch!r}; this engine runs Llama 4 only")
+            raise UnsupportedModelError(
+                f"{gguf.path}: expected architecture llama4, found {arch!r}; this engine runs Llama 4 only"
+            )
         read = _Reader(gguf)
         n_heads, n_embd = read.count("attention.head_count", 1, 1 << 12), read.count("embedding_length", 1, 1 << 20)
         head_dim = read.count("attention.key_length", 2, 1 << 12, n_embd // n_heads)
@@ -74,7 +76,9 @@ class Config(NamedTuple):
             rms_eps=read.real("attention.layer_norm_rms_epsilon", 1e-5),
             chunk_size=window,
             no_rope_step=4 if window else 0,
-            temperature_length=read.real("attention.temperature_length", read.real("temperature_length", 8192.0)) if window else 0.0,
+            temperature_length=read.real("attention.temperature_length", read.real("temperature_length", 8192.0))
+            if window
+            else 0.0,
             temperature_scale=read.real("attention.temperature_scale", read.real("temperature_scale", 0.1)),
             use_qk_norm=bool(read.count("use_qk_norm", 0, 1, int(n_experts != 128))),
         )
@@ -110,7 +114,9 @@ class _Reader:
     def count(self, key: str, least: int, most: int, default: int | None = None) -> int:
         value = self._value(key, default)
         if not isinstance(value, int) or not least <= value <= most:
-            raise ModelFileError(f"{self._gguf.path}: expected llama4.{key} from {least} to {most}, found {value!r}; the file is damaged")
+            raise ModelFileError(
+                f"{self._gguf.path}: expected llama4.{key} from {least} to {most}, found {value!r}; the file is damaged"
+            )
         return int(value)
 
     def real(self, key: str, default: float) -> float:

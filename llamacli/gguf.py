@@ -1,8 +1,8 @@
 """Open a GGUF: one or more mapped files, metadata through a bounds-checked cursor, tensors as zero-copy views.
 
-In: the path of a file, or of the first part of a split model. Out: `GGUF` with `.metadata` and `.tensors`. Every count is held against the
-bytes that are left before anything is allocated, so a hostile or cut file costs a ModelFileError and nothing else. Lists of strings
-(vocabularies) are only measured on opening and decoded when asked for. Knows nothing of architectures.
+In: the path of a file, or of the first part of a split model. Out: `GGUF` with `.metadata` and `.tensors`. Every count is held
+against the bytes that are left before anything is allocated, so a hostile or cut file costs a ModelFileError and nothing else.
+Lists of strings (vocabularies) are only measured on opening and decoded when asked for. Knows nothing of architectures.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -19,7 +19,19 @@ import numpy as np
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.ggml import BY_ID, TensorType
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # value type -> struct code
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # value type -> struct code
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_NAME = 1 << 16
@@ -66,7 +78,9 @@ class _Strings(NamedTuple):
                 found.append(str(buffer[pos + 8 : end], "utf-8"))
                 pos = end
         except UnicodeDecodeError as error:
-            raise ModelFileError(f"{path}: expected UTF-8 in {key}, found bytes that are not ({error.reason}); the file is damaged") from None
+            raise ModelFileError(
+                f"{path}: expected UTF-8 in {key}, found bytes that are not ({error.reason}); the file is damaged"
+            ) from None
         return found
 
 
@@ -139,7 +153,9 @@ class _Cursor:
             self.pos += count * dtype.itemsize
             return values
         if kind != _STRING:
-            raise ModelFileError(f"{self.path}: expected a list of numbers or strings for {key}, found type {kind}; cannot be read")
+            raise ModelFileError(
+                f"{self.path}: expected a list of numbers or strings for {key}, found type {kind}; cannot be read"
+            )
         self.need(8 * count, key)
         start, pos, end, length = self.pos, self.pos, len(self.buffer), struct.Struct("<Q").unpack_from
         for _ in range(count):
@@ -164,7 +180,9 @@ def open_gguf(path: str | Path) -> GGUF:
                 raise ModelFileError(f"{part}: expected a part of {count}, found split.count {more_values.get('split.count')}")
             twice = tensors.keys() & more.keys()
             if twice:
-                raise ModelFileError(f"{part}: expected each tensor in one part, found {min(twice)} twice; the parts do not belong together")
+                raise ModelFileError(
+                    f"{part}: expected each tensor in one part, found {min(twice)} twice; the parts do not belong together"
+                )
             tensors |= more
             maps.append(mapped)
             nbytes += len(mapped)
@@ -177,10 +195,14 @@ def open_gguf(path: str | Path) -> GGUF:
 def _further_parts(path: Path, values: dict, count: int) -> list[Path]:
     match = _PART.match(path.name)
     if count > 99_999 or not match or int(match["count"]) != count:
-        raise ModelFileError(f"{path}: expected a name like model-00001-of-{min(count, 99999):05}.gguf for a part of {count}; restore the name")
+        raise ModelFileError(
+            f"{path}: expected a name like model-00001-of-{min(count, 99999):05}.gguf for a part of {count}; restore the name"
+        )
     if values.get("split.no", 0) != 0 or int(match["no"]) != 1:
         first = path.with_name(f"{match['stem']}-00001-of-{count:05}.gguf")
-        raise ModelFileError(f"{path}: expected the first part of a split model, found part {int(match['no'])}; open {first.name}")
+        raise ModelFileError(
+            f"{path}: expected the first part of a split model, found part {int(match['no'])}; open {first.name}"
+        )
     return [path.with_name(f"{match['stem']}-{no:05}-of-{count:05}.gguf") for no in range(2, count + 1)]
 
 
@@ -190,12 +212,16 @@ def _map(path: Path) -> mmap.mmap:
             raise ModelFileError(f"{path}: expected a GGUF file, found a folder; name the .gguf file in it")
         with path.open("rb") as file:
             if path.stat().st_size < 24:
-                raise ModelFileError(f"{path}: expected a GGUF of at least 24 bytes, found {path.stat().st_size}; download it again")
+                raise ModelFileError(
+                    f"{path}: expected a GGUF of at least 24 bytes, found {path.stat().st_size}; download it again"
+                )
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: expected a GGUF file, found nothing there; check the name") from None
     except (OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: expected a readable GGUF file, found: {getattr(error, 'strerror', None) or error}") from None
+        raise ModelFileError(
+            f"{path}: expected a readable GGUF file, found: {getattr(error, 'strerror', None) or error}"
+        ) from None
 
 
 def _open_part(path: Path):
@@ -203,7 +229,9 @@ def _open_part(path: Path):
     cursor = _Cursor(path, memoryview(mapped))
     magic, version = bytes(cursor.buffer[:4]), struct.unpack_from("<I", cursor.buffer, 4)[0]
     if magic != b"GGUF":
-        raise ModelFileError(f"{path}: expected a GGUF file, found one that starts with {magic!r}; convert it with `llamacli quantize`")
+        raise ModelFileError(
+            f"{path}: expected a GGUF file, found one that starts with {magic!r}; convert it with `llamacli quantize`"
+        )
     if version not in (2, 3):
         what = "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
         raise ModelFileError(f"{path}: expected GGUF version 2 or 3, little-endian, found {what}; convert the model again")
@@ -229,11 +257,15 @@ def _info(cursor: _Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
     name = cursor.string("a tensor's name", _MAX_NAME)
     n_dims = cursor.number("I", name)
     if not 1 <= n_dims <= _MAX_DIMS:
-        raise ModelFileError(f"{cursor.path}: expected 1 to {_MAX_DIMS} dimensions for {name}, found {n_dims}; the file is damaged")
+        raise ModelFileError(
+            f"{cursor.path}: expected 1 to {_MAX_DIMS} dimensions for {name}, found {n_dims}; the file is damaged"
+        )
     dims = [cursor.number("Q", name) for _ in range(n_dims)]
     kind, offset = cursor.number("I", name), cursor.number("Q", name)
     if kind not in BY_ID:
-        raise UnsupportedModelError(f"{cursor.path}: expected a known tensor type for {name}, found id {kind}; convert it to another type")
+        raise UnsupportedModelError(
+            f"{cursor.path}: expected a known tensor type for {name}, found id {kind}; convert it to another type"
+        )
     return name, BY_ID[kind], tuple(reversed(dims)), offset
 
 
@@ -247,7 +279,9 @@ def _views(cursor: _Cursor, infos: list, alignment: int) -> dict[str, Tensor]:
         for n in shape:
             size *= n  # Python integers do not overflow
         if min(shape) < 1 or shape[-1] % kind.block:
-            raise ModelFileError(f"{path}: expected rows of whole {kind.name} blocks of {kind.block} in {name}, found shape {list(shape)}")
+            raise ModelFileError(
+                f"{path}: expected rows of whole {kind.name} blocks of {kind.block} in {name}, found shape {list(shape)}"
+            )
         nbytes = size // kind.block * kind.nbytes
         if offset % alignment or offset + nbytes > left:
             raise ModelFileError(

@@ -1,8 +1,9 @@
 """The KV cache: what attention remembers of the tokens so far.
 
-A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by doubling,
-so memory follows the conversation, never the file's context length. Halves, head-major: keys [n_kv_heads, capacity, head_dim], values
-alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity. Knows nothing of tokens or weights.
+A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by
+doubling, so memory follows the conversation, never the file's context length. Halves, head-major: keys [n_kv_heads, capacity,
+head_dim], values alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity. Knows nothing
+of tokens or weights.
 """
 
 import numpy as np

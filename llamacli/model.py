@@ -1,12 +1,14 @@
-"""Llama 4's forward pass: the order of operations, written once as a program of compiled steps and run for every batch of tokens.
+"""Llama 4's forward pass: the order of operations, written once as a program of compiled steps and run for every batch of
+tokens.
 
-In: token ids and a KVCache. Out: float32 logits. `Engine` lays out the buffers, `_layer` reads like the model's definition, and the
-thread pool runs the resulting table, so that between the first and the last layer of a token no Python runs at all. A prompt goes through
-one layer after the other, its tokens grouped by expert, in batches that end at chunk edges. Knows nothing of text, sampling or terminals.
+In: token ids and a KVCache. Out: float32 logits. `Engine` lays out the buffers, `_layer` reads like the model's definition,
+and the thread pool runs the resulting table, so that between the first and the last layer of a token no Python runs at all. A
+prompt goes through one layer after the other, its tokens grouped by expert, in batches that end at chunk edges. Knows nothing
+of text, sampling or terminals.
 
-Sources: Meta's and Hugging Face's Llama 4 (router on raw logits, sigmoid score on the expert's input, interleaved rotary pairs, QK norm
-after rotation, attention temperature where there is no rotation). down(silu(s g) * (s u)) equals feeding s x to the expert, so one
-quantized x serves router, shared and routed experts.
+Sources: Meta's and Hugging Face's Llama 4 (router on raw logits, sigmoid score on the expert's input, interleaved rotary
+pairs, QK norm after rotation, attention temperature where there is no rotation). down(silu(s g) * (s u)) equals feeding s x to
+the expert, so one quantized x serves router, shared and routed experts.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,9 @@ class Engine:
 
     def __init__(self, gguf: GGUF, config: Config, threads: int | None = None):
         if config.head_dim % TARGET.lanes:
-            raise UnsupportedModelError(f"{gguf.path}: expected a head size that is a multiple of {TARGET.lanes}, found {config.head_dim}")
+            raise UnsupportedModelError(
+                f"{gguf.path}: expected a head size that is a multiple of {TARGET.lanes}, found {config.head_dim}"
+            )
         self.config, self.weights = config, bind(gguf, config)
         self.threads = threads or default_threads()
         self._pool = Pool(self.threads)
@@ -72,8 +76,8 @@ class Engine:
     def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False) -> np.ndarray:
         """Evaluate `ids` after what `cache` holds and remember them.
 
-        Returns the last token's logits, float32 [n_vocab], a view that the next call overwrites; or with `all_logits` every token's,
-        [len(ids), n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
+        Returns the last token's logits, float32 [n_vocab], a view that the next call overwrites; or with `all_logits` every
+        token's, [len(ids), n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
         """
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.n_vocab:
@@ -152,7 +156,9 @@ class Engine:
         values = np.zeros((n, supers * 256), np.float32)
         quantized = np.zeros((n, supers * ACT_BYTES if codes else 0), np.int8)
         self._keep += [values, quantized]
-        return Rows(values.ctypes.data, values.strides[0], quantized.ctypes.data if codes else 0, quantized.strides[0] if codes else 0)
+        return Rows(
+            values.ctypes.data, values.strides[0], quantized.ctypes.data if codes else 0, quantized.strides[0] if codes else 0
+        )
 
     def _compose(self) -> Program:
         """The whole model as steps; `_cuts` are where one layer ends and the next begins."""
@@ -193,7 +199,9 @@ class Engine:
         args = [*self._x[:2], weight.ctypes.data, self.config.n_embd, *self._xn, quantize, eps, self._state.ctypes.data]
         p.add(elementwise.norm, args)
 
-    def _matmul(self, p: Program, m: Matrix, x: Rows, out: Rows, table: np.ndarray | None = None, meet: bool = True, **how) -> None:
+    def _matmul(
+        self, p: Program, m: Matrix, x: Rows, out: Rows, table: np.ndarray | None = None, meet: bool = True, **how
+    ) -> None:
         table = self._dense if table is None else table
         p.add(matmul.matmul, matmul.arguments(m, x, out, table.ctypes.data, self._scratch, self._pairs, **how), meet)
 
@@ -205,7 +213,18 @@ class Engine:
         rope = self._rope.ctypes.data if rotary else 0
         temperature = not rotary and c.temperature_length > 0
         to_half = self._leaves["to_half"]
-        args = [*self._q[:2], self._k.address, self._v.address, self._k.stride, *heads, rope, c.use_qk_norm, temperature, chunk, i]
+        args = [
+            *self._q[:2],
+            self._k.address,
+            self._v.address,
+            self._k.stride,
+            *heads,
+            rope,
+            c.use_qk_norm,
+            temperature,
+            chunk,
+            i,
+        ]
         p.add(attention.prepare_heads, [*args, to_half, floats, state])
         leaves = [self._f16_tile, self._leaves["softmax"], self._leaves["weigh"]]
         scratch = [self._attn_scratch.ctypes.data, self._attn_scratch.strides[0]]

@@ -1,8 +1,8 @@
 """Tensor names to typed, shape-checked fields, under GGUF's own words; the only place that says "blk.".
 
-In: a GGUF and its Config. Out: `Weights`, addresses into the file's map (nothing is copied), or a ModelFileError that names the
-tensor, the shape expected and the shape found. A type without leaves of its own is dequantized here once, by gguf-py, and listed in
-`Weights.converted`. Knows nothing of threads or caches.
+In: a GGUF and its Config. Out: `Weights`, addresses into the file's map (nothing is copied), or a ModelFileError that names
+the tensor, the shape expected and the shape found. A type without leaves of its own is dequantized here once, by gguf-py, and
+listed in `Weights.converted`. Knows nothing of threads or caches.
 """
 
 from typing import NamedTuple
@@ -68,14 +68,16 @@ def bind(gguf: GGUF, config: Config) -> Weights:
             raise ModelFileError(f"{gguf.path}: expected tensor {name} {list(shape)}, found none; the file is incomplete")
         if tensor.shape != shape:
             raise ModelFileError(
-                f"{gguf.path}: expected {name} of shape {list(shape)}, found {list(tensor.shape)}; the metadata do not fit the tensors"
+                f"{gguf.path}: expected {name} of shape {list(shape)}, found {list(tensor.shape)}; metadata and tensors disagree"
             )
         return tensor
 
     def vector(name: str, n: int) -> np.ndarray:
         tensor = find(name, (n,))
         if tensor.type.name != "F32":
-            raise UnsupportedModelError(f"{gguf.path}: expected {name} as F32, found {tensor.type.name}; convert the model again")
+            raise UnsupportedModelError(
+                f"{gguf.path}: expected {name} as F32, found {tensor.type.name}; convert the model again"
+            )
         return np.frombuffer(tensor.data, np.float32).copy()  # copied: maps need not be aligned, and norms are tiny
 
     def matrix(name: str, *shape: int) -> Matrix:
@@ -138,5 +140,7 @@ def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
         for r in range(0, len(rows), step):
             out[r : r + step] = dequantize(rows[r : r + step], GGMLQuantizationType(tensor.type.id))
     except (NotImplementedError, ValueError) as error:
-        raise UnsupportedModelError(f"{gguf.path}: {tensor.name} is {tensor.type.name}, which this engine cannot read") from error
+        raise UnsupportedModelError(
+            f"{gguf.path}: {tensor.name} is {tensor.type.name}, which this engine cannot read"
+        ) from error
     return out.reshape(-1)

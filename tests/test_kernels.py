@@ -8,7 +8,7 @@ from numba import njit
 
 from llamacli.ggml import BY_NAME
 from llamacli.kernels import dots, vectors
-from llamacli.kernels.jit import call, host_targets, load
+from llamacli.kernels.jit import assembly, call, host_targets, load, targets
 
 TARGETS = {t.name: t for t in host_targets()}
 HEAD_DIM = 64
@@ -67,7 +67,8 @@ class TestVariants:
     @pytest.mark.parametrize("name", dots.QUANTIZED)
     def test_block_rows_times_int8(self, name, target):
         rng = np.random.default_rng(1)
-        n_rows, n_cols, n = 2 * target.lanes + 1, 768, target.tile
+        step = target.lanes * target.tile_vectors
+        n_rows, n_cols, n = 2 * step + 1, 768, target.tile
         raw, meant = random_rows(name, n_rows, n_cols, rng)
         codes, x = activations(rng.standard_normal((n, n_cols)).astype(np.float32), target)
         want = x @ meant.T
@@ -75,15 +76,17 @@ class TestVariants:
         got = np.full((n, n_rows), 7, np.float32)
         run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
-        panel = np.zeros(3 * dots.panel_bytes(name, target.lanes), np.uint8)
+        size = 3 * dots.panel_bytes(name, target.lanes)
+        panels = np.zeros((target.tile_vectors, size), np.uint8)
         got[:] = np.nan
         xs = np.array([row.ctypes.data for row in codes])
         outs = np.array([row.ctypes.data for row in got])
         packed = np.zeros(3 * dots.packed_bytes(name, target.tile), np.uint8)
         run(f["pack"], xs, 3, packed)
-        for r in range(0, n_rows - 1, target.lanes):
-            run(f["prepare"], raw.ctypes.data + r * raw.shape[1], raw.shape[1], 3, panel)
-            run(f["tile"], panel, 3, packed, outs, 4 * r, 0)
+        for r in range(0, n_rows - 1, step):
+            for v, panel in enumerate(panels):
+                run(f["prepare"], raw.ctypes.data + (r + v * target.lanes) * raw.shape[1], raw.shape[1], 3, panel)
+            run(f["tile"], panels, 3, packed, outs, 4 * r, 0)
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
 
@@ -155,3 +158,13 @@ class TestVariants:
                 run(f["softmax"], scores[b, r], valid[r, b], 64, state[r], scale)
             run(f["weigh"], scores[b], 256, 2, values[b], 64, out, state)
         np.testing.assert_allclose(out / state[:, 1:2], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "features", "instruction"), [("apple-m1", ("dotprod",), "sdot"), ("apple-m4", ("dotprod", "i8mm"), "usdot")]
+)
+def test_apple_silicon_gets_its_dot_instruction(cpu, features, instruction):
+    best = targets("arm64-apple-macosx14.0.0", cpu, dict.fromkeys(features, True))[0]
+    text = assembly(lambda target: dots.quantized("Q4_K", target), best)
+    assert text.count(f"\t{instruction}") > 50
+    assert "\tbl\t" not in text, "a leaf must not call the library"

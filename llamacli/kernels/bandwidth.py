@@ -44,7 +44,7 @@ def _read(at, thread, threads):
 
 
 def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
-    """Bytes per second, in GB/s, at which `threads` threads together read a buffer too large for any cache; the median round."""
+    """Bytes per second, in GB/s, at which `threads` threads read a buffer too large for any cache; the median round."""
     leaf = load("bandwidth", _module, ("read",))["read"]
     buffer = np.ones(megabytes << 20, np.uint8)
     out = np.zeros((threads, 64), np.uint8)

@@ -1,19 +1,21 @@
 """Leaves for matrix products: block-quantized rows against int8 activations, and float rows against float activations.
 
-Quantized. An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16 scaled
-sums of 16, float32. A format module answers `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each
-group), so that weight = scale * u - min, and
+Quantized. An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16
+scaled sums of 16, float32. A format module answers `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a
+minimum for each group), so that weight = scale * u - min, and
 
     dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x)).
 
-`matvec` does rows against one activation row, reading the weights once, front to back, at memory speed. `prepare` turns `lanes`
-rows into a panel whose dwords stand column by column, `pack` does the same to `target.tile` activation rows, and `tile` multiplies
-the two, one lane a row of weights, so that products of a whole group add up in integers before one conversion: the unpacking is paid once
-for all tokens. Panel superblock: [64][lanes] dwords of weights, [groups][lanes] scales, [groups][lanes] mins.
+`matvec` does rows against one activation row, reading the weights once, front to back, at memory speed. `prepare` turns
+`lanes` rows into a panel whose dwords stand column by column, `pack` does the same to `target.tile` activation rows, and
+`tile` multiplies the two, one lane a row of weights, so that products of a whole group add up in integers before one
+conversion: the unpacking is paid once for all tokens. Panel superblock: [64][lanes] dwords of weights, [groups][lanes] scales,
+[groups][lanes] mins.
 
 Float. `matvec` and `tile` read F32, F16 or BF16 rows as they are.
 
-All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out. They know nothing of threads, experts or tokens.
+All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out. They know nothing of threads, experts or
+tokens.
 """
 
 from llvmlite import ir
@@ -98,7 +100,9 @@ def _dequantize(module, target, fmt):
 
 
 def _matvec(module, target, fmt):
-    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc): out[r] = row r . x for int8 activations x; n_cols a multiple of the block."""
+    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc): out[r] = row r . x for int8 activations x; n_cols a multiple of the
+    block.
+    """
     s = Simd(module, target, "matvec", 7)
     w0, row_bytes, n_rows, n_cols, x, out, acc = s.args
     supers = s.b.lshr(n_cols, i64(8))
@@ -194,8 +198,8 @@ def packed_bytes(name, tokens):
 
 
 def _pack(module, target, fmt):
-    """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [64][tile] dwords, [8][tile] scales,
-    [groups][tile] sums, negated (and times the format's offset), so that `tile` walks through memory in one line.
+    """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [64][tile] dwords, [8][tile]
+    scales, [groups][tile] sums, negated (and times the format's offset), so that `tile` walks through memory in one line.
     """
     s = Simd(module, target, "pack", 3)
     xs0, supers, out0 = s.args
@@ -224,47 +228,57 @@ def _pack(module, target, fmt):
 
 
 def _tile(module, target, fmt):
-    """tile(panel, n_supers, packed, outs, offset, acc): for each of target.tile tokens t, `lanes` products to outs[t] + offset."""
+    """tile(panel, n_supers, packed, outs, offset, acc): target.tile_vectors panels, one after the other, times target.tile
+    tokens.
+
+    Token t gets `lanes` products of each panel at outs[t] + offset. Loading a broadcast activation once for two panels is what
+    keeps the load ports out of the way of the multipliers.
+    """
     s = Simd(module, target, "tile", 6)
     panel0, supers, packed0, outs0, offset, acc = s.args
-    lanes, groups, tokens = s.lanes, 256 // fmt.group, target.tile
+    lanes, groups, tokens, vectors = s.lanes, 256 // fmt.group, target.tile, target.tile_vectors
     size, packed_size, line, steps = (256 + 8 * groups) * lanes, (288 + 4 * groups) * tokens, lanes * 4, fmt.group // 4
     per_scale = groups // 8  # groups that share one activation scale
+    panels = [s.add(panel0, s.mul(s.mul(supers, v), size)) for v in range(vectors)]
+    each = [(v, t) for v in range(vectors) for t in range(tokens)]
 
     def superblock(i, sums):
-        panel, packed = s.add(panel0, s.mul(i, size)), s.add(packed0, s.mul(i, packed_size))
+        here, packed = [s.add(panel, s.mul(i, size)) for panel in panels], s.add(packed0, s.mul(i, packed_size))
 
-        def thirty_two(g, sums):
-            w, x = s.add(panel, s.mul(g, 8 * line)), s.add(packed, s.mul(g, 8 * 4 * tokens))
+        def thirty_two(g, flat):
+            sums = dict(zip(each, flat, strict=True))
+            w, x = [s.add(panel, s.mul(g, 8 * line)) for panel in here], s.add(packed, s.mul(g, 8 * 4 * tokens))
             d_at = s.add(packed, s.mul(g, 4 * tokens))
             for part in range(per_scale):
-                dots = [s.zeros(i32)] * tokens
+                dots = dict.fromkeys(each, s.zeros(i32))
                 for k in range(part * steps, (part + 1) * steps):
-                    column = s.load(vec(i8, s.width), w, k * line)
+                    columns = [s.load(vec(i8, s.width), at, k * line) for at in w]
                     for t in range(tokens):
-                        dots[t] = s.dot4(dots[t], column, s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8), fmt.wide)
-                at = s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line))
+                        codes = s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8)
+                        for v in range(vectors):
+                            dots[v, t] = s.dot4(dots[v, t], columns[v], codes, fmt.wide)
+                at = [s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line)) for panel in here]
                 total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
-                scale = s.load(vec(f32, lanes), at, 256 * lanes)
-                new = []
                 for t in range(tokens):
                     d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
                     total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t)))
-                    if fmt.offset is not None:  # scale * (d * dot - offset * sum)
-                        new.append(s.fma(s.fma(s.to_float(dots[t]), d, total), scale, sums[t]))
-                    else:
-                        least = s.load(vec(f32, lanes), at, (256 + 4 * groups) * lanes)
-                        new.append(s.fma(least, total, s.fma(s.b.fmul(s.to_float(dots[t]), scale), d, sums[t])))
-                sums = new
-            return sums
+                    for v in range(vectors):
+                        scale, value = s.load(vec(f32, lanes), at[v], 256 * lanes), s.to_float(dots[v, t])
+                        if fmt.offset is not None:  # scale * (d * dot - offset * sum)
+                            sums[v, t] = s.fma(s.fma(value, d, total), scale, sums[v, t])
+                        else:
+                            least = s.load(vec(f32, lanes), at[v], (256 + 4 * groups) * lanes)
+                            sums[v, t] = s.fma(least, total, s.fma(s.b.fmul(value, scale), d, sums[v, t]))
+            return [sums[key] for key in each]
 
         return s.loop(8, sums, thirty_two)
 
-    sums = s.loop(supers, [s.zeros()] * tokens, superblock)
+    sums = s.loop(supers, [s.zeros()] * len(each), superblock)
     keep = s.b.icmp_signed("!=", acc, i64(0))
-    for t, value in enumerate(sums):
+    for (v, t), value in zip(each, sums, strict=True):
         at = s.add(s.load(i64, outs0, 8 * t), offset)
-        s.store(s.b.fadd(value, s.b.select(keep, s.load(vec(f32, lanes), at), s.zeros())), at)
+        old = s.b.select(keep, s.load(vec(f32, lanes), at, v * s.width), s.zeros())
+        s.store(s.b.fadd(value, old), at, v * s.width)
     s.done()
 
 

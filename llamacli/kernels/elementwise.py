@@ -1,7 +1,8 @@
 """The steps between matrix products: norms, quantizing activations, SwiGLU, and routing tokens to experts.
 
-Drivers with int64 arguments, in the order their `arguments` comment gives. `state` is the shared block of the run: see model.py for its
-slots. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know nothing of layers.
+Drivers with int64 arguments, in the order their `arguments` comment gives. `state` is the shared block of the run: see
+model.py for its slots. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know
+nothing of layers.
 """
 
 import math
@@ -17,7 +18,9 @@ EPS = 0  # slot of the float constants
 
 @kernel
 def norm(at, thread, threads):
-    """out[t] = x[t] * rsqrt(mean(x[t]**2) + eps) * w, and its codes, for the COUNT rows from ROW on (Zhang and Sennrich, RMSNorm)."""
+    """out[t] = x[t] * rsqrt(mean(x[t]**2) + eps) * w, and its codes, for the COUNT rows from ROW on (Zhang and Sennrich,
+    RMSNorm).
+    """
     a = pointer(at, int64)
     x, x_stride, weight_at, n, out, out_stride, codes, codes_stride, quantize, eps_at, state_at = (
         *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),

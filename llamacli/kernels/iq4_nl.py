@@ -1,4 +1,6 @@
-"""IQ4_NL: 32 weights in 18 bytes, half d and nibbles that index a table of 16 levels; weight = d * level. Source: ggml-common.h."""
+"""IQ4_NL: 32 weights in 18 bytes, half d and nibbles that index a table of 16 levels; weight = d * level. Source: ggml-
+common.h.
+"""
 
 from llamacli.kernels.halves import half_scales, nibbles
 

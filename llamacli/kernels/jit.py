@@ -1,8 +1,8 @@
 """From LLVM IR to callable addresses: choose the CPU's variant, compile, keep the object code on disk, load it.
 
-In: a name and a function that builds a module with `simd.Simd`. Out: `{symbol: address}`. Addresses are called from Numba code with
-`call(address, (a, b, ...))`, every argument an int64. Also the atomics that the thread pool needs. Knows nothing of what a leaf
-computes. This file and simd.py are the only ones that import llvmlite.
+In: a name and a function that builds a module with `simd.Simd`. Out: `{symbol: address}`. Addresses are called from Numba code
+with `call(address, (a, b, ...))`, every argument an int64. Also the atomics that the thread pool needs. Knows nothing of what
+a leaf computes. This file and simd.py are the only ones that import llvmlite.
 """
 
 import os
@@ -29,6 +29,7 @@ class Target(NamedTuple):
     dot: str  # instruction family of Simd.dot4: vnni, maddubs, usdot, sdot or plain
     half: bool  # the CPU converts between half and float itself
     tile: int  # tokens whose accumulators fit the registers of one tile
+    tile_vectors: int  # registers of weight rows beside them
 
     @property
     def lanes(self) -> int:
@@ -44,20 +45,20 @@ def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
     if triple.startswith(("x86_64", "i686")):
         avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= has
         if avx512 and "avx512vnni" in has:
-            found.append(Target("avx512vnni", triple, cpu, flags, 64, "vnni", True, 12))
+            found.append(Target("avx512vnni", triple, cpu, flags, 64, "vnni", True, 6, 2))
         if avx512:
-            found.append(Target("avx512", triple, "skylake-avx512", "", 64, "maddubs", True, 12))
+            found.append(Target("avx512", triple, "skylake-avx512", "", 64, "maddubs", True, 6, 2))
         if {"avx2", "fma", "f16c"} <= has:
-            found.append(Target("avx2", triple, "haswell", "", 32, "maddubs", True, 4))
-        found.append(Target("plain", triple, "x86-64", "", 32, "plain", False, 4))
+            found.append(Target("avx2", triple, "haswell", "", 32, "maddubs", True, 4, 1))
+        found.append(Target("plain", triple, "x86-64", "", 32, "plain", False, 4, 1))
     elif triple.startswith(("aarch64", "arm64")):
         if "i8mm" in has:
-            found.append(Target("i8mm", triple, cpu, flags, 32, "usdot", True, 4))
+            found.append(Target("i8mm", triple, cpu, flags, 32, "usdot", True, 4, 1))
         if "dotprod" in has:
-            found.append(Target("dotprod", triple, cpu, flags, 32, "sdot", True, 4))
-        found.append(Target("plain", triple, "generic", "", 32, "plain", True, 4))
+            found.append(Target("dotprod", triple, cpu, flags, 32, "sdot", True, 4, 1))
+        found.append(Target("plain", triple, "generic", "", 32, "plain", True, 4, 1))
     else:
-        found.append(Target("plain", triple, "generic", "", 32, "plain", False, 4))
+        found.append(Target("plain", triple, "generic", "", 32, "plain", False, 4, 1))
     return found
 
 
@@ -87,7 +88,9 @@ def machine(target: Target):
 
 
 def optimized(build, target: Target):
-    """`build(target) -> ir.Module`, parsed, verified and run through LLVM's passes; no automatic vectorizing, the IR already is."""
+    """`build(target) -> ir.Module`, parsed, verified and run through LLVM's passes; no automatic vectorizing, the IR already
+    is.
+    """
     module = build(target)
     module.triple = target.triple
     parsed = llvm.parse_assembly(str(module))
@@ -213,4 +216,6 @@ KERNEL = types.void(types.int64, types.int64, types.int64)  # every driver: (add
 
 def kernel(function):
     """Compile a driver and keep it in the cache; `.address` is what a program step calls."""
-    return numba.cfunc(KERNEL, nopython=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(function)
+    return numba.cfunc(KERNEL, nopython=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(
+        function
+    )

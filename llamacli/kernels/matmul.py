@@ -1,12 +1,13 @@
 """Matrix products of one activation matrix with one weight matrix or with one matrix per expert, in any tensor type.
 
-`Matrix` says where rows of weights are and which leaves read them. `matmul` is the driver: every thread takes a range of rows and
-does it for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed; more go through panels: some rows
-are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
+`Matrix` says where rows of weights are and which leaves read them. `matmul` is the driver: every thread takes a range of rows
+and does it for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed; more go through
+panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
 
-Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and pair j is
-token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1 or n_choices) turn
-its number into a row of x and a row of out. The table is int64: n_groups + 1 offsets, then the pairs. Knows nothing of layers.
+Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and
+pair j is token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1
+or n_choices) turn its number into a row of x and a row of out. The table is int64: n_groups + 1 offsets, then the pairs. Knows
+nothing of layers.
 """
 
 from typing import NamedTuple
@@ -31,6 +32,7 @@ class Leaves(NamedTuple):
     prepare: int
     pack: int
     tile: int
+    panel_rows: int
     tile_rows: int
     tile_tokens: int
     panel_bytes: int  # of one superblock
@@ -46,11 +48,15 @@ def leaves(type_name: str) -> Leaves:
     if type_name not in _leaves:
         if type_name in dots.FLOATS:
             found = load(type_name, lambda target: dots.floats(type_name, target), dots.FLOAT_SYMBOLS)
-            found = Leaves(found["dequantize"], found["matvec"], 0, 0, found["tile"], FLOAT_BLOCK, dots.FLOAT_TOKENS, 0, 0, False)
+            found = Leaves(
+                found["dequantize"], found["matvec"], 0, 0, found["tile"], 0, FLOAT_BLOCK, dots.FLOAT_TOKENS, 0, 0, False
+            )
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
             sizes = dots.panel_bytes(type_name, TARGET.lanes), dots.packed_bytes(type_name, TARGET.tile)
-            found = Leaves(*(found[s] for s in dots.SYMBOLS), TARGET.lanes, TARGET.tile, *sizes, True)
+            found = Leaves(
+                *(found[s] for s in dots.SYMBOLS), TARGET.lanes, TARGET.lanes * TARGET.tile_vectors, TARGET.tile, *sizes, True
+            )
         _leaves[type_name] = found
     return _leaves[type_name]
 
@@ -82,21 +88,29 @@ class Rows(NamedTuple):
 
 def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
     """Scratch that one thread needs: addresses, a row to throw away, panels, packed tokens."""
-    supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + TARGET.tile
-    panels = max(PANEL_SHARE, supers * dots.panel_bytes("Q6_K", TARGET.lanes))
+    supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + 2 * TARGET.tile
+    panels = max(PANEL_SHARE, supers * dots.panel_bytes("Q6_K", TARGET.lanes) * TARGET.tile_vectors)
     return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * dots.packed_bytes("Q6_K", tokens) + 256
 
 
-def arguments(matrix: Matrix, x: Rows, out: Rows, table: int, scratch: np.ndarray, max_pairs: int, *, add=False, x_div=1, out_div=1):
+def arguments(
+    matrix: Matrix, x: Rows, out: Rows, table: int, scratch: np.ndarray, max_pairs: int, *, add=False, x_div=1, out_div=1
+):
     """The int64 arguments of one `matmul` step; scratch is uint8 [threads, scratch_bytes]."""
     f = leaves(matrix.type_name)
     side = (x.codes, x.codes_stride) if f.quantized else (x.address, x.stride)
-    rows = max(1, PANEL_SHARE // max(1, f.panel_bytes * (matrix.n_cols // 256))) * f.tile_rows if f.quantized else FLOAT_BLOCK
+    supers = matrix.n_cols // 256
+    rows = (
+        max(1, PANEL_SHARE * f.panel_rows // max(1, f.panel_bytes * supers * f.tile_rows)) * f.tile_rows
+        if supers
+        else f.tile_rows
+    )
     tiled = f.tile if not f.quantized or matrix.n_cols % 256 == 0 else 0
     return [
         *(matrix.address, matrix.n_groups, matrix.nbytes, matrix.n_rows, matrix.n_cols, matrix.row_bytes),
         *(*side, out.address, out.stride, int(add), table, x_div, out_div),
-        *(f.matvec, f.prepare, f.pack, tiled, f.tile_rows, f.tile_tokens, f.panel_bytes, f.packed_bytes, rows),
+        *(f.matvec, f.prepare, f.pack, tiled, f.panel_rows, f.tile_rows, f.tile_tokens, f.panel_bytes),
+        *(f.packed_bytes, rows),
         *(scratch.ctypes.data, scratch.strides[0], max_pairs),
     ]
 
@@ -107,8 +121,8 @@ def matmul(at, thread, threads):
     a = pointer(at, int64)
     weights, n_groups, group_bytes, n_rows, n_cols, row_bytes = a[0], a[1], a[2], a[3], a[4], a[5]
     x, x_stride, out, out_stride, add, table_at, x_div, out_div = a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    matvec, prepare, pack, tile, tile_rows, tile_tokens, panel_bytes = a[14], a[15], a[16], a[17], a[18], a[19], a[20]
-    packed_bytes, block_rows, scratch, max_pairs = a[21], a[22], a[23] + thread * a[24], a[25]
+    matvec, prepare, pack, tile, panel_rows, tile_rows, tile_tokens = a[14], a[15], a[16], a[17], a[18], a[19], a[20]
+    panel_bytes, packed_bytes, block_rows, scratch, max_pairs = a[21], a[22], a[23], a[24] + thread * a[25], a[26]
 
     units = (n_rows + 31) // 32
     first_row, end_row = units * thread // threads * 32, min(units * (thread + 1) // threads * 32, n_rows)
@@ -122,7 +136,7 @@ def matmul(at, thread, threads):
     panels = (spare + 4 * (n_rows + 64) + 63) // 64 * 64
     supers = n_cols // 256
     panel_bytes, packed_bytes = panel_bytes * supers, packed_bytes * supers
-    packed = panels + (block_rows // tile_rows * panel_bytes + 63) // 64 * 64
+    packed = panels + (block_rows // max(1, panel_rows) * panel_bytes + 63) // 64 * 64
     whole = first_row + (end_row - first_row) // tile_rows * tile_rows
 
     for group in range(n_groups):
@@ -138,20 +152,25 @@ def matmul(at, thread, threads):
             padded = (count + tile_tokens - 1) // tile_tokens * tile_tokens
             for j in range(count, padded):
                 xs[j], outs[j] = xs[count - 1], spare
-            for token in range(0, padded, TOKENS):
-                token_end = min(token + TOKENS, padded)
+            tiles = padded // tile_tokens
+            blocks = (padded + TOKENS - 1) // TOKENS
+            for block in range(blocks):
+                token, token_end = tiles * block // blocks * tile_tokens, tiles * (block + 1) // blocks * tile_tokens
                 if pack != 0:
                     for j in range(token, token_end, tile_tokens):
                         call(pack, (xs_at + 8 * j, supers, packed + (j - token) // tile_tokens * packed_bytes))
                 for row in range(first_row, whole, block_rows):
                     row_end = min(row + block_rows, whole)
                     if prepare != 0:
-                        for r in range(row, row_end, tile_rows):
-                            call(prepare, (base + r * row_bytes, row_bytes, supers, panels + (r - row) // tile_rows * panel_bytes))
+                        for r in range(row, row_end, panel_rows):
+                            call(
+                                prepare,
+                                (base + r * row_bytes, row_bytes, supers, panels + (r - row) // panel_rows * panel_bytes),
+                            )
                     for j in range(token, token_end, tile_tokens):
                         for r in range(row, row_end, tile_rows):
                             if prepare != 0:
-                                panel = panels + (r - row) // tile_rows * panel_bytes
+                                panel = panels + (r - row) // panel_rows * panel_bytes
                                 xs_tile = packed + (j - token) // tile_tokens * packed_bytes
                                 call(tile, (panel, supers, xs_tile, outs_at + 8 * j, 4 * r, add))
                             else:
@@ -171,5 +190,3 @@ def embed(at, thread, threads):
     ids = pointer(ids_at, int64)
     for t in range(n * thread // threads, n * (thread + 1) // threads):
         call(dequantize, (weights + ids[t] * row_bytes, n_cols, out + t * out_stride))
-
-

@@ -1,10 +1,10 @@
 """Threads that stay in compiled code, and programs of steps for them to run.
 
-A `Program` is a table of (kernel address, argument address, meet) rows. `Pool.run` lets every thread walk the rows from `first` to
-`last` and call each kernel with (arguments, thread, threads); after a row with `meet` they wait for each other at a spin barrier, which
-costs well under a microsecond where a parallel region of Numba's costs 4 to 45. Between runs the workers spin for about two
-milliseconds, then nap for longer and longer, so that a waiting prompt costs next to no CPU. A run is one compiled call: a signal
-such as Ctrl-C is seen before or after it, never in between. Knows nothing of what the kernels do.
+A `Program` is a table of (kernel address, argument address, meet) rows. `Pool.run` lets every thread walk the rows from
+`first` to `last` and call each kernel with (arguments, thread, threads); after a row with `meet` they wait for each other at a
+spin barrier, which costs well under a microsecond where a parallel region of Numba's costs 4 to 45. Between runs the workers
+spin for about two milliseconds, then nap for longer and longer, so that a waiting prompt costs next to no CPU. A run is one
+compiled call: a signal such as Ctrl-C is seen before or after it, never in between. Knows nothing of what the kernels do.
 """
 
 import ctypes

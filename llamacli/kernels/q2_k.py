@@ -1,7 +1,7 @@
 """Q2_K: 256 weights in 84 bytes, 16 groups of 16; weight = d * scale * q - dmin * min.
 
-Layout: 16 bytes with a 4-bit scale (low) and min (high) each, 64 bytes of bit pairs, half d, half dmin. Each 32 bytes hold 128 weights:
-bit pair j of byte l is weight 32j + l. Source: ggml-common.h, block_q2_K.
+Layout: 16 bytes with a 4-bit scale (low) and min (high) each, 64 bytes of bit pairs, half d, half dmin. Each 32 bytes hold 128
+weights: bit pair j of byte l is weight 32j + l. Source: ggml-common.h, block_q2_K.
 """
 
 from llamacli.kernels.halves import splat_half

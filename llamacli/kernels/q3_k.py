@@ -1,7 +1,8 @@
 """Q3_K: 256 weights in 110 bytes, 16 groups of 16 with 6-bit scales; weight = d * (scale - 32) * (q - 4).
 
-Layout: 32 bytes of third bits (bit g of byte l belongs to weight 32g + l), 64 bytes of bit pairs as in Q2_K, 12 bytes of scales, half d.
-Scale i has its low nibble in byte i mod 8 and its high two bits in byte 8 + i mod 4. Source: ggml-common.h, block_q3_K.
+Layout: 32 bytes of third bits (bit g of byte l belongs to weight 32g + l), 64 bytes of bit pairs as in Q2_K, 12 bytes of
+scales, half d. Scale i has its low nibble in byte i mod 8 and its high two bits in byte 8 + i mod 4. Source: ggml-common.h,
+block_q3_K.
 """
 
 from llvmlite import ir

@@ -1,4 +1,6 @@
-"""Q4_1: 32 weights in 20 bytes, half d and half m, then nibbles as in Q4_0; weight = d * q + m. Source: ggml-common.h, block_q4_1."""
+"""Q4_1: 32 weights in 20 bytes, half d and half m, then nibbles as in Q4_0; weight = d * q + m. Source: ggml-common.h,
+block_q4_1.
+"""
 
 from llamacli.kernels.halves import half_scales, nibbles
 

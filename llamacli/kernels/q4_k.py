@@ -1,7 +1,7 @@
 """Q4_K: 256 weights in 144 bytes, 8 groups of 32 with 6-bit scales and mins; weight = d * scale * q - dmin * min.
 
-Layout: half d, half dmin, 12 bytes of packed scales and mins, 128 bytes of nibbles; of each 32 bytes the low nibbles are group 2k,
-the high ones group 2k + 1. Source: ggml-common.h, block_q4_K.
+Layout: half d, half dmin, 12 bytes of packed scales and mins, 128 bytes of nibbles; of each 32 bytes the low nibbles are group
+2k, the high ones group 2k + 1. Source: ggml-common.h, block_q4_K.
 """
 
 from llvmlite import ir

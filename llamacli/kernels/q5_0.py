@@ -1,4 +1,6 @@
-"""Q5_0: 32 weights in 22 bytes, half d, 32 high bits, nibbles as in Q4_0; weight = d * (q - 16). Source: ggml-common.h, block_q5_0."""
+"""Q5_0: 32 weights in 22 bytes, half d, 32 high bits, nibbles as in Q4_0; weight = d * (q - 16). Source: ggml-common.h,
+block_q5_0.
+"""
 
 from llamacli.kernels.halves import half_scales, nibbles, with_fifth_bits
 

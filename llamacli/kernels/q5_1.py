@@ -1,4 +1,4 @@
-"""Q5_1: 32 weights in 24 bytes, half d, half m, 32 high bits, nibbles; weight = d * q + m. Source: ggml-common.h, block_q5_1."""
+"""Q5_1: 32 weights in 24 bytes, half d, half m, 32 high bits, nibbles; weight = d * q + m. Source: ggml-common.h."""
 
 from llamacli.kernels.halves import half_scales, nibbles, with_fifth_bits
 

@@ -1,7 +1,7 @@
 """Q5_K: Q4_K with a fifth bit; 256 weights in 176 bytes, weight = d * scale * q - dmin * min.
 
-Layout: half d, half dmin, 12 bytes of scales as in Q4_K, 32 bytes of high bits (bit g of byte l belongs to weight l of group g),
-128 bytes of nibbles. Source: ggml-common.h, block_q5_K.
+Layout: half d, half dmin, 12 bytes of scales as in Q4_K, 32 bytes of high bits (bit g of byte l belongs to weight l of group
+g), 128 bytes of nibbles. Source: ggml-common.h, block_q5_K.
 """
 
 from llamacli.kernels.q4_k import scales

@@ -1,7 +1,8 @@
 """Q6_K: 256 weights in 210 bytes, 16 groups of 16 with signed 8-bit scales; weight = d * scale * (q - 32).
 
-Layout: 128 bytes of low nibbles, 64 bytes of high bit pairs, 16 scales, half d. Each half of 128 weights keeps its four quarters of
-32 in the low and high nibbles of 64 bytes, and their high bits in the four bit pairs of 32 bytes. Source: ggml-common.h, block_q6_K.
+Layout: 128 bytes of low nibbles, 64 bytes of high bit pairs, 16 scales, half d. Each half of 128 weights keeps its four
+quarters of 32 in the low and high nibbles of 64 bytes, and their high bits in the four bit pairs of 32 bytes. Source: ggml-
+common.h, block_q6_K.
 """
 
 from llamacli.kernels.halves import splat_half

@@ -45,7 +45,9 @@ class Simd:
 
     def shuffle(self, a, lanes, b=None):
         """Pick `lanes` of a (and b, whose lanes count on)."""
-        return self.b.shuffle_vector(a, ir.Constant(a.type, ir.Undefined) if b is None else b, ir.Constant(vec(i32, len(lanes)), lanes))
+        return self.b.shuffle_vector(
+            a, ir.Constant(a.type, ir.Undefined) if b is None else b, ir.Constant(vec(i32, len(lanes)), lanes)
+        )
 
     def concat(self, a, b):
         """Both vectors one after the other; they are of one type."""
@@ -163,7 +165,9 @@ class Simd:
         t = self.b.fmul(v, c(1.4426950408889634))
         whole = self.round(self.b.select(tiny, c(0.0), t))
         k = self.to_float(whole)
-        r = self.fma(k, c(-0.693145751953125), v)  # ln 2 in two parts, so that the remainder keeps its low bits (Cody and Waite)
+        r = self.fma(
+            k, c(-0.693145751953125), v
+        )  # ln 2 in two parts, so that the remainder keeps its low bits (Cody and Waite)
         r = self.fma(k, c(-1.428606765330187e-06), r)
         p = c(1 / 5040)
         for term in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
@@ -270,7 +274,9 @@ class Simd:
         parts = []
         for k in range(0, u.type.count, 16):
             pick = list(range(k, k + 16))
-            parts.append(op(self.shuffle(acc, list(range(k // 4, k // 4 + 4))), self.shuffle(u, pick), self.shuffle(s, pick), wide))
+            parts.append(
+                op(self.shuffle(acc, list(range(k // 4, k // 4 + 4))), self.shuffle(u, pick), self.shuffle(s, pick), wide)
+            )
         while len(parts) > 1:
             parts = [self.concat(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
@@ -282,8 +288,8 @@ class Simd:
             for i in range(n):
                 if not i & step:
                     a, b = rows[i], rows[i + step]
-                    rows[i] = self.shuffle(a, [l if not l & step else n + l - step for l in range(n)], b)
-                    rows[i + step] = self.shuffle(a, [l + step if not l & step else n + l for l in range(n)], b)
+                    rows[i] = self.shuffle(a, [k if not k & step else n + k - step for k in range(n)], b)
+                    rows[i + step] = self.shuffle(a, [k + step if not k & step else n + k for k in range(n)], b)
             step *= 2
         return rows
 

@@ -1,7 +1,7 @@
 """Leaves on float rows: quantize activations, SwiGLU, one block of a softmax, weighted sums of values, conversion to half.
 
-`build(head_dim)` gives the module builder for jit.load; `weigh` is compiled for one head size. Rows that `quantize` reads are padded
-to whole superblocks of 256. Knows nothing of heads, layers or threads.
+`build(head_dim)` gives the module builder for jit.load; `weigh` is compiled for one head size. Rows that `quantize` reads are
+padded to whole superblocks of 256. Knows nothing of heads, layers or threads.
 """
 
 from math import gcd
@@ -58,7 +58,9 @@ def _quantize(module, target):
 
 
 def _swiglu(module, target):
-    """swiglu(gate, up, factor, n): gate = silu(factor * gate) * factor * up for n values, a multiple of the lanes; factor: float32."""
+    """swiglu(gate, up, factor, n): gate = silu(factor * gate) * factor * up for n values, a multiple of the lanes; factor:
+    float32.
+    """
     s = Simd(module, target, "swiglu", 4)
     gate, up, factor_at, n = s.args
     factor = s.splat(s.load(f32, factor_at))
@@ -120,7 +122,8 @@ def _softmax(module, target):
 def _weigh(module, target, head_dim):
     """weigh(p, p_stride, n_rows, v, n_keys, out, state): out[r] = factor[r] * out[r] + sum over keys of p[r, k] * v[k].
 
-    p and out rows are float32, v is half [n_keys, head_dim]; out is [n_rows, head_dim], state [n_rows, 3] as in softmax; n_rows even.
+    p and out rows are float32, v is half [n_keys, head_dim]; out is [n_rows, head_dim], state [n_rows, 3] as in softmax;
+    n_rows even.
     """
     s = Simd(module, target, "weigh", 7)
     p0, p_stride, n_rows, v0, n_keys, out0, state0 = s.args
@@ -135,7 +138,9 @@ def _weigh(module, target, head_dim):
         for block in range(head_dim // span):
             outs = [s.add(s.add(out0, s.mul(s.add(first, r), 4 * head_dim)), 4 * span * block) for r in range(WEIGH_ROWS)]
             sums = [
-                s.b.fmul(s.load(vec(f32, s.lanes), outs[r], s.width * c), factors[r]) for r in range(WEIGH_ROWS) for c in range(columns)
+                s.b.fmul(s.load(vec(f32, s.lanes), outs[r], s.width * c), factors[r])
+                for r in range(WEIGH_ROWS)
+                for c in range(columns)
             ]
 
             def key(k, sums, block=block):
