@@ -10,12 +10,14 @@ from llamacli.errors import UsageError
 def bench(
     model: ModelName = None,
     prompt: Annotated[
-        int, option("-p", "--prompt", min=0, help="Tokens of the prompt to prefill; 0 leaves it out (512).")
+        int, option("-p", "--prompt", metavar="N", min=0, help="Tokens of the prompt to prefill; 0 leaves it out (512).")
     ] = 512,
-    generate: Annotated[int, option("-n", "--generate", min=0, help="Tokens to decode; 0 leaves it out (128).")] = 128,
+    generate: Annotated[
+        int, option("-n", "--generate", metavar="N", min=0, help="Tokens to decode; 0 leaves it out (128).")
+    ] = 128,
     threads: Threads = None,
     repetitions: Annotated[
-        int, option("-r", "--repetitions", min=1, max=1000, help="Runs of each test; the median counts (3).")
+        int, option("-r", "--repetitions", metavar="N", min=1, max=1000, help="Runs of each test; the median counts (3).")
     ] = 3,
     as_json: Json = False,
     output: Output = None,
