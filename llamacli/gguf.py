@@ -19,23 +19,15 @@ import numpy as np
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.ggml import BY_ID, TensorType
 
-_NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # value type -> struct code
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_NAME = 1 << 16
-_PART = re.compile(r"^(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_LEAST_VALUE = 8 + 4 + 1  # an empty key, a value type, one byte
+_LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # an empty name, one dimension, type, offset
+_HEADER = 24
+_PART = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_DAMAGED = "the file is cut short or damaged"
 
 
 class Tensor(NamedTuple):
@@ -53,7 +45,7 @@ class Tensor(NamedTuple):
 
 
 class GGUF(NamedTuple):
-    """An open model file, all parts together."""
+    """An open model file, all parts together. `metadata` is the first part's."""
 
     path: Path
     version: int
@@ -63,24 +55,47 @@ class GGUF(NamedTuple):
     maps: list[mmap.mmap]  # kept open as long as anything points into them
 
 
+def open_gguf(path: str | Path) -> GGUF:
+    """Map the file, and with it the further parts of a split model.
+
+    Raises ModelFileError, which says what is wrong, or UnsupportedModelError for a tensor type that nobody here knows.
+    """
+    path = Path(path)
+    version, values, tensors, mapped = _open_part(path)
+    maps, nbytes = [mapped], len(mapped)
+    count = values.get("split.count", 1)
+    if count != 1:
+        for no, part in enumerate(_further_parts(path, values, count), 1):
+            _, more_values, more, mapped = _open_part(part)
+            found = more_values.get("split.no"), more_values.get("split.count")
+            if found != (no, count):
+                raise _wrong(part, f"split.no {no} and split.count {count}", f"{found[0]!r} and {found[1]!r}", "download it again")
+            twice = tensors.keys() & more.keys()
+            if twice:
+                raise _wrong(part, "each tensor in one part", f"{_show(min(twice))} in two", "the parts do not belong together")
+            tensors |= more
+            maps.append(mapped)
+            nbytes += len(mapped)
+        expected = values.get("split.tensors.count", len(tensors))
+        if expected != len(tensors):
+            raise _wrong(path, f"{expected!r} tensors in all parts", f"{len(tensors)}", "a part is of another model")
+    return GGUF(path, version, _Metadata(path, values), tensors, nbytes, maps)
+
+
 class _Strings(NamedTuple):
-    """Where a list of strings stands: decoded on demand."""
+    """Where a list of strings stands; its bounds are checked, its text is decoded on demand."""
 
     buffer: memoryview
     start: int
-    count: int
+    stop: int
 
-    def decode(self, path: Path, key: str) -> list[str]:
-        found, pos, buffer, length = [], self.start, self.buffer, struct.Struct("<Q").unpack_from
-        try:
-            for _ in range(self.count):
-                end = pos + 8 + length(buffer, pos)[0]
-                found.append(str(buffer[pos + 8 : end], "utf-8"))
-                pos = end
-        except UnicodeDecodeError as error:
-            raise ModelFileError(
-                f"{path}: expected UTF-8 in {key}, found bytes that are not ({error.reason}); the file is damaged"
-            ) from None
+    def decode(self) -> list[str]:
+        found, pos, length = [], 0, struct.Struct("<Q").unpack_from
+        raw = bytes(self.buffer[self.start : self.stop])  # slices of bytes are twice as fast as slices of a memoryview
+        while pos < len(raw):
+            end = pos + 8 + length(raw, pos)[0]
+            found.append(raw[pos + 8 : end].decode())
+            pos = end
         return found
 
 
@@ -93,8 +108,14 @@ class _Metadata(Mapping):
     def __getitem__(self, key: str) -> object:
         value = self._values[key]
         if isinstance(value, _Strings):
-            value = self._values[key] = value.decode(self._path, key)
+            try:
+                value = self._values[key] = value.decode()
+            except UnicodeDecodeError:
+                raise _wrong(self._path, f"UTF-8 in {_show(key)}", "other bytes") from None
         return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -112,28 +133,26 @@ class _Cursor:
     def need(self, n: int, what: str) -> None:
         left = len(self.buffer) - self.pos
         if n > left:
-            raise ModelFileError(
-                f"{self.path}: expected {n} more bytes for {what} at byte {self.pos}, found {left}; the file is cut short or damaged"
-            )
+            raise _wrong(self.path, f"{n} more bytes for {_show(what)} at byte {self.pos}", f"{left}")
 
     def number(self, code: str, what: str):
-        size = struct.calcsize("<" + code)
-        self.need(size, what)
+        self.need(struct.calcsize("<" + code), what)
         (value,) = struct.unpack_from("<" + code, self.buffer, self.pos)
-        self.pos += size
+        self.pos += struct.calcsize("<" + code)
         return value
 
-    def string(self, what: str, limit: int | None = None) -> str:
-        n = self.number("Q", f"the length of {what}")
-        if limit is not None and n > limit:
-            raise ModelFileError(f"{self.path}: expected {what} of at most {limit} bytes, found {n}; the file is damaged")
+    def string(self, what: str, most: int | None = None) -> str:
+        """`most` bytes; None for free text, where bytes that are no UTF-8 do not make the model unusable."""
+        n = self.number("Q", what)
+        if most is not None and n > most:
+            raise _wrong(self.path, f"{what} of at most {most} bytes", f"{n}")
         self.need(n, what)
         raw = self.buffer[self.pos : self.pos + n]
         self.pos += n
         try:
-            return str(raw, "utf-8")
+            return str(raw, "utf-8", "replace" if most is None else "strict")
         except UnicodeDecodeError:
-            raise ModelFileError(f"{self.path}: expected UTF-8 in {what}, found other bytes; the file is damaged") from None
+            raise _wrong(self.path, f"UTF-8 in {what}", "other bytes") from None
 
     def value(self, kind: int, key: str):
         if kind in _NUMBERS:
@@ -142,114 +161,91 @@ class _Cursor:
             return self.string(key)
         if kind == _ARRAY:
             return self.array(key)
-        raise ModelFileError(f"{self.path}: expected a value type from 0 to 12 for {key}, found {kind}; the file is damaged")
+        raise _wrong(self.path, f"a value type from 0 to 12 for {_show(key)}", f"{kind}")
 
-    def array(self, key: str):
+    def array(self, key: str) -> np.ndarray | _Strings:
         kind, count = self.number("I", key), self.number("Q", key)
         if kind in _NUMBERS:
-            dtype = np.dtype("<" + _NUMBERS[kind]) if _NUMBERS[kind] != "?" else np.dtype(bool)
+            dtype = np.dtype("<" + _NUMBERS[kind].replace("?", "B"))
             self.need(count * dtype.itemsize, key)
-            values = np.frombuffer(self.buffer, dtype, count, self.pos).copy() if count else np.empty(0, dtype)
-            self.pos += count * dtype.itemsize
-            return values
+            values = np.array(self.buffer[self.pos : self.pos + count * dtype.itemsize]).view(dtype)
+            self.pos += values.nbytes
+            return values != 0 if _NUMBERS[kind] == "?" else values
         if kind != _STRING:
-            raise ModelFileError(
-                f"{self.path}: expected a list of numbers or strings for {key}, found type {kind}; cannot be read"
-            )
+            raise _wrong(self.path, f"numbers or strings in the list {_show(key)}", f"values of type {kind}")
         self.need(8 * count, key)
-        start, pos, end, length = self.pos, self.pos, len(self.buffer), struct.Struct("<Q").unpack_from
-        for _ in range(count):
-            if pos + 8 > end or (after := pos + 8 + length(self.buffer, pos)[0]) > end:
-                self.pos = pos
-                self.need(end - pos + 1, key)
-            pos = after
+        buffer, start, pos, length = self.buffer, self.pos, self.pos, struct.Struct("<Q").unpack_from
+        try:
+            for _ in range(count):
+                pos += 8 + length(buffer, pos)[0]
+        except (struct.error, OverflowError):  # the loop has left the buffer; checking inside would double its time
+            pos = len(buffer) + 1
+        self.need(pos - start, key)
         self.pos = pos
-        return _Strings(self.buffer, start, count)
+        return _Strings(buffer, start, pos)
 
 
-def open_gguf(path: str | Path) -> GGUF:
-    """Map the file, and with it the further parts of a split model; ModelFileError says what is wrong."""
-    path = Path(path)
-    version, values, tensors, mapped = _open_part(path)
-    maps, nbytes = [mapped], len(mapped)
-    count = values.get("split.count", 1)
-    if isinstance(count, int) and count > 1:
-        for part in _further_parts(path, values, count):
-            _, more_values, more, mapped = _open_part(part)
-            if more_values.get("split.count") != count:
-                raise ModelFileError(f"{part}: expected a part of {count}, found split.count {more_values.get('split.count')}")
-            twice = tensors.keys() & more.keys()
-            if twice:
-                raise ModelFileError(
-                    f"{part}: expected each tensor in one part, found {min(twice)} twice; the parts do not belong together"
-                )
-            tensors |= more
-            maps.append(mapped)
-            nbytes += len(mapped)
-        expected = values.get("split.tensors.count", len(tensors))
-        if expected != len(tensors):
-            raise ModelFileError(f"{path}: expected {expected} tensors in all parts, found {len(tensors)}; a part is wrong")
-    return GGUF(path, version, _Metadata(path, values), tensors, nbytes, maps)
-
-
-def _further_parts(path: Path, values: dict, count: int) -> list[Path]:
-    match = _PART.match(path.name)
-    if count > 99_999 or not match or int(match["count"]) != count:
-        raise ModelFileError(
-            f"{path}: expected a name like model-00001-of-{min(count, 99999):05}.gguf for a part of {count}; restore the name"
-        )
-    if values.get("split.no", 0) != 0 or int(match["no"]) != 1:
-        first = path.with_name(f"{match['stem']}-00001-of-{count:05}.gguf")
-        raise ModelFileError(
-            f"{path}: expected the first part of a split model, found part {int(match['no'])}; open {first.name}"
-        )
-    return [path.with_name(f"{match['stem']}-{no:05}-of-{count:05}.gguf") for no in range(2, count + 1)]
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        if path.is_dir():
-            raise ModelFileError(f"{path}: expected a GGUF file, found a folder; name the .gguf file in it")
-        with path.open("rb") as file:
-            if path.stat().st_size < 24:
-                raise ModelFileError(
-                    f"{path}: expected a GGUF of at least 24 bytes, found {path.stat().st_size}; download it again"
-                )
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ModelFileError(f"{path}: expected a GGUF file, found nothing there; check the name") from None
-    except (OSError, ValueError) as error:
-        raise ModelFileError(
-            f"{path}: expected a readable GGUF file, found: {getattr(error, 'strerror', None) or error}"
-        ) from None
-
-
-def _open_part(path: Path):
+def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:
     mapped = _map(path)
     cursor = _Cursor(path, memoryview(mapped))
-    magic, version = bytes(cursor.buffer[:4]), struct.unpack_from("<I", cursor.buffer, 4)[0]
+    magic, version = mapped[:4], struct.unpack_from("<I", mapped, 4)[0]
     if magic != b"GGUF":
-        raise ModelFileError(
-            f"{path}: expected a GGUF file, found one that starts with {magic!r}; convert it with `llamacli quantize`"
-        )
+        raise _wrong(path, "a GGUF file", f"one that starts with {magic!r}", "name a .gguf file, or make one with llamacli quantize")
     if version not in (2, 3):
-        what = "a big-endian file" if version in (2 << 24, 3 << 24) else f"version {version}"
-        raise ModelFileError(f"{path}: expected GGUF version 2 or 3, little-endian, found {what}; convert the model again")
+        found = "a big-endian one" if version in (2 << 24, 3 << 24) else f"version {version}"
+        raise _wrong(path, "GGUF version 2 or 3, little-endian", found, "convert the model again")
     cursor.pos = 8
     n_tensors, n_values = cursor.number("Q", "the tensor count"), cursor.number("Q", "the metadata count")
-    cursor.need(24 * n_tensors + 13 * n_values, f"{n_tensors} tensors and {n_values} metadata values")
-    values = {}
+    cursor.need(_LEAST_TENSOR * n_tensors + _LEAST_VALUE * n_values, f"{n_tensors} tensors and {n_values} metadata values")
+    values: dict[str, object] = {}
     for _ in range(n_values):
         key = cursor.string("a metadata key", _MAX_NAME)
+        if key in values:
+            raise _wrong(path, f"metadata key {_show(key)} once", "it twice")
         values[key] = cursor.value(cursor.number("I", key), key)
     infos = [_info(cursor) for _ in range(n_tensors)]
     return version, values, _views(cursor, infos, _alignment(path, values)), mapped
 
 
+def _map(path: Path) -> mmap.mmap:
+    try:
+        if path.is_dir():
+            raise _wrong(path, "a GGUF file", "a folder", "name the .gguf file in it")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise _wrong(path, "a GGUF file", "something that is not a file", "name a .gguf file")
+        with path.open("rb") as file:
+            if path.stat().st_size < _HEADER:
+                raise _wrong(path, f"a GGUF of at least {_HEADER} bytes", f"{path.stat().st_size}", "download it again")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise _wrong(path, "a GGUF file", "nothing of that name", "check the path") from None
+    except PermissionError:
+        raise _wrong(path, "a GGUF file", "one that may not be read", "change its permissions") from None
+    except (OSError, ValueError) as error:
+        found = f"one that cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise _wrong(path, "a GGUF file", found, "check the path") from None
+
+
+def _further_parts(path: Path, values: dict, count: object) -> list[Path]:
+    """Paths of parts 2 to `count` of a split model, all of them there."""
+    if not isinstance(count, int) or not 1 < count <= 99_999:
+        raise _wrong(path, "split.count from 1 to 99999", f"{count!r}")
+    name = _PART.fullmatch(path.name)
+    if not name or int(name["count"]) != count:
+        raise _wrong(path, f"a name like model-00001-of-{count:05}.gguf", "another", "give the parts their names back")
+    parts = [path.with_name(f"{name['stem']}-{no:05}-of-{count:05}.gguf") for no in range(1, count + 1)]
+    if values.get("split.no", 0) != 0 or int(name["no"]) != 1:
+        raise _wrong(path, "the first part of a split model", f"part {int(name['no'])}", f"open {parts[0].name}")
+    for no, part in enumerate(parts, 1):
+        if not part.exists():
+            raise _wrong(part, f"part {no} of a model of {count}", "nothing of that name", "put all parts into one folder")
+    return parts[1:]
+
+
 def _alignment(path: Path, values: dict) -> int:
     alignment = values.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 20 or alignment & (alignment - 1):
-        raise ModelFileError(f"{path}: expected general.alignment to be a power of two, found {alignment}; the file is damaged")
+    if type(alignment) is not int or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
+        raise _wrong(path, "general.alignment to be a power of two up to 2^20", _show(repr(alignment)))
     return alignment
 
 
@@ -257,38 +253,47 @@ def _info(cursor: _Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
     name = cursor.string("a tensor's name", _MAX_NAME)
     n_dims = cursor.number("I", name)
     if not 1 <= n_dims <= _MAX_DIMS:
-        raise ModelFileError(
-            f"{cursor.path}: expected 1 to {_MAX_DIMS} dimensions for {name}, found {n_dims}; the file is damaged"
-        )
-    dims = [cursor.number("Q", name) for _ in range(n_dims)]
+        raise _wrong(cursor.path, f"1 to {_MAX_DIMS} dimensions for tensor {_show(name)}", f"{n_dims}")
+    shape = tuple(cursor.number("Q", name) for _ in range(n_dims))[::-1]
     kind, offset = cursor.number("I", name), cursor.number("Q", name)
     if kind not in BY_ID:
-        raise UnsupportedModelError(
-            f"{cursor.path}: expected a known tensor type for {name}, found id {kind}; convert it to another type"
-        )
-    return name, BY_ID[kind], tuple(reversed(dims)), offset
+        message = f"{cursor.path}: expected a known type for tensor {_show(name)}, found type id {kind}; convert it to another type"
+        raise UnsupportedModelError(message)
+    return name, BY_ID[kind], shape, offset
 
 
 def _views(cursor: _Cursor, infos: list, alignment: int) -> dict[str, Tensor]:
     """Tensors as views of the data section, which starts at the next aligned byte."""
     path, start = cursor.path, -(-cursor.pos // alignment) * alignment
-    left = len(cursor.buffer) - start
-    tensors = {}
+    left = max(0, len(cursor.buffer) - start)
+    tensors, ends = {}, []
     for name, kind, shape, offset in infos:
         size = 1
         for n in shape:
-            size *= n  # Python integers do not overflow
+            size *= n  # Python's integers do not overflow
         if min(shape) < 1 or shape[-1] % kind.block:
-            raise ModelFileError(
-                f"{path}: expected rows of whole {kind.name} blocks of {kind.block} in {name}, found shape {list(shape)}"
-            )
+            raise _wrong(path, f"rows of whole {kind.name} blocks of {kind.block} in {_show(name)}", f"shape {list(shape)}")
         nbytes = size // kind.block * kind.nbytes
-        if offset % alignment or offset + nbytes > left:
-            raise ModelFileError(
-                f"{path}: expected {nbytes} bytes of {name} at offset {offset} of the data, found {max(left, 0)} bytes of data in all;"
-                " the file is cut short or damaged"
-            )
+        if offset % alignment:
+            raise _wrong(path, f"tensor {_show(name)} at a multiple of {alignment} bytes", f"it at {offset}")
+        if offset + nbytes > left:
+            raise _wrong(path, f"{nbytes} bytes of {_show(name)} at byte {offset} of the tensor data", f"{left} bytes of data in all")
         if name in tensors:
-            raise ModelFileError(f"{path}: expected tensor {name} once, found it twice; the file is damaged")
+            raise _wrong(path, f"tensor {_show(name)} once", "it twice")
         tensors[name] = Tensor(name, kind, shape, np.frombuffer(cursor.buffer, np.uint8, nbytes, start + offset))
+        ends.append((offset, offset + nbytes, name))
+    ends.sort()
+    for (_, end, name), (begin, _, other) in zip(ends, ends[1:], strict=False):
+        if begin < end:
+            raise _wrong(path, f"tensor {_show(other)} behind {_show(name)}", "them overlapping")
     return tensors
+
+
+def _wrong(path: Path, expected: str, found: str, hint: str = _DAMAGED) -> ModelFileError:
+    return ModelFileError(f"{path}: expected {expected}, found {found}; {hint}")
+
+
+def _show(text: str) -> str:
+    """A name out of a file that may be hostile, fit for one line of a terminal."""
+    shown = text if text.isprintable() else ascii(text)
+    return shown if len(shown) <= 80 else shown[:77] + "..."

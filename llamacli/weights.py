@@ -68,7 +68,7 @@ def bind(gguf: GGUF, config: Config) -> Weights:
             raise ModelFileError(f"{gguf.path}: expected tensor {name} {list(shape)}, found none; the file is incomplete")
         if tensor.shape != shape:
             raise ModelFileError(
-                f"{gguf.path}: expected {name} of shape {list(shape)}, found {list(tensor.shape)}; metadata and tensors disagree"
+                f"{gguf.path}: expected {name} as {list(shape)}, found {list(tensor.shape)}; metadata and tensors disagree"
             )
         return tensor
 
