@@ -11,6 +11,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,22 +64,22 @@ def open_gguf(path: str | Path) -> GGUF:
     path = Path(path)
     version, values, tensors, mapped = _open_part(path)
     maps, nbytes = [mapped], len(mapped)
-    count = values.get("split.count", 1)
-    if count != 1:
+    count = _count(path, values, "split.count", 1)
+    if count > 1:
         for no, part in enumerate(_further_parts(path, values, count), 1):
             _, more_values, more, mapped = _open_part(part)
-            found = more_values.get("split.no"), more_values.get("split.count")
+            found = _count(part, more_values, "split.no", -1), _count(part, more_values, "split.count", -1)
             if found != (no, count):
-                raise _wrong(part, f"split.no {no} and split.count {count}", f"{found[0]!r} and {found[1]!r}", "download it again")
+                raise _wrong(part, f"split.no {no} and split.count {count}", f"{found[0]} and {found[1]}", "download it again")
             twice = tensors.keys() & more.keys()
             if twice:
                 raise _wrong(part, "each tensor in one part", f"{_show(min(twice))} in two", "the parts do not belong together")
             tensors |= more
             maps.append(mapped)
             nbytes += len(mapped)
-        expected = values.get("split.tensors.count", len(tensors))
+        expected = _count(path, values, "split.tensors.count", len(tensors))
         if expected != len(tensors):
-            raise _wrong(path, f"{expected!r} tensors in all parts", f"{len(tensors)}", "a part is of another model")
+            raise _wrong(path, f"{expected} tensors in all parts", f"{len(tensors)}", "a part is of another model")
     return GGUF(path, version, _Metadata(path, values), tensors, nbytes, maps)
 
 
@@ -190,7 +191,7 @@ def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:
     cursor = _Cursor(path, memoryview(mapped))
     magic, version = mapped[:4], struct.unpack_from("<I", mapped, 4)[0]
     if magic != b"GGUF":
-        raise _wrong(path, "a GGUF file", f"one that starts with {magic!r}", "name a .gguf file, or make one with llamacli quantize")
+        raise _wrong(path, "a GGUF file", f"one that starts with {magic!r}", "make one with llamacli quantize")
     if version not in (2, 3):
         found = "a big-endian one" if version in (2 << 24, 3 << 24) else f"version {version}"
         raise _wrong(path, "GGUF version 2 or 3, little-endian", found, "convert the model again")
@@ -226,15 +227,22 @@ def _map(path: Path) -> mmap.mmap:
         raise _wrong(path, "a GGUF file", found, "check the path") from None
 
 
-def _further_parts(path: Path, values: dict, count: object) -> list[Path]:
+def _count(path: Path, values: dict, key: str, default: int) -> int:
+    value = values.get(key, default)
+    if not isinstance(value, int) or not -1 <= value <= 1 << 31:
+        raise _wrong(path, f"a count in {key}", _show(repr(value)))
+    return value
+
+
+def _further_parts(path: Path, values: dict, count: int) -> list[Path]:
     """Paths of parts 2 to `count` of a split model, all of them there."""
-    if not isinstance(count, int) or not 1 < count <= 99_999:
-        raise _wrong(path, "split.count from 1 to 99999", f"{count!r}")
+    if count > 99_999:
+        raise _wrong(path, "split.count up to 99999", f"{count}")
     name = _PART.fullmatch(path.name)
     if not name or int(name["count"]) != count:
         raise _wrong(path, f"a name like model-00001-of-{count:05}.gguf", "another", "give the parts their names back")
     parts = [path.with_name(f"{name['stem']}-{no:05}-of-{count:05}.gguf") for no in range(1, count + 1)]
-    if values.get("split.no", 0) != 0 or int(name["no"]) != 1:
+    if int(name["no"]) != 1 or _count(path, values, "split.no", 0) != 0:
         raise _wrong(path, "the first part of a split model", f"part {int(name['no'])}", f"open {parts[0].name}")
     for no, part in enumerate(parts, 1):
         if not part.exists():
@@ -257,8 +265,8 @@ def _info(cursor: _Cursor) -> tuple[str, TensorType, tuple[int, ...], int]:
     shape = tuple(cursor.number("Q", name) for _ in range(n_dims))[::-1]
     kind, offset = cursor.number("I", name), cursor.number("Q", name)
     if kind not in BY_ID:
-        message = f"{cursor.path}: expected a known type for tensor {_show(name)}, found type id {kind}; convert it to another type"
-        raise UnsupportedModelError(message)
+        expected = f"{cursor.path}: expected a known type for tensor {_show(name)}"
+        raise UnsupportedModelError(f"{expected}, found type id {kind}; convert it to another type")
     return name, BY_ID[kind], shape, offset
 
 
@@ -277,13 +285,13 @@ def _views(cursor: _Cursor, infos: list, alignment: int) -> dict[str, Tensor]:
         if offset % alignment:
             raise _wrong(path, f"tensor {_show(name)} at a multiple of {alignment} bytes", f"it at {offset}")
         if offset + nbytes > left:
-            raise _wrong(path, f"{nbytes} bytes of {_show(name)} at byte {offset} of the tensor data", f"{left} bytes of data in all")
+            raise _wrong(path, f"{nbytes} bytes of {_show(name)} at byte {offset} of the tensor data", f"{left} bytes in all")
         if name in tensors:
             raise _wrong(path, f"tensor {_show(name)} once", "it twice")
         tensors[name] = Tensor(name, kind, shape, np.frombuffer(cursor.buffer, np.uint8, nbytes, start + offset))
         ends.append((offset, offset + nbytes, name))
     ends.sort()
-    for (_, end, name), (begin, _, other) in zip(ends, ends[1:], strict=False):
+    for (_, end, name), (begin, _, other) in pairwise(ends):
         if begin < end:
             raise _wrong(path, f"tensor {_show(other)} behind {_show(name)}", "them overlapping")
     return tensors
