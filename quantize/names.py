@@ -1,0 +1,110 @@
+"""Hugging Face tensor names to GGUF tensors: a table of what each one is called, how large it must be and how it is laid out.
+
+In: a checkpoint's tensors and the model's sizes. Out: `{gguf name: Rows}` in file order, and notices of what was left out. A name that
+is not in the table, a wrong shape or a missing tensor is a CheckpointError. Knows nothing of types or files.
+
+Sizes in the table are words that `HFConfig.sizes` gives a number. Experts are stored as x @ W, so their last two axes change places; the
+columns of gate_up_proj are the gate's rows and then up's.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from llamacli.errors import CheckpointError
+from quantize.hf_config import HFConfig
+from quantize.safetensors import Stored
+from quantize.sources import Plain, Rows, Transposed
+
+
+class Part(NamedTuple):
+    """One GGUF tensor made of a stored one: all of it, or with `of` > 1 the part `at` of its columns, turned into rows."""
+
+    name: str
+    transposed: bool = False
+    at: int = 0
+    of: int = 1
+
+
+class Entry(NamedTuple):
+    """What a stored tensor becomes, and the shape it must have."""
+
+    shape: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+
+def _same(name: str, *shape: str) -> Entry:
+    return Entry(shape, (Part(name),))
+
+
+ENDS = {
+    "model.embed_tokens.weight": _same("token_embd.weight", "vocab", "hidden"),
+    "model.norm.weight": _same("output_norm.weight", "hidden"),
+    "lm_head.weight": _same("output.weight", "vocab", "hidden"),
+}
+ATTENTION = {
+    "input_layernorm.weight": _same("attn_norm.weight", "hidden"),
+    "self_attn.q_proj.weight": _same("attn_q.weight", "q", "hidden"),
+    "self_attn.k_proj.weight": _same("attn_k.weight", "kv", "hidden"),
+    "self_attn.v_proj.weight": _same("attn_v.weight", "kv", "hidden"),
+    "self_attn.o_proj.weight": _same("attn_output.weight", "hidden", "q"),
+    "post_attention_layernorm.weight": _same("ffn_norm.weight", "hidden"),
+}
+DENSE = {
+    "feed_forward.gate_proj.weight": _same("ffn_gate.weight", "dense", "hidden"),
+    "feed_forward.up_proj.weight": _same("ffn_up.weight", "dense", "hidden"),
+    "feed_forward.down_proj.weight": _same("ffn_down.weight", "hidden", "dense"),
+}
+MOE = {
+    "feed_forward.router.weight": _same("ffn_gate_inp.weight", "experts", "hidden"),
+    "feed_forward.experts.gate_up_proj": Entry(
+        ("experts", "hidden", "two expert"),
+        (Part("ffn_gate_exps.weight", True, 0, 2), Part("ffn_up_exps.weight", True, 1, 2)),
+    ),
+    "feed_forward.experts.down_proj": Entry(("experts", "expert", "hidden"), (Part("ffn_down_exps.weight", True),)),
+    "feed_forward.shared_expert.gate_proj.weight": _same("ffn_gate_shexp.weight", "expert", "hidden"),
+    "feed_forward.shared_expert.up_proj.weight": _same("ffn_up_shexp.weight", "expert", "hidden"),
+    "feed_forward.shared_expert.down_proj.weight": _same("ffn_down_shexp.weight", "hidden", "expert"),
+}
+VISION = ("vision_model.", "multi_modal_projector.", "model.vision_model.", "model.multi_modal_projector.")
+PREFIX = "language_model."
+_UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # computed, not learned
+
+
+def expected(config: HFConfig) -> dict[str, tuple[Entry, str]]:
+    """Every tensor the model has, by its stored name without prefix: its entry and the prefix of its GGUF names; in file order."""
+    found = {"model.embed_tokens.weight": (ENDS["model.embed_tokens.weight"], "")}
+    for i in range(config.n_layers):
+        for name, entry in (ATTENTION | (MOE if config.is_moe(i) else DENSE)).items():
+            found[f"model.layers.{i}.{name}"] = (entry, f"blk.{i}.")
+    found["model.norm.weight"] = (ENDS["model.norm.weight"], "")
+    if not config.tied:
+        found["lm_head.weight"] = (ENDS["lm_head.weight"], "")
+    return found
+
+
+def match(folder: Path, stored: dict[str, Stored], config: HFConfig) -> tuple[dict[str, Rows], list[str]]:
+    """Name, check and lay out every tensor of the checkpoint."""
+    table, present, vision, notices = expected(config), {}, 0, []
+    for name, tensor in stored.items():
+        plain = name.removeprefix(PREFIX)
+        if name.startswith(VISION):
+            vision += 1
+        elif plain in table:
+            present[plain] = tensor
+        elif not _UNUSED.search(plain) and not (config.tied and plain == "lm_head.weight"):
+            raise CheckpointError(f"{folder}: expected the tensors of a Llama 4 text model, found {name!r}; it has no place in a GGUF")
+    if vision:
+        notices.append(f"{vision} vision tensors left out: the text model alone is converted")
+    rows: dict[str, Rows] = {}
+    for name, (entry, prefix) in table.items():
+        if name not in present:
+            raise CheckpointError(f"{folder}: expected tensor {name}, found none; the checkpoint is incomplete")
+        shape = tuple(config.sizes[word] for word in entry.shape)
+        if present[name].shape != shape:
+            raise CheckpointError(
+                f"{folder}: expected {name} of shape {list(shape)}, found {list(present[name].shape)}; config.json does not fit the weights"
+            )
+        for part in entry.parts:
+            rows[prefix + part.name] = Transposed(present[name], part.at, part.of) if part.transposed else Plain(present[name])
+    return rows, notices

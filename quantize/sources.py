@@ -1,0 +1,134 @@
+"""Where a tensor's rows come from, whatever way they are stored: read a few rows of one group as float32.
+
+In: a stored tensor of a checkpoint, a tensor of a GGUF, or an array made here. Out: `Rows`, all with the shape that the GGUF tensor will
+have, and `read(group, first, out)`. A tensor of three axes is groups (experts) of matrices; all others are one group. Nothing is
+kept: each read touches only the mapped bytes that it needs, and threads may read at the same time. Knows nothing of target types.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+from llamacli.errors import CheckpointError, UnsupportedModelError
+from llamacli.gguf import Tensor
+from quantize.encoders import widen
+from quantize.safetensors import Stored
+
+
+class Rows(Protocol):
+    """A tensor to be written. `shape` is NumPy's order, row length last; `unit` is how many rows are best read together."""
+
+    shape: tuple[int, ...]
+    unit: int
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        """Fill `out`, float32 (rows, row length), with the rows from `first` on of one group."""
+
+    def raw(self, type_name: str) -> np.ndarray | None:
+        """The whole tensor's bytes if it is stored as exactly that type already, else None."""
+
+
+def groups_and_rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many groups of how many rows a shape stands for."""
+    if len(shape) == 1:
+        return 1, 1
+    if len(shape) == 2:
+        return 1, shape[0]
+    return shape[0], shape[1]
+
+
+class Made:
+    """An array computed here."""
+
+    unit = 1
+
+    def __init__(self, values: np.ndarray):
+        self.shape, self._values = values.shape, values.reshape(-1, values.shape[-1])
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        out[...] = self._values[first : first + len(out)]
+
+    def raw(self, type_name: str) -> None:
+        return None
+
+
+class Plain:
+    """A checkpoint's tensor as it lies there: one row, or a matrix."""
+
+    unit = 1
+
+    def __init__(self, stored: Stored):
+        self.shape, self._dtype = stored.shape, stored.dtype
+        self._rows = stored.data.reshape(-1, stored.shape[-1])
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        block = self._rows[first : first + len(out)]
+        if self._dtype == "BF16":
+            widen.bf16(np.require(block, requirements="A"), out.view(np.uint32))
+        else:
+            out[...] = block
+
+    def raw(self, type_name: str) -> None:
+        return None
+
+
+class Transposed:
+    """Part `at` of `of` of the columns of each of a stack of matrices [groups, row length, of * rows], read as rows."""
+
+    unit = widen.LINE
+
+    def __init__(self, stored: Stored, at: int, of: int):
+        n_groups, n_cols, n_columns = stored.shape
+        n_rows = n_columns // of
+        self.shape, self._dtype = (n_groups, n_rows, n_cols), stored.dtype
+        self._stack = stored.data[:, :, at * n_rows : (at + 1) * n_rows]
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        block = self._stack[group, :, first : first + len(out)]
+        if self._dtype == "BF16":
+            widen.bf16_transposed(np.require(block, requirements="A"), out.view(np.uint32))
+        else:
+            out[...] = block.T
+
+    def raw(self, type_name: str) -> None:
+        return None
+
+
+class Dequantized:
+    """A tensor of a GGUF, of any type that gguf-py can dequantize."""
+
+    unit = 1
+
+    def __init__(self, tensor: Tensor):
+        self.shape, self._tensor = tensor.shape, tensor
+        _, self._n_rows = groups_and_rows(tensor.shape)
+        self._rows = tensor.data.reshape(-1, tensor.type.row_bytes(tensor.shape[-1]))
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        start = group * self._n_rows + first
+        block, kind = self._rows[start : start + len(out)], self._tensor.type
+        if kind.name == "BF16":
+            widen.bf16(np.require(block.view(np.uint16), requirements="A"), out.view(np.uint32))
+            return
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        try:
+            out[...] = dequantize(block, GGMLQuantizationType(kind.id))
+        except (NotImplementedError, ValueError):
+            raise UnsupportedModelError(
+                f"tensor {self._tensor.name}: expected a type that can be read back, found {kind.name}; use the original weights"
+            ) from None
+
+    def raw(self, type_name: str) -> np.ndarray | None:
+        return self._tensor.data if self._tensor.type.name == type_name else None
+
+
+def check(values: np.ndarray, limit: float, name: str, type_name: str) -> None:
+    """CheckpointError if a weight is NaN, infinite, or too large for the type to be written."""
+    largest = widen.largest(values.reshape(-1).view(np.uint32))
+    if largest <= limit:
+        return
+    if not np.isfinite(largest):
+        raise CheckpointError(f"tensor {name}: expected finite weights, found NaN or infinity; the checkpoint is damaged")
+    raise CheckpointError(f"tensor {name}: expected weights up to {limit:g} for {type_name}, found {largest:g}; choose BF16 or F32")

@@ -1,0 +1,148 @@
+"""tokenizer.json and its neighbours to GGUF's tokenizer fields.
+
+In: the folder, the vocabulary's size, the text model's config. Out: metadata under `tokenizer.` and sampling hints under `general.`, and
+notices. Tokens stay in the GPT-2 byte alphabet that tokenizer.json and llama.cpp share; merges become "a b" whichever way they are
+stored. Knows nothing of tensors.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from llamacli.errors import CheckpointError
+from quantize.folder import optional_json, read_json
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
+PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # what tokenizer.ggml.pre = llama4 stands for
+
+
+def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, object], list[str]]:
+    """Every tokenizer field; CheckpointError when the tokenizer is no byte-level BPE or does not fit the vocabulary."""
+    path = folder / "tokenizer.json"
+    tokenizer = read_json(path)
+    settings, generation = optional_json(folder / "tokenizer_config.json"), optional_json(folder / "generation_config.json")
+    model = tokenizer.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise CheckpointError(f"{path}: expected a BPE tokenizer, found {model.get('type') if isinstance(model, dict) else None}")
+    if not _nodes(tokenizer, "ByteLevel"):
+        raise CheckpointError(f"{path}: expected a byte-level tokenizer, found none of ByteLevel; this is no Llama 4 tokenizer")
+    tokens, types, ids = _tokens(path, model["vocab"], tokenizer.get("added_tokens") or [], n_vocab)
+    fields: dict[str, object] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": _merges(path, model.get("merges")),
+    }
+    notices = []
+    patterns = [node.get("pattern", {}).get("Regex") for node in _nodes(tokenizer.get("pre_tokenizer"), "Split")]
+    if patterns != [PATTERN]:
+        notices.append("tokenizer.json splits text by another pattern than Llama 4's; the GGUF will say llama4 all the same")
+    bos = _special(settings, "bos", ids, generation, config)
+    eos = _special(settings, "eos", ids, generation, config)
+    fields |= {f"tokenizer.ggml.{key}_token_id": value for key, value in (("bos", bos), ("eos", eos)) if value is not None}
+    fields |= {f"tokenizer.ggml.{key}_token_id": ids[f"<|{key}|>"] for key in ("eot", "eom") if f"<|{key}|>" in ids}
+    pad = _special(settings, "pad", ids, generation, config)
+    if pad is not None:
+        fields["tokenizer.ggml.padding_token_id"] = pad
+    fields["tokenizer.ggml.add_bos_token"] = _adds_bos(tokenizer, settings, tokens, bos)
+    fields["tokenizer.ggml.add_eos_token"] = False
+    template = _chat_template(folder, settings)
+    if template:
+        fields["tokenizer.chat_template"] = template
+    else:
+        notices.append("no chat template in the checkpoint: Llama 4's own will be used")
+    for key, field in (("temperature", "temp"), ("top_p", "top_p"), ("top_k", "top_k")):
+        value = generation.get(key)
+        if type(value) in (int, float) and generation.get("do_sample", True):
+            fields[f"general.sampling.{field}"] = int(value) if key == "top_k" else float(value)
+    return fields, notices
+
+
+def _nodes(tree, kind: str) -> list[dict]:
+    """Every JSON object of `type` kind within three levels, where tokenizer.json puts them."""
+    found, level = [], [tree]
+    for _ in range(4):
+        found += [node for node in level if isinstance(node, dict) and node.get("type") == kind]
+        children = [list(node.values()) if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        level = [c for child in children for c in child if isinstance(c, (dict, list)) and len(c) < 64]
+    return found
+
+
+def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[str], np.ndarray, dict[str, int]]:
+    """Texts and types by id; ids without a token are filled and marked unused."""
+    tokens: list[str] = [f"[PAD{i}]" for i in range(n_vocab)]
+    types = np.full(n_vocab, UNUSED, np.int32)
+    ids: dict[str, int] = {}
+
+    def put(text, i, kind: int) -> None:
+        if not isinstance(text, str) or type(i) is not int or not 0 <= i < n_vocab:
+            raise CheckpointError(f"{path}: expected ids below the vocabulary's {n_vocab}, found {i} for {str(text)[:40]!r}")
+        if types[i] == NORMAL and kind == NORMAL:
+            raise CheckpointError(f"{path}: expected one token for each id, found {i} for {tokens[i]!r} and {text!r}")
+        tokens[i], types[i], ids[text] = text, kind, i
+
+    for text, i in vocab.items():
+        put(text, i, NORMAL)
+    for token in added:
+        if not isinstance(token, dict):
+            raise CheckpointError(f"{path}: expected added_tokens to be objects, found {type(token).__name__}; download it again")
+        text = token.get("content")
+        looks_special = isinstance(text, str) and text.startswith("<|") and text.endswith("|>")
+        put(text, token.get("id"), CONTROL if token.get("special") or looks_special else USER_DEFINED)
+    return tokens, types, ids
+
+
+def _merges(path: Path, merges) -> list[str]:
+    if not isinstance(merges, list):
+        raise CheckpointError(f"{path}: expected a list of merges, found {type(merges).__name__}; download it again")
+    found = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p and " " not in p for p in pair):
+            raise CheckpointError(f"{path}: expected merges of two parts without spaces, found {str(merge)[:40]!r}; download it again")
+        found.append(f"{pair[0]} {pair[1]}")
+    return found
+
+
+def _special(settings: dict, key: str, ids: dict[str, int], *fallbacks: dict) -> int | None:
+    """The id of the bos, eos or pad token: by its text, else by number; of several ends, <|eot|> is the one that ends a turn."""
+    text = settings.get(f"{key}_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    if isinstance(text, str) and text in ids:
+        return ids[text]
+    for source in fallbacks:
+        value = source.get(f"{key}_token_id")
+        if isinstance(value, list) and value:
+            value = ids.get("<|eot|>") if ids.get("<|eot|>") in value else value[0]
+        if type(value) is int and value in ids.values():
+            return value
+    return None
+
+
+def _adds_bos(tokenizer: dict, settings: dict, tokens: list[str], bos: int | None) -> bool:
+    """Whether text starts with BOS: what the post-processor says, else the settings, else yes, as Llama 4 does."""
+    for node in _nodes(tokenizer.get("post_processor"), "TemplateProcessing"):
+        first = (node.get("single") or [{}])[0]
+        name = first.get("SpecialToken", {}).get("id") if isinstance(first, dict) else None
+        return bos is not None and name == tokens[bos]
+    return bos is not None and bool(settings.get("add_bos_token", True))
+
+
+def _chat_template(folder: Path, settings: dict) -> str | None:
+    """chat_template.jinja, else chat_template.json, else tokenizer_config.json; of several the one named default."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: expected a readable UTF-8 template, found: {error}") from None
+    template = optional_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

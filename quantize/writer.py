@@ -1,0 +1,125 @@
+"""Write a GGUF, version 3, little-endian, as a stream: complete under its name or not there at all.
+
+In: a header's values, then the bytes of each tensor in the planned order. Out: the file. It grows as NAME.part, is synced and renamed; on
+any failure, Ctrl-C included, the part is removed. What cannot be written is an OutputError. Knows nothing of checkpoints or types.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from llamacli.errors import OutputError
+from llamacli.ggml import TensorType
+
+ALIGNMENT = 32
+_CODES = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "b1": 7, "u8": 10, "i8": 11, "f8": 12}  # dtype -> value type
+_STRING, _ARRAY = 8, 9
+
+
+def header(metadata: dict[str, object], tensors: list[tuple[str, TensorType, tuple[int, ...], int]]) -> bytes:
+    """Everything before the data, padded to the alignment. Integers become uint32 where they fit, floats float32, arrays keep their
+    dtype. Shapes are NumPy's order, offsets count from the start of the data. OutputError for text that is no Unicode."""
+    out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        out += _string(key) + _value(value)
+    for name, kind, shape, offset in tensors:
+        out += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)
+    out += bytes(-len(out) % ALIGNMENT)
+    return bytes(out)
+
+
+def _string(text: str) -> bytes:
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        raise OutputError(f"expected valid Unicode in the metadata, found {text[:40]!r}; repair the source's JSON files") from None
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, np.ndarray):
+        code = _CODES[value.dtype.str[1:]]
+        return struct.pack("<IIQ", _ARRAY, code, len(value)) + value.astype(value.dtype.newbyteorder("<")).tobytes()
+    if isinstance(value, list):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+    dtype = _scalar_dtype(value)
+    return struct.pack("<I", _CODES[dtype.str[1:]]) + np.array(value, dtype).tobytes()
+
+
+def _scalar_dtype(value) -> np.dtype:
+    """The types that llama.cpp asks for: uint32 where it fits, float32."""
+    if isinstance(value, bool):
+        return np.dtype(bool)
+    if isinstance(value, int):
+        return np.dtype(next(d for d in ("<u4", "<i4", "<u8", "<i8") if np.iinfo(d).min <= value <= np.iinfo(d).max))
+    return np.dtype("<f4")
+
+
+def check_output(path: Path, nbytes: int, force: bool) -> None:
+    """OutputError unless a file of `nbytes` can be made at `path`."""
+    if path.is_dir():
+        raise OutputError(f"{path}: expected the name of a file to write, found a folder; add a file name")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: expected no such file, found one; choose another name or add --force")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent}: expected a folder to write into, found none; create it first")
+    free = shutil.disk_usage(path.parent).free
+    if free < nbytes:
+        raise OutputError(f"{path}: expected {nbytes} bytes of room on the disk, found {free}; free some or write elsewhere")
+
+
+def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterable]], force: bool) -> None:
+    """Write `head` and then each tensor (name, planned bytes, chunks of bytes), padded to the alignment; rename when all is on the disk."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(head)
+            for name, nbytes, chunks in tensors:
+                written = 0
+                for chunk in chunks:
+                    file.write(chunk)
+                    written += len(chunk)
+                if written != nbytes:
+                    raise OutputError(f"{path}: expected {nbytes} bytes of {name}, found {written}; nothing was kept, please report this")
+                file.write(bytes(-nbytes % ALIGNMENT))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists() and not force:
+            raise OutputError(f"{path}: expected no such file, found one made meanwhile; choose another name or add --force")
+        part.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        _remove(part)
+        raise OutputError(f"{path}: expected to write it, found: {error.strerror or error}; nothing was kept") from None
+    except BaseException:
+        _remove(part)
+        raise
+
+
+def _remove(part: Path) -> None:
+    try:
+        part.unlink(missing_ok=True)
+    except OSError:
+        pass  # the error that led here is the one to tell
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
