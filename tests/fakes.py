@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 
 from llamacli import Model
@@ -139,6 +140,16 @@ class FakeModel(Model):
     def sampler(self, **settings):
         self.settings = settings
         return Greedy()
+
+
+def write_gguf(path, architecture, rows=4):
+    """A sound GGUF with one tensor and a name that would turn a terminal red; returns its path."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("small\x1b[31m")
+    writer.add_tensor("token_embd.weight", np.zeros((rows, 32), np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return str(path)
 
 
 if __name__ == "__main__":

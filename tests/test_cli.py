@@ -1,6 +1,6 @@
 """The commands as a user meets them: what goes to which stream, exit codes, pipes, signals, a real pseudo-terminal.
 
-Most tests run over the miniature model of fakes.py, whose answers and pace are known; the last ones start the real thing.
+All run over the miniature model of fakes.py, whose answers and pace are known; test_end_to_end.py starts the real thing.
 """
 
 import json
@@ -12,11 +12,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
-import numpy as np
 import pexpect
 import pytest
-from fakes import FakeModel, Scripted
+from fakes import FakeModel, Scripted, write_gguf
 
 import llamacli
 from llamacli import environment
@@ -74,7 +72,7 @@ def test_all_is_sorted_and_complete():
 
 
 def test_help_imports_neither_numba_nor_numpy():
-    code = "import sys; from llamacli.cli import main; main(['--help']); print({'numba', 'numpy', 'rich'} & set(sys.modules))"
+    code = "import sys; from llamacli.cli import main; main(['--help']); print({'numba', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("set()")
 
@@ -246,17 +244,8 @@ def test_a_model_is_found_by_name_and_a_wrong_name_is_an_error(monkeypatch, tmp_
 # inspect, tokenize, bench
 
 
-def gguf_of(path, architecture, rows=4):
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("small\x1b[31m")
-    writer.add_tensor("token_embd.weight", np.zeros((rows, 32), np.float32))
-    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
-        step()
-    return str(path)
-
-
 def test_inspect_shows_what_cannot_be_run_and_says_so(tmp_path, capfd):
-    path = gguf_of(tmp_path / "other.gguf", "mamba")
+    path = write_gguf(tmp_path / "other.gguf", "mamba")
     assert main(["inspect", path]) == 0
     out = capfd.readouterr().out
     assert "mamba" in out

@@ -23,6 +23,20 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
+def amount(nbytes: float) -> str:
+    """Bytes for a reader."""
+    return _scaled(nbytes, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), f"{nbytes} B")
+
+
+def count(n: float) -> str:
+    """A large number for a reader."""
+    return _scaled(n, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)), f"{n:.0f}")
+
+
+def _scaled(n: float, units, small: str) -> str:
+    return next((f"{n / size:.2f} {unit}" for unit, size in units if n >= size), small)
+
+
 def complain(message: str) -> None:
     """The one line of an error."""
     prefix = f"{RED}llamacli: error:{PLAIN}" if _coloured(sys.stderr, "auto") else "llamacli: error:"
@@ -134,11 +148,22 @@ class Console:
         Rich(file=rendered, force_terminal=True, width=width).print(table)
         return self.result("\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n")))
 
+    def _line_for_each(self, what: str):
+        shown = None
+
+        def update(done: int, total: int, label: str = "") -> None:
+            nonlocal shown
+            if label != shown:
+                shown = label
+                self.note(f"{what}: {label}")
+
+        return update
+
     @contextmanager
     def progress(self, what: str):
         """Yields update(done, total, label) for a long job: a bar on a terminal, with -v a line for each label."""
         if not is_terminal(sys.stderr):
-            yield lambda done, total, label="": self.note(f"{what}: {label}")
+            yield self._line_for_each(what)
             return
         from rich.console import Console as Rich
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from llamacli.cli.console import amount, count
 from llamacli.cli.options import Json, Output, find_model
 from llamacli.errors import LlamacliError
 
@@ -130,9 +131,9 @@ def _text(value) -> str | None:
 
 def _show(r: dict, console) -> None:
     general = [("architecture", r["architecture"] or "?"), ("name", r["name"] or "-")]
-    general.append(("file", f"{_bytes(r['file_bytes'])}, GGUF version {r['gguf_version']}"))
+    general.append(("file", f"{amount(r['file_bytes'])}, GGUF version {r['gguf_version']}"))
     if r["runnable"]:
-        general.append(("parameters", f"{_count(r['parameters'])}, active per token {_count(r['parameters_active'])}"))
+        general.append(("parameters", f"{count(r['parameters'])}, active per token {count(r['parameters_active'])}"))
         general.append(
             ("layers", f"{r['layers']}, {r['expert_layers']} with experts, {r['rope_layers']} with rotary positions")
         )
@@ -142,12 +143,12 @@ def _show(r: dict, console) -> None:
         )
         general.append(("context", f"{r['context']} tokens, " + (f"chunks of {r['chunk']}" if r["chunk"] else "no chunks")))
     else:
-        general.append(("parameters", _count(r["parameters"])))
+        general.append(("parameters", count(r["parameters"])))
     t = r["tokenizer"]
     template = "with" if t["chat_template"] else "no"
     general.append(("tokenizer", f"{t['model'] or '?'}, {t['pre'] or '?'}, {t['tokens']} tokens, {template} chat template"))
     console.table(r["file"], general)
-    rows = [(k["type"], str(k["count"]), _count(k["parameters"]), _bytes(k["bytes"])) for k in r["tensors"]["by_type"]]
+    rows = [(k["type"], str(k["count"]), count(k["parameters"]), amount(k["bytes"])) for k in r["tensors"]["by_type"]]
     if rows:
         console.table("\nWeights", rows, ("type", "tensors", "parameters", "size"))
     if not r["runnable"]:
@@ -158,7 +159,7 @@ def _show(r: dict, console) -> None:
     for kv in r["memory"]["kv"]:
         need = weights + kv["bytes"]
         fits = "" if free is None else "fits in memory" if need <= free else "more than this machine has free"
-        rows.append((f"{kv['ctx']}", _bytes(kv["bytes"]), _bytes(kv["without_chunks_bytes"]), _bytes(need), fits))
+        rows.append((f"{kv['ctx']}", amount(kv["bytes"]), amount(kv["without_chunks_bytes"]), amount(need), fits))
     console.table("\nMemory by context", rows, ("tokens", "KV cache", "(unchunked)", "with weights", ""))
 
 
@@ -173,15 +174,3 @@ def _available() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
-
-
-def _bytes(n: int) -> str:
-    return _scaled(n, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), f"{n} B")
-
-
-def _count(n: float) -> str:
-    return _scaled(n, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)), f"{n:.0f}")
-
-
-def _scaled(n: float, units, small: str) -> str:
-    return next((f"{n / size:.2f} {unit}" for unit, size in units if n >= size), small)

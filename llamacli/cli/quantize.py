@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llamacli.cli.console import amount
 from llamacli.cli.options import Json, Output, Threads, option
 
 
@@ -43,6 +44,12 @@ def default_out(source: Path, type_name: str) -> Path:
 
 
 def _show(report, path: Path, dry_run: bool, as_json: bool, console) -> None:
+    for notice in report["notices"]:
+        console.note(notice)
     if as_json:
-        console.result(json.dumps(report))
-    console.note(f"{'would write' if dry_run else 'wrote'} {path}")
+        console.result(json.dumps(report, ensure_ascii=False))
+    elif dry_run:
+        rows = [(t["name"], t["type"], " x ".join(map(str, t["shape"])), amount(t["nbytes"])) for t in report["tensors"]]
+        console.table(f"{report['source']} as {report['type']}", rows, ("tensor", "type", "shape", "size"))
+    size = f"{amount(report['nbytes'])}, {report['bits_per_weight']:.2f} bits per weight"
+    console.note(f"would write {path}: {size}" if dry_run else f"wrote {path}: {size}, in {report['seconds']:.1f} s")

@@ -1,0 +1,158 @@
+"""The real thing: the small model from the command line and from Python, in processes where streams and signals count."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pexpect
+import pytest
+from fakes import write_gguf
+
+import llamacli
+from llamacli import environment
+from llamacli.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = environment.SMALL_MODEL
+LLAMACLI = f"{sys.executable} -c 'import sys; from llamacli.cli import main; sys.exit(main())'"
+ASK = "What is the capital of France?"
+
+
+def shell(script, **env):
+    """A line of bash with `llamacli` in it, the small model chosen by default."""
+    settings = {name: value for name, value in os.environ.items() if name != "LLAMACLI_MODEL"} | env
+    script = f'llamacli() {{ {LLAMACLI} "$@"; }}; {script}'
+    return subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=settings, stdin=subprocess.DEVNULL, capture_output=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def answer():
+    """What the small model says, greedily."""
+    done = shell(f"llamacli run --temp 0 -n 48 '{ASK}'")
+    assert (done.returncode, done.stderr) == (0, b"")
+    return done.stdout
+
+
+def test_the_small_model_answers_with_one_final_newline(answer):
+    assert len(answer) > 2
+    assert answer.endswith(b"\n")
+    assert not answer.endswith(b"\n\n")
+
+
+def test_a_file_gets_the_same_bytes_and_stderr_can_go_nowhere(answer, tmp_path):
+    done = shell(f"llamacli run -v --color always --temp 0 -n 48 '{ASK}' > {tmp_path}/file 2>/dev/null")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (tmp_path / "file").read_bytes() == answer
+
+
+def test_the_readme_can_be_summarized_into_a_pipe_that_closes_early():
+    done = shell("cat README.md | llamacli run -n 24 Summarize | head -1; echo ${PIPESTATUS[*]} >&2", NO_COLOR="1")
+    codes = done.stderr.decode().split()
+    assert codes[0] == codes[2] == "0"
+    assert codes[1] in ("0", "141")
+    assert done.stdout.count(b"\n") == 1
+    assert b"\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0])
+def test_ctrl_c_at_any_moment_exits_with_130_and_no_traceback(seconds):
+    """While it starts, loads or evaluates a long prompt."""
+    command = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
+    args = ["run", "-m", str(SMALL), "--raw", "-n", "4000", "--stop", "\0", "one two three four five six " * 1000]
+    with subprocess.Popen(command + args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+        process.stdout.read()
+    assert process.returncode in ((130, 0) if seconds > 1 else (130,))
+
+
+def test_the_python_door(answer):
+    model = llamacli.Model.load(SMALL, threads=2, ctx=512)
+    ids = model.tokenizer.encode("text and more text", bos=True, special=False)
+    logits = model.logits(ids)
+    assert logits.shape == (len(ids), model.config.n_vocab)
+    assert logits.dtype == np.float32
+    session = model.session()
+    session.eval(ids[:2])
+    assert np.allclose(session.eval(ids[2:]), logits[-1], atol=1e-3)
+    assert np.allclose(session.sync(ids[:3]), logits[2], atol=1e-3)
+    messages = [{"role": "user", "content": ASK}]
+    assert "".join(piece.text for piece in model.stream(messages, max_tokens=48, temp=0)).encode() + b"\n" == answer
+    first, again, other = ("".join(p.text for p in model.stream(messages, max_tokens=24, temp=2, seed=s)) for s in (7, 7, 8))
+    assert first == again != other
+
+
+def test_chat_with_the_small_model_at_a_terminal(answer, tmp_path):
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
+    command = [
+        "-c",
+        "import sys; from llamacli.cli import main; sys.exit(main())",
+        "chat",
+        "-m",
+        str(SMALL),
+        "--temp",
+        "0",
+        "-n",
+        "48",
+    ]
+    child = pexpect.spawn(sys.executable, command, env=env, timeout=60, encoding="utf-8", dimensions=(40, 400))
+    child.expect("> ")
+    child.sendline(ASK)
+    child.expect_exact(answer.decode().strip().splitlines()[0])
+    child.expect("> ")
+    child.sendline("/stats")
+    child.expect(r"context: \d+ of \d+ tokens")
+    child.sendline("/exit")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_tokenize_prints_ids_as_json(capfd):
+    def ids(*args):
+        assert main(["tokenize", "-m", str(SMALL), *args]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    plain, special = ids("a<|eot|>b"), ids("--special", "a<|eot|>b")
+    assert len(special) < len(plain)
+    assert ids("--no-bos", "a<|eot|>b") == plain[1:]
+
+
+def test_inspect_knows_what_the_small_model_needs(capfd):
+    assert main(["inspect", "--json", str(SMALL)]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert record["runnable"] is True
+    assert (record["experts"], record["experts_used"]) == (16, 1)
+    assert record["parameters_active"] < record["parameters"]
+    assert record["memory"]["weights_bytes"] <= record["file_bytes"]
+    assert main(["inspect", str(SMALL)]) == 0
+    assert "llama4" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "spoil", ["empty", "cut in the header", "cut in the weights", "no gguf", "a folder", "absent", "mamba"]
+)
+def test_a_bad_file_is_one_line_and_exit_1(spoil, tmp_path, capfd):
+    path, whole = tmp_path / "bad.gguf", SMALL.read_bytes()
+    if spoil == "a folder":
+        path.mkdir()
+    elif spoil == "mamba":
+        write_gguf(path, "mamba")
+    elif spoil != "absent":
+        path.write_bytes(
+            {"empty": b"", "no gguf": b"hello " * 100}.get(spoil, whole[: 4000 if "header" in spoil else len(whole) - 5000])
+        )
+    for command in (["run", "--no-stdin", "-m", str(path), "hi"], ["bench", "-m", str(path)]):
+        assert main(command) == 1
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert str(path) in err
