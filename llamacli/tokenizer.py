@@ -67,6 +67,7 @@ class Tokenizer:
             if text in vocab and vocab[text] not in left_out:
                 apart.append(vocab[text])
                 left_out.add(vocab[text])
+        apart += sorted(set(named.values()) - left_out)
         left_out.update(named.values())
         self._special = {tokens[i]: i for i in apart if tokens[i]}
         self._controls = frozenset(left_out - set(np.flatnonzero(kinds == _USER_DEFINED).tolist()))
@@ -137,6 +138,19 @@ class Tokenizer:
         """The id of a special token by its text, else of a vocabulary entry as it is written in the file."""
         return self._special.get(text, self._plain.get(text))
 
+    def split(self, text: str) -> list[str | int]:
+        """The text cut at its special tokens: these as ids, what is between them as it stands, nothing empty."""
+        if self._special_pattern is None:
+            longest_first = sorted(self._special, key=len, reverse=True)
+            self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
+        parts = self._special_pattern.split(text)
+        return [self._special[part] if i % 2 else part for i, part in enumerate(parts) if part]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts of all special tokens."""
+        return list(self._special)
+
     def stream(self) -> "StreamDecoder":
         """A decoder for tokens that come one by one."""
         return StreamDecoder(self)
@@ -148,14 +162,11 @@ class Tokenizer:
             raise PromptError("the text is not valid Unicode: expected no lone surrogates, found one; remove it") from None
 
     def _encode_special(self, text: str) -> list[int]:
-        if self._special_pattern is None:
-            longest_first = sorted(self._special, key=len, reverse=True)
-            self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
         ids: list[int] = []
-        for i, part in enumerate(self._special_pattern.split(text)):
-            if i % 2:
-                ids.append(self._special[part])
-            elif part:
+        for part in self.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
                 ids += self._encode_plain(part)
         return ids
 

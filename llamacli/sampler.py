@@ -1,0 +1,117 @@
+"""Logits to the next token.
+
+In: float32 logits [n_vocab] and the ids so far. Out: one id. The order is fixed: hidden tokens out, repeat penalty, (temp 0:
+the largest logit, done), temperature, top-k, top-p, min-p, then a draw from what is left. Only candidates that can matter are
+sorted, so a vocabulary of 202,048 costs well under a millisecond or two. Knows nothing of text.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamacli.errors import UsageError
+
+PENALTY_WINDOW = 64  # tokens that the repeat penalty looks back
+_FIRST_LOOK = 256  # candidates sorted at first; more only if they do not reach top_p
+
+
+class Sampler:
+    """How to pick. The same seed and the same logits give the same ids; `seed` None is a new draw each time.
+
+    `temp` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `hidden_ids` are never picked; ids past
+    the logits are ignored.
+    """
+
+    def __init__(
+        self,
+        temp: float = 0.6,
+        top_k: int = 0,
+        top_p: float = 0.9,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        hidden_ids: np.ndarray | None = None,
+    ):
+        for name, value, sound in (
+            ("temp", temp, temp >= 0),
+            ("top_k", top_k, top_k >= 0),
+            ("top_p", top_p, 0 <= top_p <= 1),
+            ("min_p", min_p, 0 <= min_p <= 1),
+            ("repeat_penalty", repeat_penalty, repeat_penalty > 0),
+            ("seed", seed, seed is None or seed >= 0),
+        ):
+            if not sound or (isinstance(value, float) and not np.isfinite(value)):
+                raise UsageError(f"{name} {value} makes no sense; see `llamacli run --help` for the ranges")
+        self.temp, self.top_k, self.top_p, self.min_p, self.repeat_penalty = temp, int(top_k), top_p, min_p, repeat_penalty
+        self._hidden = np.unique(np.asarray(() if hidden_ids is None else hidden_ids, np.int64))
+        self._random = np.random.default_rng(seed)
+        self._logits = np.empty(0, np.float32)
+
+    def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
+        """The next id. `logits` are left as they are; of `history` the last 64 ids count, for the repeat penalty."""
+        logits = self._prepared(logits, history)
+        best = int(logits.argmax())
+        if self.temp == 0 or self.top_k == 1 or not np.isfinite(logits[best]):
+            return best
+        ids, weights = self._candidates(logits, logits[best])
+        total = np.cumsum(weights)
+        return int(ids[min(np.searchsorted(total, self._random.random() * total[-1], "right"), len(ids) - 1)])
+
+    def _prepared(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
+        """A copy in the sampler's own buffer: NaN and hidden tokens at -inf, recent tokens penalised."""
+        if self._logits.shape != logits.shape:
+            self._logits = np.empty(logits.shape, np.float32)
+            self._hidden = self._hidden[(self._hidden >= 0) & (self._hidden < len(logits))]
+        own = self._logits
+        np.copyto(own, logits)
+        if np.isnan(own.max()):
+            np.nan_to_num(own, copy=False, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        if self.repeat_penalty != 1.0 and len(history):
+            recent = np.unique(np.asarray(history[-PENALTY_WINDOW:], np.int64))
+            recent = recent[(recent >= 0) & (recent < len(own))]
+            seen = own[recent]
+            own[recent] = np.where(seen > 0, seen / self.repeat_penalty, seen * self.repeat_penalty)
+        own[self._hidden] = -np.inf
+        return own
+
+    def _candidates(self, logits: np.ndarray, best: np.float32) -> tuple[np.ndarray, np.ndarray]:
+        """The ids left after top-k, top-p and min-p, most probable first, and their weights (float64, not normalised)."""
+        n = len(logits)
+        keep = min(self.top_k or n, n)
+        if keep < n:
+            ids = _largest(logits, keep)
+            weights = self._weights(logits[ids], best)
+        else:
+            every = self._weights(logits, best)
+            if self.top_p == 1.0 and self.min_p == 0.0:
+                return np.arange(n), every  # nothing to cut: no need to sort
+            total, look = float(every.sum()), min(_FIRST_LOOK, n)
+            while True:  # the most probable few hundred reach top_p almost always; if not, look at more
+                ids = _largest(logits, look)
+                weights = every[ids]
+                if look == n or weights.sum() >= self.top_p * total or weights[-1] < self.min_p:
+                    break
+                look = min(8 * look, n)
+            return self._cut(ids, weights, total)
+        return self._cut(ids, weights, float(weights.sum()))
+
+    def _cut(self, ids: np.ndarray, weights: np.ndarray, total: float) -> tuple[np.ndarray, np.ndarray]:
+        """top-p: the fewest whose share reaches it; then min-p: those of at least that share of the best. One always stays."""
+        stay = int(np.searchsorted(np.cumsum(weights), self.top_p * total, "left")) + 1 if self.top_p < 1.0 else len(ids)
+        stay = min(stay, int(np.searchsorted(-weights, -self.min_p, "right"))) if self.min_p else stay
+        stay = max(1, min(stay, len(ids)))
+        return ids[:stay], weights[:stay]
+
+    def _weights(self, logits: np.ndarray, best: np.float32) -> np.ndarray:
+        """exp((logit - best) / temp): 1 for the best."""
+        return np.exp((logits.astype(np.float64) - best) / self.temp)
+
+
+def _largest(logits: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest logits, the largest first; of equal ones the lower id first."""
+    ids = (
+        np.sort(np.argpartition(logits, len(logits) - count)[len(logits) - count :])
+        if count < len(logits)
+        else np.arange(count)
+    )
+    return ids[np.argsort(-logits[ids], kind="stable")]
