@@ -1,10 +1,11 @@
 """The one door: a Hugging Face folder or a GGUF to a GGUF of one type.
 
-In: paths and a type's name. Out: the file, and a report of what was done, fit for JSON. Order: read the header and check everything,
-plan the whole file, check the output, then stream it a few rows at a time; memory stays at some megabytes for each thread whatever
-the size of the model. Prints nothing.
+In: paths and a type's name. Out: the file, and a report of what was done, fit for JSON. Order: read the header and check
+everything, plan the whole file, check the output, then stream it a few rows at a time; memory stays at some megabytes for each
+thread whatever the size of the model. Prints nothing.
 """
 
+import math
 import os
 import threading
 import time
@@ -70,7 +71,7 @@ def convert(
 ) -> Report:
     """Make `out`. `progress(done, total, tensor)` gets bytes of the file; `threads` None means every core this process may use.
 
-    CheckpointError or ModelFileError: the source is not fit. OutputError: `out` exists and `force` is off, or cannot be written.
+    CheckpointError or ModelFileError: the source is not fit. OutputError: `out` exists without `force`, or cannot be written.
     UsageError: an unknown type. On every error, and on KeyboardInterrupt, no file is left behind.
     """
     start, src, out = time.perf_counter(), Path(src), Path(out)
@@ -108,8 +109,24 @@ def _open_folder(folder: Path) -> tuple[dict, dict[str, sources.Rows], list[str]
     if config.rope_freqs is not None:
         rows["rope_freqs.weight"] = sources.Made(config.rope_freqs)
     fields, more = read_vocab(folder, config.sizes["vocab"], config.raw)
-    general = {"general.architecture": "llama4", "general.type": "model", "general.name": _title(folder)}
+    general = {
+        "general.architecture": "llama4",
+        "general.type": "model",
+        "general.name": _title(folder),
+        "general.size_label": _size_label(rows),
+    }
     return general | config.metadata | fields, rows, config.notices + notices + more
+
+
+def _size_label(rows: dict[str, sources.Rows]) -> str:
+    """Experts times what one token passes through of weights with one expert, as GGUF's naming convention has it: 16x17B."""
+    experts = {name: source.shape for name, source in rows.items() if "_exps." in name}
+    n_experts = next(iter(experts.values()))[0] if experts else 0
+    total = sum(math.prod(source.shape) for source in rows.values())
+    total -= sum(math.prod(shape) - math.prod(shape[1:]) for shape in experts.values())
+    scale, suffix = next(((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if total > s), (1e3, "K"))
+    count = f"{total / scale:.0f}" if total / scale >= 9.5 else f"{total / scale:.1f}"
+    return f"{n_experts}x{count}{suffix}" if n_experts else f"{count}{suffix}"
 
 
 def _title(folder: Path) -> str:
@@ -123,7 +140,8 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     gguf = open_gguf(path)
     architecture = gguf.metadata.get("general.architecture")
     if architecture != "llama4":
-        raise UnsupportedModelError(f"{path}: expected architecture llama4, found {str(architecture)[:40]!r}; only Llama 4 can be converted")
+        found = str(architecture)[:40]
+        raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
     metadata = {k: v for k, v in gguf.metadata.items() if not k.startswith("split.") and k != "general.alignment"}
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if not name.startswith(VISION)}
     if not rows:

@@ -1,10 +1,10 @@
 """config.json of a Llama 4 checkpoint to checked sizes, GGUF metadata and the rotary frequencies' divisors.
 
-In: the folder. Out: `HFConfig`, or a CheckpointError for another architecture, for numbers that make no sense and for layouts that a
-GGUF of this architecture cannot say. Knows nothing of tensors or of the tokenizer.
+In: the folder. Out: `HFConfig`, or a CheckpointError for another architecture, for numbers that make no sense and for layouts
+that a GGUF of this architecture cannot say. Knows nothing of tensors or of the tokenizer.
 
-llama.cpp takes chunk size, temperature and NoPE period as given (8192, 8192 and 0.1, every 4th layer) and guesses QK norm from the
-expert count; what differs is written under keys of its own, which it passes over and this engine honours.
+llama.cpp takes chunk size, temperature and NoPE period as given (8192, 8192 and 0.1, every 4th layer) and guesses QK norm from
+the expert count; what differs is written under keys of its own, which it passes over and this engine honours.
 """
 
 import math
@@ -48,7 +48,7 @@ class _Reader:
 
     def refuse(self, key: str, expected: str) -> CheckpointError:
         found = str(self.values.get(key))[:60]
-        return CheckpointError(f"{self.where}: expected {expected} as {key}, found {found}; this checkpoint cannot be converted")
+        return CheckpointError(f"{self.where}: expected {expected} as {key}, found {found}; it cannot be converted")
 
     def count(self, key: str, most: int, default: int | None = None, least: int = 1) -> int:
         value = self.values.get(key)
@@ -72,7 +72,9 @@ def read_config(folder: Path) -> HFConfig:
     names = outer.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     if name not in ARCHITECTURES:
-        raise CheckpointError(f"{path}: expected architecture {' or '.join(ARCHITECTURES)}, found {name}; only Llama 4 can be converted")
+        raise CheckpointError(
+            f"{path}: expected architecture {' or '.join(ARCHITECTURES)}, found {str(name)[:60]}; only Llama 4 can be converted"
+        )
     raw = outer.get("text_config", outer) if name == ARCHITECTURES[1] else outer
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected text_config to be an object, found {type(raw).__name__}; download it again")
@@ -85,8 +87,10 @@ def _translate(c: _Reader) -> HFConfig:
     hidden, n_heads = c.count("hidden_size", 1 << 20), c.count("num_attention_heads", 1 << 12)
     n_kv_heads = c.count("num_key_value_heads", n_heads, n_heads)
     head_dim = c.count("head_dim", 1 << 12, hidden // n_heads)
-    if head_dim % 2 or n_heads % n_kv_heads:
-        raise c.refuse("head_dim" if head_dim % 2 else "num_key_value_heads", "an even head size, a whole number of heads for each KV head")
+    if head_dim % 2:
+        raise c.refuse("head_dim", "an even number")
+    if n_heads % n_kv_heads:
+        raise c.refuse("num_key_value_heads", f"a divisor of {n_heads} heads")
     n_layers, n_experts = c.count("num_hidden_layers", 1 << 12), c.count("num_local_experts", 1 << 12)
     expert, vocab = c.count("intermediate_size", 1 << 22), c.count("vocab_size", 1 << 24)
     dense = c.count("intermediate_size_mlp", 1 << 22, expert)
@@ -114,7 +118,7 @@ def _translate(c: _Reader) -> HFConfig:
     notices: list[str] = []
     metadata |= _attention(c, n_layers, notices)
     if metadata["use_qk_norm"] is (n_experts == UNGUESSED_EXPERTS):
-        notices.append(f"llama.cpp guesses QK norm from the {n_experts} experts, and wrong; this engine reads llama4.use_qk_norm")
+        notices.append(f"llama.cpp guesses QK norm wrong from {n_experts} experts; this engine reads llama4.use_qk_norm")
     sizes = {
         "vocab": vocab,
         "hidden": hidden,
@@ -141,7 +145,7 @@ def _moe_step(c: _Reader, n_layers: int) -> int:
 
 
 def _attention(c: _Reader, n_layers: int, notices: list[str]) -> dict[str, object]:
-    """The keys of chunks and temperature that are not Meta's; CheckpointError for a pattern of layers that a GGUF cannot say."""
+    """The keys of chunks and temperature that are not Meta's; CheckpointError for a pattern that a GGUF cannot say."""
     period = c.count("no_rope_layer_interval", 1 << 12, NO_ROPE_STEP)
     uses_rope = c.values.get("no_rope_layers") or [int((i + 1) % period != 0) for i in range(n_layers)]
     kinds = c.values.get("layer_types") or ["chunked_attention" if rope else "full_attention" for rope in uses_rope]
@@ -178,7 +182,7 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise CheckpointError(f"{c.where}: expected rope_type llama3 or default, found {kind}; this checkpoint cannot be converted")
+        raise CheckpointError(f"{c.where}: expected rope_type llama3 or default, found {str(kind)[:40]}; no GGUF can say that")
     r = _Reader(c.where, scaling)
     return theta, rope_divisors(
         theta,
@@ -191,8 +195,11 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
 
 
 def rope_divisors(theta: float, head_dim: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """float32 [head_dim / 2]: 1 for wavelengths that fit `original / high` positions, `factor` for those beyond `original / low`, and
-    a smooth passage between; with low == high (Scout) a step."""
+    """The divisors of the rotary frequencies, float32 [head_dim / 2].
+
+    1 for wavelengths that fit `original / high` positions, `factor` for those beyond `original / low`, a smooth passage between; with
+    low == high (Scout) a step.
+    """
     frequency = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     wavelength = np.float32(2 * math.pi) / frequency
     divisors = np.where(wavelength > np.float32(original / low), np.float32(factor), np.float32(1))

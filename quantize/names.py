@@ -1,10 +1,10 @@
 """Hugging Face tensor names to GGUF tensors: a table of what each one is called, how large it must be and how it is laid out.
 
-In: a checkpoint's tensors and the model's sizes. Out: `{gguf name: Rows}` in file order, and notices of what was left out. A name that
-is not in the table, a wrong shape or a missing tensor is a CheckpointError. Knows nothing of types or files.
+In: a checkpoint's tensors and the model's sizes. Out: `{gguf name: Rows}` in file order, and notices of what was left out. A
+name that is not in the table, a wrong shape or a missing tensor is a CheckpointError. Knows nothing of types or files.
 
-Sizes in the table are words that `HFConfig.sizes` gives a number. Experts are stored as x @ W, so their last two axes change places; the
-columns of gate_up_proj are the gate's rows and then up's.
+Sizes in the table are words that `HFConfig.sizes` gives a number. Experts are stored as x @ W, so their last two axes change
+places; the columns of gate_up_proj are the gate's rows and then up's.
 """
 
 import re
@@ -72,7 +72,7 @@ _UNUSED = re.compile(r"\.rotary_emb\.inv_freq$")  # computed, not learned
 
 
 def expected(config: HFConfig) -> dict[str, tuple[Entry, str]]:
-    """Every tensor the model has, by its stored name without prefix: its entry and the prefix of its GGUF names; in file order."""
+    """Every tensor of the model by its stored name without prefix: entry and prefix of the GGUF names; in file order."""
     found = {"model.embed_tokens.weight": (ENDS["model.embed_tokens.weight"], "")}
     for i in range(config.n_layers):
         for name, entry in (ATTENTION | (MOE if config.is_moe(i) else DENSE)).items():
@@ -93,18 +93,16 @@ def match(folder: Path, stored: dict[str, Stored], config: HFConfig) -> tuple[di
         elif plain in table:
             present[plain] = tensor
         elif not _UNUSED.search(plain) and not (config.tied and plain == "lm_head.weight"):
-            raise CheckpointError(f"{folder}: expected the tensors of a Llama 4 text model, found {name!r}; it has no place in a GGUF")
+            raise CheckpointError(f"{folder}: expected tensors of Llama 4, found {name[:80]!r}, which has no place in a GGUF")
     if vision:
         notices.append(f"{vision} vision tensors left out: the text model alone is converted")
     rows: dict[str, Rows] = {}
     for name, (entry, prefix) in table.items():
         if name not in present:
             raise CheckpointError(f"{folder}: expected tensor {name}, found none; the checkpoint is incomplete")
-        shape = tuple(config.sizes[word] for word in entry.shape)
-        if present[name].shape != shape:
-            raise CheckpointError(
-                f"{folder}: expected {name} of shape {list(shape)}, found {list(present[name].shape)}; config.json does not fit the weights"
-            )
+        shape, found = [config.sizes[word] for word in entry.shape], list(present[name].shape)
+        if found != shape:
+            raise CheckpointError(f"{folder}: expected {name} of shape {shape}, found {found}; config.json does not fit")
         for part in entry.parts:
             rows[prefix + part.name] = Transposed(present[name], part.at, part.of) if part.transposed else Plain(present[name])
     return rows, notices

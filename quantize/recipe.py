@@ -1,7 +1,7 @@
 """Which type each tensor gets.
 
-In: a tensor's GGUF name and shape, the type asked for. Out: a TensorType. The rules are llama-quantize's for these types, with one
-difference: where it keeps the output matrix of a Q4_0 file at Q6_K, this one keeps it at Q8_0. Knows nothing of weights.
+In: a tensor's GGUF name and shape, the type asked for. Out: a TensorType. The rules are llama-quantize's for these types, with
+one difference: where it keeps the output matrix of a Q4_0 file at Q6_K, this one keeps it at Q8_0. Knows nothing of weights.
 """
 
 from llamacli.errors import UsageError

@@ -1,8 +1,8 @@
 """A checkpoint's tensors as zero-copy views of mapped safetensors files, single or sharded.
 
-In: a Hugging Face folder with model.safetensors, or with model.safetensors.index.json and its shards. Out: `{name: Stored}`. Headers
-are hostile: length, JSON, dtype, shape and offsets are held against the bytes of the file before anything is made of them; what does
-not fit is a CheckpointError. Knows nothing of tensor names.
+In: a Hugging Face folder with model.safetensors, or with model.safetensors.index.json and its shards. Out: `{name: Stored}`.
+Headers are hostile: length, JSON, dtype, shape and offsets are held against the bytes of the file before anything is made of
+them; what does not fit is a CheckpointError. Knows nothing of tensor names.
 
 Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, JSON header, data.
 """
@@ -39,7 +39,7 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
     if (folder / SINGLE).exists():
         return _open_shard(folder / SINGLE)
     if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither; name a Hugging Face folder with safetensors")
+        raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither; name a folder with safetensors")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: expected a weight_map from tensor to file, found none; download it again")
@@ -81,7 +81,7 @@ def _view(path: Path, mapped: mmap.mmap, start: int, name: str, entry) -> Stored
         raise refuse("dtype, shape and offsets", type(entry).__name__)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: expected dtype BF16, F16 or F32 for tensor {name}, found {dtype}; get an unquantized checkpoint")
+        raise CheckpointError(f"{path}: expected dtype BF16, F16 or F32 for tensor {name}, found {str(dtype)[:20]}")
     if not _counts(shape) or not 1 <= len(shape) <= 4 or 0 in shape:
         raise refuse("a shape of 1 to 4 sizes", shape)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -94,7 +94,7 @@ def _view(path: Path, mapped: mmap.mmap, start: int, name: str, entry) -> Stored
         raise refuse(f"{nbytes} bytes", offsets[1] - offsets[0])
     if offsets[1] > left:
         raise CheckpointError(
-            f"{path}: expected {offsets[1]} bytes of data (tensor {name}), found {left}; the shard is cut short, download it again"
+            f"{path}: expected {offsets[1]} bytes of data (tensor {name}), found {left}; it is cut short, download it again"
         )
     return Stored(name, dtype, np.frombuffer(mapped, DTYPES[dtype], count, start + offsets[0]).reshape(shape))
 

@@ -1,10 +1,12 @@
 """Where a tensor's rows come from, whatever way they are stored: read a few rows of one group as float32.
 
-In: a stored tensor of a checkpoint, a tensor of a GGUF, or an array made here. Out: `Rows`, all with the shape that the GGUF tensor will
-have, and `read(group, first, out)`. A tensor of three axes is groups (experts) of matrices; all others are one group. Nothing is
-kept: each read touches only the mapped bytes that it needs, and threads may read at the same time. Knows nothing of target types.
+In: a stored tensor of a checkpoint, a tensor of a GGUF, or an array made here. Out: `Rows`, all with the shape that the GGUF
+tensor will have, and `read(group, first, out)`. A tensor of three axes is groups (experts) of matrices; all others are one
+group. Nothing is kept: each read touches only the mapped bytes that it needs, and threads may read at the same time. Knows
+nothing of target types.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -30,11 +32,7 @@ class Rows(Protocol):
 
 def groups_and_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     """How many groups of how many rows a shape stands for."""
-    if len(shape) == 1:
-        return 1, 1
-    if len(shape) == 2:
-        return 1, shape[0]
-    return shape[0], shape[1]
+    return (shape[0], shape[1]) if len(shape) == 3 else (1, math.prod(shape[:-1]))
 
 
 class Made:
@@ -117,7 +115,7 @@ class Dequantized:
             out[...] = dequantize(block, GGMLQuantizationType(kind.id))
         except (NotImplementedError, ValueError):
             raise UnsupportedModelError(
-                f"tensor {self._tensor.name}: expected a type that can be read back, found {kind.name}; use the original weights"
+                f"tensor {self._tensor.name}: expected a type that can be read back, found {kind.name}; use the original"
             ) from None
 
     def raw(self, type_name: str) -> np.ndarray | None:
@@ -131,4 +129,4 @@ def check(values: np.ndarray, limit: float, name: str, type_name: str) -> None:
         return
     if not np.isfinite(largest):
         raise CheckpointError(f"tensor {name}: expected finite weights, found NaN or infinity; the checkpoint is damaged")
-    raise CheckpointError(f"tensor {name}: expected weights up to {limit:g} for {type_name}, found {largest:g}; choose BF16 or F32")
+    raise CheckpointError(f"tensor {name}: expected weights up to {limit:g} in {type_name}, found {largest:g}; choose BF16")

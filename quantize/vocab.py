@@ -1,8 +1,8 @@
 """tokenizer.json and its neighbours to GGUF's tokenizer fields.
 
-In: the folder, the vocabulary's size, the text model's config. Out: metadata under `tokenizer.` and sampling hints under `general.`, and
-notices. Tokens stay in the GPT-2 byte alphabet that tokenizer.json and llama.cpp share; merges become "a b" whichever way they are
-stored. Knows nothing of tensors.
+In: the folder, the vocabulary's size, the text model's config. Out: metadata under `tokenizer.` and sampling hints under
+`general.`, and notices. Tokens stay in the GPT-2 byte alphabet that tokenizer.json and llama.cpp share; merges become "a b"
+whichever way they are stored. Knows nothing of tensors.
 """
 
 from pathlib import Path
@@ -27,7 +27,8 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
     settings, generation = optional_json(folder / "tokenizer_config.json"), optional_json(folder / "generation_config.json")
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise CheckpointError(f"{path}: expected a BPE tokenizer, found {model.get('type') if isinstance(model, dict) else None}")
+        found = model.get("type") if isinstance(model, dict) else None
+        raise CheckpointError(f"{path}: expected a BPE tokenizer, found {str(found)[:40]}; this is no Llama 4 tokenizer")
     if not _nodes(tokenizer, "ByteLevel"):
         raise CheckpointError(f"{path}: expected a byte-level tokenizer, found none of ByteLevel; this is no Llama 4 tokenizer")
     tokens, types, ids = _tokens(path, model["vocab"], tokenizer.get("added_tokens") or [], n_vocab)
@@ -90,7 +91,7 @@ def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[st
         put(text, i, NORMAL)
     for token in added:
         if not isinstance(token, dict):
-            raise CheckpointError(f"{path}: expected added_tokens to be objects, found {type(token).__name__}; download it again")
+            raise CheckpointError(f"{path}: expected objects in added_tokens, found {type(token).__name__}; download it again")
         text = token.get("content")
         looks_special = isinstance(text, str) and text.startswith("<|") and text.endswith("|>")
         put(text, token.get("id"), CONTROL if token.get("special") or looks_special else USER_DEFINED)
@@ -104,13 +105,13 @@ def _merges(path: Path, merges) -> list[str]:
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p and " " not in p for p in pair):
-            raise CheckpointError(f"{path}: expected merges of two parts without spaces, found {str(merge)[:40]!r}; download it again")
+            raise CheckpointError(f"{path}: expected merges of two parts, found {str(merge)[:40]!r}; download it again")
         found.append(f"{pair[0]} {pair[1]}")
     return found
 
 
 def _special(settings: dict, key: str, ids: dict[str, int], *fallbacks: dict) -> int | None:
-    """The id of the bos, eos or pad token: by its text, else by number; of several ends, <|eot|> is the one that ends a turn."""
+    """The id of the bos, eos or pad token: by its text, else by number; of several ends the one that ends a turn, <|eot|>."""
     text = settings.get(f"{key}_token")
     text = text.get("content") if isinstance(text, dict) else text
     if isinstance(text, str) and text in ids:

@@ -1,11 +1,13 @@
 """Write a GGUF, version 3, little-endian, as a stream: complete under its name or not there at all.
 
-In: a header's values, then the bytes of each tensor in the planned order. Out: the file. It grows as NAME.part, is synced and renamed; on
-any failure, Ctrl-C included, the part is removed. What cannot be written is an OutputError. Knows nothing of checkpoints or types.
+In: a header's values, then the bytes of each tensor in the planned order. Out: the file. It grows as NAME.part, is synced and
+renamed; on any failure, Ctrl-C included, the part is removed. What cannot be written is an OutputError. Knows nothing of
+checkpoints or types.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import contextlib
 import os
 import shutil
 import struct
@@ -18,13 +20,16 @@ from llamacli.errors import OutputError
 from llamacli.ggml import TensorType
 
 ALIGNMENT = 32
-_CODES = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "b1": 7, "u8": 10, "i8": 11, "f8": 12}  # dtype -> value type
+_CODES = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "b1": 7, "u8": 10, "i8": 11, "f8": 12}  # value types
 _STRING, _ARRAY = 8, 9
 
 
 def header(metadata: dict[str, object], tensors: list[tuple[str, TensorType, tuple[int, ...], int]]) -> bytes:
-    """Everything before the data, padded to the alignment. Integers become uint32 where they fit, floats float32, arrays keep their
-    dtype. Shapes are NumPy's order, offsets count from the start of the data. OutputError for text that is no Unicode."""
+    """Everything before the data, padded to the alignment.
+
+    Integers become uint32 where they fit, floats float32, arrays keep their dtype. Shapes are NumPy's order, offsets count from
+    the start of the data. OutputError for text that is no Unicode.
+    """
     out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
         out += _string(key) + _value(value)
@@ -38,7 +43,7 @@ def _string(text: str) -> bytes:
     try:
         raw = text.encode()
     except UnicodeEncodeError:
-        raise OutputError(f"expected valid Unicode in the metadata, found {text[:40]!r}; repair the source's JSON files") from None
+        raise OutputError(f"expected valid Unicode in the metadata, found {text[:40]!r}; repair the source") from None
     return struct.pack("<Q", len(raw)) + raw
 
 
@@ -77,7 +82,7 @@ def check_output(path: Path, nbytes: int, force: bool) -> None:
 
 
 def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterable]], force: bool) -> None:
-    """Write `head` and then each tensor (name, planned bytes, chunks of bytes), padded to the alignment; rename when all is on the disk."""
+    """Write `head`, then each tensor (name, planned bytes, chunks of bytes) padded to the alignment; rename when synced."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -88,7 +93,7 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
                     file.write(chunk)
                     written += len(chunk)
                 if written != nbytes:
-                    raise OutputError(f"{path}: expected {nbytes} bytes of {name}, found {written}; nothing was kept, please report this")
+                    raise OutputError(f"{path}: expected {nbytes} bytes of {name}, made {written}; please report this")
                 file.write(bytes(-nbytes % ALIGNMENT))
             file.flush()
             os.fsync(file.fileno())
@@ -105,10 +110,8 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
 
 
 def _remove(part: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the error that led here is the one to tell
         part.unlink(missing_ok=True)
-    except OSError:
-        pass  # the error that led here is the one to tell
 
 
 def _sync_folder(folder: Path) -> None:
@@ -117,9 +120,6 @@ def _sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+    os.close(handle)

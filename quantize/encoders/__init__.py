@@ -3,8 +3,8 @@
     encode(x)   float32 (rows, row length), finite -> uint8 (rows, bytes of a row), bit for bit what ggml's reference code makes
     LIMIT       the largest magnitude that the type can hold
 
-Compiled with Numba, without the interpreter's lock: threads encode ranges of rows side by side. Knows nothing of files or names.
-Importing llamacli.kernels first decides where compiled code is cached.
+Compiled with Numba, without the interpreter's lock: threads encode ranges of rows side by side. Knows nothing of files or
+names. Importing llamacli.kernels first decides where compiled code is cached.
 """
 
 from importlib import import_module

@@ -1,7 +1,8 @@
 """Q4_0: blocks of 32 weights, a half-precision scale and 32 nibbles from -8 to 7; the weight of largest magnitude becomes -8.
 
-Byte j holds weight j in its low nibble and weight 16 + j in its high one. Of two weights of the same magnitude the first decides the
-scale's sign. A block so small that the scale's reciprocal overflows has a scale that is zero in half precision; its nibbles are zero.
+Byte j holds weight j in its low nibble and weight 16 + j in its high one. Of two weights of the same magnitude the first
+decides the scale's sign. A block so small that the scale's reciprocal overflows has a scale that is zero in half precision; its
+nibbles are zero.
 """
 
 import numpy as np
