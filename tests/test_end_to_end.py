@@ -61,11 +61,11 @@ def test_the_readme_can_be_summarized_into_a_pipe_that_closes_early():
     assert b"\x1b" not in done.stdout
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.5, 3.0])
+@pytest.mark.parametrize("seconds", [0.7, 1.5, 3.0])
 def test_ctrl_c_at_any_moment_exits_with_130_and_no_traceback(seconds):
     """While it starts, loads or evaluates a long prompt."""
     command = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
-    args = ["run", "-m", str(SMALL), "--raw", "-n", "4000", "--stop", "\0", "one two three four five six " * 1000]
+    args = ["run", "-m", str(SMALL), "--raw", "-n", "4000", "one two three four five six " * 1000]
     with subprocess.Popen(command + args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
