@@ -17,6 +17,7 @@ class KVCache:
 
     def __init__(self, config: Config, ctx: int):
         self.ctx, self.pos = ctx, 0
+        self._newest = -1  # the position that the rings were last meant to reach; survives truncation and interrupts
         self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in range(config.n_layers)]
         self._shape = config.n_kv_heads, config.head_dim
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
@@ -36,6 +37,7 @@ class KVCache:
         need = self.pos + n
         if need > self.ctx:
             raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
+        self._newest = need - 1
         for i, (layer, chunk) in enumerate(zip(self._layers, self._chunks, strict=True)):
             held = layer[0].shape[1]
             if held >= need or (chunk and held == chunk):
@@ -50,11 +52,12 @@ class KVCache:
     def truncate(self, pos: int) -> int:
         """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
 
-        A ring holds only the newest chunk. To go back into an older one, its tokens must be evaluated again from its start.
+        A ring holds only the chunk that was last written to, even if its tokens have been forgotten since. To go back into an
+        older one, its tokens must be evaluated again from its start.
         """
         pos = max(0, min(pos, self.pos))
         chunk = max(self._chunks, default=0)
-        if chunk and pos < self.pos and (self.pos - 1) // chunk != pos // chunk:
+        if chunk and pos < self.pos and max(self.pos - 1, self._newest) // chunk != pos // chunk:
             pos = pos // chunk * chunk
         self.pos = pos
         return pos

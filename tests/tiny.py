@@ -67,7 +67,7 @@ def tensors(seed=0, **shape):
 
     def ffn(prefix, suffix, n_ff, *groups):
         return {
-            f"{prefix}ffn_gate{suffix}.weight": 2 * matrix(*groups, n_ff, s.n_embd),
+            f"{prefix}ffn_gate{suffix}.weight": matrix(*groups, n_ff, s.n_embd),
             f"{prefix}ffn_up{suffix}.weight": matrix(*groups, n_ff, s.n_embd),
             f"{prefix}ffn_down{suffix}.weight": matrix(*groups, s.n_embd, n_ff),
         }
@@ -76,7 +76,7 @@ def tensors(seed=0, **shape):
     for i in range(s.n_layers):
         p, q, kv = f"blk.{i}.", s.heads * s.head_dim, s.kv_heads * s.head_dim
         found[p + "attn_norm.weight"], found[p + "ffn_norm.weight"] = norm(), norm()
-        found |= {p + f"attn_{w}.weight": 1.5 * matrix(n, s.n_embd) for w, n in (("q", q), ("k", kv), ("v", kv))}
+        found |= {p + f"attn_{w}.weight": matrix(n, s.n_embd) for w, n in (("q", q), ("k", kv), ("v", kv))}
         found[p + "attn_output.weight"] = matrix(s.n_embd, q)
         if s.is_moe(i):
             found[p + "ffn_gate_inp.weight"] = 2 * matrix(s.experts, s.n_embd)
