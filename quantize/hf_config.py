@@ -197,7 +197,7 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
 def rope_divisors(theta: float, head_dim: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
     """The divisors of the rotary frequencies, float32 [head_dim / 2].
 
-    1 for wavelengths that fit `original / high` positions, `factor` for those beyond `original / low`, a smooth passage between; with
+    1 for wavelengths within `original / high`, `factor` for those beyond `original / low`, between them a smooth passage; with
     low == high (Scout) a step.
     """
     frequency = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
