@@ -86,7 +86,7 @@ def _stand_ins(tokenizer: Tokenizer, template: str, messages: list[dict]) -> tup
     taken = set(template)
     _deep(messages, lambda text: taken.update(text))
     free = (code for code in _STAND_INS if chr(code) not in taken)
-    firsts = {ord(text[0]) for text in tokenizer.special_tokens if not text[0].isspace()}
+    firsts = {ord(text[0]) for text in tokenizer.special_tokens if not text[:1].isspace() and text}
     there = dict(zip(sorted(firsts), free, strict=False))
     if len(there) < len(firsts):
         raise PromptError("the messages use up all of Unicode's private use area: expected ordinary text")

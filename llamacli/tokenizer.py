@@ -29,7 +29,7 @@ _PATTERNS = {"llama4": _LLAMA4, "gpt-4o": _LLAMA4, "default": _LLAMA4, "llama-bp
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types
 _SPECIAL_NAME = re.compile(r"<\|\w+\|>")
-_SAID = re.compile(r"<\|(python|\w*thinking|think)_(start|end)\|>")  # control tokens that belong into answers
+_SAID = re.compile(r"<\|(step|(python|\w*thinking|think)_(start|end))\|>")  # control tokens that belong into answers
 _STOPS = ("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # Llama 4's, then Llama 3's names
 
 
@@ -67,10 +67,12 @@ class Tokenizer:
             del vocabulary[texts[id]]
         if missing := _NEEDED - vocabulary.keys():
             raise ValueError(f"{len(missing)} of 256 bytes have no token")
+        if wrong := next((merge for merge in merges if len(merge) != 2), None):
+            raise ValueError(f"a merge has {len(wrong)} parts, not 2")
         try:
             self._pieces = _Pieces(models.BPE(vocabulary, merges, ignore_merges=True))
         except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"merges do not fit the tokens ({error})") from None
+            raise ValueError(f"merges do not fit the tokens ({' '.join(str(error).split())[:200]})") from None
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._pieces.pre_tokenizer = pre_tokenizers.Sequence([split, letters])
@@ -96,9 +98,9 @@ class Tokenizer:
         With `bos` the ids begin with exactly one `bos`. PromptError for text that is no Unicode (lone surrogates).
         """
         ids = []
-        for part in self._names.split(text) if special else [text]:
-            if special and (id := self._ids.get(part)) in self._special:
-                ids.append(id)
+        for part in self.split(text) if special else [text]:
+            if isinstance(part, int):
+                ids.append(part)
             elif part:
                 try:
                     ids += self._pieces.encode(part, add_special_tokens=False).ids
@@ -109,6 +111,15 @@ class Tokenizer:
                 del ids[0]
             ids.insert(0, self.bos)
         return ids
+
+    def split(self, text: str) -> list[str | int]:
+        """The text cut at the names of special tokens: these as ids, what is between them as it stands, nothing empty."""
+        return [self._ids[part] if n % 2 else part for n, part in enumerate(self._names.split(text)) if part]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The names of all special tokens."""
+        return [self._texts[id] for id in sorted(self._special)]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """Text of `ids`; special tokens appear by name with `special`, else not at all. Broken UTF-8 becomes U+FFFD."""
