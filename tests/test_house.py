@@ -1,4 +1,4 @@
-"""The order of the house: what may import what, that every module says what it is for, that README.md shows the tree as it is."""
+"""The order of the house: what may import what, every module says what it is for, README.md shows the tree as it is."""
 
 import ast
 import re
@@ -68,12 +68,12 @@ def test_imports_go_down_only(path):
 
 def test_the_tree_in_the_readme_is_the_tree_on_disk():
     tree = re.search(r"```\n(llamacli/.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    folder, shown = "", set()
+    folders, shown = [], set()
     for line in tree.splitlines():
-        if top := re.match(r"(\S+/)", line):
-            folder = top.group(1)
-        elif inner := re.match(r"  (\S+/)", line):
-            shown.update(f"{folder}{inner.group(1)}{file}" for file in re.findall(r"\S+\.py", line))
+        depth = (len(line) - len(line.lstrip())) // 2
+        if opened := re.match(r" *([\w-]+/) ", line):
+            folders[depth:] = [opened.group(1)]
         else:
-            shown.update(f"{folder}{file}" for file in re.findall(r"\S+\.py", line))
-    assert {name(path) for path in MODULES if path.name != "__init__.py"} == {f for f in shown if not f.endswith("__init__.py")}
+            shown.update("".join(folders[:depth]) + file for file in re.findall(r"\S+\.py", line))
+    on_disk = {name(path) for path in MODULES if path.name != "__init__.py"}
+    assert on_disk == {file for file in shown if not file.endswith("__init__.py")}
