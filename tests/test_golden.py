@@ -1,0 +1,55 @@
+"""The engine against the logits of other implementations, stored in tests/golden with the scripts that made them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from llamacli.config import Config
+from llamacli.gguf import open_gguf
+from llamacli.model import Engine
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+import make_transformers  # noqa: E402
+
+BOUND = 1e-3  # of the largest logit; nearly all of it is the cache's float16
+
+
+def engine_logits(path, ids):
+    """In one pass and token by token."""
+    file = open_gguf(path)
+    model = Engine(file, Config.from_gguf(file), threads=2)
+    yield model.forward(ids, model.new_cache(len(ids)), all_logits=True)
+    cache = model.new_cache(len(ids))
+    yield np.array([model.forward([token], cache).copy() for token in ids])
+
+
+def write(path, case):
+    shape = {key: value for key, value in case.items() if key != "seed"}
+    return tiny.tiny_gguf(path, seed=case["seed"], **shape)
+
+
+@pytest.mark.parametrize("name", make_transformers.CASES)
+def test_float32_logits_are_those_of_transformers(tmp_path, name):
+    with np.load(GOLDEN / "transformers.npz") as golden:
+        case = json.loads(str(golden["cases"]))[name]
+        ids, expected, checksum = (golden[f"{name}.{part}"] for part in ("ids", "logits", "checksum"))
+    shape = {key: value for key, value in case.items() if key != "seed"}
+    assert make_transformers.checksum(tiny.tensors(case["seed"], **shape)) == checksum, "tests/tiny.py makes other weights"
+    assert len(ids) // tiny.Shape(**shape).chunk >= 3
+    for found in engine_logits(write(tmp_path / "tiny.gguf", case), ids):
+        assert np.abs(found - expected).max() / np.abs(expected).max() <= BOUND
+
+
+@pytest.mark.train
+@pytest.mark.parametrize("name", make_transformers.CASES)
+def test_transformers_live_with_fresh_weights(tmp_path, name):
+    case = make_transformers.CASES[name] | {"seed": int(np.random.default_rng().integers(1 << 30))}
+    ids = make_transformers.ids_of(case, 60)
+    expected = make_transformers.reference(case, ids)
+    for found in engine_logits(write(tmp_path / "tiny.gguf", case), ids):
+        assert np.abs(found - expected).max() / np.abs(expected).max() <= BOUND, f"seed {case['seed']}"
