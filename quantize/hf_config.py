@@ -18,7 +18,6 @@ from quantize.folder import read_json
 
 ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
 NO_ROPE_STEP, CHUNK, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 4, 8192, 8192, 0.1  # Meta's, built into llama.cpp
-NEVER = float(1 << 40)  # a temperature length that no position reaches
 UNGUESSED_EXPERTS = 128  # llama.cpp: this many experts and no other mean "no QK norm"
 
 
@@ -159,7 +158,7 @@ def _attention(c: _Reader, n_layers: int, notices: list[str]) -> dict[str, objec
     chunk = c.count("attention_chunk_size", 1 << 31, CHUNK)
     length, scale = c.real("floor_scale", TEMPERATURE_LENGTH), c.real("attn_scale", TEMPERATURE_SCALE)
     if not c.values.get("attn_temperature_tuning", True):
-        length = NEVER
+        length = 0.0  # this engine's word for: no temperature
     found: dict[str, object] = {}
     if chunk != CHUNK:
         found["attention.chunk_size"] = chunk
