@@ -130,7 +130,7 @@ def tokenizer_json(merges_as_lists=True):
 
 
 def write(folder, dtype="BF16", seed=0, prefix="", shards=1, merges_as_lists=True, extra=(), outer=None, **changes):
-    """A whole checkpoint. `prefix` goes before every name, `extra` adds safetensors entries, `outer` holds the config as text_config.
+    """A whole checkpoint. `prefix` stands before every name, `extra` adds entries, `outer` takes the config as its text_config.
 
     Returns the weights as float32, exactly as stored, by name without prefix.
     """
