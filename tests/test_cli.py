@@ -49,14 +49,6 @@ def model(monkeypatch):
     return made
 
 
-@pytest.fixture(autouse=True)
-def signals_as_before():
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def prompt_of(model):
     """The prompt that the engine saw, as text."""
     return bytes(t for t in model.engine.calls[0][1] if t < 256).decode()
