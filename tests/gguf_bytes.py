@@ -2,8 +2,8 @@
 
 import struct
 
-KINDS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?", "string": "", "array": "",
-         "u64": "Q", "i64": "q", "f64": "d"}  # fmt: skip
+KINDS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?",
+         "string": "", "array": "", "u64": "Q", "i64": "q", "f64": "d"}  # fmt: skip
 CODE = {name: code for code, name in enumerate(KINDS)}
 
 

@@ -1,6 +1,6 @@
-"""Config: Scout, Maverick and small files in llama.cpp's and in Ollama's words; nonsense is refused."""
+"""Config: what the file says, in both dialects; else Meta's numbers; absurd numbers are refused."""
 
-from dataclasses import FrozenInstanceError
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +9,9 @@ import pytest
 from llamacli.config import Config
 from llamacli.errors import ModelFileError, UnsupportedModelError
 
-# Scout's metadata as llama.cpp's converter writes them.
 SCOUT = {
     "block_count": 48,
-    "context_length": 10485760,
+    "context_length": 10_485_760,
     "embedding_length": 5120,
     "feed_forward_length": 16384,
     "expert_feed_forward_length": 8192,
@@ -21,120 +20,169 @@ SCOUT = {
     "attention.key_length": 128,
     "attention.value_length": 128,
     "attention.layer_norm_rms_epsilon": 1e-5,
-    "rope.freq_base": 500000.0,
     "rope.dimension_count": 128,
+    "rope.freq_base": 500_000.0,
     "expert_count": 16,
     "expert_used_count": 1,
     "interleave_moe_layer_step": 1,
-    "vocab_size": 202048,
+    "vocab_size": 202_048,
 }
+MAVERICK = SCOUT | {"expert_count": 128, "interleave_moe_layer_step": 2, "context_length": 1_048_576}
+ABSENT = object()
 
 
-def config(rows=202048, arch="llama4", shape=None, **changes):
-    """`changes`: a_b=... for key a.b; None leaves the key out."""
-    values = dict(SCOUT)
-    for key, value in changes.items():
-        values[key.replace("__", ".")] = value
-    metadata = {f"llama4.{key}": value for key, value in values.items() if value is not None}
+def read(base=SCOUT, arch="llama4", rows=202_048, **changes):
+    """`changes` with _ for - and __ for . in keys."""
+    values = base | {key.replace("__", "."): value for key, value in changes.items()}
+    metadata = {f"llama4.{key}": value for key, value in values.items() if value is not ABSENT}
     if arch is not None:
         metadata["general.architecture"] = arch
-    tensors = {} if rows is None else {"token_embd.weight": SimpleNamespace(shape=shape or (rows, 5120))}
-    return Config.from_gguf(SimpleNamespace(path="m.gguf", metadata=metadata, tensors=tensors))
+    tensors = {"token_embd.weight": SimpleNamespace(shape=(rows, 5120))} if rows else {}
+    return Config.from_gguf(SimpleNamespace(path="model.gguf", metadata=metadata, tensors=tensors))
 
 
 def test_scout():
-    scout = config()
-    assert (scout.n_layers, scout.n_embd, scout.n_heads, scout.n_kv_heads, scout.head_dim) == (48, 5120, 40, 8, 128)
-    assert (scout.n_ff, scout.n_ff_exp, scout.n_experts, scout.n_experts_used) == (16384, 8192, 16, 1)
-    assert (scout.n_vocab, scout.context_length, scout.rope_theta) == (202048, 10485760, 500000.0)
-    assert scout.rms_eps == pytest.approx(1e-5)
-    assert (scout.chunk_size, scout.no_rope_step, scout.temperature_length, scout.temperature_scale) == (8192, 4, 8192.0, 0.1)
-    assert scout.use_qk_norm
-    assert all(map(scout.is_moe, range(48)))
-    assert [i for i in range(12) if not scout.uses_rope(i)] == [3, 7, 11]
+    config = read()
+    assert (config.n_layers, config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim) == (48, 5120, 40, 8, 128)
+    assert (config.n_ff, config.n_ff_exp, config.n_experts, config.n_experts_used) == (16384, 8192, 16, 1)
+    assert (config.n_vocab, config.context_length) == (202_048, 10_485_760)
+    assert (config.rope_theta, config.rms_eps) == (500_000.0, 1e-5)
+    assert (config.chunk_size, config.no_rope_step, config.use_qk_norm) == (8192, 4, True)
+    assert (config.temperature_length, config.temperature_scale) == (8192.0, 0.1)
+    assert all(map(config.is_moe, range(48)))
 
 
 def test_maverick():
-    maverick = config(expert_count=128, interleave_moe_layer_step=2)
-    assert [maverick.is_moe(i) for i in range(4)] == [False, True, False, True]
-    assert not maverick.use_qk_norm
+    config = read(MAVERICK)
+    assert not config.use_qk_norm
+    assert [config.is_moe(i) for i in range(4)] == [False, True, False, True]
 
 
-def test_ollama_s_words():
-    ollama = config(attention__chunk_size=4096, use_qk_norm=True, vocab_size=None, attention__use_qk_norm=None)
-    assert (ollama.chunk_size, ollama.use_qk_norm, ollama.n_vocab) == (4096, True, 202048)
-    assert not config(use_qk_norm=False).use_qk_norm
-    assert config(expert_count=128, use_qk_norm=True).use_qk_norm
+def test_every_fourth_layer_does_not_rotate():
+    assert [i for i in range(48) if not read().uses_rope(i)] == list(range(3, 48, 4))
 
 
-def test_a_sliding_window_of_0_turns_chunks_nope_and_temperature_off():
-    small = config(attention__sliding_window=0)
-    assert (small.chunk_size, small.no_rope_step, small.temperature_length) == (0, 0, 0.0)
-    assert all(map(small.uses_rope, range(48)))
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read().n_layers = 3
+
+
+@pytest.mark.parametrize("key", ["attention__sliding_window", "attention__chunk_size"])
+def test_chunk_size_in_both_dialects(key):
+    assert read(**{key: 64}).chunk_size == 64
+    assert read(**{key: 64}).no_rope_step == 4
+
+
+def test_chunk_size_0_turns_chunks_nope_and_temperature_off():
+    config = read(attention__sliding_window=0)
+    assert config.chunk_size == 0
+    assert all(map(config.uses_rope, range(48)))
+    assert config.temperature_length == 0
+
+
+@pytest.mark.parametrize("prefix", ["attention__", ""])
+def test_temperature_from_the_file(prefix):
+    config = read(**{f"{prefix}temperature_length": 16, f"{prefix}temperature_scale": 0.25})
+    assert (config.temperature_length, config.temperature_scale) == (16.0, 0.25)
+
+
+@pytest.mark.parametrize("value", [True, False, 1, 0])
+def test_qk_norm_from_the_file(value):
+    assert read(use_qk_norm=value).use_qk_norm is bool(value)
+    assert read(MAVERICK, use_qk_norm=value).use_qk_norm is bool(value)
+
+
+def test_what_may_be_absent():
+    config = read(
+        attention__key_length=ABSENT,
+        attention__value_length=ABSENT,
+        rope__dimension_count=ABSENT,
+        rope__freq_base=ABSENT,
+        vocab_size=ABSENT,
+        rows=1234,
+    )
+    assert (config.head_dim, config.rope_theta, config.n_vocab) == (128, 500_000.0, 1234)
 
 
 def test_a_model_without_experts():
-    dense = config(expert_count=None, expert_used_count=None, expert_feed_forward_length=None, interleave_moe_layer_step=None)
-    assert not any(map(dense.is_moe, range(48)))
+    config = read(
+        expert_count=ABSENT, expert_used_count=ABSENT, expert_feed_forward_length=ABSENT, interleave_moe_layer_step=ABSENT
+    )
+    assert config.n_experts == 0
+    assert not any(map(config.is_moe, range(48)))
+    assert not any(map(read(interleave_moe_layer_step=0).is_moe, range(48)))
 
 
-def test_the_head_size_follows_from_the_width_if_need_be():
-    keys = {"attention__key_length": None, "attention__value_length": None, "rope__dimension_count": None}
-    assert config(**keys).head_dim == 128
+def test_one_number_a_layer_is_one_number():
+    assert read(expert_feed_forward_length=np.full(48, 8192, np.uint32)).n_ff_exp == 8192
+    with pytest.raises(ModelFileError):
+        read(expert_feed_forward_length=np.arange(48, dtype=np.uint32))
 
 
-def test_nobody_changes_a_config():
-    with pytest.raises(FrozenInstanceError):
-        config().n_layers = 1
-
-
-@pytest.mark.parametrize("arch", ["llama", "qwen3moe", None, 7])
-def test_other_architectures_are_not_for_this_engine(arch):
-    with pytest.raises(UnsupportedModelError, match="llama4"):
-        config(arch=arch)
+@pytest.mark.parametrize("arch", ["llama", "clip", "", 7, None])
+def test_another_architecture(arch):
+    with pytest.raises(UnsupportedModelError, match="expected architecture llama4, found"):
+        read(arch=arch)
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "key",
     [
-        {"block_count": None},
-        {"block_count": 0},
-        {"block_count": 2**40},
-        {"block_count": -1},
-        {"block_count": "48"},
-        {"block_count": 48.5},
-        {"block_count": True},
-        {"embedding_length": 0},
-        {"embedding_length": 2**63},
-        {"feed_forward_length": None},
-        {"feed_forward_length": np.array([1, 2])},
-        {"attention__head_count": 0},
-        {"attention__head_count_kv": 7},
-        {"attention__head_count_kv": 80},
-        {"attention__key_length": 127, "attention__value_length": 127, "rope__dimension_count": 127},
-        {"attention__value_length": 64},
-        {"rope__dimension_count": 64},
-        {"rope__freq_base": float("nan")},
-        {"rope__freq_base": -1.0},
-        {"attention__layer_norm_rms_epsilon": float("inf")},
-        {"attention__layer_norm_rms_epsilon": 0.0},
-        {"expert_count": 2**31},
-        {"expert_used_count": 17},
-        {"expert_used_count": 0},
-        {"interleave_moe_layer_step": -1},
-        {"attention__sliding_window": -1},
-        {"attention__chunk_size": 2**60},
-        {"attention__temperature_length": float("nan")},
-        {"context_length": 0},
-        {"vocab_size": 7},
-        {"use_qk_norm": "yes"},
-        {"rows": None},
-        {"shape": (202048,)},
+        "block_count",
+        "embedding_length",
+        "feed_forward_length",
+        "attention__head_count",
+        "attention__layer_norm_rms_epsilon",
+        "expert_feed_forward_length",
+        "interleave_moe_layer_step",
     ],
-    ids=str,
 )
-def test_numbers_that_make_no_sense_are_refused_in_one_line(changes):
+def test_what_must_be_there(key):
+    with pytest.raises(ModelFileError, match=rf"llama4.{key.replace('__', '.')} to be there"):
+        read(**{key: ABSENT})
+
+
+NONSENSE = [-1, 2**40, 2**63, 0.5, float("nan"), "8", True, np.arange(3), np.empty(0, np.int32), ["8"]]
+WHOLE = [key for key in SCOUT if key not in ("rope.freq_base", "attention.layer_norm_rms_epsilon", "context_length")]
+
+
+@pytest.mark.parametrize("key", [*WHOLE, "attention.sliding_window", "attention.chunk_size"])
+@pytest.mark.parametrize("value", NONSENSE, ids=repr)
+def test_absurd_counts(key, value):
     with pytest.raises(ModelFileError) as caught:
-        config(**changes)
-    assert str(caught.value).startswith("m.gguf: expected")
+        read(SCOUT | {key: value})
+    assert f"llama4.{key}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("block_count", [0, 1025]),
+        ("attention.head_count", [0, 7]),
+        ("attention.head_count_kv", [0, 7, 41]),
+        ("attention.key_length", [0, 127, 2048]),
+        ("attention.value_length", [64]),
+        ("rope.dimension_count", [64]),
+        ("expert_used_count", [0, 17]),
+        ("expert_count", [4097]),
+        ("embedding_length", [0]),
+        ("vocab_size", [202_047]),
+        ("rope.freq_base", [0.0, -1.0, float("nan"), float("inf"), "1"]),
+        ("attention.layer_norm_rms_epsilon", [0.0, -1e-5, float("nan"), 1.0]),
+        ("attention.temperature_length", [-1.0, 0.5, float("nan"), float("inf")]),
+        ("attention.temperature_scale", [-1.0, float("nan")]),
+        ("use_qk_norm", [2, 0.5, "true"]),
+        ("context_length", [0, -1, "many"]),
+    ],
+)
+def test_numbers_that_do_not_fit(key, values):
+    for value in values:
+        with pytest.raises(ModelFileError, match=r"model\.gguf: expected llama4"):
+            read(SCOUT | {key: value})
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_the_embedding_must_be_there_and_as_high_as_the_vocabulary(rows):
+    with pytest.raises(ModelFileError):
+        read(rows=rows)

@@ -52,7 +52,7 @@ def refused(opened):
         text = str(caught.value)
         assert "\n" not in text
         assert text.isprintable()
-        assert len(text) < 400 + len(os.getcwd()) + 200
+        assert len(text) < 700
         return text
 
     return message
@@ -72,7 +72,7 @@ class TestSoundFiles:
         assert found.metadata["flags"].dtype == bool
         assert found.metadata["nothing"].dtype == np.float32
         assert len(found.metadata) == len(PAIRS)
-        assert list(found.metadata)[0] == "u8"
+        assert next(iter(found.metadata)) == "u8"
         assert found.metadata.get("absent") is None
 
     def test_tensors_are_views_in_numpy_s_order(self, opened):
@@ -171,31 +171,31 @@ class TestSplitFiles:
 
     def test_a_later_part_names_the_first(self, tmp_path):
         paths = self.write(tmp_path, self.parts())
-        with pytest.raises(ModelFileError, match="part 2; open model-00001-of-00003.gguf"):
+        with pytest.raises(ModelFileError, match=r"part 2; open model-00001-of-00003\.gguf"):
             open_gguf(paths[1])
 
     def test_a_missing_part_is_named(self, tmp_path):
         paths = self.write(tmp_path, self.parts())
         paths[2].unlink()
-        with pytest.raises(ModelFileError, match="model-00003-of-00003.gguf: expected part 3 of a model of 3"):
+        with pytest.raises(ModelFileError, match=r"model-00003-of-00003\.gguf: expected part 3 of a model of 3"):
             open_gguf(paths[0])
 
     def test_a_damaged_part_is_named(self, tmp_path):
         paths = self.write(tmp_path, self.parts())
         paths[1].write_bytes(paths[1].read_bytes()[:-1])
-        with pytest.raises(ModelFileError, match="model-00002-of-00003.gguf: .*cut short"):
+        with pytest.raises(ModelFileError, match=r"model-00002-of-00003\.gguf: .*cut short"):
             open_gguf(paths[0])
 
     def test_parts_that_lost_their_names(self, tmp_path):
         (tmp_path / "first.gguf").write_bytes(next(iter(self.parts())))
-        with pytest.raises(ModelFileError, match="a name like model-00001-of-00003.gguf"):
+        with pytest.raises(ModelFileError, match=r"a name like model-00001-of-00003\.gguf"):
             open_gguf(tmp_path / "first.gguf")
 
     @pytest.mark.parametrize("changed", [{"split_no": 2}, {"split_count": 4}], ids=str)
     def test_a_part_of_something_else(self, tmp_path, changed):
         changed = {key.replace("_", "."): number for key, number in changed.items()}
         paths = self.write(tmp_path, self.parts(**changed))
-        with pytest.raises(ModelFileError, match="00002-of-00003.gguf: expected split.no 1 and split.count 3"):
+        with pytest.raises(ModelFileError, match=r"00002-of-00003\.gguf: expected split\.no 1 and split\.count 3"):
             open_gguf(paths[0])
 
     def test_a_tensor_in_two_parts(self, tmp_path):
