@@ -17,6 +17,7 @@ sys.path.insert(0, str(GOLDEN))
 import make_transformers  # noqa: E402
 
 BOUND = 1e-3  # of the largest logit; nearly all of it is the cache's float16
+TIE = 2e-3  # between router logits of about 2
 
 
 def engine_logits(path, ids):
@@ -48,8 +49,11 @@ def test_float32_logits_are_those_of_transformers(tmp_path, name):
 @pytest.mark.train
 @pytest.mark.parametrize("name", make_transformers.CASES)
 def test_transformers_live_with_fresh_weights(tmp_path, name):
-    case = make_transformers.CASES[name] | {"seed": int(np.random.default_rng().integers(1 << 30))}
-    ids = make_transformers.ids_of(case, 60)
-    expected = make_transformers.reference(case, ids)
+    """Weights where a router is all but tied are drawn again: there float16 keys may choose the other expert."""
+    seeds, margin = np.random.default_rng(), 0.0
+    while margin < TIE:
+        case = make_transformers.CASES[name] | {"seed": int(seeds.integers(1 << 30))}
+        ids = make_transformers.ids_of(case, 60)
+        expected, margin = make_transformers.reference(case, ids)
     for found in engine_logits(write(tmp_path / "tiny.gguf", case), ids):
         assert np.abs(found - expected).max() / np.abs(expected).max() <= BOUND, f"seed {case['seed']}"

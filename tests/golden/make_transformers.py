@@ -45,7 +45,7 @@ def ids_of(case, n=45):
 
 
 def reference(case, ids):
-    """transformers' logits, [len(ids), n_vocab], in one pass."""
+    """transformers' logits, [len(ids), n_vocab], in one pass; and the least margin by which an expert was chosen."""
     import torch
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
@@ -69,8 +69,17 @@ def reference(case, ids):
     missing, unexpected = model.load_state_dict(state, strict=False)
     if missing or unexpected:  # every parameter must be ours: transformers leaves experts uninitialized
         raise RuntimeError(f"parameters without values {missing}, values without parameters {unexpected}")
+    margins = [np.inf]
+
+    def watch(router, args, output):
+        best = output[1].topk(min(router.top_k + 1, s.experts), dim=1).values
+        margins.append(float((best[:, -2] - best[:, -1]).min()))
+
+    for name, module in model.named_modules():
+        if name.endswith("router"):
+            module.register_forward_hook(watch)
     with torch.no_grad():
-        return model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy()
+        return model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy(), min(margins)
 
 
 def _names(tensors, s):
@@ -103,9 +112,10 @@ def main():
     for name, case in CASES.items():
         ids = ids_of(case)
         shape = {key: value for key, value in case.items() if key != "seed"}
-        stored |= {f"{name}.ids": ids.astype(np.int32), f"{name}.logits": reference(case, ids)}
+        logits, margin = reference(case, ids)
+        stored |= {f"{name}.ids": ids.astype(np.int32), f"{name}.logits": logits}
         stored[f"{name}.checksum"] = np.array(checksum(tiny.tensors(case["seed"], **shape)))
-        print(f"{name}: {stored[f'{name}.logits'].shape}")
+        print(f"{name}: {logits.shape}, experts chosen by {margin:.4f} or more")
     np.savez_compressed(HERE / "transformers.npz", **stored)
 
 
