@@ -13,7 +13,7 @@ import math
 from numba import float32, float64, int64
 
 from llamacli.kernels.elementwise import CACHE, POS, N
-from llamacli.kernels.jit import call, kernel, pointer
+from llamacli.kernels.jit import call, kernel, pointer, unpack
 
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 48  # most query rows (tokens x heads of one group) of one work item
@@ -29,8 +29,7 @@ def scratch_bytes(head_dim: int) -> int:
 @kernel
 def angles(at, thread, threads):
     """(cos, sin) of each token's position times each pair's frequency, as float32 [n][head_dim / 2][2], computed in float64."""
-    a = pointer(at, int64)
-    frequencies, pairs, table, state_at = a[0], a[1], a[2], a[3]
+    frequencies, pairs, table, state_at = unpack(at, 4)
     state, frequency = pointer(state_at, int64), pointer(frequencies, float64)
     n = state[N]
     for t in range(n * thread // threads, n * (thread + 1) // threads):
@@ -43,11 +42,8 @@ def angles(at, thread, threads):
 @kernel
 def prepare_heads(at, thread, threads):
     """Rotate (interleaved pairs) and norm q and k, scale q by the temperature, and write k and v to the cache."""
-    a = pointer(at, int64)
-    q, q_stride, k, v, kv_stride, n_heads, n_kv, dim, rope, use_norm, use_temp, chunk, layer, to_half, floats_at, state_at = (
-        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
-        *(a[10], a[11], a[12], a[13], a[14], a[15]),
-    )
+    q, q_stride, k, v, kv_stride, n_heads, n_kv, dim, rope, use_norm = unpack(at, 10)
+    use_temp, chunk, layer, to_half, floats_at, state_at = unpack(at + 8 * 10, 6)
     state, floats = pointer(state_at, int64), pointer(floats_at, float32)
     n, pos = state[N], state[POS]
     cache = pointer(state[CACHE] + 24 * layer, int64)
@@ -86,12 +82,9 @@ def prepare_heads(at, thread, threads):
 @kernel
 def attend(at, thread, threads):
     """out[t] = softmax(scale * q k^T) v over the keys that token t may see; work items are (key-value head, some tokens)."""
-    a = pointer(at, int64)
-    q, q_stride, out, out_stride, n_heads, n_kv, dim, chunk, layer, tile, softmax, weigh, floats_at, state_at = (
-        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
-        *(a[10], a[11], a[12], a[13]),
-    )
-    scratch = a[14] + thread * a[15]
+    q, q_stride, out, out_stride, n_heads, n_kv, dim, chunk, layer = unpack(at, 9)
+    tile, softmax, weigh, floats_at, state_at, scratch, scratch_stride = unpack(at + 8 * 9, 7)
+    scratch += thread * scratch_stride
     state = pointer(state_at, int64)
     n, pos = state[N], state[POS]
     cache = pointer(state[CACHE] + 24 * layer, int64)

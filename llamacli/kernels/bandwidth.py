@@ -7,9 +7,8 @@ import time
 
 import numpy as np
 from llvmlite import ir
-from numba import int64
 
-from llamacli.kernels.jit import call, kernel, load, pointer
+from llamacli.kernels.jit import call, kernel, load, unpack
 from llamacli.kernels.pool import Pool, Program
 from llamacli.kernels.simd import Simd, i32, i64, vec
 
@@ -37,8 +36,7 @@ def _module(target):
 
 @kernel
 def _read(at, thread, threads):
-    a = pointer(at, int64)
-    start, nbytes, out, leaf = a[0], a[1], a[2], a[3]
+    start, nbytes, out, leaf = unpack(at, 4)
     share = nbytes // threads
     call(leaf, (start + thread * share, share, out + 64 * thread))
 

@@ -10,7 +10,7 @@ import math
 from numba import float32, int64
 
 from llamacli.kernels.dots import ACT_BYTES
-from llamacli.kernels.jit import call, kernel, pointer
+from llamacli.kernels.jit import call, kernel, pointer, unpack
 
 N, POS, ROW, COUNT, CACHE, TABLES = range(6)  # slots of the state block
 EPS = 0  # slot of the float constants
@@ -21,11 +21,7 @@ def norm(at, thread, threads):
     """out[t] = x[t] * rsqrt(mean(x[t]**2) + eps) * w, and its codes, for the COUNT rows from ROW on (Zhang and Sennrich,
     RMSNorm).
     """
-    a = pointer(at, int64)
-    x, x_stride, weight_at, n, out, out_stride, codes, codes_stride, quantize, eps_at, state_at = (
-        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
-        a[10],
-    )
+    x, x_stride, weight_at, n, out, out_stride, codes, codes_stride, quantize, eps_at, state_at = unpack(at, 11)
     state = pointer(state_at, int64)
     first, count, eps = state[ROW], state[COUNT], pointer(eps_at, float32)[0]
     weight = pointer(weight_at, float32)
@@ -44,8 +40,7 @@ def norm(at, thread, threads):
 @kernel
 def quantize_rows(at, thread, threads):
     """codes of x for all rows of this run; the threads share the superblocks."""
-    a = pointer(at, int64)
-    x, x_stride, n, codes, codes_stride, quantize, state_at = a[0], a[1], a[2], a[3], a[4], a[5], a[6]
+    x, x_stride, n, codes, codes_stride, quantize, state_at = unpack(at, 7)
     supers = (n + 255) // 256
     total = pointer(state_at, int64)[N] * supers
     for k in range(total * thread // threads, total * (thread + 1) // threads):
@@ -56,11 +51,7 @@ def quantize_rows(at, thread, threads):
 @kernel
 def gate_up(at, thread, threads):
     """gate = silu(s * gate) * s * up, in place, and its codes; s is the pair's router score, or 1 where scores is 0."""
-    a = pointer(at, int64)
-    gate, up, stride, n, codes, codes_stride, quantize, swiglu, scores, one, per_token, state_at = (
-        *(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]),
-        *(a[10], a[11]),
-    )
+    gate, up, stride, n, codes, codes_stride, quantize, swiglu, scores, one, per_token, state_at = unpack(at, 12)
     supers = (n + 255) // 256
     total = pointer(state_at, int64)[N] * per_token * supers
     for k in range(total * thread // threads, total * (thread + 1) // threads):
@@ -80,8 +71,7 @@ def route(at, thread, threads):
     """
     if thread != 0:
         return
-    a = pointer(at, int64)
-    logits, stride, n_experts, n_used, scores_at, chosen_at, table_at, state_at = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    logits, stride, n_experts, n_used, scores_at, chosen_at, table_at, state_at = unpack(at, 8)
     n = pointer(state_at, int64)[N]
     scores, chosen, table = pointer(scores_at, float32), pointer(chosen_at, int64), pointer(table_at, int64)
     pairs = pointer(table_at + 8 * (n_experts + 1), int64)

@@ -211,6 +211,19 @@ def pointer(typingctx, address, dtype):
     return target(types.int64, dtype), codegen
 
 
+@intrinsic(prefer_literal=True)
+def unpack(typingctx, address, count):
+    """The `count` (a literal) int64 values at `address` as a tuple: a step's arguments."""
+    result = types.UniTuple(types.int64, count.literal_value)
+
+    def codegen(context, builder, signature, values):
+        base = builder.inttoptr(values[0], _i64.as_pointer())
+        loaded = [builder.load(builder.gep(base, [_i64(k)])) for k in range(len(result))]
+        return context.make_tuple(builder, result, loaded)
+
+    return result(types.int64, count), codegen
+
+
 KERNEL = types.void(types.int64, types.int64, types.int64)  # every driver: (address of its int64 arguments, thread, threads)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numba import int64
 
 from llamacli.kernels import dots
-from llamacli.kernels.jit import TARGET, call, kernel, load, pointer
+from llamacli.kernels.jit import TARGET, call, kernel, load, pointer, unpack
 
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
@@ -118,11 +118,13 @@ def arguments(
 @kernel
 def matmul(at, thread, threads):
     """out[pair] (+)= W[group] x[pair], this thread's rows of it."""
-    a = pointer(at, int64)
-    weights, n_groups, group_bytes, n_rows, n_cols, row_bytes = a[0], a[1], a[2], a[3], a[4], a[5]
-    x, x_stride, out, out_stride, add, table_at, x_div, out_div = a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13]
-    matvec, prepare, pack, tile, panel_rows, tile_rows, tile_tokens = a[14], a[15], a[16], a[17], a[18], a[19], a[20]
-    panel_bytes, packed_bytes, block_rows, scratch, max_pairs = a[21], a[22], a[23], a[24] + thread * a[25], a[26]
+    weights, n_groups, group_bytes, n_rows, n_cols, row_bytes = unpack(at, 6)
+    x, x_stride, out, out_stride, add, table_at, x_div, out_div = unpack(at + 8 * 6, 8)
+    matvec, prepare, pack, tile, panel_rows, tile_rows, tile_tokens, panel_bytes, packed_bytes, block_rows = unpack(
+        at + 8 * 14, 10
+    )
+    scratch, scratch_stride, max_pairs = unpack(at + 8 * 24, 3)
+    scratch += thread * scratch_stride
 
     units = (n_rows + 31) // 32
     first_row, end_row = units * thread // threads * 32, min(units * (thread + 1) // threads * 32, n_rows)
@@ -184,8 +186,7 @@ def matmul(at, thread, threads):
 @kernel
 def embed(at, thread, threads):
     """x[t] = row ids[t] of the embedding, as float32."""
-    a = pointer(at, int64)
-    weights, row_bytes, n_cols, dequantize, out, out_stride, ids_at, state = a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]
+    weights, row_bytes, n_cols, dequantize, out, out_stride, ids_at, state = unpack(at, 8)
     n = pointer(state, int64)[0]
     ids = pointer(ids_at, int64)
     for t in range(n * thread // threads, n * (thread + 1) // threads):

@@ -44,7 +44,7 @@ def _barrier(control, threads):
     while atomic_load(control + 8 * PHASE) == phase:
         pause()
         spins += 1
-        if spins & 4095 == 0:  # somebody else wants this core: let them have it rather than spin against them
+        if spins & 1023 == 0:  # somebody else wants this core: let them have it rather than spin against them
             call(pointer(control + 8 * LIBC, int64)[0], ())
 
 
