@@ -37,9 +37,9 @@ class Plan(NamedTuple):
 
 def make_plan(metadata: dict[str, object], rows: dict[str, Rows], asked: TensorType) -> Plan:
     """Choose types, lay tensors out one after the other, each at an aligned offset."""
-    tensors, offset, tied = [], 0, "output.weight" not in rows
+    tensors, offset = [], 0
     for name, source in rows.items():
-        kind = choose(name, source.shape, asked, tied)
+        kind = choose(name, source.shape, asked)
         nbytes = kind.row_bytes(source.shape[-1])
         for n in source.shape[:-1]:
             nbytes *= n
