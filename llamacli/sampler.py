@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llamacli.errors import UsageError
+from llamacli.errors import LlamacliError, UsageError
 
 PENALTY_WINDOW = 64  # tokens that the repeat penalty looks back
 _FIRST_LOOK = 256  # candidates sorted at first; more only if they do not reach top_p
@@ -48,24 +48,28 @@ class Sampler:
         self._logits = np.empty(0, np.float32)
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
-        """The next id. `logits` are left as they are; of `history` the last 64 ids count, for the repeat penalty."""
+        """The next id. `logits` are left as they are; of `history` the last 64 ids count, for the repeat penalty.
+
+        LlamacliError if a logit is NaN or none is left: a silent guess would hide a damaged model.
+        """
         logits = self._prepared(logits, history)
         best = int(logits.argmax())
-        if self.temp == 0 or self.top_k == 1 or not np.isfinite(logits[best]):
+        if not logits[best] > -np.inf:  # NaN comes out as the largest, so this sees it wherever it is
+            found = "NaN" if np.isnan(logits[best]) else "none that may be sampled"
+            raise LlamacliError(f"expected the model's logits to be numbers, found {found}; the model file is damaged")
+        if self.temp == 0 or self.top_k == 1 or logits[best] == np.inf:
             return best
         ids, weights = self._candidates(logits, logits[best])
         total = np.cumsum(weights)
         return int(ids[min(np.searchsorted(total, self._random.random() * total[-1], "right"), len(ids) - 1)])
 
     def _prepared(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
-        """A copy in the sampler's own buffer: NaN and hidden tokens at -inf, recent tokens penalised."""
+        """A copy in the sampler's own buffer: hidden tokens at -inf, recent tokens penalised."""
         if self._logits.shape != logits.shape:
             self._logits = np.empty(logits.shape, np.float32)
             self._hidden = self._hidden[(self._hidden >= 0) & (self._hidden < len(logits))]
         own = self._logits
         np.copyto(own, logits)
-        if np.isnan(own.max()):
-            np.nan_to_num(own, copy=False, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
         if self.repeat_penalty != 1.0 and len(history):
             recent = np.unique(np.asarray(history[-PENALTY_WINDOW:], np.int64))
             recent = recent[(recent >= 0) & (recent < len(own))]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamacli.errors import UsageError
+from llamacli.errors import LlamacliError, UsageError
 from llamacli.sampler import PENALTY_WINDOW, Sampler
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
@@ -73,7 +73,7 @@ def test_hidden_ids_never_come_up():
 def test_repeat_penalty_works_on_both_signs():
     logits = np.array([2.0, 1.9, -1.0, -1.1], np.float32)
     assert seen(logits=logits, temp=0, repeat_penalty=1.2, history=[0]) == {1}
-    assert seen(logits=-logits[::-1], temp=0, repeat_penalty=1.2, history=[0]) == {1}
+    assert seen(logits=logits - 3.0, temp=0, repeat_penalty=1.2, history=[0]) == {1}
     assert seen(logits=logits, temp=0, history=[0]) == {0}
 
 
@@ -101,10 +101,26 @@ def test_logits_are_left_alone():
     assert (logits == LOGITS).all()
 
 
-def test_numbers_that_are_none_do_not_come_up():
-    logits = np.array([np.nan, 1.0, -np.inf, np.nan], np.float32)
-    assert seen(logits=logits) == {1}
-    assert seen(logits=logits, temp=0) == {1}
+@pytest.mark.parametrize("settings", [{}, {"temp": 0}, {"top_k": 1}, {"repeat_penalty": 1.2}], ids=str)
+def test_logits_that_are_no_numbers_are_an_error(settings):
+    for logits in ([np.nan, 1.0, -np.inf, 2.0], [1.0, 2.0, np.nan], [-np.inf] * 3):
+        with pytest.raises(LlamacliError, match="logits to be numbers"):
+            Sampler(**settings).pick(np.array(logits, np.float32), [1])
+    with pytest.raises(LlamacliError, match="none that may be sampled"):
+        Sampler(**settings, hidden_ids=np.arange(3)).pick(np.ones(3, np.float32), [])
+
+
+def test_infinite_logits_are_not_fatal():
+    assert seen(logits=np.array([1.0, np.inf, -np.inf], np.float32)) == {1}
+    assert seen(logits=np.array([1.0, -np.inf, -np.inf], np.float32)) == {0}
+
+
+@pytest.mark.parametrize("n", [200, 1000, 20_000])
+def test_a_flat_choice_among_many_is_not_cut_short(n):
+    """Half of all tokens share half of the weight, however many that takes."""
+    found = seen(4000, logits=np.linspace(0.001, 0, n, dtype=np.float32), top_p=0.5)
+    assert 0.48 * n < max(found) <= 0.5 * n
+    assert min(found) < 0.02 * n
 
 
 @given(st.integers(0, 2**32), st.floats(0.3, 2.0), st.integers(0, 700), st.floats(0.0, 1.0), st.floats(0.0, 0.5))
