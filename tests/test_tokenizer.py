@@ -1,8 +1,12 @@
 """Tokenizer: the ids of an independent reference, special tokens only on request, text that survives the round trip."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import small_vocab as vocab
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,6 +105,7 @@ def test_a_text_of_control_type_normal_is_special_all_the_same():
     tokens, kinds, merges = vocab.lists()
     kinds = [1 if token == "<|eot|>" else kind for token, kind in zip(tokens, kinds, strict=True)]
     tokenizer = Tokenizer.from_gguf(vocab.in_memory(tokens, kinds, merges))
+    assert "<|eot|>" in tokenizer.special_tokens
     assert tokens.index("<|eot|>") not in tokenizer.encode("<|eot|>")
     assert tokens.index("<|eot|>") in tokenizer.stop_ids
 
@@ -219,6 +224,23 @@ def test_a_malformed_vocabulary_is_one_line_of_error(lists, values):
         Tokenizer.from_gguf(vocab.in_memory(**{**lists, **values}))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("small.gguf: expected")
+
+
+SMALL_MODEL = Path(__file__).parent.parent / "models/scout-tiny/hf/tokenizer.json"
+
+
+@pytest.mark.skipif(not SMALL_MODEL.exists(), reason="the small model's tokenizer is not here")
+def test_scout_tiny_s_tokenizer_gives_the_library_s_ids():
+    reference, model = tokenizers.Tokenizer.from_file(str(SMALL_MODEL)), json.loads(SMALL_MODEL.read_text())
+    texts = dict(sorted((i, text) for text, i in reference.get_vocab(with_added_tokens=True).items()))
+    assert list(texts) == list(range(len(texts)))
+    added = {token["id"] for token in model["added_tokens"]}
+    merges = [" ".join(merge) for merge in model["model"]["merges"]]
+    tokenizer = Tokenizer.from_gguf(vocab.in_memory([*texts.values()], [3 if i in added else 1 for i in texts], merges))
+    for text in [*TEXTS[:-1], *vocab.CORPUS[:-1]]:
+        assert tokenizer.encode(text, bos=False) == reference.encode(text, add_special_tokens=False).ids
+    marked = "<|header_start|>user<|header_end|>\n\nHi 🦙<|eot|>"
+    assert tokenizer.encode(marked, special=True) == reference.encode(marked).ids
 
 
 def _shared(made=[]):  # noqa: B006 - hypothesis takes no module fixtures
