@@ -2,7 +2,7 @@
 
 In: float32 logits [n_vocab] and the ids so far. Out: one id. The order is fixed: hidden tokens out, repeat penalty, (temp 0:
 the largest logit, done), temperature, top-k, top-p, min-p, then a draw from what is left. Only candidates that can matter are
-sorted, so a vocabulary of 202,048 costs well under a millisecond or two. Knows nothing of text.
+sorted: a vocabulary of 202,048 costs a few milliseconds, more only where top-p lets thousands stay. Knows nothing of text.
 """
 
 from collections.abc import Sequence
