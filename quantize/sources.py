@@ -30,6 +30,13 @@ class Rows(Protocol):
         """The whole tensor's bytes if it is stored as exactly that type already, else None."""
 
 
+_WIDEN = {  # bytes or numbers of one dtype, (rows, n), to float32 (rows, row length)
+    "BF16": lambda block, out: widen.bf16(block.view(np.uint16), out.view(np.uint32)),
+    "F16": lambda block, out: widen.f16(block.view(np.int16), out),
+    "F32": lambda block, out: np.copyto(out, block.view(np.float32)),
+}
+
+
 def groups_and_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     """How many groups of how many rows a shape stands for."""
     return (shape[0], shape[1]) if len(shape) == 3 else (1, math.prod(shape[:-1]))
@@ -61,10 +68,7 @@ class Plain:
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         block = self._rows[first : first + len(out)]
-        if self._dtype == "BF16":
-            widen.bf16(np.require(block, requirements="A"), out.view(np.uint32))
-        else:
-            out[...] = block
+        _WIDEN[self._dtype](np.require(block, requirements="CA"), out)
 
     def raw(self, type_name: str) -> None:
         return None
@@ -105,8 +109,8 @@ class Dequantized:
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         start = group * self._n_rows + first
         block, kind = self._rows[start : start + len(out)], self._tensor.type
-        if kind.name == "BF16":
-            widen.bf16(np.require(block.view(np.uint16), requirements="A"), out.view(np.uint32))
+        if kind.name in _WIDEN:
+            _WIDEN[kind.name](np.require(block, requirements="CA"), out)
             return
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize

@@ -126,3 +126,27 @@ def test_the_largest_magnitude_finds_what_is_not_finite(bad):
     assert widen.largest(x.reshape(-1).view(np.uint32)) == np.abs(x).max()
     x[3, 5] = bad
     assert not np.isfinite(widen.largest(x.reshape(-1).view(np.uint32)))
+
+
+def test_every_half_float_is_widened_exactly():
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    found, expected = np.empty((256, 256), np.float32), bits.view(np.float16).astype(np.float32)
+    widen.f16(bits.view(np.int16), found)
+    finite = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(found), ~finite)
+    np.testing.assert_array_equal(found.view(np.uint32)[finite], expected.view(np.uint32)[finite])
+
+
+def test_known_bytes():
+    """Worked out by hand: what stays true if every library changes."""
+    x = np.zeros((1, 32), np.float32)
+    x[0, :4], x[0, 16:18] = (-8, 7, 0.5, -0.5), (3, -3.5)
+    q4_0 = [0x00, 0x3C, 0xB0, 0x5F, 0x89, 0x88] + [0x88] * 12  # scale 1; -8 and 3, 7 and -3 (ties up), 1 and 0, 0 and 0
+    assert encoder("Q4_0").encode(x)[0].tolist() == q4_0
+    x[0, 0] = 127
+    q8_0 = [0x00, 0x3C, 127, 7, 1, 255, *[0] * 12, 3, 252, *[0] * 14]  # halves go away from zero
+    assert encoder("Q8_0").encode(x)[0].tolist() == q8_0
+    f16 = encoder("F16").encode(np.float32([[1, -2, 65504, 2.0**-24]]))[0].tolist()
+    assert f16 == [0, 0x3C, 0, 0xC0, 0xFF, 0x7B, 1, 0]
+    bf16 = encoder("BF16").encode(np.float32([[1.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8]]))[0].tolist()
+    assert bf16 == [0x80, 0x3F, 0x80, 0x3F, 0x82, 0x3F]  # ties to even
