@@ -1,10 +1,11 @@
-"""Every environment variable that the project reads, and where its own files lie. The one home of both.
+"""Every environment variable that the project reads, and where its own files lie.
 
     LLAMACLI_MODEL   the model when -m is absent            LLAMACLI_DEBUG   1: a traceback with an error
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
     NO_COLOR, TERM   no colour                              XDG_STATE_HOME, XDG_CACHE_HOME   the user's folders
 
-Knows nothing of models or terminals; importing it costs nothing.
+The kernels read their two themselves, before anything else is imported (kernels/__init__.py, kernels/jit.py); all others are
+read here only. Knows nothing of models or terminals; importing it costs nothing.
 """
 
 import os

@@ -3,6 +3,7 @@
 All run over the miniature model of fakes.py, whose answers and pace are known; test_end_to_end.py starts the real thing.
 """
 
+import io
 import json
 import os
 import signal
@@ -18,9 +19,8 @@ from fakes import FakeModel, Scripted, write_gguf
 
 import llamacli
 from llamacli import environment
-from llamacli.cli import chat, main, options
+from llamacli.cli import bench, chat, inspect, main, options, run, tokenize
 from llamacli.cli.console import one_line
-from llamacli.cli.inspect import kv_bytes
 from llamacli.kvcache import KVCache
 
 TESTS = Path(__file__).parent
@@ -44,8 +44,7 @@ def model(monkeypatch):
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
     monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console: made)
-    monkeypatch.setattr(options, "stdin_is_piped", lambda: False)
-    monkeypatch.setattr("llamacli.cli.run.stdin_is_piped", lambda: False)
+    monkeypatch.setattr(run, "stdin_is_piped", lambda: False)
     return made
 
 
@@ -228,6 +227,7 @@ def test_a_model_is_found_by_name_and_a_wrong_name_is_an_error(monkeypatch, tmp_
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "models" / "tiny" / "tiny.gguf").touch()
     monkeypatch.setattr(environment, "PROJECT", tmp_path)
+    assert tokenize.find_model is options.find_model
     assert options.find_model("tiny", options.Output().console()) == tmp_path / "models" / "tiny" / "tiny.gguf"
     assert main(["tokenize", "-m", "huge", "text"]) == 1
     assert "huge: expected a GGUF file or the name" in capfd.readouterr().err
@@ -255,14 +255,14 @@ def test_kv_memory_is_what_the_cache_takes():
     for ctx in (256, 300, 512, 2000):
         cache = KVCache(config, ctx)
         cache.reserve(ctx)
-        assert kv_bytes(config, ctx) == cache.nbytes
-    assert kv_bytes(config, 1024) == kv_bytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
+        assert inspect.kv_bytes(config, ctx) == cache.nbytes
+    assert inspect.kv_bytes(config, 1024) == inspect.kv_bytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
 
 
 def test_bench_json_has_a_record_for_prefill_and_one_for_decode(model, capfd, monkeypatch):
     monkeypatch.setattr("llamacli.measure.bandwidth", lambda threads: 12.5)
-    monkeypatch.setattr("llamacli.cli.bench.find_model", lambda name, console: name)
-    monkeypatch.setattr("llamacli.cli.bench.load_model", lambda path, threads, ctx, console: model)
+    monkeypatch.setattr(bench, "find_model", lambda name, console: name)
+    monkeypatch.setattr(bench, "load_model", lambda path, threads, ctx, console: model)
     assert main(["bench", "-p", "16", "-n", "4", "-r", "2", "--json"]) == 0
     prefill, decode = json.loads(capfd.readouterr().out)
     assert (prefill["test"], decode["test"]) == ("pp16", "tg4")
@@ -277,10 +277,18 @@ def test_bench_json_has_a_record_for_prefill_and_one_for_decode(model, capfd, mo
 # processes: pipes and signals
 
 
-def test_piped_text_comes_before_the_prompt():
-    code = "import sys, fakes; from llamacli.cli import run; print(repr(run._prompt(['sum', 'up'], [], False)))"
-    done = subprocess.run([sys.executable, "-c", code], input=b"text\n", cwd=TESTS, capture_output=True, check=True)
-    assert done.stdout == b"'text\\n\\nsum up'\n"
+def test_piped_text_comes_before_the_prompt(model, monkeypatch):
+    monkeypatch.setattr(run, "stdin_is_piped", lambda: True)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("größe\n".encode())))
+    main(["run", "sum", "up"])
+    assert prompt_of(model) == "u\ngröße\n\nsum up"
+
+
+def test_text_from_stdin_can_stand_among_the_files(model, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"middle")))
+    (tmp_path / "a").write_text("first")
+    main(["run", "-f", str(tmp_path / "a"), "-f", "-", "last"])
+    assert prompt_of(model) == "u\nfirst\n\nmiddle\n\nlast"
 
 
 def test_empty_stdin_without_a_prompt_is_a_usage_error_and_invalid_bytes_an_error():

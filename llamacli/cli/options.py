@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -174,15 +175,8 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
     """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
     from llamacli import Model
 
-    patience = threading.Timer(
-        3.0, console.note, ["loading; the very first start compiles the kernels, which takes a while ..."]
-    )
-    patience.daemon = True
-    patience.start()
-    try:
+    with patience(console, "loading; the very first start compiles the kernels, which takes a while ..."):
         model = Model.load(path, threads, ctx)
-    finally:
-        patience.cancel()
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
     slow = getattr(getattr(model.engine, "weights", None), "converted", None)
@@ -191,6 +185,18 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
             f"{len(slow)} tensors have types without fast kernels and run as F32, slower and larger: {', '.join(slow[:3])} ..."
         )
     return model
+
+
+@contextmanager
+def patience(console: Console, words: str, seconds: float = 3.0):
+    """Say `words` if what is done inside takes long."""
+    timer = threading.Timer(seconds, console.note, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def checked(text: str, where: str) -> str:
@@ -214,9 +220,12 @@ def decoded(data: bytes, where: str) -> str:
         ) from None
 
 
-def read_stdin() -> str:
+def read_stdin(console: Console) -> str:
     """All of stdin, exactly."""
-    return decoded(sys.stdin.buffer.read(), "stdin") if sys.stdin is not None else ""
+    if sys.stdin is None:
+        return ""
+    with patience(console, "reading stdin until it ends (Ctrl-D); --no-stdin leaves it alone"):
+        return decoded(sys.stdin.buffer.read(), "stdin")
 
 
 def stdin_is_piped() -> bool:
@@ -224,10 +233,10 @@ def stdin_is_piped() -> bool:
     return sys.stdin is not None and not is_terminal(sys.stdin)
 
 
-def read_file(name: str) -> str:
+def read_file(name: str, console: Console) -> str:
     """A file's text, exactly; "-" is stdin."""
     if name == "-":
-        return read_stdin()
+        return read_stdin(console)
     try:
         return decoded(Path(name).read_bytes(), name)
     except OSError as error:

@@ -32,7 +32,7 @@ def run(
     console = output.console()
     if raw and options.system is not None:
         raise UsageError("--raw and --system exclude each other: without the chat template there is no system prompt")
-    text = _prompt(prompt or [], file or [], no_stdin)
+    text = _prompt(prompt or [], file or [], no_stdin, console)
     began = time.perf_counter()
     model = options.load(console)
     load_s = time.perf_counter() - began
@@ -44,11 +44,11 @@ def run(
     _answer(model, ids, options, console, load_s, as_json)
 
 
-def _prompt(words: list[str], files: list[str], no_stdin: bool) -> str:
+def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console) -> str:
     """stdin, then the files, then the words, a blank line between each two."""
-    parts = [read_file(name) for name in files]
+    parts = [read_file(name, console) for name in files]
     if "-" not in files and not no_stdin and stdin_is_piped():
-        parts.insert(0, read_stdin())
+        parts.insert(0, read_stdin(console))
     parts = [part for part in [*parts, checked(" ".join(words), "prompt")] if part]
     if not parts:
         raise UsageError(

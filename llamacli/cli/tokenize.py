@@ -20,6 +20,6 @@ def tokenize(
     from llamacli.tokenizer import Tokenizer
 
     console = output.console()
-    text = read_stdin() if text is None else checked(text, "text")
+    text = read_stdin(console) if text is None else checked(text, "text")
     tokenizer = Tokenizer.from_gguf(open_gguf(find_model(model, console)))
     console.result(json.dumps([int(i) for i in tokenizer.encode(text, bos=not no_bos, special=special)]))
