@@ -77,3 +77,8 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
             shown.update("".join(folders[:depth]) + file for file in re.findall(r"\S+\.py", line))
     on_disk = {name(path) for path in MODULES if path.name != "__init__.py"}
     assert on_disk == {file for file in shown if not file.endswith("__init__.py")}
+
+
+def test_contributing_names_every_test_file_and_no_other():
+    named = set(re.findall(r"tests/(test_\w+\.py)", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named == {path.name for path in (ROOT / "tests").glob("test_*.py")}
