@@ -19,7 +19,7 @@ from llamacli.errors import ContextFullError, PromptError
 class Piece(NamedTuple):
     """A part of an answer. `text` may be empty; `finish_reason` is set on the last piece only.
 
-    "stop": a stop token or string; "length": max_tokens; "context": no room left; "interrupt": Ctrl-C, KeyboardInterrupt follows.
+    "stop": a stop token or string; "length": max_tokens; "context": no room left; "interrupt": Ctrl-C (then KeyboardInterrupt).
     """
 
     text: str
