@@ -183,6 +183,7 @@ class _Fields:
             raise self._wrong("tokens", f"at most {self._rows}, the height of token_embd.weight", f"{len(texts)}")
         types = self._types(len(texts))
         bos, eos, *ends = (self._id(name, len(texts)) for name in ("bos", "eos", "eot", "eom"))
+        ends += self._more_ends(len(texts))
         special = self._special(texts, types, {bos, eos, *ends} - {None})
         pre = self._metadata.get("tokenizer.ggml.pre", "default")
         pattern = _PATTERNS.get(pre) if isinstance(pre, str) else None
@@ -232,6 +233,13 @@ class _Fields:
         if value is not None and (type(value) is not int or not 0 <= value < n):
             raise self._wrong(f"{name}_token_id", f"an id from 0 to {n - 1}", f"{value!r:.60}")
         return value
+
+    def _more_ends(self, n: int) -> list[int]:
+        """Ollama's list of ids that end an answer."""
+        value = self._metadata.get("tokenizer.ggml.eos_token_ids", np.empty(0, np.int32))
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or ((value < 0) | (value >= n)).any():
+            raise self._wrong("eos_token_ids", f"ids from 0 to {n - 1}", "something else")
+        return value.tolist()
 
     def _wrong(self, key: str, expected: str, found: str) -> ModelFileError:
         message = f"{self._path}: expected tokenizer.ggml.{key} to be {expected}, found {found}"

@@ -278,6 +278,17 @@ class TestDamagedFiles:
             with pytest.raises(ModelFileError):
                 open_gguf(path)
 
+    @pytest.mark.parametrize("kind", ["string", "i32"])
+    def test_cut_in_a_list_that_ends_the_file(self, tmp_path, kind):
+        raw = file([pair("list", "array", (kind, ["a", "bcd", ""] if kind == "string" else [1, 2, 3]))])
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(raw)
+        assert len(open_gguf(path).metadata["list"]) == 3
+        for length in range(len(raw)):
+            path.write_bytes(raw[:length])
+            with pytest.raises(ModelFileError):
+                open_gguf(path)
+
     @pytest.mark.parametrize("count", [2**64 - 1, 2**63, 2**32, 2**31 - 1, 10**7], ids=hex)
     def test_a_huge_number_anywhere_costs_nothing(self, tmp_path, count):
         """Every count, length, offset and dimension of the header is hit in turn."""

@@ -75,6 +75,19 @@ def test_a_whole_piece_of_the_vocabulary_is_taken_without_merging():
     assert tokenizer.encode("zqzq", bos=False) == [len(tokens)]
 
 
+def test_a_special_token_that_looks_like_a_word_is_not_taken_whole():
+    tokens, kinds, merges = vocab.lists()
+    tokenizer = Tokenizer.from_gguf(vocab.in_memory([*tokens, "zqzq"], [*kinds, 3], merges))
+    assert tokenizer.encode("zqzq", bos=False) == tokenizer.encode("zq", bos=False) * 2
+    assert tokenizer.encode("zqzq", bos=False, special=True) == [len(tokens)]
+
+
+def test_merges_that_end_in_a_special_token_are_refused():
+    tokens, kinds, merges = vocab.lists()
+    with pytest.raises(ModelFileError):
+        Tokenizer.from_gguf(vocab.in_memory([*tokens, "qq"], [*kinds, 3], [*merges, "q q"]))
+
+
 def test_special_tokens_on_request(tokenizer):
     eot, header = tokenizer.token_id("<|eot|>"), tokenizer.token_id("<|header_start|>")
     assert tokenizer.encode("<|header_start|>the<|eot|>", special=True) == [
@@ -116,6 +129,8 @@ def test_stop_tokens_by_text_and_by_metadata(tokenizer):
     more = Tokenizer.from_gguf(vocab.in_memory(eos_token_id=tokens.index("<|step|>")))
     assert more.stop_ids == tokenizer.stop_ids | {tokens.index("<|step|>")}
     assert more.eos == tokens.index("<|step|>")
+    ollama = Tokenizer.from_gguf(vocab.in_memory(eos_token_ids=np.array([tokens.index("<|step|>")])))
+    assert ollama.stop_ids == more.stop_ids
 
 
 def test_hidden_are_reserved_padding_and_structure_but_nothing_a_model_may_write(tokenizer):
@@ -215,6 +230,8 @@ def malformed():
     yield "bos too large", {}, {"bos_token_id": len(tokens)}
     yield "eos negative", {}, {"eos_token_id": -1}
     yield "eos a string", {}, {"eos_token_id": "2"}
+    yield "an end out of range", {}, {"eos_token_ids": np.array([len(tokens)])}
+    yield "ends are strings", {}, {"eos_token_ids": ["2"]}
     yield "another kind of vocabulary", {}, {"model": "llama"}
 
 
