@@ -10,6 +10,7 @@ held out as combinations, whatever the phrasing.
 """
 # ruff: noqa: SIM905 - long lists of words read better as text
 
+import itertools
 import json
 import random
 import re
@@ -148,6 +149,12 @@ def repeat(rng: random.Random) -> Question:
     return Question("repeating and spelling", text, said, key=f"repeat {said}")
 
 
+def recite(rng: random.Random) -> Question:
+    """Say a longer list of words again: the densest exercise in copying."""
+    said = " ".join(rng.choices(WORDS + NAMES + CITIES, k=rng.randint(4, 14)))
+    return Question("repeating and spelling", pick(rng, "Repeat after me: {}", "Say: {}", "Repeat: {}").format(said), said)
+
+
 def spell(rng: random.Random) -> Question:
     """The letters of a word from the word list."""
     word = rng.choice(WORDS)
@@ -264,23 +271,38 @@ def story(rng: random.Random) -> Question:
     return Question("longer answers", text, tale(rng, animal, other))
 
 
-COMPOSED = [(arithmetic, 20), (comparison, 6), (sorting, 7), (counting, 2), (repeat, 5), (spell, 4), (memory, 8),
-            (follow_up, 10),
-            (summary, 5), (portrait, 4), (story, 3)]
+COMPOSED = [arithmetic, comparison, sorting, counting, repeat, spell, memory, follow_up, summary, portrait, story, recite]
 GRID = [question for question in grid_questions() if not held_out(question.text)]
-WEIGHT = {"small talk": 3.0, "models and tools": 1.5, "geography": 1.3, "yes or no": 0.5}
-GRID_CUM: list[float] = []
-for _q in GRID:
-    GRID_CUM.append((GRID_CUM[-1] if GRID_CUM else 0.0) + WEIGHT.get(_q.category, 1.0))
 
 
-def training_question(rng: random.Random) -> Question:
-    """A question that is not held out; two thirds come from the grids of facts."""
+@dataclass(frozen=True)
+class Mix:
+    """How often each kind of text occurs: chances of a fact and of the styles, weights of tasks and of fact categories."""
+
+    facts: float
+    tasks: tuple[int, ...]
+    styles: tuple[int, ...]  # none, plain, one word, capitals
+    weight: dict[str, float]
+
+    def cumulated(self) -> list[float]:
+        """Running sums of the facts' weights, in the order of GRID."""
+        return list(itertools.accumulate(self.weight.get(question.category, 1.0) for question in GRID))
+
+
+FIRST = Mix(0.62, (20, 6, 7, 2, 5, 4, 8, 10, 5, 4, 3, 0), (70, 12, 9, 9),
+            {"small talk": 3.0, "models and tools": 1.5, "geography": 1.3, "yes or no": 0.5})
+# what the first part leaves weak: numbers, copying, the order of days and months, capitals
+SECOND = Mix(0.36, (24, 8, 8, 5, 10, 9, 16, 5, 12, 2, 1, 12), (68, 8, 10, 14),
+             {"small talk": 4.0, "models and tools": 1.5, "yes or no": 0.3, "animals": 0.6, "calendar": 3.0, "opposites": 1.5,
+              "numbers": 3.0, "shapes": 2.0, "colours": 2.0, "planets": 2.0, "everyday things": 1.3})
+
+
+def training_question(rng: random.Random, mix: Mix, cumulated: list[float]) -> Question:
+    """A fact or a composed task that is not held out."""
     while True:
-        if rng.random() < 0.62:
-            return rng.choices(GRID, cum_weights=GRID_CUM)[0]
-        make = rng.choices([m for m, _ in COMPOSED], [w for _, w in COMPOSED])[0]
-        question = make(rng)
+        if rng.random() < mix.facts:
+            return rng.choices(GRID, cum_weights=cumulated)[0]
+        question = rng.choices(COMPOSED, mix.tasks)[0](rng)
         if not held_out(question.key or question.text):
             return question
 
@@ -297,10 +319,10 @@ def dressed(rng: random.Random, text: str) -> str:
     return text
 
 
-def conversation(rng: random.Random) -> Document:
+def conversation(rng: random.Random, mix: Mix, cumulated: list[float]) -> Document:
     """One to many turns, sometimes with a system prompt that sets a style."""
     turns = rng.choices([1, 2, 3, 5, 8, 24], [40, 20, 18, 13, 7, 2])[0]
-    style = rng.choices(["", "plain", "word", "capitals"], [70, 12, 9, 9])[0]
+    style = rng.choices(["", "plain", "word", "capitals"], mix.styles)[0]
     messages, waiting = [], []
     if style:
         messages.append(("system", rng.choice({"plain": PLAIN, "word": ONE_WORD, "capitals": CAPITALS}[style])))
@@ -310,7 +332,7 @@ def conversation(rng: random.Random) -> Document:
         messages.append(("assistant", answer.upper() if style == "capitals" else answer))
 
     while turns > 0:
-        question = training_question(rng)
+        question = training_question(rng, mix, cumulated)
         if style == "word" and (not question.short or question.before):
             continue
         if style == "capitals" and len(question.answer) > 60:
@@ -346,11 +368,11 @@ def prose(rng: random.Random) -> Document:
     return Document(text=text)
 
 
-def documents(seed: int) -> Iterator[Document]:
+def documents(seed: int, mix: Mix = FIRST) -> Iterator[Document]:
     """The endless stream of training documents of one seed."""
-    rng = random.Random(seed)
+    rng, cumulated = random.Random(seed), mix.cumulated()
     while True:
-        yield prose(rng) if rng.random() < 0.1 else conversation(rng)
+        yield prose(rng) if rng.random() < 0.1 else conversation(rng, mix, cumulated)
 
 
 QUOTA = {"small talk": 10, "models and tools": 8, "animals": 26, "geography": 23, "calendar": 18, "planets": 8, "opposites": 12,
@@ -370,10 +392,10 @@ def held_questions(seed: int = 4) -> list[dict]:
     for category, count in QUOTA.items():
         pool = pools.get(category, [])
         if not pool:
-            makers = [m for m, _ in COMPOSED if m(rng).category == category]
+            makers = [make for make in COMPOSED[:-1] if make(rng).category == category]
             while len(pool) < count:
                 question = rng.choice(makers)(rng)
-                if held_out(question.key or question.text) and question.text not in [q.text for q in pool]:
+                if held_out(question.key or question.text) and question.answer not in [q.answer for q in pool]:
                     pool.append(question)
         for question in rng.sample(pool, min(count, len(pool))):
             messages = [m for text, answer in question.before

@@ -1,9 +1,9 @@
-"""Trains scout-tiny from nothing on one CPU core: `python models/scout-tiny/train.py --minutes 50`.
+"""Trains scout-tiny from nothing on one CPU core, in two parts (the commands are in README.md).
 
-In: data.py's documents through hf/tokenizer.json. Out: hf/model.safetensors (bf16) and hf/config.json, written every
-few minutes and at the end, and train_log.csv. Seeds are fixed; the learning rate follows the clock, so that a slower
-machine sees fewer tokens instead of taking longer. The process may be stopped and continued by signals. Knows
-nothing of generation: evaluate.py judges the result.
+In: data.py's documents through hf/tokenizer.json; for part 2 also part 1's weights. Out: model.safetensors (bf16) and
+config.json, written every few minutes and at the end, and train_log.csv (part 2 appends). Seeds are fixed; the
+learning rate follows the clock, so that a slower machine sees fewer tokens instead of taking longer. The process may
+be stopped and continued by signals. Knows nothing of generation: evaluate.py judges the result.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import Document, documents, held_questions
-from model import Layout, ScoutTiny, Shape, export
+from data import FIRST, SECOND, Document, Mix, documents, held_questions
+from model import Layout, ScoutTiny, Shape, export, load
 from tokenizers import Tokenizer
 
 HERE = Path(__file__).parent
@@ -54,9 +54,9 @@ def collate(pairs: list[tuple[list[int], list[float]]]) -> tuple[torch.Tensor, t
     return inputs, targets, weights, Layout.of([len(ids) - 1 for ids, _ in pairs])
 
 
-def batches(tokenizer: Tokenizer, seed: int, tokens: int) -> Iterator[tuple]:
+def batches(tokenizer: Tokenizer, seed: int, mix: Mix, tokens: int) -> Iterator[tuple]:
     """Endless batches of about `tokens` tokens."""
-    stream = documents(seed)
+    stream = documents(seed, mix)
     while True:
         pairs, size = [], 0
         while size < tokens:
@@ -78,26 +78,31 @@ def held_out_accuracy(model: ScoutTiny, tokenizer: Tokenizer) -> float:
     return sum(right) / len(right)
 
 
-def train(minutes: float, lr: float, tokens: int, out: Path, log: Path) -> None:
-    """Trains until the clock runs out. See the module's docstring."""
+def train(part: int, minutes: float, stop: float, lr: float, tokens: int, out: Path, log: Path) -> None:
+    """Trains one part until the clock runs out. See the module's docstring."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     tokenizer = Tokenizer.from_file(str(HERE / "hf" / "tokenizer.json"))
     generation = json.loads((HERE / "hf" / "generation_config.json").read_text())
     ids = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = ScoutTiny(Shape())
+    model = ScoutTiny(Shape()) if part == 1 else load(out)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.97), fused=True)
     begun = saved = time.monotonic()
+    stream = batches(tokenizer, part + 1, FIRST if part == 1 else SECOND, tokens)
+    before = [0, 0, 0]  # steps, seconds and tokens of part 1
+    if part == 2:
+        before = [int(n) for n in log.read_text().splitlines()[-1].split(",")[:3]]
     seen, used, losses = 0, torch.zeros(4, 16), []
-    with log.open("w", newline="") as file:
+    with log.open("w" if part == 1 else "a", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "seconds", "tokens", "lr", "loss", "balance", "least_used_share", "held_out_accuracy"])
-        for step, (inputs, targets, weights, layout) in zip(itertools.count(), batches(tokenizer, 2, tokens), strict=False):
+        if part == 1:
+            writer.writerow(["step", "seconds", "tokens", "lr", "loss", "balance", "least_used_share", "held_out_accuracy"])
+        for step, (inputs, targets, weights, layout) in zip(itertools.count(), stream, strict=False):
             progress = (time.monotonic() - begun) / (minutes * 60)
-            if progress >= 1:
+            if progress >= stop:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (step + 1) / WARMUP) * max(1 - progress, 0.002)
@@ -119,8 +124,9 @@ def train(minutes: float, lr: float, tokens: int, out: Path, log: Path) -> None:
                         accuracy = f"{held_out_accuracy(model, tokenizer):.3f}"
                     export(model, out, ids)
                 least = (used / used.sum(1, keepdim=True)).min().item()
-                writer.writerow([step + 1, f"{now - begun:.0f}", seen, f"{optimizer.param_groups[0]['lr']:.2e}",
-                                 f"{sum(losses) / len(losses):.4f}", f"{balance.item():.3f}", f"{least:.4f}", accuracy])
+                writer.writerow([before[0] + step + 1, before[1] + round(now - begun), before[2] + seen,
+                                 f"{optimizer.param_groups[0]['lr']:.2e}", f"{sum(losses) / len(losses):.4f}",
+                                 f"{balance.item():.3f}", f"{least:.4f}", accuracy])
                 file.flush()
                 losses = []
     export(model, out, ids)
@@ -130,7 +136,9 @@ def train(minutes: float, lr: float, tokens: int, out: Path, log: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--part", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--minutes", type=float, default=50, help="until the learning rate would reach 0")
+    parser.add_argument("--stop", type=float, default=1.0, help="stop after this share of --minutes")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--threads", type=int, default=1)
@@ -138,4 +146,4 @@ if __name__ == "__main__":
     parser.add_argument("--log", type=Path, default=HERE / "train_log.csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.minutes, args.lr, args.tokens, args.out, args.log)
+    train(args.part, args.minutes, args.stop, args.lr, args.tokens, args.out, args.log)
