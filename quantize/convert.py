@@ -130,8 +130,9 @@ def _size_label(rows: dict[str, sources.Rows]) -> str:
 
 
 def _title(folder: Path) -> str:
-    """The folder's name as words."""
-    words = folder.resolve().name.replace("-", " ").replace("_", " ").split()
+    """The folder's name as words; of a folder that just says what it holds, `hf`, the parent's."""
+    path = folder.resolve()
+    words = (path.parent if path.name == "hf" else path).name.replace("-", " ").replace("_", " ").split()
     return " ".join(word.title() if word.islower() else word for word in words) or "Llama 4"
 
 

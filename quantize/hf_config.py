@@ -147,6 +147,8 @@ def _attention(c: _Reader, n_layers: int, notices: list[str]) -> dict[str, objec
     """The keys of chunks and temperature that are not Meta's; CheckpointError for a pattern that a GGUF cannot say."""
     period = c.count("no_rope_layer_interval", 1 << 12, NO_ROPE_STEP)
     uses_rope = c.values.get("no_rope_layers") or [int((i + 1) % period != 0) for i in range(n_layers)]
+    if not isinstance(uses_rope, list):
+        raise c.refuse("no_rope_layers", "a list of 0 and 1")
     kinds = c.values.get("layer_types") or ["chunked_attention" if rope else "full_attention" for rope in uses_rope]
     if uses_rope == [1] * n_layers and kinds == ["full_attention"] * n_layers:
         return {"attention.sliding_window": 0}  # llama.cpp's word for: rotate everywhere, see everything, no temperature

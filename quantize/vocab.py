@@ -31,7 +31,10 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         raise CheckpointError(f"{path}: expected a BPE tokenizer, found {str(found)[:40]}; this is no Llama 4 tokenizer")
     if not _nodes(tokenizer, "ByteLevel"):
         raise CheckpointError(f"{path}: expected a byte-level tokenizer, found none of ByteLevel; this is no Llama 4 tokenizer")
-    tokens, types, ids = _tokens(path, model["vocab"], tokenizer.get("added_tokens") or [], n_vocab)
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise CheckpointError(f"{path}: expected a list of added_tokens, found {type(added).__name__}; download it again")
+    tokens, types, ids = _tokens(path, model["vocab"], added, n_vocab)
     fields: dict[str, object] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "llama4",
@@ -40,8 +43,7 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         "tokenizer.ggml.merges": _merges(path, model.get("merges")),
     }
     notices = []
-    patterns = [node.get("pattern", {}).get("Regex") for node in _nodes(tokenizer.get("pre_tokenizer"), "Split")]
-    if patterns != [PATTERN]:
+    if [node.get("pattern") for node in _nodes(tokenizer.get("pre_tokenizer"), "Split")] != [{"Regex": PATTERN}]:
         notices.append("tokenizer.json splits text by another pattern than Llama 4's; the GGUF will say llama4 all the same")
     bos = _special(settings, "bos", ids, generation, config)
     eos = _special(settings, "eos", ids, generation, config)
@@ -128,9 +130,11 @@ def _special(settings: dict, key: str, ids: dict[str, int], *fallbacks: dict) ->
 def _adds_bos(tokenizer: dict, settings: dict, tokens: list[str], bos: int | None) -> bool:
     """Whether text starts with BOS: what the post-processor says, else the settings, else yes, as Llama 4 does."""
     for node in _nodes(tokenizer.get("post_processor"), "TemplateProcessing"):
-        first = (node.get("single") or [{}])[0]
-        name = first.get("SpecialToken", {}).get("id") if isinstance(first, dict) else None
-        return bos is not None and name == tokens[bos]
+        match node.get("single"):
+            case [{"SpecialToken": {"id": name}}, *_]:
+                return bos is not None and name == tokens[bos]
+            case _:
+                return False
     return bos is not None and bool(settings.get("add_bos_token", True))
 
 

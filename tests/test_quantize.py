@@ -122,8 +122,9 @@ def test_a_maverick_has_dense_layers_between(tmp_path):
 
 
 def test_shards_in_any_order_give_the_same_file(scout, tmp_path):
-    weights = checkpoint.write(tmp_path / "hf", shards=3)
-    gguf, _ = made(tmp_path / "hf", weights)
+    folder = tmp_path / scout[0].parent.name / "hf"  # the file holds the folder's name
+    folder.parent.mkdir()
+    gguf, _ = made(folder, checkpoint.write(folder, shards=3))
     single, _ = made(*scout)
     assert gguf.path.read_bytes() == single.path.read_bytes()
 
@@ -188,7 +189,13 @@ def test_the_sizes_arrive_in_the_config(scout):
     assert (c.chunk_size, c.no_rope_step, c.temperature_length, c.use_qk_norm) == (8192, 4, 8192.0, True)
     assert gguf.metadata["general.architecture"] == "llama4"
     assert gguf.metadata["general.quantization_version"] == 2
-    assert gguf.metadata["general.name"] == "Hf"
+
+
+def test_the_name_is_the_folders(tmp_path):
+    for folder, name in (("my-llama-17B", "My Llama 17B"), ("tiny/hf", "Tiny")):
+        (tmp_path / folder).parent.mkdir(exist_ok=True)
+        gguf, _ = made(tmp_path / folder, checkpoint.write(tmp_path / folder))
+        assert gguf.metadata["general.name"] == name
 
 
 def test_what_is_not_metas_is_written_under_keys_of_its_own(tmp_path):
@@ -341,6 +348,7 @@ BAD_CONFIGS = {
     "heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "a theta that is no number": ({"rope_theta": float("nan")}, "rope_theta"),
     "an unknown rope type": ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+    "a number where a list belongs": ({"no_rope_layers": 1}, "no_rope_layers"),
     "another rhythm of NoPE layers": ({"no_rope_layers": [0, 1, 1, 1]}, "no_rope_layers"),
     "other kinds of layers": ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     "another list of mixture layers": ({"moe_layers": [0, 2]}, "moe_layers"),
@@ -375,6 +383,7 @@ def test_a_damaged_tokenizer_is_refused(tmp_path, text):
         lambda t: t["model"]["merges"].append(["a"]),
         lambda t: t["model"]["merges"].append("a b c"),
         lambda t: t["model"].update(merges=None),
+        lambda t: t.update(added_tokens=True),
         lambda t: t["added_tokens"].append(7),
         lambda t: t["added_tokens"].append({"id": 1}),
         lambda t: (t.pop("pre_tokenizer"), t.pop("post_processor"), t.pop("decoder")),
@@ -451,6 +460,37 @@ def test_a_gguf_of_another_architecture_is_refused_by_name(scout, tmp_path):
 
 def test_an_unknown_type_is_a_usage_error(scout, tmp_path):
     assert "Q4_0" in refusal(UsageError, scout[0], tmp_path / "out.gguf", "Q9_Z")
+
+
+def places(tree, path=()):
+    """The path to every value of a JSON tree, of long lists and tables the first three."""
+    yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in [*items][: 3 if len(path) > 1 or isinstance(tree, list) else None]:
+        yield from places(value, (*path, key))
+
+
+ODD = [None, True, -1, 2**70, 1.5, float("nan"), "x", "\ud800", [], [[1]], {}, {"type": 7}]
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_any_value_at_any_place_converts_or_is_refused_in_one_line(tmp_path, file):
+    checkpoint.write(tmp_path / "hf")
+    text, outcomes = (tmp_path / "hf" / file).read_text(), set()
+    for path in places(json.loads(text)):
+        for odd in ODD:
+            tree = node = {"root": json.loads(text)}
+            for key in ("root", *path)[:-1]:
+                node = node[key]
+            node[("root", *path)[-1]] = odd
+            spoil(tmp_path / "hf", file, json.dumps(tree["root"]))
+            try:
+                convert(tmp_path / "hf", tmp_path / "out.gguf", "F32", dry_run=True)
+                outcomes.add("converted")
+            except LlamacliError as error:
+                assert "\n" not in str(error)
+                outcomes.add("refused")
+    assert "refused" in outcomes
 
 
 # --- writing
