@@ -114,7 +114,13 @@ class Tokenizer:
 
     def split(self, text: str) -> list[str | int]:
         """The text cut at the names of special tokens: these as ids, what is between them as it stands, nothing empty."""
-        return [self._ids[part] if n % 2 else part for n, part in enumerate(self._names.split(text)) if part]
+        parts: list[str | int] = []
+        done = 0
+        for match in self._names.finditer(text):
+            if (id := self._ids.get(match[0])) in self._special:
+                parts += [text[done : match.start()], id]
+                done = match.end()
+        return [part for part in (*parts, text[done:]) if part != ""]
 
     @property
     def special_tokens(self) -> list[str]:
@@ -142,9 +148,9 @@ class Tokenizer:
 
     @cached_property
     def _names(self) -> re.Pattern:
-        """Splits text at the names of special tokens, the longest first where several begin alike."""
-        names = sorted((self._texts[id] for id in self._special if self._texts[id]), key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else r"(?!)")
+        """Finds what may be a special token's name. Llama 4 has a thousand, all of one form: compiling each takes a while."""
+        others = sorted((name for name in self.special_tokens if name and not _SPECIAL_NAME.fullmatch(name)), key=len)
+        return re.compile("|".join([_SPECIAL_NAME.pattern, *map(re.escape, reversed(others))]))
 
 
 class StreamDecoder:
@@ -217,8 +223,8 @@ class _Fields:
 
     def _special(self, texts: list[str], types: Sequence[int], named: set[int]) -> list[int]:
         """Ids that text must not become. Files that call their special tokens normal exist, so names and uses count too."""
-        by_type = (id for id, kind in enumerate(types) if kind not in (_NORMAL, _BYTE))
-        by_name = (id for id, text in enumerate(texts) if text.startswith("<|") and _SPECIAL_NAME.fullmatch(text))
+        by_type = [id for id, kind in enumerate(types) if kind not in (_NORMAL, _BYTE)]
+        by_name = [id for id, text in enumerate(texts) if text[:2] == "<|" and _SPECIAL_NAME.fullmatch(text)]
         return sorted({*by_type, *by_name, *named})
 
     @staticmethod

@@ -100,6 +100,12 @@ def test_special_tokens_on_request(tokenizer):
     assert tokenizer.encode("<|eot", bos=False, special=True) == tokenizer.encode("<|eot", bos=False)
 
 
+def test_names_that_are_no_tokens_stay_in_one_run_of_text(tokenizer):
+    eot = tokenizer.token_id("<|eot|>")
+    assert tokenizer.split("a<|nothing|>b<|x<|eot|><|eot|><|eot|") == ["a<|nothing|>b<|x", eot, eot, "<|eot|"]
+    assert tokenizer.split("") == []
+
+
 def test_bos_exactly_once(tokenizer):
     assert tokenizer.encode("x").count(tokenizer.bos) == 1
     assert tokenizer.encode("<|begin_of_text|>x", special=True).count(tokenizer.bos) == 1
