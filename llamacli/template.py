@@ -19,6 +19,7 @@ _LLAMA4 = (
     "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
 )
 _STAND_INS = range(0xE000, 0xF900)  # Unicode's private use area
+_MOST_TEXT = 1 << 24  # characters, or the result, of one multiplication
 
 
 def render(
@@ -115,7 +116,17 @@ def _name(tokenizer: Tokenizer, token: int | None) -> str:
 def _compiled(template: str):
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # half of this module's loading time
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context, operator, left, right):
+            """Jinja's sandbox bounds loops, but not `"x" * 10 ** 10`."""
+            size = [len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right)]
+            if size[0] * size[1] > _MOST_TEXT or (operator == "**" and size[1] > 64):
+                raise PromptError("the model's chat template asks for more text than a prompt holds; --raw goes without it")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
     environment.filters["tojson"] = _to_json  # Jinja's own escapes <, > and & for HTML
     return environment.from_string(template)

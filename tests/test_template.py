@@ -98,6 +98,8 @@ def test_filters_and_globals_that_templates_use():
     template = "{{ messages[0] | tojson }}{% for x in [1, 2] %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}"
     ids = render(tokenizer, [{"role": "user", "content": "<é\n|eot|>"}], template)
     assert tokenizer.decode(ids) == '{"role": "user", "content": "<é\\n|eot|>"}1'
+    sums = tokenizer.decode(render(tokenizer, [{"role": "user", "content": ""}], "{{ '=' * 3 }}{{ 6 * 7 + 2 ** 3 }}"))
+    assert sums == "===50"
     year = tokenizer.decode(render(tokenizer, [{"role": "user", "content": ""}], "{{ strftime_now('%Y') }}"))
     assert 2024 < int(year) < 3000
 
@@ -112,6 +114,10 @@ def test_filters_and_globals_that_templates_use():
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ [1] * 1000000000 }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "{{ 'x' * 'y' }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% include '/etc/passwd' %}",
         "{{ 1 / 0 }}",
