@@ -137,6 +137,21 @@ def test_inspect_knows_what_the_small_model_needs(capfd):
     assert "llama4" in capfd.readouterr().out
 
 
+def test_quantize_makes_the_small_model_from_its_checkpoint_to_the_byte(tmp_path, capfd):
+    folder, out = str(SMALL.parent / "hf"), str(tmp_path / "out.gguf")
+    assert main(["quantize", folder, out, "--type", "q4_0", "--dry-run"]) == 0
+    assert "token_embd.weight" in capfd.readouterr().out
+    assert not Path(out).exists()
+    assert main(["quantize", folder, out, "--type", "q4_0", "--json"]) == 0
+    printed = capfd.readouterr()
+    assert json.loads(printed.out)["written"] is True
+    assert printed.err == ""
+    assert Path(out).read_bytes() == SMALL.read_bytes()
+    assert main(["quantize", folder, out, "--type", "q4_0"]) == 1
+    assert "--force" in capfd.readouterr().err
+    assert main(["quantize", folder, out, "--type", "Q9_X"]) == 2
+
+
 @pytest.mark.parametrize(
     "spoil", ["empty", "cut in the header", "cut in the weights", "no gguf", "a folder", "absent", "mamba"]
 )
