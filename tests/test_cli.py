@@ -6,6 +6,7 @@ All run over the miniature model of fakes.py, whose answers and pace are known; 
 import io
 import json
 import os
+import readline
 import signal
 import subprocess
 import sys
@@ -457,6 +458,21 @@ def test_chat_at_a_terminal(tmp_path):
     history = tmp_path / "llamacli" / "history"
     assert history.stat().st_mode & 0o777 == 0o600
     assert "hello" in history.read_text()
+
+
+@pytest.mark.skipif("GNU" not in getattr(readline, "__doc__", ""), reason="only GNU readline knows bracketed paste")
+def test_pasted_lines_are_one_turn(tmp_path):
+    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "xterm"}
+    command, *args = fake("chat", "--color", "never", reply="ok")
+    child = pexpect.spawn(command, args, env=env, timeout=20, encoding="utf-8")
+    child.expect("> ")
+    child.send("\x1b[200~one\ntwo\x1b[201~\r")
+    child.expect("ok")
+    child.expect("> ")
+    child.sendline("/stats")
+    child.expect("12 prompt tokens")  # with the special ones around one\ntwo
+    child.sendeof()
+    child.expect(pexpect.EOF)
 
 
 def test_chat_leaves_with_130_at_the_second_ctrl_c_in_a_row(tmp_path):

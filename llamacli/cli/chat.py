@@ -127,6 +127,7 @@ def _start_readline(commands: list[str]):
     words = sorted(commands)
     readline.set_completer_delims("")
     readline.set_completer(lambda text, n: ([w for w in words if text.startswith("/") and w.startswith(text)] + [None])[n])
+    readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text of several lines is one turn
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
     return readline
 
