@@ -14,6 +14,7 @@ from llamacli.model import Engine
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
+import llama_cpp_cases as peer  # noqa: E402
 import make_transformers  # noqa: E402
 
 BOUND = 1e-3  # of the largest logit; nearly all of it is the cache's float16
@@ -57,3 +58,36 @@ def test_transformers_live_with_fresh_weights(tmp_path, name):
         expected, margin = make_transformers.reference(case, ids)
     for found in engine_logits(write(tmp_path / "tiny.gguf", case), ids):
         assert np.abs(found - expected).max() / np.abs(expected).max() <= BOUND, f"seed {case['seed']}"
+
+
+# llama.cpp
+
+
+def peer_golden(name, folder):
+    """(KL, same best token) of the engine at each position, and what make_llama_cpp.py stored of the case."""
+    with np.load(GOLDEN / "llama_cpp.npz") as stored:
+        golden = {key.removeprefix(f"{name}."): stored[key] for key in stored.files if key.startswith(f"{name}.")}
+    path, _ = peer.write(name, folder)
+    assert peer.checksum(path) == golden["checksum"], "the file is no longer the one that llama.cpp was given"
+    sequences = np.split(golden["ids"], np.cumsum(golden["lengths"])[:-1])
+    return *peer.compare((golden["top"], golden["logprobs"]), peer.engine_logits(path, sequences)), golden
+
+
+@pytest.mark.parametrize("name", peer.RANDOM)
+def test_random_quantized_files_are_as_near_to_llama_cpp_as_llama_cpp_is_to_itself(tmp_path, name):
+    """Near-tied routers flip with any rounding: the measure is llama.cpp's distance from itself and from exact arithmetic."""
+    kl, same, golden = peer_golden(name, tmp_path)
+    assert len(kl) >= 500
+    means, medians, agreements = zip(golden["itself"], golden["exact"], strict=True)
+    assert kl.mean() <= 1.5 * max(means)
+    assert np.median(kl) <= 1.5 * max(medians)
+    assert same.mean() >= min(agreements) - 0.02
+
+
+@pytest.mark.skipif(not peer.available(peer.CASES[-1]), reason="the trained checkpoint is not here")
+@pytest.mark.parametrize("name", peer.SMALL)
+def test_the_trained_model_gives_llama_cpps_logits(tmp_path, name):
+    kl, same, _ = peer_golden(name, tmp_path)
+    assert len(kl) >= 500
+    assert kl.mean() <= 1e-3
+    assert same.mean() >= 0.99
