@@ -7,6 +7,7 @@ a leaf computes. This file and simd.py are the only ones that import llvmlite.
 
 import os
 from typing import NamedTuple
+from zlib import crc32
 
 import llvmlite
 import llvmlite.binding as llvm
@@ -77,7 +78,7 @@ def chosen_target() -> Target:
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 TARGET = chosen_target()
-_tags: dict[str, object] = {}  # loaded libraries stay loaded as long as their trackers live
+_libraries: dict[str, object] = {}  # code stays loaded as long as its tracker lives
 
 
 def machine(target: Target):
@@ -109,7 +110,8 @@ def assembly(build, target: Target) -> str:
 
 def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
     """Addresses of `symbols` in the module that `build(target)` makes; compiled once, then read from the cache folder."""
-    tag = f"{name}-{target.name}-{target.cpu}-llvm{'.'.join(map(str, llvm.llvm_version_info))}-{llvmlite.__version__}"
+    version = f"llvm{'.'.join(map(str, llvm.llvm_version_info))}-{llvmlite.__version__}"
+    tag = f"{name}-{target.name}-{target.cpu}-{crc32(target.features.encode()):08x}-{version}"
     path = CACHE / f"{tag}.o"
     try:
         code = path.read_bytes()
@@ -121,18 +123,18 @@ def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
             part.replace(path)
         except OSError:
             part.unlink(missing_ok=True)
-    if tag not in _tags:
+    if tag not in _libraries:
         builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
         for symbol in symbols:
             builder.export_symbol(symbol)
-        _tags[tag] = builder.link(_compiler(), tag)
-    return {symbol: _tags[tag][symbol] for symbol in symbols}
+        _libraries[tag] = builder.link(_compiler(), tag)
+    return {symbol: _libraries[tag][symbol] for symbol in symbols}
 
 
 def _compiler():
-    if "jit" not in _tags:
-        _tags["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=True)
-    return _tags["jit"]
+    if "jit" not in _libraries:
+        _libraries["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=True)
+    return _libraries["jit"]
 
 
 _i64 = ir.IntType(64)
