@@ -84,8 +84,7 @@ def test_random_quantized_files_are_as_near_to_llama_cpp_as_llama_cpp_is_to_itse
     assert same.mean() >= min(agreements) - 0.02
 
 
-@pytest.mark.skipif(not peer.available(peer.CASES[-1]), reason="the trained checkpoint is not here")
-@pytest.mark.parametrize("name", peer.SMALL)
+@pytest.mark.parametrize("name", [*peer.SMALL, peer.SHIPPED])
 def test_the_trained_model_gives_llama_cpps_logits(tmp_path, name):
     kl, same, _ = peer_golden(name, tmp_path)
     assert len(kl) >= 500

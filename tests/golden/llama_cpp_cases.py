@@ -37,7 +37,8 @@ SHAPES = {
 }
 RANDOM = {f"random-scout-{types}": ("scout", types) for types in MIXES} | {"random-maverick-Q4_K": ("maverick", "Q4_K")}
 SMALL = {f"scout-tiny-{types}": types for types in MIXES}
-CASES = [*RANDOM, *SMALL]
+SHIPPED = "scout-tiny-shipped"  # the 4-bit file in the repository, as it is
+CASES = [*RANDOM, *SMALL, SHIPPED]
 
 
 def available(name):
@@ -45,12 +46,15 @@ def available(name):
 
 
 def write(name, folder):
-    """Write the case's file; returns path and token sequences."""
+    """Write the case's file; returns path and token sequences. Any other name is the path of a file of the small model."""
     path = Path(folder) / f"{name}.gguf"
     if name in RANDOM:
         shape, types = RANDOM[name]
         tiny.tiny_gguf(path, types=MIXES[types], seed=31, **LIKE_META | SHAPES[shape])
         return path, [np.random.RandomState(32).randint(0, 257, 512)]
+    if name == SHIPPED or name not in CASES:
+        path = TRAINED / "scout-tiny.gguf" if name == SHIPPED else Path(name)
+        return path, conversations(path)
     retype(float_model(folder), path, MIXES[SMALL[name]])
     return path, conversations(path)
 

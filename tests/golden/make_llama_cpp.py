@@ -2,6 +2,8 @@
 
     python tests/golden/make_llama_cpp.py [CASE ...]      needs llama-cpp-python; no CASE: all of llama_cpp_cases.py
 
+A CASE may also be the path of any GGUF of the small model, llama-quantize's for instance: it is only compared.
+
 Prints for each file the mean and median KL divergence and the share of positions with the same best token: the engine against
 llama.cpp; llama.cpp with batches of 1 and flash attention against llama.cpp with batches of 512 and none; and how far both are
 from the oracle, which computes exactly with the dequantized weights. Stores llama.cpp's most likely tokens in llama_cpp.npz:
@@ -51,6 +53,8 @@ def main(names):
             itself = row(name, "llama.cpp to itself", compare(golden, other))
             row(name, "engine to exact", (divergence(exact, engine), exact.argmax(-1) == engine.argmax(-1)))
             exactly = row(name, "llama.cpp to exact", (divergence(exact, peer), exact.argmax(-1) == peer.argmax(-1)))
+            if name not in CASES:
+                continue
             parts = {"top": golden[0], "logprobs": golden[1], "checksum": checksum(path), "itself": itself, "exact": exactly}
             parts |= {"ids": np.concatenate(sequences).astype(np.int32), "lengths": [len(ids) for ids in sequences]}
             stored |= {f"{name}.{part}": np.array(values) for part, values in parts.items()}
