@@ -40,7 +40,7 @@ help: ## This list
 # Some systems' Python comes without ensurepip; the system's pip fills such an environment from outside.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: expected Python 3.11 or newer, found $$(python3 -V 2>&1 || echo none); install it" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)
 
 define install
 	@echo "installing into $(VENV) ..." >&2
