@@ -22,6 +22,7 @@ class KVCache:
         self._shape = config.n_kv_heads, config.head_dim
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
         self.table = np.zeros((config.n_layers, 3), np.int64)
+        self._room = 0  # positions for which every layer has room and the table is right
 
     def _empty(self, capacity: int) -> np.ndarray:
         heads, dim = self._shape
@@ -38,16 +39,21 @@ class KVCache:
         if need > self.ctx:
             raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
         self._newest = need - 1
+        if need <= self._room:
+            return
+        self._room = 0  # an interrupt from here on leaves table and layers at odds: the next call must go through all of them
         for i, (layer, chunk) in enumerate(zip(self._layers, self._chunks, strict=True)):
             held = layer[0].shape[1]
-            if held >= need or (chunk and held == chunk):
-                continue
-            capacity = min(max(need, 2 * held, 256), chunk or self.ctx, self.ctx)
-            grown = tuple(self._empty(capacity) for _ in layer)
-            for old, new in zip(layer, grown, strict=True):
-                new[:, : old.shape[1]] = old
-            self._layers[i] = grown
-            self.table[i] = grown[0].ctypes.data, grown[1].ctypes.data, capacity
+            if held < need and not (chunk and held == chunk):
+                capacity = min(max(need, 2 * held, 256), chunk or self.ctx, self.ctx)
+                grown = tuple(self._empty(capacity) for _ in layer)
+                for old, new in zip(layer, grown, strict=True):
+                    new[:, :held] = old
+                self._layers[i] = grown
+            keys, values = self._layers[i]
+            self.table[i] = keys.ctypes.data, values.ctypes.data, keys.shape[1]
+        growing = (keys.shape[1] for (keys, _), chunk in zip(self._layers, self._chunks, strict=True) if keys.shape[1] != chunk)
+        self._room = min([self.ctx, *growing])
 
     def truncate(self, pos: int) -> int:
         """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.

@@ -53,6 +53,10 @@ class Engine:
         factors = 1.0 if self.weights.rope_freqs is None else self.weights.rope_freqs.astype(np.float64)
         self._frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim) / factors
         self._f16_tile = matmul.leaves("F16").tile
+        mixture = any(isinstance(layer.ffn, Experts) for layer in self.weights.layers)
+        self._choices = config.n_experts_used if mixture else 0
+        self._max_batch = max(INTERRUPTIBLE, MAX_BATCH // max(1, self._choices))
+        self._capacity = 0  # tokens that buffers and program are made for
         self._reserve(INTERRUPTIBLE)
 
     def new_cache(self, ctx: int) -> KVCache:
@@ -100,7 +104,7 @@ class Engine:
 
     def _batch_size(self, pos: int, left: int) -> int:
         chunk = self.config.chunk_size
-        return min(left, MAX_BATCH, chunk - pos % chunk if chunk else left)
+        return min(left, self._max_batch, chunk - pos % chunk if chunk else left)
 
     def _run_layers(self, ids: np.ndarray, cache: KVCache) -> None:
         n = len(ids)
@@ -124,31 +128,36 @@ class Engine:
 
     def _reserve(self, n: int) -> None:
         """Buffers for `n` tokens at a time, and the program over them."""
-        if n <= getattr(self, "_capacity", 0):
+        if n <= self._capacity:
             return
-        self._capacity = n = min(MAX_BATCH, 1 << (n - 1).bit_length())
-        c, k = self.config, max(1, self.config.n_experts_used)
-        widths = [m.n_rows for m in (self.weights.output, *(m for layer in self.weights.layers for m in layer[1:4]))]
-        n_ff = max([c.n_ff_exp if c.is_moe(i) else c.n_ff for i in range(c.n_layers)])
-        pairs = n * k
+        self._capacity = (
+            0  # an interrupt from here on leaves the old program without its buffers: the next call must build anew
+        )
+        n = min(self._max_batch, 1 << (n - 1).bit_length())
+        c, k = self.config, self._choices
+        n_experts, n_ff_exp = (c.n_experts, c.n_ff_exp) if self._choices else (0, 0)
+        n_ff = max([n_ff_exp if c.is_moe(i) else c.n_ff for i in range(c.n_layers)])
+        pairs = n * max(1, k)
         self._keep: list[np.ndarray] = []
         self._ids = np.zeros(n, np.int64)
         self._dense = np.concatenate([np.zeros(2, np.int64), np.arange(n)])
-        self._moe = np.zeros(c.n_experts + 1 + pairs, np.int64)
+        self._moe = np.zeros(n_experts + 1 + pairs, np.int64)
         self._chosen, self._scores = np.zeros(pairs, np.int64), np.zeros(pairs, np.float32)
         self._rope = np.zeros((n, c.head_dim), np.float32)
-        widest = max(n_ff, c.n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
-        self._scratch = np.empty((self.threads, matmul.scratch_bytes(pairs, max([*widths, widest]), widest)), np.uint8)
+        widest = max(n_ff, n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
+        scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest)
+        self._scratch = np.empty((self.threads, scratch), np.uint8)
         self._attn_scratch = np.empty((self.threads, attention.scratch_bytes(c.head_dim)), np.uint8)
         self._pairs = pairs
         self._x, self._xn = self._rows(n, c.n_embd), self._rows(n, c.n_embd, codes=True)
         self._q, self._k, self._v = (self._rows(n, w * c.head_dim) for w in (c.n_heads, c.n_kv_heads, c.n_kv_heads))
         self._att = self._rows(n, c.n_heads * c.head_dim, codes=True)
         self._gate, self._up = self._rows(n, n_ff, codes=True), self._rows(n, n_ff)
-        self._gate_exps, self._up_exps = self._rows(pairs, c.n_ff_exp, codes=True), self._rows(pairs, c.n_ff_exp)
-        self._router = self._rows(n, max(1, c.n_experts))
+        self._gate_exps, self._up_exps = self._rows(pairs, n_ff_exp, codes=True), self._rows(pairs, n_ff_exp)
+        self._router = self._rows(n, n_experts)
         self._logits = np.zeros((min(n, ALL_LOGITS_BATCH), c.n_vocab), np.float32)
         self._program = self._compose()
+        self._capacity = n
 
     def _rows(self, n: int, width: int, codes: bool = False) -> Rows:
         """A zeroed buffer of n rows; rows are padded to whole superblocks of 256."""
@@ -168,7 +177,7 @@ class Engine:
         p.add(
             matmul.embed,
             [e.address, e.row_bytes, e.n_cols, dequantize, *self._x[:2], self._ids.ctypes.data, self._state.ctypes.data],
-            meet=False,  # the norm reads rows that the same thread wrote
+            meet=False,  # nobody reads x before the threads have met after the angles
         )
         angle_args = [self._frequencies.ctypes.data, c.head_dim // 2, self._rope.ctypes.data, self._state.ctypes.data]
         p.add(attention.angles, angle_args)

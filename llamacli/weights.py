@@ -2,7 +2,7 @@
 
 In: a GGUF and its Config. Out: `Weights`, addresses into the file's map (nothing is copied), or a ModelFileError that names
 the tensor, the shape expected and the shape found. A type without leaves of its own is dequantized here once, by gguf-py, and
-listed in `Weights.converted`. Knows nothing of threads or caches.
+listed in `Weights.notices`. Knows nothing of threads or caches.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.gguf import GGUF, Tensor
 from llamacli.kernels.dots import FLOATS, QUANTIZED
 from llamacli.kernels.matmul import Matrix
+
+LONG_FACTOR = 16.0  # Scout divides the frequencies of wavelengths beyond 8192 by this; early uploads had other numbers
 
 
 class Dense(NamedTuple):
@@ -52,13 +54,14 @@ class Weights(NamedTuple):
     output_norm: np.ndarray
     output: Matrix  # [n_vocab, n_embd]; token_embd again where the file has none
     rope_freqs: np.ndarray | None  # float32 [head_dim / 2], divisors of the rotary frequencies
-    converted: list[str]
+    notices: list[str]  # what a user should know about this file
     keep: list
 
 
 def bind(gguf: GGUF, config: Config) -> Weights:
     """Find, check and address every tensor of the model."""
     converted: list[str] = []
+    notices: list[str] = []
     keep: list = [gguf]
     c = config
 
@@ -82,13 +85,11 @@ def bind(gguf: GGUF, config: Config) -> Weights:
 
     def matrix(name: str, *shape: int) -> Matrix:
         tensor = find(name, shape)
-        data, kind = tensor.data, tensor.type
-        row_bytes = kind.row_bytes(shape[-1])
-        if kind.name not in QUANTIZED and kind.name not in FLOATS:
-            data, kind, row_bytes = _as_half(gguf, tensor), None, 2 * shape[-1]
+        data, type_name, row_bytes = tensor.data, tensor.type.name, tensor.type.row_bytes(shape[-1])
+        if type_name not in QUANTIZED and type_name not in FLOATS:
+            data, type_name, row_bytes = _as_half(gguf, tensor), "F16", 2 * shape[-1]
             keep.append(data)
             converted.append(f"{name} ({tensor.type.name})")
-        type_name = kind.name if kind else "F16"
         return Matrix(data.ctypes.data, type_name, shape[0] if len(shape) == 3 else 1, shape[-2], shape[-1], row_bytes)
 
     def dense(prefix: str, suffix: str, n_ff: int, *groups: int) -> Dense:
@@ -117,15 +118,30 @@ def bind(gguf: GGUF, config: Config) -> Weights:
 
     token_embd = matrix("token_embd.weight", c.n_vocab, c.n_embd)
     has_freqs = "rope_freqs.weight" in gguf.tensors
-    return Weights(
+    weights = Weights(
         token_embd,
         [layer(i) for i in range(c.n_layers)],
         vector("output_norm.weight", c.n_embd),
         matrix("output.weight", c.n_vocab, c.n_embd) if "output.weight" in gguf.tensors else token_embd,
-        vector("rope_freqs.weight", c.head_dim // 2) if has_freqs else None,
-        converted,
+        _rope_factors(gguf, vector("rope_freqs.weight", c.head_dim // 2)) if has_freqs else None,
+        notices,
         keep,
     )
+    if converted:
+        some = ", ".join(converted[:3])
+        notices.append(
+            f"{len(converted)} tensors have types without fast kernels and run as F16, slower and larger: {some} ..."
+        )
+    if weights.rope_freqs is not None and not np.isin(weights.rope_freqs, (1.0, LONG_FACTOR)).all():
+        notices.append("rope_freqs.weight is not Scout's published scaling; an early upload may answer badly at length")
+    return weights
+
+
+def _rope_factors(gguf: GGUF, factors: np.ndarray) -> np.ndarray:
+    """The divisors of the rotary frequencies, checked: they divide."""
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise ModelFileError(f"{gguf.path}: expected positive numbers in rope_freqs.weight, found others; the file is damaged")
+    return factors
 
 
 def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
@@ -138,7 +154,7 @@ def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
     step = max(1, (1 << 22) // tensor.shape[-1])
     try:
         for r in range(0, len(rows), step):
-            out[r : r + step] = dequantize(rows[r : r + step], GGMLQuantizationType(tensor.type.id))
+            out[r : r + step] = dequantize(rows[r : r + step], GGMLQuantizationType(tensor.type.id)).clip(-65504, 65504)
     except (NotImplementedError, ValueError) as error:
         raise UnsupportedModelError(
             f"{gguf.path}: {tensor.name} is {tensor.type.name}, which this engine cannot read"

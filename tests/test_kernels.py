@@ -6,9 +6,11 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numba import njit
 
+from llamacli.errors import UsageError
 from llamacli.ggml import BY_NAME
-from llamacli.kernels import dots, vectors
-from llamacli.kernels.jit import assembly, call, host_targets, load, targets
+from llamacli.kernels import dots, jit, matmul, vectors
+from llamacli.kernels.jit import TARGET, assembly, call, host_targets, load, targets
+from llamacli.kernels.pool import Pool, Program
 
 TARGETS = {t.name: t for t in host_targets()}
 HEAD_DIM = 64
@@ -168,3 +170,52 @@ def test_apple_silicon_gets_its_dot_instruction(cpu, features, instruction):
     text = assembly(lambda target: dots.quantized("Q4_K", target), best)
     assert text.count(f"\t{instruction}") > 50
     assert "\tbl\t" not in text, "a leaf must not call the library"
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("name", ["Q6_K", "Q8_0", "F16"])
+def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
+    """Odd row counts, any number of tokens, more threads than cores; canaries after the scratch and after every row."""
+    rng, pool = np.random.default_rng(7), Pool(threads)
+    for n_rows, n_cols, n in ((33, 256, 5), (97, 512, 241), (300, 768, 487), (31, 256, 3)):
+        raw, meant = random_rows(name, n_rows, n_cols, rng)
+        x = rng.standard_normal((n, n_cols)).astype(np.float32)
+        codes, rounded = activations(x, TARGET)
+        codes = np.ascontiguousarray(codes.reshape(n, -1))
+        size = matmul.scratch_bytes(n, n_rows, n_cols)
+        scratch = np.full((threads, size + 4096), 0xAB, np.uint8)
+        out = np.full((n, n_rows + 8), np.nan, np.float32)
+        table = np.concatenate([[0, n], np.arange(n)]).astype(np.int64)
+        m = matmul.Matrix(raw.ctypes.data, name, 1, n_rows, n_cols, raw.shape[1])
+        rows = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
+        program = Program()
+        program.add(
+            matmul.matmul,
+            matmul.arguments(m, rows, matmul.Rows(out.ctypes.data, out.strides[0]), table.ctypes.data, scratch, n),
+        )
+        pool.run(program.seal())
+        want = (x if name == "F16" else rounded) @ meant.T
+        np.testing.assert_allclose(out[:, :n_rows], want, atol=1e-3 * np.abs(want).max())
+        assert np.isnan(out[:, n_rows:]).all()
+        assert (scratch[:, size:] == 0xAB).all()
+
+
+@pytest.mark.parametrize("damage", [lambda code: b"", lambda code: code[:-9], lambda code: code[:99] + b"?" + code[100:]])
+def test_damaged_object_code_is_compiled_again_not_run(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr(jit, "CACHE", tmp_path)
+    monkeypatch.setattr(jit, "_libraries", {})
+    build = vectors.build(HEAD_DIM)
+    first = load("fresh", build, vectors.SYMBOLS)
+    (file,) = tmp_path.glob("fresh-*.o")
+    sound = file.read_bytes()
+    file.write_bytes(damage(sound))
+    monkeypatch.setattr(jit, "_libraries", {})
+    again = load("fresh", build, vectors.SYMBOLS)
+    assert file.read_bytes() == sound
+    assert again.keys() == first.keys()
+
+
+def test_an_unknown_variant_is_refused(monkeypatch):
+    monkeypatch.setenv("LLAMACLI_SIMD", "avx1024")
+    with pytest.raises(UsageError, match=r"expected one of .*, found avx1024"):
+        jit.chosen_target()

@@ -1,5 +1,7 @@
 """The forward pass against a plain NumPy Llama 4, and against itself however a sequence is cut up."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
@@ -241,3 +243,49 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path, name, fault):
         engine(path)
     assert name in str(error.value) or name == "token_embd.weight"
     assert "\n" not in str(error.value)
+
+
+def test_an_interrupt_while_buffers_grow_leaves_the_engine_sound(tmp_path, monkeypatch):
+    """Ctrl-C between the freeing of old buffers and the new program must not leave a program over freed memory."""
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=8192), 1)
+    ids = list(range(5, 15))
+    want = model.forward(ids, model.new_cache(64)).copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_compose", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(ids * 5, model.new_cache(64))
+    np.testing.assert_array_equal(model.forward(ids, model.new_cache(64)), want)
+
+
+def test_an_interrupt_while_the_cache_grows_leaves_it_sound(tmp_path, monkeypatch):
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=8192), 1)
+    ids = [i % 40 + 5 for i in range(300)]
+    cache = model.new_cache(1000)
+    model.forward(ids[:250], cache)
+    real, calls = cache._empty, []
+
+    def third_time_unlucky(capacity):
+        calls.append(capacity)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(capacity)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_empty", third_time_unlucky)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(ids[250:], cache)
+    assert cache.pos == 250
+    found = model.forward(ids[250:254], cache).copy()
+    fresh = model.new_cache(1000)
+    model.forward(ids[:250], fresh)
+    np.testing.assert_array_equal(found, model.forward(ids[250:254], fresh))
+
+
+def test_expert_sizes_without_expert_layers_cost_nothing(tmp_path):
+    """A file that claims 4096 experts of a million rows, and has none, must not make the engine ask for their buffers."""
+    path = tmp_path / "m.gguf"
+    tiny.tiny_gguf(path, moe_step=2)
+    gguf = open_gguf(path)
+    config = replace(Config.from_gguf(gguf), n_layers=1, n_experts=4096, n_experts_used=4096, n_ff_exp=1 << 20)
+    model = Engine(gguf, config, 1)
+    assert np.isfinite(model.forward([5, 6, 7], model.new_cache(8))).all()

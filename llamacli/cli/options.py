@@ -179,11 +179,9 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
         model = Model.load(path, threads, ctx)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
-    slow = getattr(getattr(model.engine, "weights", None), "converted", None)
-    if slow:
-        console.note(
-            f"{len(slow)} tensors have types without fast kernels and run as F32, slower and larger: {', '.join(slow[:3])} ..."
-        )
+    for notice in (getattr(model.tokenizer, "warning", None), *getattr(getattr(model.engine, "weights", None), "notices", ())):
+        if notice:
+            console.note(notice)
     return model
 
 

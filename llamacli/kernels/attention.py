@@ -3,7 +3,8 @@
 q, k, v are float32 rows of heads side by side. The cache holds halves, head-major: [n_kv_heads][capacity][head_dim], and is
 found through a table of (key address, value address, capacity) for each layer. A layer with chunks sees positions from the
 start of the query's chunk on and keeps one chunk (slot = position mod chunk); a run never crosses a chunk's edge, so slots of
-one run are contiguous. Know nothing of weights.
+one run are contiguous. Decode splits its work by key-value heads, so more threads than those do not help there. Knows nothing
+of weights.
 
 `prepare_heads` and `attend` are separate steps because every thread reads keys that another may have written.
 """

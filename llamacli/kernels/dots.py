@@ -316,7 +316,7 @@ def _float_dequantize(module, target, name):
 def _float_dots(module, target, name, symbol, n_rows_block, n_tokens):
     """matvec(w, row_bytes, n_rows, n_cols, x, out, acc) or tile(w, row_bytes, n_rows, n_cols, xs, outs, offset, acc).
 
-    x rows are float32, padded with zeros to a multiple of `lanes`.
+    x rows are float32.
     """
     tiled = symbol == "tile"
     s = Simd(module, target, symbol, 8 if tiled else 7)

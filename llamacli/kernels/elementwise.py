@@ -1,7 +1,7 @@
 """The steps between matrix products: norms, quantizing activations, SwiGLU, and routing tokens to experts.
 
-Drivers with int64 arguments, in the order their `arguments` comment gives. `state` is the shared block of the run: see
-model.py for its slots. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know
+Drivers; each unpacks its int64 arguments in its first line, and model.py packs them. `state` is the block that all steps of
+a run share. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know
 nothing of layers.
 """
 
@@ -12,8 +12,7 @@ from numba import float32, int64
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.jit import call, kernel, pointer, unpack
 
-N, POS, ROW, COUNT, CACHE, TABLES = range(6)  # slots of the state block
-EPS = 0  # slot of the float constants
+N, POS, ROW, COUNT, CACHE = range(5)  # slots of the state block
 
 
 @kernel
@@ -99,6 +98,3 @@ def route(at, thread, threads):
     for e in range(n_experts):  # the ends have become starts: shift them back
         table[e] = table[e + 1]
     table[n_experts] = n * n_used
-
-
-__all__ = ["COUNT", "POS", "ROW", "N", "gate_up", "norm", "quantize_rows", "route"]

@@ -6,6 +6,8 @@ a leaf computes. This file and simd.py are the only ones that import llvmlite.
 """
 
 import os
+from hashlib import blake2b
+from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
@@ -16,6 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from llamacli.errors import UsageError
 from llamacli.kernels import CACHE
 
 
@@ -70,14 +73,17 @@ def host_targets() -> list[Target]:
 
 def chosen_target() -> Target:
     """The best variant, or the one that LLAMACLI_SIMD names (for tests and comparisons)."""
-    found = host_targets()
-    wanted = os.environ.get("LLAMACLI_SIMD")
-    return next((t for t in found if t.name == wanted), found[0])
+    found = {target.name: target for target in host_targets()}
+    wanted = os.environ.get("LLAMACLI_SIMD") or next(iter(found))
+    if wanted not in found:
+        raise UsageError(f"LLAMACLI_SIMD: expected one of {', '.join(found)} on this machine, found {wanted}")
+    return found[wanted]
 
 
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 TARGET = chosen_target()
+_DIGEST = 16  # bytes of checksum at the head of a cache file
 _libraries: dict[str, object] = {}  # code stays loaded as long as its tracker lives
 
 
@@ -111,24 +117,37 @@ def assembly(build, target: Target) -> str:
 def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
     """Addresses of `symbols` in the module that `build(target)` makes; compiled once, then read from the cache folder."""
     version = f"llvm{'.'.join(map(str, llvm.llvm_version_info))}-{llvmlite.__version__}"
-    tag = f"{name}-{target.name}-{target.cpu}-{crc32(target.features.encode()):08x}-{version}"
-    path = CACHE / f"{tag}.o"
-    try:
-        code = path.read_bytes()
-    except OSError:
-        code = machine(target).emit_object(optimized(build, target))
-        part = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            part.write_bytes(code)
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
+    tag = f"{name}-{target.name}-{target.cpu}-{crc32(f'{target.triple} {target.features}'.encode()):08x}-{version}"
     if tag not in _libraries:
+        path = CACHE / f"{tag}.o"
+        code = _read(path)
+        if code is None:
+            code = machine(target).emit_object(optimized(build, target))
+            _keep(path, code)
         builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
         for symbol in symbols:
             builder.export_symbol(symbol)
         _libraries[tag] = builder.link(_compiler(), tag)
     return {symbol: _libraries[tag][symbol] for symbol in symbols}
+
+
+def _read(path: Path) -> bytes | None:
+    """The object code in a cache file, or None if there is none or it is not what was written: damaged code must not run."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = raw[:_DIGEST], raw[_DIGEST:]
+    return code if blake2b(code, digest_size=_DIGEST).digest() == digest else None
+
+
+def _keep(path: Path, code: bytes) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_bytes(blake2b(code, digest_size=_DIGEST).digest() + code)
+        part.replace(path)
+    except OSError:  # a cache that cannot be written costs time, not the answer
+        part.unlink(missing_ok=True)
 
 
 def _compiler():

@@ -9,7 +9,6 @@ compiled call: a signal such as Ctrl-C is seen before or after it, never in betw
 
 import ctypes
 import os
-import sys
 import threading
 import weakref
 
@@ -26,9 +25,6 @@ LONGEST_NAP = 5_000  # microseconds
 
 def _libc() -> tuple[int, int]:
     """Addresses of a function that gives the core away and of one that sleeps for some microseconds."""
-    if sys.platform == "win32":
-        kernel32 = ctypes.WinDLL("kernel32")
-        return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (kernel32.SwitchToThread, kernel32.Sleep))
     libc = ctypes.CDLL(None)
     return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (libc.sched_yield, libc.usleep))
 
@@ -125,6 +121,7 @@ class Pool:
     def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
         """Run rows first..last on all threads; returns when all are done. The last of them must meet."""
         last = len(program) if last is None else last
+        assert first < last and program.table[last - 1, 2], "a run needs a step, and its last step must meet"
         _run(self._control.ctypes.data, program.table.ctypes.data, first, last, self.threads)
 
 

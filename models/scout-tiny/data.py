@@ -23,19 +23,43 @@ from facts import ANIMALS, COLOURS, COUNTRIES, NUMBERS, PLANETS, THINGS
 from phrasings import GRIDS
 
 HELD_PERCENT = 8
-NAMES = ("Anna Ben Clara David Emma Felix Greta Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Amy Bob "
-         "Carl Dora Eric Fay Gus Hana Ivan Jane Karl Lucy Max Nina Oscar Pia Ralph Sue Tom Uma Will Zoe").split()
+NAMES = (
+    "Anna Ben Clara David Emma Felix Greta Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Victor Amy Bob "
+    "Carl Dora Eric Fay Gus Hana Ivan Jane Karl Lucy Max Nina Oscar Pia Ralph Sue Tom Uma Will Zoe"
+).split()
 CITIES = [row["cap"] for row in COUNTRIES]
 TINTS = sorted({row["v"] for row in COLOURS})
 LIKES = "music books apples rain football tea games cake chess flowers".split()
-WORDS = sorted({row["n"] for row in ANIMALS} | {row["n"] for row in THINGS} | set(TINTS) | set(LIKES)
-               | set("house river stone cloud bread night garden window summer winter water paper".split()))
+WORDS = sorted(
+    {row["n"] for row in ANIMALS}
+    | {row["n"] for row in THINGS}
+    | set(TINTS)
+    | set(LIKES)
+    | set("house river stone cloud bread night garden window summer winter water paper".split())
+)
 ONE_WORD = ["Answer in one word.", "Use one word only.", "Reply with one word.", "Give one-word answers."]
 CAPITALS = ["Answer in capitals.", "Use capital letters only.", "Write in capital letters.", "Reply in capitals."]
-PLAIN = ["You are a helpful assistant.", "You are Scout Tiny, a small language model.", "Be polite and short.",
-         "You are a friendly helper.", "Answer the questions of the user."]
-PREFIXES = ["Please tell me: ", "Quick question: ", "Hi! ", "Hello! ", "I have a question. ", "One more question: ", "Okay. ",
-            "Tell me, please: ", "Next question: ", "Now: ", "Well, ", "Thanks. "]
+PLAIN = [
+    "You are a helpful assistant.",
+    "You are Scout Tiny, a small language model.",
+    "Be polite and short.",
+    "You are a friendly helper.",
+    "Answer the questions of the user.",
+]
+PREFIXES = [
+    "Please tell me: ",
+    "Quick question: ",
+    "Hi! ",
+    "Hello! ",
+    "I have a question. ",
+    "One more question: ",
+    "Okay. ",
+    "Tell me, please: ",
+    "Next question: ",
+    "Now: ",
+    "Well, ",
+    "Thanks. ",
+]
 
 
 @dataclass(frozen=True)
@@ -98,9 +122,17 @@ def arithmetic(rng: random.Random) -> Question:
     else:
         a, b = rng.randint(0, 10), rng.randint(0, 10)
         result, word = a * b, "times"
-    text = pick(rng, "What is {a} {s} {b}?", "What is {a} {w} {b}?", "{a} {s} {b} = ?", "How much is {a} {w} {b}?",
-                "{a} {s} {b}",
-                "Calculate {a} {s} {b}.", "{a} {w} {b}?", "How much is {a} {s} {b}?").format(a=a, b=b, s=sign, w=word)
+    text = pick(
+        rng,
+        "What is {a} {s} {b}?",
+        "What is {a} {w} {b}?",
+        "{a} {s} {b} = ?",
+        "How much is {a} {w} {b}?",
+        "{a} {s} {b}",
+        "Calculate {a} {s} {b}.",
+        "{a} {w} {b}?",
+        "How much is {a} {s} {b}?",
+    ).format(a=a, b=b, s=sign, w=word)
     return Question("arithmetic", text, f"{a} {word} {b} is {result}.", f"{result}.", key=f"sum {a} {word} {b}")
 
 
@@ -108,12 +140,23 @@ def comparison(rng: random.Random) -> Question:
     """The bigger or smaller of two numbers up to 99."""
     a, b = rng.sample(range(100 if rng.random() < 0.6 else 21), 2)
     if rng.random() < 0.6:
-        ask = pick(rng, "Which is bigger, {a} or {b}?", "Which number is bigger: {a} or {b}?", "What is more, {a} or {b}?",
-                   "Which number is larger, {a} or {b}?", "Is {a} or {b} bigger?")
+        ask = pick(
+            rng,
+            "Which is bigger, {a} or {b}?",
+            "Which number is bigger: {a} or {b}?",
+            "What is more, {a} or {b}?",
+            "Which number is larger, {a} or {b}?",
+            "Is {a} or {b} bigger?",
+        )
         hit, miss, word = max(a, b), min(a, b), "bigger"
     else:
-        ask = pick(rng, "Which is smaller, {a} or {b}?", "Which number is smaller: {a} or {b}?", "What is less, {a} or {b}?",
-                   "Is {a} or {b} smaller?")
+        ask = pick(
+            rng,
+            "Which is smaller, {a} or {b}?",
+            "Which number is smaller: {a} or {b}?",
+            "What is less, {a} or {b}?",
+            "Is {a} or {b} smaller?",
+        )
         hit, miss, word = min(a, b), max(a, b), "smaller"
     return Question("comparing", ask.format(a=a, b=b), f"{hit} is {word} than {miss}.", f"{hit}.", key=f"compare {a} {b}")
 
@@ -123,13 +166,19 @@ def sorting(rng: random.Random) -> Question:
     if rng.random() < 0.5:
         a = rng.randint(0, 12)
         b = a + rng.randint(2, 8)
-        text = pick(rng, "Count from {a} to {b}.", "Please count from {a} to {b}.", "Can you count from {a} to {b}?",
-                    "Give me the numbers from {a} to {b}.").format(a=a, b=b)
+        text = pick(
+            rng,
+            "Count from {a} to {b}.",
+            "Please count from {a} to {b}.",
+            "Can you count from {a} to {b}?",
+            "Give me the numbers from {a} to {b}.",
+        ).format(a=a, b=b)
         return Question("sorting and counting", text, ", ".join(map(str, range(a, b + 1))) + ".", key=f"count {a} {b}")
     numbers = rng.sample(range(21), 3)
     said = "{}, {}, {}".format(*numbers)
-    text = pick(rng, "Sort these numbers: {}.", "Put these numbers in order: {}.", "Sort {}.",
-                "Order the numbers {}.").format(said)
+    text = pick(rng, "Sort these numbers: {}.", "Put these numbers in order: {}.", "Sort {}.", "Order the numbers {}.").format(
+        said
+    )
     return Question("sorting and counting", text, "{}, {}, {}.".format(*sorted(numbers)), key=f"sort {said}")
 
 
@@ -137,8 +186,9 @@ def counting(rng: random.Random) -> Question:
     """How many words a short list has."""
     word, count = rng.choice(WORDS), rng.randint(1, 7)
     said = " ".join([word] * count)
-    text = pick(rng, "How many times do I say {w}: {s}?", "Count the word {w}: {s}.",
-                "How often do you see {w}: {s}?").format(w=word, s=said)
+    text = pick(rng, "How many times do I say {w}: {s}?", "Count the word {w}: {s}.", "How often do you see {w}: {s}?").format(
+        w=word, s=said
+    )
     return Question("sorting and counting", text, f"I count {count}.", key=f"times {word} {count}")
 
 
@@ -158,8 +208,9 @@ def recite(rng: random.Random) -> Question:
 def spell(rng: random.Random) -> Question:
     """The letters of a word from the word list."""
     word = rng.choice(WORDS)
-    text = pick(rng, "Spell {}.", "How do you spell {}?", "Please spell {}.", "Spell the word {}.",
-                "Tell me how to spell {}.").format(word)
+    text = pick(
+        rng, "Spell {}.", "How do you spell {}?", "Please spell {}.", "Spell the word {}.", "Tell me how to spell {}."
+    ).format(word)
     return Question("repeating and spelling", text, "-".join(word) + ".")
 
 
@@ -175,8 +226,9 @@ def memory(rng: random.Random) -> Question:
     elif kind == 1:
         say = pick(rng, "I live in {}.", "My home is in {}.", "I come from {}.").format(city)
         reply, value = f"{city} is a nice city.", city
-        ask = pick(rng, "Where do I live?", "Which city do I live in?", "Do you remember where I live?",
-                   "Tell me where I live.")
+        ask = pick(
+            rng, "Where do I live?", "Which city do I live in?", "Do you remember where I live?", "Tell me where I live."
+        )
         answer, short = f"You live in {city}.", f"{city}."
     elif kind == 2:
         say = pick(rng, "My favourite colour is {}.", "I love the colour {}.", "The colour I like best is {}.").format(tint)
@@ -197,12 +249,15 @@ def memory(rng: random.Random) -> Question:
     return Question("remembering", ask, answer, short, before=((say, reply),), key=f"{say} {ask} {value}")
 
 
-FOLLOW = [grid for grid in GRIDS if grid.category in ("animals", "geography", "opposites", "plurals", "colours")
-          and len(grid.rows) > 10]
+FOLLOW = [
+    grid
+    for grid in GRIDS
+    if grid.category in ("animals", "geography", "opposites", "plurals", "colours") and len(grid.rows) > 10
+]
 
 
 def follow_up(rng: random.Random) -> Question:
-    """"And X?" after a question about Y; the pair (Y, X) of one fact kind may be held out."""
+    """ "And X?" after a question about Y; the pair (Y, X) of one fact kind may be held out."""
     grid = rng.choice(FOLLOW)
     first, second = rng.sample(grid.rows, 2)
     slot = {"animals": "n_a", "geography": "c", "opposites": "n", "plurals": "n", "colours": "n"}[grid.category]
@@ -211,39 +266,74 @@ def follow_up(rng: random.Random) -> Question:
     asks = [ask for ask in grid.ask if not held_out(ask.format(**first))]
     text = pick(rng, "And {}?", "What about {}?", "And what about {}?", "How about {}?").format(second[slot])
     short = grid.short.format(**second)
-    return Question("follow-up questions", text, grid.answer.format(**second), short + "." if short else "",
-                    before=((rng.choice(asks or grid.ask[:1]).format(**first), grid.answer.format(**first)),),
-                    key=f"{grid.answer} {first[slot]} then {second[slot]}")
+    return Question(
+        "follow-up questions",
+        text,
+        grid.answer.format(**second),
+        short + "." if short else "",
+        before=((rng.choice(asks or grid.ask[:1]).format(**first), grid.answer.format(**first)),),
+        key=f"{grid.answer} {first[slot]} then {second[slot]}",
+    )
 
 
 def summary(rng: random.Random) -> Question:
     """A text of three or four sentences and its one-sentence summary; (name, animal, city) may be held out."""
     name, animal, city, like, tint = (rng.choice(x) for x in (NAMES, ANIMALS, CITIES, LIKES, TINTS))
-    extra = [pick(rng, f"It has a {tint} house.", f"The house of {name} is {tint}."),
-             pick(rng, f"Every day {name} eats {animal['food']}.", f"{name} eats {animal['food']} in the morning."),
-             pick(rng, f"{name} is very happy.", "The sun is warm.", "It is a quiet place.")]
+    extra = [
+        pick(rng, f"It has a {tint} house.", f"The house of {name} is {tint}."),
+        pick(rng, f"Every day {name} eats {animal['food']}.", f"{name} eats {animal['food']} in the morning."),
+        pick(rng, f"{name} is very happy.", "The sun is warm.", "It is a quiet place."),
+    ]
     rng.shuffle(extra)
-    lines = [pick(rng, f"{name} is {animal['n_a']}.", f"There is {animal['n_a']} called {name}."),
-             pick(rng, f"{name} lives in {city}.", f"The home of {name} is in {city}."), *extra[:rng.randint(1, 2)],
-             pick(rng, f"{name} likes {like}.", f"In the evening {name} enjoys {like}.")]
-    text = pick(rng, "Summarize: {}", "Summarize this text: {}", "Summarize this in one sentence: {}",
-                "Give me a summary: {}", "Summarize\n\n{}").format(" ".join(lines))
-    return Question("summarizing", text, f"{name} is {animal['n_a']} that lives in {city} and likes {like}.",
-                    key=f"summary {name} {animal['n']} {city}")
+    lines = [
+        pick(rng, f"{name} is {animal['n_a']}.", f"There is {animal['n_a']} called {name}."),
+        pick(rng, f"{name} lives in {city}.", f"The home of {name} is in {city}."),
+        *extra[: rng.randint(1, 2)],
+        pick(rng, f"{name} likes {like}.", f"In the evening {name} enjoys {like}."),
+    ]
+    text = pick(
+        rng,
+        "Summarize: {}",
+        "Summarize this text: {}",
+        "Summarize this in one sentence: {}",
+        "Give me a summary: {}",
+        "Summarize\n\n{}",
+    ).format(" ".join(lines))
+    return Question(
+        "summarizing",
+        text,
+        f"{name} is {animal['n_a']} that lives in {city} and likes {like}.",
+        key=f"summary {name} {animal['n']} {city}",
+    )
 
 
 def portrait(rng: random.Random) -> Question:
     """A longer answer about an animal or a country."""
     if rng.random() < 0.5:
         a = rng.choice(ANIMALS)
-        text = pick(rng, "Tell me about the {n}.", "Describe {n_a}.", "What do you know about {n_a}?", "Write about the {n}.",
-                    "Tell me about {n_a}.", "Tell me something about {n_a}.").format(**a)
-        answer = ("{n_A} is {kind_a}. It lives in a {home} and eats {food}. It has {legs} legs, and its body has {cover}. "
-                  "{n_A} says {sound}.").format(**a)
+        text = pick(
+            rng,
+            "Tell me about the {n}.",
+            "Describe {n_a}.",
+            "What do you know about {n_a}?",
+            "Write about the {n}.",
+            "Tell me about {n_a}.",
+            "Tell me something about {n_a}.",
+        ).format(**a)
+        answer = (
+            "{n_A} is {kind_a}. It lives in a {home} and eats {food}. It has {legs} legs, and its body has {cover}. "
+            "{n_A} says {sound}."
+        ).format(**a)
         return Question("longer answers", text, answer)
     c = rng.choice(COUNTRIES)
-    text = pick(rng, "Tell me about {c}.", "Describe {c}.", "What do you know about {c}?", "Write about {c}.",
-                "Tell me something about {c}.").format(**c)
+    text = pick(
+        rng,
+        "Tell me about {c}.",
+        "Describe {c}.",
+        "What do you know about {c}?",
+        "Write about {c}.",
+        "Tell me something about {c}.",
+    ).format(**c)
     answer = "{c} is a country in {cont}. Its capital is {cap}, and people there speak {lang}.".format(**c)
     return Question("longer answers", text, answer)
 
@@ -252,22 +342,34 @@ def tale(rng: random.Random, animal: dict[str, str], other: dict[str, str]) -> s
     """A short story about two animals."""
     name, friend = rng.sample(NAMES, 2)
     like, tint = rng.choice(LIKES), rng.choice(TINTS)
-    return " ".join([
-        pick(rng, f"Once upon a time there was {animal['n_a']} called {name}.", f"{name} was a small {animal['n']}."),
-        pick(rng, f"{name} lived in a {tint} {animal['home']}.", f"Every morning {name} ate {animal['food']}."),
-        pick(rng, f"One day {name} met {other['n_a']} called {friend}.",
-             f"In the forest {name} found {other['n_a']}, {friend}."),
-        pick(rng, f'"{other["sound"].capitalize()}!" said {friend}.', f"{friend} was hungry and looked for {other['food']}."),
-        pick(rng, f'"{animal["sound"].capitalize()}!" said {name}.', f"{name} was not afraid."),
-        pick(rng, f"They both liked {like}, and so they became friends.", f"They talked about {like} all day."),
-        pick(rng, "In the evening they went home and slept.", f"From that day on {name} and {friend} were friends."),
-    ])
+    return " ".join(
+        [
+            pick(rng, f"Once upon a time there was {animal['n_a']} called {name}.", f"{name} was a small {animal['n']}."),
+            pick(rng, f"{name} lived in a {tint} {animal['home']}.", f"Every morning {name} ate {animal['food']}."),
+            pick(
+                rng,
+                f"One day {name} met {other['n_a']} called {friend}.",
+                f"In the forest {name} found {other['n_a']}, {friend}.",
+            ),
+            pick(
+                rng, f'"{other["sound"].capitalize()}!" said {friend}.', f"{friend} was hungry and looked for {other['food']}."
+            ),
+            pick(rng, f'"{animal["sound"].capitalize()}!" said {name}.', f"{name} was not afraid."),
+            pick(rng, f"They both liked {like}, and so they became friends.", f"They talked about {like} all day."),
+            pick(rng, "In the evening they went home and slept.", f"From that day on {name} and {friend} were friends."),
+        ]
+    )
 
 
 def story(rng: random.Random) -> Question:
     animal, other = rng.sample(ANIMALS, 2)
-    text = pick(rng, "Tell me a story about {}.", "Write a story about {}.", "Tell me a tale about {}.",
-                "Can you tell me a story about {}?").format(animal["n_a"])
+    text = pick(
+        rng,
+        "Tell me a story about {}.",
+        "Write a story about {}.",
+        "Tell me a tale about {}.",
+        "Can you tell me a story about {}?",
+    ).format(animal["n_a"])
     return Question("longer answers", text, tale(rng, animal, other))
 
 
@@ -289,12 +391,31 @@ class Mix:
         return list(itertools.accumulate(self.weight.get(question.category, 1.0) for question in GRID))
 
 
-FIRST = Mix(0.62, (20, 6, 7, 2, 5, 4, 8, 10, 5, 4, 3, 0), (70, 12, 9, 9),
-            {"small talk": 3.0, "models and tools": 1.5, "geography": 1.3, "yes or no": 0.5})
+FIRST = Mix(
+    0.62,
+    (20, 6, 7, 2, 5, 4, 8, 10, 5, 4, 3, 0),
+    (70, 12, 9, 9),
+    {"small talk": 3.0, "models and tools": 1.5, "geography": 1.3, "yes or no": 0.5},
+)
 # what the first part leaves weak: numbers, copying, the order of days and months, capitals
-SECOND = Mix(0.36, (24, 8, 8, 5, 10, 9, 16, 5, 12, 2, 1, 12), (68, 8, 10, 14),
-             {"small talk": 4.0, "models and tools": 1.5, "yes or no": 0.3, "animals": 0.6, "calendar": 3.0, "opposites": 1.5,
-              "numbers": 3.0, "shapes": 2.0, "colours": 2.0, "planets": 2.0, "everyday things": 1.3})
+SECOND = Mix(
+    0.36,
+    (24, 8, 8, 5, 10, 9, 16, 5, 12, 2, 1, 12),
+    (68, 8, 10, 14),
+    {
+        "small talk": 4.0,
+        "models and tools": 1.5,
+        "yes or no": 0.3,
+        "animals": 0.6,
+        "calendar": 3.0,
+        "opposites": 1.5,
+        "numbers": 3.0,
+        "shapes": 2.0,
+        "colours": 2.0,
+        "planets": 2.0,
+        "everyday things": 1.3,
+    },
+)
 
 
 def training_question(rng: random.Random, mix: Mix, cumulated: list[float]) -> Question:
@@ -375,10 +496,28 @@ def documents(seed: int, mix: Mix = FIRST) -> Iterator[Document]:
         yield prose(rng) if rng.random() < 0.1 else conversation(rng, mix, cumulated)
 
 
-QUOTA = {"small talk": 10, "models and tools": 8, "animals": 26, "geography": 23, "calendar": 18, "planets": 8, "opposites": 12,
-         "plurals": 8, "shapes": 5, "colours": 10, "everyday things": 14, "yes or no": 8, "numbers": 4, "arithmetic": 16,
-         "comparing": 5, "sorting and counting": 5, "repeating and spelling": 6, "remembering": 5, "follow-up questions": 5,
-         "summarizing": 4}  # a style is asked of 12 of the grid questions
+QUOTA = {
+    "small talk": 10,
+    "models and tools": 8,
+    "animals": 26,
+    "geography": 23,
+    "calendar": 18,
+    "planets": 8,
+    "opposites": 12,
+    "plurals": 8,
+    "shapes": 5,
+    "colours": 10,
+    "everyday things": 14,
+    "yes or no": 8,
+    "numbers": 4,
+    "arithmetic": 16,
+    "comparing": 5,
+    "sorting and counting": 5,
+    "repeating and spelling": 6,
+    "remembering": 5,
+    "follow-up questions": 5,
+    "summarizing": 4,
+}  # a style is asked of 12 of the grid questions
 
 
 def held_questions(seed: int = 4) -> list[dict]:
@@ -398,8 +537,11 @@ def held_questions(seed: int = 4) -> list[dict]:
                 if held_out(question.key or question.text) and question.answer not in [q.answer for q in pool]:
                     pool.append(question)
         for question in rng.sample(pool, min(count, len(pool))):
-            messages = [m for text, answer in question.before
-                        for m in ({"role": "user", "content": text}, {"role": "assistant", "content": answer})]
+            messages = [
+                m
+                for text, answer in question.before
+                for m in ({"role": "user", "content": text}, {"role": "assistant", "content": answer})
+            ]
             messages.append({"role": "user", "content": question.text})
             accept = [question.answer, *([question.short] if question.short else [])]
             rows.append({"category": category, "messages": messages, "accept": accept})

@@ -43,9 +43,10 @@ def answers(folder: Path) -> dict:
         row = json.loads(line)
         prompt = tokenizer.apply_chat_template(row["messages"], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None,
-                             max_new_tokens=80)
-        said = tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, temperature=None, top_p=None, max_new_tokens=80
+        )
+        said = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         right = any(same(said, wanted, row["category"] == "styles") for wanted in row["accept"])
         hits, count = tally.get(row["category"], (0, 0))
         tally[row["category"]] = (hits + right, count + 1)
@@ -70,8 +71,13 @@ def unseen_text(folder: Path, docs: int = 400) -> dict:
         hidden, _, _ = model(torch.tensor(tokens), Layout.of([len(tokens)]))
         furthest = max(furthest, ((model.lm_head(hidden) - theirs).abs().max() / theirs.abs().max()).item())
     share = counts / len(ids)
-    return {"tokens": len(ids), "share": [[round(x, 5) for x in row] for row in share.tolist()],
-            "least": share.min().item(), "most": share.max().item(), "logits_rel": furthest}
+    return {
+        "tokens": len(ids),
+        "share": [[round(x, 5) for x in row] for row in share.tolist()],
+        "least": share.min().item(),
+        "most": share.max().item(),
+        "logits_rel": furthest,
+    }
 
 
 def plot_loss(log: Path, out: Path) -> None:

@@ -14,13 +14,34 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 HF = Path(__file__).with_name("hf")
 N_VOCAB, N_BASE = 2048, 1920
-LETTERS = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
-           r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|")
+LETTERS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+)
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLIT = LETTERS + r"\p{N}{1,3}" + REST
-NAMED = ["begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix", "header_start", "header_end", "eom", "eot",
-         "step", *[f"text_post_train_reserved_special_token_{i}" for i in range(6)], "python_start", "python_end",
-         "finetune_right_pad", "image_start", "image_end", "tile_x_separator", "tile_y_separator", "image", "patch"]
+NAMED = [
+    "begin_of_text",
+    "end_of_text",
+    "fim_prefix",
+    "fim_middle",
+    "fim_suffix",
+    "header_start",
+    "header_end",
+    "eom",
+    "eot",
+    "step",
+    *[f"text_post_train_reserved_special_token_{i}" for i in range(6)],
+    "python_start",
+    "python_end",
+    "finetune_right_pad",
+    "image_start",
+    "image_end",
+    "tile_x_separator",
+    "tile_y_separator",
+    "image",
+    "patch",
+]
 STOPS = ["<|end_of_text|>", "<|eom|>", "<|eot|>"]
 TEMPLATE = (
     "{{- bos_token }}"
@@ -43,8 +64,9 @@ def specials() -> list[str]:
 
 
 def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
-                                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def corpus() -> list[str]:
@@ -67,11 +89,14 @@ def train() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizer(SPLIT)
     tokenizer.decoder = decoders.ByteLevel()
     bos = "<|begin_of_text|>"
-    tokenizer.post_processor = processors.Sequence([
-        processors.ByteLevel(trim_offsets=False),
-        processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1",
-                                      special_tokens=[(bos, tokenizer.token_to_id(bos))]),
-    ])
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            ),
+        ]
+    )
     return tokenizer
 
 
@@ -80,13 +105,36 @@ def main() -> None:
     tokenizer = train()
     tokenizer.save(str(HF / "tokenizer.json"))
     ids = {name: tokenizer.token_to_id(name) for name in specials()}
-    (HF / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot|>",
-        "pad_token": "<|finetune_right_pad|>", "clean_up_tokenization_spaces": False, "model_max_length": 8192,
-        "model_input_names": ["input_ids", "attention_mask"], "chat_template": TEMPLATE}, indent=2) + "\n")
-    (HF / "generation_config.json").write_text(json.dumps({
-        "bos_token_id": ids["<|begin_of_text|>"], "eos_token_id": [ids[name] for name in STOPS],
-        "pad_token_id": ids["<|finetune_right_pad|>"], "do_sample": True, "temperature": 0.6, "top_p": 0.9}, indent=2) + "\n")
+    (HF / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|begin_of_text|>",
+                "eos_token": "<|eot|>",
+                "pad_token": "<|finetune_right_pad|>",
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": 8192,
+                "model_input_names": ["input_ids", "attention_mask"],
+                "chat_template": TEMPLATE,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    (HF / "generation_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token_id": ids["<|begin_of_text|>"],
+                "eos_token_id": [ids[name] for name in STOPS],
+                "pad_token_id": ids["<|finetune_right_pad|>"],
+                "do_sample": True,
+                "temperature": 0.6,
+                "top_p": 0.9,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     print(f"{tokenizer.get_vocab_size()} tokens; BOS {ids['<|begin_of_text|>']}, <|eot|> {ids['<|eot|>']}")
 
 

@@ -74,7 +74,7 @@ def held_out_accuracy(model: ScoutTiny, tokenizer: Tokenizer) -> float:
         full, _ = encode(tokenizer, Document(messages=[*said, ("assistant", row["accept"][0])]))
         start = len(ids) + 4  # after the header and the template's line break
         hidden, _, _ = model(torch.tensor(full[:-1]), Layout.of([len(full) - 1]))
-        right.append(bool((model.lm_head(hidden[start - 1:]).argmax(-1) == torch.tensor(full[start:])).all()))
+        right.append(bool((model.lm_head(hidden[start - 1 :]).argmax(-1) == torch.tensor(full[start:])).all()))
     return sum(right) / len(right)
 
 
@@ -88,8 +88,12 @@ def train(part: int, minutes: float, stop: float, lr: float, tokens: int, out: P
     model = ScoutTiny(Shape()) if part == 1 else load(out)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}],
-                                  lr=lr, betas=(0.9, 0.97), fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.05}, {"params": norms, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.97),
+        fused=True,
+    )
     begun = saved = time.monotonic()
     stream = batches(tokenizer, part + 1, FIRST if part == 1 else SECOND, tokens)
     before = [0, 0, 0]  # steps, seconds and tokens of part 1
@@ -124,9 +128,18 @@ def train(part: int, minutes: float, stop: float, lr: float, tokens: int, out: P
                         accuracy = f"{held_out_accuracy(model, tokenizer):.3f}"
                     export(model, out, ids)
                 least = (used / used.sum(1, keepdim=True)).min().item()
-                writer.writerow([before[0] + step + 1, before[1] + round(now - begun), before[2] + seen,
-                                 f"{optimizer.param_groups[0]['lr']:.2e}", f"{sum(losses) / len(losses):.4f}",
-                                 f"{balance.item():.3f}", f"{least:.4f}", accuracy])
+                writer.writerow(
+                    [
+                        before[0] + step + 1,
+                        before[1] + round(now - begun),
+                        before[2] + seen,
+                        f"{optimizer.param_groups[0]['lr']:.2e}",
+                        f"{sum(losses) / len(losses):.4f}",
+                        f"{balance.item():.3f}",
+                        f"{least:.4f}",
+                        accuracy,
+                    ]
+                )
                 file.flush()
                 losses = []
     export(model, out, ids)
