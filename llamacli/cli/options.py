@@ -7,6 +7,8 @@ output.
 import dataclasses
 import inspect
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -175,7 +177,8 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
     """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
     from llamacli import Model
 
-    with patience(console, "loading; the very first start compiles the kernels, which takes a while ..."):
+    words = "loading; the very first start compiles the kernels, which takes a while ..."
+    with patience(console, words), leave_at_once():
         model = Model.load(path, threads, ctx)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
@@ -183,6 +186,23 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
         if notice:
             console.note(notice)
     return model
+
+
+@contextmanager
+def leave_at_once():
+    """Let Ctrl-C end the process itself while compiled code is loaded.
+
+    The compiler calls back into Python where an exception cannot travel on: it would be printed, and the interrupt lost.
+    Nothing has been said yet, so there is nothing to keep.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
