@@ -61,6 +61,7 @@ SHAPES = {
     "chunk longer than the prompt": {"chunk": 8192, "temperature_length": 8192.0},
     "no chunks": {"chunk": 0},
     "strong temperature": {"temperature_length": 2.0, "temperature_scale": 1.0},
+    "a large epsilon": {"rms_eps": 0.05},  # in small, an epsilon of its own in the QK norm would pass unseen
     "odd widths": {"n_embd": 72, "n_ff_exp": 40, "n_ff": 104, "vocab": 301},
 }
 
@@ -75,6 +76,15 @@ def test_float32_logits_are_the_oracles(tmp_path, shape):
         assert found.dtype == np.float32
         assert difference(found, exact) <= EXACT
         assert difference(found, rounded) <= ROUNDED
+
+
+def test_rope_factors_are_the_files(tmp_path):
+    """Scout's own turn short prompts too little to be noticed."""
+    factors = {"rope_freqs.weight": np.linspace(1, 4, 8, dtype=np.float32)}
+    path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf", edit=lambda t: t.update(factors)), tokens(41)
+    plain = tiny.tiny_gguf(tmp_path / "plain.gguf", rope_freqs=False)
+    assert difference(one_pass(engine(path), ids), oracle.logits(path, ids, kv=np.float16)) <= ROUNDED
+    assert difference(oracle.logits(plain, ids), oracle.logits(path, ids)) > 5 * EXACT
 
 
 @pytest.mark.parametrize("wrong", [{"temperature_scale": 0.2}, {"rms_eps": 1e-2}, {"rope_theta": 5e5 * 1.1}, {"chunk": 9}])
