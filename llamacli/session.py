@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.errors import ContextFullError, PromptError
+from llamacli.errors import ContextFullError, PromptError, UsageError
 
 
 class Piece(NamedTuple):
@@ -120,8 +120,10 @@ class Session:
 
         On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the KeyboardInterrupt.
         """
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens: expected at least 1, found {max_tokens}; None sets no limit")
         stats = self.stats = Stats(prompt_tokens=len(prompt_ids))
-        decoder, watch = self.tokenizer.stream(), StopStrings(stop)
+        decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
         try:
             began = perf_counter()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fakes import BOS, EOT, HEADER, FakeEngine, FakeTokenizer, Greedy, Scripted
 
-from llamacli.errors import ContextFullError, PromptError
+from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.session import Session, StopStrings
 
 
@@ -84,6 +84,16 @@ def test_max_tokens_ends_it_as_length_without_a_needless_evaluation():
     assert answer[-1].finish_reason == "length"
     assert len(s.engine.calls) == 3  # the prompt, "h", "e"
     assert s.stats.completion_tokens == 3
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_fewer_than_one_token_is_refused_not_taken_as_no_limit(n):
+    with pytest.raises(UsageError):
+        pieces("hello", max_tokens=n)
+
+
+def test_one_stop_string_need_not_be_a_list():
+    assert "".join(p.text for p in pieces("hello world", stop="wo")) == "hello "
 
 
 def test_a_full_context_ends_it_with_a_reason_and_no_error():
