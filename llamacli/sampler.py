@@ -108,7 +108,8 @@ class Sampler:
 
     def _weights(self, logits: np.ndarray, best: np.float32) -> np.ndarray:
         """exp((logit - best) / temp): 1 for the best."""
-        return np.exp((logits.astype(np.float64) - best) / self.temp)
+        with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best minus infinity, as it should
+            return np.exp((logits.astype(np.float64) - best) / self.temp)
 
 
 def _largest(logits: np.ndarray, count: int) -> np.ndarray:

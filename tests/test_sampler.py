@@ -147,3 +147,8 @@ def test_large_vocabularies_are_cut_exactly_as_by_sorting_all(seed, temp, top_k,
 def test_senseless_settings_are_refused(settings):
     with pytest.raises(UsageError):
         Sampler(**settings)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_temperature_next_to_zero_is_greedy_without_a_word():
+    assert Sampler(temp=1e-320).pick(np.array([0.0, 3.0, 2.0], np.float32)) == 1
