@@ -181,6 +181,14 @@ def test_what_cannot_be_obeyed_is_one_line_on_stderr(model, capfd, args, code, w
     assert words in err
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/x.gguf"], ids=["long", "no home"])
+@pytest.mark.parametrize("command", [["inspect"], ["run", "--no-stdin", "hi", "-m"]], ids=["inspect", "run"])
+def test_an_impossible_path_is_no_bug(capfd, command, name):
+    assert main([*command, name]) == 1
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "expected" in err and "bug" not in err
+
+
 @pytest.mark.parametrize("error, words", [(ZeroDivisionError("oops"), "LLAMACLI_DEBUG=1"), (MemoryError(), "out of memory")])
 def test_an_unexpected_error_is_one_line_too(model, capfd, monkeypatch, error, words):
     def fail(*args):

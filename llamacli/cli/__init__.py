@@ -113,6 +113,8 @@ def _report(error: Exception) -> int:
         message, code = f"{error.format_message()} (see {where} --help)", getattr(error, "exit_code", 2)
     elif isinstance(error, MemoryError):
         message, code = f"out of memory: {error or 'an allocation failed'}; use a smaller -c or a smaller file", 1
+    elif isinstance(error, OSError) and error.filename is not None:  # a name too long, for one
+        message, code = f"{error.filename}: expected a path that can be used, found: {error.strerror}; check it", 1
     else:
         message, code = f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)", 1
     complain(message)

@@ -160,7 +160,7 @@ def find_model(name: str | None, console: Console) -> Path:
             f"model: {environment.SMALL_MODEL.name}, the small one that comes with llamacli (choose with -m or LLAMACLI_MODEL)"
         )
         return environment.SMALL_MODEL
-    path = Path(chosen).expanduser()
+    path = Path(os.path.expanduser(chosen))  # Path's own raises for an unknown user
     if path.exists() or len(path.parts) != 1:
         return path
     folder = environment.PROJECT / "models"
