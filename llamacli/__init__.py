@@ -63,13 +63,17 @@ class Model:
     def load(cls, path: str | PathLike[str], threads: int | None = None, ctx: int | None = None) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
-        ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for this engine.
+        UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
+        this engine.
         """
         from concurrent.futures import ThreadPoolExecutor
 
         from llamacli.config import Config
         from llamacli.gguf import open_gguf
 
+        for name, value in (("threads", threads), ("ctx", ctx)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: expected at least 1, found {value}; None chooses for you")
         gguf = open_gguf(path)
         config = Config.from_gguf(gguf)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels

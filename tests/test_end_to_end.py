@@ -171,3 +171,9 @@ def test_a_bad_file_is_one_line_and_exit_1(spoil, tmp_path, capfd):
         assert out == ""
         assert err.count("\n") == 1
         assert str(path) in err
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"threads": -1}, {"ctx": 0}, {"ctx": -1}])
+def test_the_python_door_refuses_counts_below_1(wrong):
+    with pytest.raises(llamacli.UsageError, match="expected at least 1"):
+        llamacli.Model.load(SMALL, **wrong)

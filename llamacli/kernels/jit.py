@@ -2,7 +2,7 @@
 
 In: a name and a function that builds a module with `simd.Simd`. Out: `{symbol: address}`. Addresses are called from Numba code
 with `call(address, (a, b, ...))`, every argument an int64. Also the atomics that the thread pool needs. Knows nothing of what
-a leaf computes. This file and simd.py are the only ones that import llvmlite.
+a leaf computes.
 """
 
 import os
