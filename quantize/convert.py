@@ -222,5 +222,5 @@ class _Task:
             _scratch.floats = np.empty(size, np.float32)
         values = _scratch.floats[:size].reshape(count, -1)
         tensor.source.read(group, first, values)
-        sources.check(values, self._encoder.LIMIT, tensor.name, tensor.type.name)
-        return self._encoder.encode(values)
+        sources.check(values, self._encoder.limit, tensor.name, tensor.type.name)
+        return self._encoder.encode(values, None)

@@ -15,14 +15,19 @@ import os
 from pathlib import Path
 
 
+def sources_digest(folder: Path) -> str:
+    """A short hash of a folder's modules."""
+    digest = hashlib.blake2b(digest_size=8)
+    for source in sorted(folder.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
 def _cache_folder() -> Path:
     root = Path(
         os.environ.get("LLAMACLI_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamacli"
     )
-    digest = hashlib.blake2b(digest_size=8)
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    folder = root / f"kernels-{digest.hexdigest()}"
+    folder = root / f"kernels-{sources_digest(Path(__file__).parent)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

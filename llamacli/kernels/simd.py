@@ -83,6 +83,10 @@ class Simd:
         """Write a value at address + offset, of any alignment."""
         self.b.store(value, self.b.inttoptr(self.add(address, offset), value.type.as_pointer()), align=1)
 
+    def room(self, element, n):
+        """The address of stack space for n elements; to be asked for at a function's start."""
+        return self.b.ptrtoint(self.b.alloca(vec(element, n)), i64)
+
     def prefetch(self, address, distance, nbytes):
         """Ask for the lines of `nbytes` bytes that lie `distance` ahead."""
         fn = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), i8.as_pointer(), i32, i32, i32)
@@ -123,6 +127,10 @@ class Simd:
     def fmax(self, a, b):
         """The larger, lane by lane."""
         return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def fmin(self, a, b):
+        """The smaller, lane by lane."""
+        return self.b.select(self.b.fcmp_ordered("<", a, b), a, b)
 
     def fabs(self, a):
         """Absolute value."""

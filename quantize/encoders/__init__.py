@@ -1,18 +1,73 @@
-"""Encoders: float32 rows to the bytes of one GGUF type, one file a type, the same two names in each.
+"""Encoders: float32 rows to the bytes of one GGUF type. One file a format.
 
-    encode(x)   float32 (rows, row length), finite -> uint8 (rows, bytes of a row), bit for bit what ggml's reference code makes
-    LIMIT       the largest magnitude that the type can hold
-
-Compiled with Numba, without the interpreter's lock: threads encode ranges of rows side by side. Knows nothing of files or
-names. Importing llamacli.kernels first decides where compiled code is cached.
+Where the algorithm leaves no choice (F32, F16, BF16, Q8_0, and Q4_0 without weights) a module has `encode(x)` and makes bit
+for bit what ggml's reference code makes. The others describe levels and layout for `search`, which looks for the scales of
+least squared error. `LIMIT` is the largest magnitude a format can hold. Everything is compiled and runs without the
+interpreter's lock, so that threads encode ranges of rows side by side. Knows nothing of files or names.
 """
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
+from typing import NamedTuple
 
-import llamacli.kernels  # noqa: F401
+import numpy as np
+
+from llamacli.kernels import sources_digest  # the package decides where compiled code is cached, before Numba is imported
+from llamacli.kernels.jit import load
+
+LEAST_WEIGHT = 1e-6  # of the mean: a column that never mattered is still encoded sensibly
 
 
-def encoder(type_name: str) -> ModuleType:
-    """The module that encodes F32, F16, BF16, Q8_0 or Q4_0."""
-    return import_module(f"quantize.encoders.{type_name.lower()}")
+class Encoder(NamedTuple):
+    """`encode(x, weights)`: float32 (rows, row length), finite, at most `limit` -> uint8 (rows, bytes of a row).
+
+    `weights`, float32 (row length,) or None, says how much each column's squared error counts; float types and Q8_0 ignore it.
+    """
+
+    encode: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
+    limit: float
+
+
+@cache
+def encoder(type_name: str) -> Encoder:
+    """The encoder of a tensor type; compiled, or read from the cache, when first asked for."""
+    fmt = import_module(f"quantize.encoders.{type_name.lower()}")
+    exact = getattr(fmt, "encode", None)
+    if not hasattr(fmt, "LEVELS"):
+        return Encoder(lambda x, weights: exact(x), fmt.LIMIT)
+    searched = _searched(fmt, type_name)
+    if exact is None:
+        return Encoder(searched, fmt.LIMIT)
+    return Encoder(lambda x, weights: exact(x) if weights is None else searched(x, weights), fmt.LIMIT)
+
+
+def _searched(fmt, type_name: str) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
+    from quantize.encoders.search import LANES, SYMBOLS, build
+
+    leaf = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)  # a foreign call: ctypes lets the interpreter's lock go
+    name = f"encode-{type_name}-{sources_digest(Path(__file__).parent)}"
+    plain, weighted = (leaf(address) for address in load(name, build(fmt), SYMBOLS).values())
+    unit = LANES * fmt.GROUP
+
+    def encode(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+        n_units, left = divmod(x.size, unit)
+        out = np.empty((-(-x.size // unit) * unit // fmt.BLOCK, fmt.NBYTES), np.uint8)
+        flat, n_cols = x.reshape(-1), x.shape[1]
+        call, factors = plain, np.empty(0, np.float32)
+        if weights is not None:
+            call = weighted
+            mean = weights.mean(dtype=np.float64) or 1.0
+            factors = np.resize(np.maximum(weights / mean, LEAST_WEIGHT).astype(np.float32), n_cols + unit)
+        call(flat.ctypes.data, n_units, factors.ctypes.data, n_cols, out.ctypes.data)
+        if left:  # the last groups, with zeros up to a whole unit
+            rest = np.zeros(unit, np.float32)
+            rest[:left] = flat[-left:]
+            column = n_units * unit % n_cols
+            at = n_units * (unit // fmt.BLOCK)
+            call(rest.ctypes.data, 1, factors[column:].ctypes.data if weights is not None else 0, n_cols, out[at:].ctypes.data)
+        return out[: x.size // fmt.BLOCK].reshape(len(x), -1)
+
+    return encode

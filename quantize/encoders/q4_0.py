@@ -2,13 +2,18 @@
 
 Byte j holds weight j in its low nibble and weight 16 + j in its high one. Of two weights of the same magnitude the first
 decides the scale's sign. A block so small that the scale's reciprocal overflows has a scale that is zero in half precision; its
-nibbles are zero.
+nibbles are zero. That is ggml's encoding without weights; with weights the scale is searched for.
 """
 
 import numpy as np
 from numba import njit
 
-BLOCK, NBYTES = 32, 18
+from quantize.encoders.blocks import nibbles
+from quantize.encoders.search import Uniform
+
+BLOCK, NBYTES, GROUP, SIDES = 32, 18, 32, 1
+LEVELS, INTEGERS = Uniform(-8, 7), None
+GRID, POLISH = (-0.3, 0.05, 16), 2
 LIMIT = 65504.0 * 8
 
 
@@ -40,3 +45,9 @@ def encode(x: np.ndarray) -> np.ndarray:
     _encode(blocks, blocks.view(np.int32), scales, out)
     out[:, :2].view(np.float16)[:, 0] = scales
     return out.reshape(len(x), -1)
+
+
+def pack(s, out, p):
+    """One block, as found by the search, to its bytes."""
+    s.store(p.d(s), out)
+    s.store(nibbles(s, p), out, 2)
