@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
@@ -29,6 +30,8 @@ from quantize.vocab import read_vocab
 from quantize.writer import check_output, write_file
 
 CHUNK = 1 << 19  # weights a thread takes at a time: its floats fit a core's second cache
+PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
+FIELDS = 20  # bytes in memory for one of metadata, measured
 RAW_CHUNK = 1 << 23  # bytes copied at a time where nothing changes
 VISION = ("v.", "mm.")
 
@@ -59,6 +62,7 @@ class Report(TypedDict):
     notices: list[str]
     written: bool
     seconds: float
+    memory: int  # bytes that making it takes at most, beside the mapped pages of source and file
 
 
 def convert(
@@ -72,11 +76,13 @@ def convert(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    planned: Callable[[Report], None] | None = None,
     dry_run: bool = False,
 ) -> Report:
     """Make `out` by the recipe `type_name`; `tensor_types` are (regular expression, type), as `choose_types` takes them.
 
-    `progress(done, total, tensor)` gets bytes of the file; `threads` None means every core this process may use.
+    `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
+    every core this process may use.
 
     CheckpointError or ModelFileError: the source is not fit. OutputError: `out` exists without `force`, or cannot be written.
     UsageError: an unknown type, or what is no regular expression. On every error, and on KeyboardInterrupt, no file is left
@@ -92,11 +98,8 @@ def convert(
     types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
     notices += more
     plan = make_plan(metadata, rows, types)
-    if not dry_run:
-        check_output(out, plan.nbytes, force)
-        _write(plan, out, force, threads or _cores(), progress)
-    n_weights = sum(t.n_weights for t in plan.tensors)
-    return Report(
+    n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or _cores()
+    report = Report(
         source=str(src),
         out=str(out),
         type=recipe.name,
@@ -105,13 +108,27 @@ def convert(
         nbytes=plan.nbytes,
         bits_per_weight=round(8 * sum(t.nbytes for t in plan.tensors) / n_weights, 3),
         notices=notices,
-        written=not dry_run,
-        seconds=round(time.perf_counter() - start, 3),
+        written=False,
+        seconds=0.0,
+        memory=_memory(plan, threads),
     )
+    if not dry_run:
+        check_output(out, plan.nbytes, force)
+        if planned:
+            planned(report)
+        _write(plan, out, force, threads, progress)
+    return report | {"written": not dry_run, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def _row(t: Planned) -> TensorReport:
     return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None)
+
+
+def _memory(plan: Plan, threads: int) -> int:
+    """The program, the vocabulary as Python's objects, and of each thread the floats of a piece and the pieces made of it."""
+    piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
+    bits = 8 * max(t.nbytes / t.n_weights for t in plan.tensors)
+    return PROGRAM + FIELDS * len(plan.head) + threads * int(piece * (4 + 2 * bits / 8))
 
 
 def _cores() -> int:
