@@ -18,6 +18,7 @@ from llamacli.ggml import BY_NAME, TensorType
 DEFAULT = "Q4_EXPERTS"
 RECIPE_KEY = "llamacli.recipe"  # the metadata field that names a recipe which general.file_type has no number for
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+NEED_IMATRIX = ("Q2_K_S",)
 TYPES = (  # that a tensor can be written in
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
@@ -111,7 +112,7 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("F32", 0, "F32", 32.0, "exact, for tests"),
     Recipe("F16", 1, "F16", 16.0, "16 bits, for weights up to 65504"),
     Recipe("BF16", 32, "BF16", 16.0, "16 bits, what Meta published"),
-    Recipe("Q4_EXPERTS", 15, "Q6_K", 4.71, "4 bits in the routed experts, 6 in all that every token passes", (
+    Recipe("Q4_EXPERTS", 15, "Q6_K", 4.71, "4 bits in routed experts, 6 in what every token passes", (
         ("_exps", always, "Q4_K"),
         ("token_embd", always, "Q6_K"),
         ("^output", always, "Q6_K"),
@@ -180,6 +181,8 @@ def choose_types(
             wanted[name] = next(rules, recipe.base)
     types = {name: _fitting(BY_NAME[wanted[name]], shape[-1]) for name, shape in shapes.items()}
     notices = [f"--tensor-type: nothing to be quantized matches {p.pattern!r}" for p, _ in patterns if p not in matched]
+    if recipe.name in NEED_IMATRIX and not imatrix:
+        notices.append(f"{recipe.name} without an importance matrix loses a lot; llama-quantize refuses it: use --imatrix")
     return types, notices + _fallbacks(wanted, types)
 
 

@@ -62,6 +62,12 @@ def test_files_of_llama_cpps_recipes_have_its_numbers_and_no_key_of_ours():
     assert len(set(numbers)) == len(numbers)
 
 
+def test_a_recipe_that_needs_an_importance_matrix_says_so():
+    assert "--imatrix" in choose_types(find_recipe("Q2_K_S"), SCOUT)[1][0]
+    assert not choose_types(find_recipe("Q2_K_S"), SCOUT, imatrix=True)[1]
+    assert not choose_types(find_recipe("Q2_K"), SCOUT)[1]
+
+
 # --- our own
 
 

@@ -126,26 +126,37 @@ class Console:
         _write(text.encode("utf-8", "replace") + b"\n")
 
     def table(
-        self, title: str, rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = (), numbers: tuple[int, ...] = ()
+        self,
+        title: str,
+        rows: Iterable[tuple[str, ...]],
+        head: tuple[str, ...] = (),
+        numbers: tuple[int, ...] = (),
+        spare: tuple[int, ...] = (),
+        aside: bool = False,
     ) -> None:
-        """A result as aligned columns to stdout; the columns `numbers` stand to the right."""
-        self.result(self._table(title, rows, head, numbers, sys.stdout))
+        """A result as aligned columns to stdout; the first is text, the others numbers or words.
 
-    def aside(
-        self, title: str, rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = (), numbers: tuple[int, ...] = ()
-    ) -> None:
-        """A table beside the answer: on stderr, where notes are shown."""
-        if self.talks:
-            self.say(self._table(title, rows, head, numbers, sys.stderr))
+        The columns `numbers` stand to the right; those in `spare` give way one after the other where a terminal is too narrow.
+        `aside`: no result but a note, to stderr where notes are shown.
+        """
+        if aside and not self.talks:
+            return
+        to = sys.stderr if aside else sys.stdout
+        lines = [tuple(one_line(cell) for cell in row) for row in ([head] if head else []) + [*rows]]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        limit = _width(to.fileno()) if is_terminal(to) else None
+        kept = list(range(len(widths)))
+        for column in spare:
+            if limit and sum(widths[i] + 2 for i in kept) > limit:
+                kept.remove(column)
+        text = self._aligned(title, lines, bool(head), numbers, kept, widths, limit, to)
+        self.say(text) if aside else self.result(text)
 
-    def _table(self, title: str, rows: Iterable[tuple[str, ...]], head: tuple[str, ...], numbers: tuple[int, ...], to) -> str:
-        rows = [tuple(one_line(cell) for cell in row) for row in rows]
+    def _aligned(self, title, lines, headed, numbers, kept, widths, limit, to) -> str:
         if not _coloured(to, self._color):
-            lines = [*([head] if head else []), *rows]
-            widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
             text = [title] if title else []
             for line in lines:
-                cells = [c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+                cells = [line[i].rjust(widths[i]) if i in numbers else line[i].ljust(widths[i]) for i in kept]
                 text.append("  " + "  ".join(cells).rstrip())
             return "\n".join(text)
         import io
@@ -155,20 +166,15 @@ class Console:
         from rich.text import Text
 
         table = Table(
-            box=None, show_header=bool(head), title=title or None, title_justify="left", title_style="bold", pad_edge=True
+            box=None, show_header=headed, title=title or None, title_justify="left", title_style="bold", pad_edge=True
         )
-        for i in range(len(head or rows[0])):
-            table.add_column(
-                head[i] if head else None,
-                style=None if i else "cyan",
-                overflow="fold",
-                justify="right" if i in numbers else "left",
-            )
-        for row in rows:
-            table.add_row(*map(Text, row))
+        for i in kept:
+            side = "right" if i in numbers else "left"
+            table.add_column(lines[0][i] if headed else None, style=None if i else "cyan", overflow="fold", justify=side)
+        for line in lines[headed:]:
+            table.add_row(*(Text(line[i]) for i in kept))
         rendered = io.StringIO()
-        width = _width(to.fileno()) if is_terminal(to) else 100
-        Rich(file=rendered, force_terminal=True, width=width).print(table)
+        Rich(file=rendered, force_terminal=True, width=limit or 100).print(table)
         return "\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n"))
 
     @contextmanager

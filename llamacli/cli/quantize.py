@@ -130,12 +130,10 @@ def _show(report, path: Path, as_json: bool, console) -> None:
     elif not report["written"]:
         _show_plan(report, [*by_type, everything], console)
     if report["written"]:
-        rows = [
-            (g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in [*groups, everything]
-        ]
-        console.aside("", rows, ("tensors", "type", "size", "bits/weight", "error"), (2, 3, 4))
-        speed = count(report["n_weights"] / max(report["seconds"], 1e-3))
-        console.note(f"wrote {path}: {_size(report)}, in {clock_time(report['seconds'])}, {speed} weights/s")
+        groups.append(everything)
+        rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
+        console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), aside=True)
+        console.note(f"wrote {path}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}")
     else:
         console.note(f"would write {path}: {_size(report)}")
 
@@ -143,14 +141,12 @@ def _show(report, path: Path, as_json: bool, console) -> None:
 def _show_plan(report, by_type: list[dict], console) -> None:
     tensors = report["tensors"]
     rows = [(t["name"], t["type"], " x ".join(map(str, t["shape"])), amount(t["nbytes"]), _bits(t)) for t in tensors]
-    console.table(f"{report['source']} as {report['type']}", rows, ("tensor", "type", "shape", "size", "bits/weight"), (3, 4))
+    console.table(f"{report['source']} as {report['type']}", rows, ("tensor", "type", "shape", "size", "bits"), (3, 4), (2, 4))
     rows = [(k["name"], str(k["count"]), count(k["weights"]), amount(k["nbytes"]), _bits(k)) for k in by_type]
-    console.table("\nBy type", rows, ("type", "tensors", "weights", "size", "bits/weight"), (1, 2, 3, 4))
-    console.result(
-        f"\nFile                  {_size(report)}\n"
-        f"Memory to make it     {amount(report['memory'])}, besides what the system keeps of the files\n"
-        f"Memory to run it      {amount(by_type[-1]['nbytes'])} of weights and a KV cache: see llamacli inspect, once it is made"
-    )
+    console.table("\nBy type", rows, ("type", "tensors", "weights", "size", "bits"), (1, 2, 3, 4), (2,))
+    running = f"{amount(by_type[-1]['nbytes'])}, and the KV cache: see llamacli inspect"
+    needs = [("to write", _size(report)), ("memory to make it", f"{amount(report['memory'])}, besides the mapped files")]
+    console.table("\nNeeds", [*needs, ("memory to run it", running)])
 
 
 def group_of(name: str) -> str:
