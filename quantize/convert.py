@@ -127,8 +127,8 @@ def _row(t: Planned) -> TensorReport:
 def _memory(plan: Plan, threads: int) -> int:
     """The program, the vocabulary as Python's objects, and of each thread the floats of a piece and the pieces made of it."""
     piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
-    bits = 8 * max(t.nbytes / t.n_weights for t in plan.tensors)
-    return PROGRAM + FIELDS * len(plan.head) + threads * int(piece * (4 + 2 * bits / 8))
+    encoded = max(t.type.nbytes / t.type.block for t in plan.tensors)  # bytes a weight
+    return PROGRAM + FIELDS * len(plan.head) + threads * int(piece * (4 + 2 * encoded))
 
 
 def _cores() -> int:

@@ -427,6 +427,7 @@ def test_quantize_dry_run_as_json_is_one_object_with_the_same(folder, capfd):
     for parts in (report["by_type"], report["groups"]):
         assert sum(part["nbytes"] for part in parts) == sum(t["nbytes"] for t in tensors.values())
         assert sum(part["weights"] for part in parts) == report["n_weights"]
+    assert report["weights_nbytes"] == sum(t["nbytes"] for t in tensors.values())
     assert report["memory"] > 0
 
 

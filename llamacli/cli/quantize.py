@@ -126,7 +126,8 @@ def _show(report, path: Path, as_json: bool, console) -> None:
     for notice in report["notices"]:
         console.note(notice)
     if as_json:
-        console.result(json.dumps(report | {"by_type": by_type, "groups": groups}, ensure_ascii=False))
+        sums = {"by_type": by_type, "groups": groups, "weights_nbytes": everything["nbytes"]}
+        console.result(json.dumps(report | sums, ensure_ascii=False))
     elif not report["written"]:
         _show_plan(report, [*by_type, everything], console)
     if report["written"]:
