@@ -27,7 +27,12 @@ def debug() -> bool:
 
 def plain_terminal() -> bool:
     """Whether the user or the terminal asks for no colour."""
-    return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+    return bool(os.environ.get("NO_COLOR")) or dumb_terminal()
+
+
+def dumb_terminal() -> bool:
+    """Whether the terminal knows no control sequences."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def history_file() -> Path:

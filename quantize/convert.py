@@ -1,6 +1,6 @@
-"""The one door: a Hugging Face folder or a GGUF to a GGUF of one type.
+"""The one door: a Hugging Face folder or a GGUF to a GGUF by a recipe.
 
-In: paths and a type's name. Out: the file, and a report of what was done, fit for JSON. Order: read the header and check
+In: paths and a recipe's name. Out: the file, and a report of what was done, fit for JSON. Order: read the header and check
 everything, plan the whole file, check the output, then stream it a few rows at a time; memory stays at some megabytes for each
 thread whatever the size of the model. Prints nothing.
 """
@@ -10,25 +10,28 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
-from llamacli.errors import CheckpointError, UnsupportedModelError
+from llamacli.errors import CheckpointError, UnsupportedModelError, UsageError
 from llamacli.gguf import open_gguf
 from quantize import names, sources
 from quantize.encoders import encoder
 from quantize.hf_config import read_config
 from quantize.plan import Plan, Planned, make_plan
-from quantize.recipe import FILE_TYPES, asked_type
+from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
 from quantize.safetensors import open_checkpoint
 from quantize.vocab import read_vocab
 from quantize.writer import check_output, write_file
 
 CHUNK = 1 << 19  # weights a thread takes at a time: its floats fit a core's second cache
+PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
+FIELDS = 20  # bytes in memory for one of metadata, measured
 RAW_CHUNK = 1 << 23  # bytes copied at a time where nothing changes
 VISION = ("v.", "mm.")
 
@@ -41,7 +44,9 @@ class TensorReport(TypedDict):
     name: str
     type: str
     shape: list[int]
+    weights: int
     nbytes: int
+    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None where it was not measured
 
 
 class Report(TypedDict):
@@ -57,6 +62,7 @@ class Report(TypedDict):
     notices: list[str]
     written: bool
     seconds: float
+    memory: int  # bytes that making it takes at most, beside the mapped pages of source and file
 
 
 def convert(
@@ -64,38 +70,65 @@ def convert(
     out: str | Path,
     type_name: str,
     *,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    imatrix: Path | None = None,
+    split_max_size: int | None = None,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    planned: Callable[[Report], None] | None = None,
     dry_run: bool = False,
 ) -> Report:
-    """Make `out`. `progress(done, total, tensor)` gets bytes of the file; `threads` None means every core this process may use.
+    """Make `out` by the recipe `type_name`; `tensor_types` are (regular expression, type), as `choose_types` takes them.
+
+    `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
+    every core this process may use.
 
     CheckpointError or ModelFileError: the source is not fit. OutputError: `out` exists without `force`, or cannot be written.
-    UsageError: an unknown type. On every error, and on KeyboardInterrupt, no file is left behind.
+    UsageError: an unknown type, or what is no regular expression. On every error, and on KeyboardInterrupt, no file is left
+    behind.
     """
     start, src, out = time.perf_counter(), Path(src), Path(out)
-    asked = asked_type(type_name)
+    if imatrix is not None or split_max_size is not None:
+        raise UsageError("--imatrix, --split-max-size: not yet")
+    recipe = find_recipe(type_name)
     metadata, rows, notices = _open_folder(src) if src.is_dir() else _open_gguf(src)
-    metadata |= {"general.file_type": FILE_TYPES[asked.name], "general.quantization_version": 2}
-    plan = make_plan(metadata, rows, asked)
-    notices += _fallbacks(plan, asked)
-    if not dry_run:
-        check_output(out, plan.nbytes, force)
-        _write(plan, out, force, threads or _cores(), progress)
-    n_weights = sum(t.n_weights for t in plan.tensors)
-    return Report(
+    metadata.pop(RECIPE_KEY, None)
+    metadata |= recipe.metadata | {"general.quantization_version": 2}
+    types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
+    notices += more
+    plan = make_plan(metadata, rows, types)
+    n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or _cores()
+    report = Report(
         source=str(src),
         out=str(out),
-        type=asked.name,
-        tensors=[TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), nbytes=t.nbytes) for t in plan.tensors],
+        type=recipe.name,
+        tensors=[_row(tensor) for tensor in plan.tensors],
         n_weights=n_weights,
         nbytes=plan.nbytes,
         bits_per_weight=round(8 * sum(t.nbytes for t in plan.tensors) / n_weights, 3),
         notices=notices,
-        written=not dry_run,
-        seconds=round(time.perf_counter() - start, 3),
+        written=False,
+        seconds=0.0,
+        memory=_memory(plan, threads),
     )
+    if not dry_run:
+        check_output(out, plan.nbytes, force)
+        if planned:
+            planned(report)
+        _write(plan, out, force, threads, progress)
+    return report | {"written": not dry_run, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _row(t: Planned) -> TensorReport:
+    return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None)
+
+
+def _memory(plan: Plan, threads: int) -> int:
+    """The program, the vocabulary as Python's objects, and of each thread the floats of a piece and the pieces made of it."""
+    piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
+    encoded = max(t.type.nbytes / t.type.block for t in plan.tensors)  # bytes a weight
+    return PROGRAM + FIELDS * len(plan.head) + threads * int(piece * (4 + 2 * encoded))
 
 
 def _cores() -> int:
@@ -153,12 +186,6 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
     return metadata, rows, notices
-
-
-def _fallbacks(plan: Plan, asked) -> list[str]:
-    """A notice for rows that are no whole number of blocks."""
-    odd = [t.name for t in plan.tensors if t.type.name == "F16" and asked.block > 1]
-    return [f"{len(odd)} tensors stay F16, their rows are no multiple of {asked.block}: {odd[0]} first"] if odd else []
 
 
 def _write(plan: Plan, out: Path, force: bool, threads: int, progress: Progress | None) -> None:

@@ -1,12 +1,11 @@
 """The whole file before a byte of it is written: every tensor's type, size and place.
 
-In: named rows, the asked type, metadata. Out: `Plan`. Knows nothing of disks.
+In: named rows, their types, metadata. Out: `Plan`. Knows nothing of disks.
 """
 
 from typing import NamedTuple
 
 from llamacli.ggml import TensorType
-from quantize.recipe import choose
 from quantize.sources import Rows
 from quantize.writer import ALIGNMENT, header
 
@@ -35,11 +34,11 @@ class Plan(NamedTuple):
     nbytes: int
 
 
-def make_plan(metadata: dict[str, object], rows: dict[str, Rows], asked: TensorType) -> Plan:
-    """Choose types, lay tensors out one after the other, each at an aligned offset."""
+def make_plan(metadata: dict[str, object], rows: dict[str, Rows], types: dict[str, TensorType]) -> Plan:
+    """Lay tensors out one after the other, each at an aligned offset."""
     tensors, offset = [], 0
     for name, source in rows.items():
-        kind = choose(name, source.shape, asked)
+        kind = types[name]
         nbytes = kind.row_bytes(source.shape[-1])
         for n in source.shape[:-1]:
             nbytes *= n

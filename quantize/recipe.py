@@ -1,28 +1,241 @@
-"""Which type each tensor gets.
+"""Which type each tensor gets: recipes as tables, each row a part of a tensor's name, a condition and a type.
 
-In: a tensor's GGUF name and shape, the type asked for. Out: a TensorType. The rules are llama-quantize's for these types, but
-in a Q4_0 file, where it keeps the output matrix at Q6_K, this one keeps the output matrix and the embedding at Q8_0. Knows
-nothing of weights.
+In: a recipe's name, all tensors' GGUF names and shapes, overrides by regular expression, whether there is an importance matrix.
+Out: `{name: TensorType}`, and notices. Knows nothing of weights, files or encoders.
+
+llama.cpp's recipes choose what its llama-quantize chooses for Llama 4 (llama-quant.cpp of commit 0c1e570;
+tests/golden/recipes.json holds its answers). `Q4_EXPERTS` is this project's own: a token passes one routed expert of many, but
+all of attention, shared experts and ends, so those get more bits at little cost.
 """
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from llamacli.errors import UsageError
 from llamacli.ggml import BY_NAME, TensorType
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
-ENDS = ("token_embd.weight", "output.weight")
-ENDS_TYPE = {"Q4_0": "Q8_0"}  # the last matrix decides between 200,000 words; of the first only one row is read for each token
+DEFAULT = "Q4_EXPERTS"
+RECIPE_KEY = "llamacli.recipe"  # the metadata field that names a recipe which general.file_type has no number for
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+NEED_IMATRIX = ("Q2_K_S",)
+TYPES = (  # that a tensor can be written in
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
+NARROWER = {  # of blocks of 32, for rows that are no multiple of 256
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "IQ4_XS": "IQ4_NL",
+}
 
 
-def asked_type(name: str) -> TensorType:
-    """The type the user names; UsageError when files of it cannot be made."""
-    if name not in FILE_TYPES:
-        raise UsageError(f"expected a type of {', '.join(FILE_TYPES)}, found {name!r}")
-    return BY_NAME[name]
+class Place(NamedTuple):
+    """What a rule may ask: which of how many layers, the model's experts, query heads to a key head, an importance matrix."""
+
+    layer: int
+    n_layers: int
+    n_experts: int
+    n_shared: int
+    imatrix: bool
 
 
-def choose(name: str, shape: tuple[int, ...], asked: TensorType) -> TensorType:
-    """The type of one tensor."""
-    if len(shape) == 1 or name.endswith("_norm.weight") or name.endswith("ffn_gate_inp.weight"):
-        return BY_NAME["F32"]
-    kind = BY_NAME[ENDS_TYPE.get(asked.name, asked.name)] if name in ENDS else asked
-    return kind if shape[-1] % kind.block == 0 else BY_NAME["F16"]
+Condition = Callable[[Place], bool]
+Rule = tuple[str, Condition, str]
+
+
+class Recipe(NamedTuple):
+    """`base` is the type of what no rule names. `bits` a weight on Scout's shapes; `file_type` is llama.cpp's number."""
+
+    name: str
+    file_type: int
+    base: str
+    bits: float
+    purpose: str
+    rules: tuple[Rule, ...] = ()
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """What a file of this recipe says of itself."""
+        return {"general.file_type": self.file_type} | ({RECIPE_KEY: self.name} if self.name == DEFAULT else {})
+
+
+def always(at: Place) -> bool:
+    return True
+
+
+def first(n: int) -> Condition:
+    return lambda at: at.layer < n
+
+
+def first_part(n: int) -> Condition:
+    """The first of `n` equal parts of the layers."""
+    return lambda at: at.layer < at.n_layers // n
+
+
+def more_bits(at: Place) -> bool:
+    """The first and the last eighth of the layers, and of those between every third."""
+    edge = at.n_layers // 8
+    return at.layer < edge or at.layer >= 7 * at.n_layers // 8 or (at.layer - edge) % 3 == 2
+
+
+def shared_keys(at: Place) -> bool:
+    return at.n_shared >= 4
+
+
+def eight_experts(at: Place) -> bool:
+    return at.n_experts == 8
+
+
+def first_eighth(imatrix: bool) -> Condition:
+    """The first eighth of the layers, if there is (or is no) importance matrix."""
+    return lambda at: at.imatrix == imatrix and first_part(8)(at)
+
+
+ENDS: tuple[Rule, ...] = (("^output", always, "Q6_K"),)
+FEW: tuple[Rule, ...] = (("attn_k", eight_experts, "Q8_0"), ("attn_v", eight_experts, "Q8_0"))
+FEW_OUT: tuple[Rule, ...] = (("attn_output", eight_experts, "Q5_K"),)
+IQ4: tuple[Rule, ...] = (("attn_v", shared_keys, "Q5_K"), ("ffn_down", first_eighth(imatrix=False), "Q5_K"))
+MORE: tuple[Rule, ...] = (("attn_v", more_bits, "Q6_K"), ("ffn_down", more_bits, "Q6_K"))
+
+
+def _mixture(name: str, file_type: int, base: str, bits: float, purpose: str, *rules: Rule) -> Recipe:
+    """A recipe of llama.cpp: its rules for every mixture come first."""
+    return Recipe(name, file_type, base, bits, purpose, (*ENDS, *FEW, *rules))
+
+
+# fmt: off
+RECIPES = {recipe.name: recipe for recipe in (
+    Recipe("F32", 0, "F32", 32.0, "exact, for tests"),
+    Recipe("F16", 1, "F16", 16.0, "16 bits, for weights up to 65504"),
+    Recipe("BF16", 32, "BF16", 16.0, "16 bits, what Meta published"),
+    Recipe("Q4_EXPERTS", 15, "Q6_K", 4.71, "4 bits in routed experts, 6 in what every token passes", (
+        ("_exps", always, "Q4_K"),
+        ("token_embd", always, "Q6_K"),
+        ("^output", always, "Q6_K"),
+    )),
+    Recipe("Q8_0", 7, "Q8_0", 8.5, "next to lossless"),
+    _mixture("Q6_K", 18, "Q6_K", 6.56, "hardly to be told from the original"),
+    _mixture("Q5_K_M", 17, "Q5_K", 5.68, "very close, more bits in the tensors that matter most", *MORE),
+    _mixture("Q5_K_S", 16, "Q5_K", 5.51, "very close"),
+    _mixture("Q5_1", 9, "Q5_1", 6.01, "plain 5 bits with an offset"),
+    _mixture("Q5_0", 8, "Q5_0", 5.51, "plain 5 bits", ("ffn_down", first_eighth(imatrix=True), "Q5_1")),
+    _mixture("Q4_K_M", 15, "Q4_K", 4.85, "the usual 4 bits, more in the tensors that matter most", *FEW_OUT, *MORE),
+    _mixture("Q4_K_S", 14, "Q4_K", 4.56, "4 bits, smaller", *FEW_OUT,
+        ("attn_v", first(4), "Q5_K"), ("ffn_down", first_part(8), "Q5_K")),
+    _mixture("Q4_1", 3, "Q4_1", 5.02, "plain 4 bits with an offset"),
+    _mixture("Q4_0", 2, "Q4_0", 4.52, "plain 4 bits, fastest to make", ("ffn_down", first_eighth(imatrix=True), "Q4_1")),
+    _mixture("IQ4_NL", 25, "IQ4_NL", 4.56, "4 bits on an uneven scale", *FEW_OUT, *IQ4),
+    _mixture("IQ4_XS", 30, "IQ4_XS", 4.33, "the smallest 4 bits", *FEW_OUT, *IQ4),
+    _mixture("Q3_K_L", 13, "Q3_K", 4.15, "3 bits, 5 in the tensors that matter most",
+        ("attn_v", always, "Q5_K"), ("ffn_down", always, "Q5_K"),
+        ("attn_output", lambda at: not eight_experts(at), "Q5_K")),
+    _mixture("Q3_K_M", 12, "Q3_K", 3.84, "3 bits, 4 in the tensors that matter most", *FEW_OUT,
+        ("attn_v", first(2), "Q5_K"), ("attn_v", always, "Q4_K"),
+        ("ffn_down", first_part(16), "Q5_K"), ("ffn_down", always, "Q4_K"), ("attn_output", always, "Q4_K")),
+    _mixture("Q3_K_S", 11, "Q3_K", 3.47, "3 bits: a loss that shows", *FEW_OUT),
+    _mixture("Q2_K", 10, "Q2_K", 2.94, "2 bits, 3 in the tensors that matter most", *FEW_OUT,
+        ("attn_v", shared_keys, "Q4_K"), ("attn_v", always, "Q3_K"),
+        ("ffn_down", always, "Q3_K"), ("attn_output", always, "Q3_K")),
+    _mixture("Q2_K_S", 21, "Q2_K", 2.74, "the smallest; only with an importance matrix",
+        ("attn_v", shared_keys, "Q4_K"), ("ffn_down", first_part(8), "Q4_K")),
+)}
+# fmt: on
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe the user names, in any case; UsageError when there is none of that name."""
+    found = RECIPES.get(ALIASES.get(name.upper(), name.upper()))
+    if found is None:
+        raise UsageError(f"--type: expected one of {', '.join(RECIPES)}, found {name!r}")
+    return found
+
+
+def choose_types(
+    recipe: Recipe,
+    shapes: dict[str, tuple[int, ...]],
+    overrides: Sequence[tuple[str, str]] = (),
+    imatrix: bool = False,
+) -> tuple[dict[str, TensorType], list[str]]:
+    """Every tensor's type, in the order of `shapes` (NumPy's order, row length last), and notices.
+
+    `overrides`: (regular expression searched in the name, type); the first that matches wins over the recipe. What is one row,
+    a norm or a router stays F32 whatever they say. UsageError: an expression or a type that is none.
+    """
+    patterns = [(_compiled(pattern), _type_named(kind, pattern)) for pattern, kind in overrides]
+    model, matched, wanted = _model(shapes, imatrix), set(), {}
+    for name, shape in shapes.items():
+        if stays_full(name, shape):
+            wanted[name] = "F32"
+        elif override := next((found for found in patterns if found[0].search(name)), None):
+            matched.add(override[0])
+            wanted[name] = override[1]
+        else:
+            # The one matrix of tied ends is what an output would be.
+            role = "output.weight" if name == "token_embd.weight" and "output.weight" not in shapes else name
+            place = model._replace(layer=_layer(name))
+            rules = (kind for part, holds, kind in recipe.rules if re.search(part, role) and holds(place))
+            wanted[name] = next(rules, recipe.base)
+    types = {name: _fitting(BY_NAME[wanted[name]], shape[-1]) for name, shape in shapes.items()}
+    notices = [f"--tensor-type: nothing to be quantized matches {p.pattern!r}" for p, _ in patterns if p not in matched]
+    if recipe.name in NEED_IMATRIX and not imatrix:
+        notices.append(f"{recipe.name} without an importance matrix loses a lot; llama-quantize refuses it: use --imatrix")
+    return types, notices + _fallbacks(wanted, types)
+
+
+def stays_full(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor stays F32 in every file: one row, a norm, a router."""
+    return len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"--tensor-type: expected a regular expression, found {pattern!r}: {error}") from None
+
+
+def _type_named(kind: str, pattern: str) -> str:
+    if kind.upper() not in TYPES:
+        raise UsageError(f"--tensor-type {pattern}: expected a type of {', '.join(TYPES)}, found {kind!r}")
+    return kind.upper()
+
+
+def _layer(name: str) -> int:
+    """The layer in a tensor's name, -1 for one outside of them."""
+    found = re.match(r"blk\.(\d{1,9})\.", name)
+    return int(found[1]) if found else -1
+
+
+def _model(shapes: dict[str, tuple[int, ...]], imatrix: bool) -> Place:
+    """What holds for the whole model, read off its tensors."""
+
+    def rows(tensor: str) -> int:
+        return next((shape[0] for name, shape in shapes.items() if name.endswith(tensor)), 0)
+
+    n_shared = rows(".attn_q.weight") // max(1, rows(".attn_k.weight"))
+    return Place(-1, 1 + max(map(_layer, shapes), default=-1), rows(".ffn_gate_inp.weight"), n_shared, imatrix)
+
+
+def _fitting(kind: TensorType, n_cols: int) -> TensorType:
+    """`kind`, or what takes its place where rows of `n_cols` are no whole number of blocks."""
+    for candidate in (kind, BY_NAME[NARROWER.get(kind.name, "F16")]):
+        if n_cols % candidate.block == 0:
+            return candidate
+    return BY_NAME["F16"]
+
+
+def _fallbacks(wanted: dict[str, str], types: dict[str, TensorType]) -> list[str]:
+    """A notice for each type that did not fit some rows."""
+    odd: dict[tuple[str, str], list[str]] = {}
+    for name, kind in types.items():
+        if kind.name != wanted[name]:
+            odd.setdefault((wanted[name], kind.name), []).append(name)
+    return [
+        f"{len(names)} tensors are {found} instead of {kind}, their rows are no multiple of {BY_NAME[kind].block}: "
+        f"{names[0]} first"
+        for (kind, found), names in odd.items()
+    ]

@@ -98,8 +98,7 @@ def test_every_tensor_has_the_references_bytes(scout, type_name):
     types = {name: tensor.type.name for name, tensor in gguf.tensors.items()}
     full = {name for name in types if name.endswith(("_norm.weight", "ffn_gate_inp.weight", "rope_freqs.weight"))}
     assert {types.pop(name) for name in full} == {"F32"}
-    ends = {types.pop("output.weight"), types.pop("token_embd.weight")}
-    assert ends == {"Q8_0" if type_name == "Q4_0" else type_name}
+    assert types.pop("output.weight") == ("Q8_0" if type_name == "Q4_0" else type_name)  # Q6_K, were rows multiples of 256
     assert set(types.values()) == {type_name}
     assert report["nbytes"] == gguf.nbytes == gguf.path.stat().st_size
     assert report["type"] == type_name
@@ -149,7 +148,7 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_are_told(tmp_path):
     gguf, report = made(tmp_path / "hf", checkpoint.write(tmp_path / "hf", intermediate_size=33), "Q4_0")
     assert gguf.tensors["blk.0.ffn_down_exps.weight"].type.name == "F16"
     assert gguf.tensors["blk.0.ffn_up_exps.weight"].type.name == "Q4_0"
-    assert any("stay F16" in notice for notice in report["notices"])
+    assert any("F16 instead of Q4_0" in notice for notice in report["notices"])
     assert gguf.tensors["blk.0.ffn_up_exps.weight"].nbytes % 32  # so what comes after it had to be aligned
 
 
@@ -317,6 +316,34 @@ def test_a_dry_run_says_everything_and_writes_nothing(scout, tmp_path):
     nbytes = sum(t["nbytes"] for t in report["tensors"])
     assert nbytes == sum(t.nbytes for t in gguf.tensors.values())
     assert report["bits_per_weight"] == pytest.approx(8 * nbytes / report["n_weights"], abs=1e-3)
+
+
+def test_the_plan_is_told_before_the_first_byte_is_written(scout, tmp_path):
+    told, out = [], tmp_path / "out.gguf"
+
+    def planned(report):
+        told.append(dict(report))
+        assert list(tmp_path.iterdir()) == []
+
+    done = convert(scout[0], out, "Q8_0", planned=planned)
+    assert len(told) == 1
+    assert told[0] | {"written": True, "seconds": done["seconds"]} == done
+    assert {t["rmse"] for t in done["tensors"]} == {None}
+    assert sum(t["weights"] for t in done["tensors"]) == done["n_weights"]
+    convert(scout[0], out, "Q8_0", planned=planned, dry_run=True)
+    assert len(told) == 1
+
+
+def test_types_by_tensor_name_and_the_recipes_own_key(scout, tmp_path):
+    gguf, report = made(*scout, "Q8_0", tensor_types=[("attn_q", "q4_0"), ("attn_", "F16")])
+    types = {name: tensor.type.name for name, tensor in gguf.tensors.items()}
+    assert [types[f"blk.1.{name}.weight"] for name in ("attn_q", "attn_k", "ffn_up_exps")] == ["Q4_0", "F16", "Q8_0"]
+    assert "llamacli.recipe" not in gguf.metadata
+    assert not report["notices"]
+    experts, _ = made(*scout, "Q4_EXPERTS", tensor_types=[("", "Q8_0")])
+    assert experts.metadata["llamacli.recipe"] == "Q4_EXPERTS"
+    convert(experts.path, tmp_path / "again.gguf", "Q8_0")
+    assert "llamacli.recipe" not in open_gguf(tmp_path / "again.gguf").metadata
 
 
 def test_progress_grows_to_the_whole_and_names_the_tensors(scout):

@@ -1,20 +1,24 @@
 """Where bytes meet the terminal: answers to stdout, everything else to stderr, colour only where it is wanted.
 
 In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece at once and nothing is left to fail at the
-end; notes, tables and progress. The only file that imports rich, and only for tables and progress bars. Knows nothing of
+end; notes, tables and progress. The only file that imports rich, and only for tables. Knows nothing of
 models or options.
 """
 
 import os
 import select
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 
 from llamacli import environment
+from llamacli.cli.progress import Meter
 from llamacli.errors import OutputError
 
-DIM, RED, BOLD, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[1m", "\x1b[0m"
+DIM, RED, CYAN, BOLD, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[36m", "\x1b[1m", "\x1b[0m"
+CLEAR = "\x1b[K"  # the rest of the line
+DRAW_EVERY, TELL_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
 
 
 def one_line(text: str) -> str:
@@ -121,15 +125,40 @@ class Console:
         """A whole result to stdout, one line."""
         _write(text.encode("utf-8", "replace") + b"\n")
 
-    def table(self, title: str, rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> None:
-        """A result as aligned columns to stdout; the first is text, the others numbers or words."""
-        rows = [tuple(one_line(cell) for cell in row) for row in rows]
-        if not _coloured(sys.stdout, self._color):
-            lines = [*([head] if head else []), *rows]
-            widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
+    def table(
+        self,
+        title: str,
+        rows: Iterable[tuple[str, ...]],
+        head: tuple[str, ...] = (),
+        numbers: tuple[int, ...] = (),
+        spare: tuple[int, ...] = (),
+        aside: bool = False,
+    ) -> None:
+        """A result as aligned columns to stdout; the first is text, the others numbers or words.
+
+        The columns `numbers` stand to the right; those in `spare` give way one after the other where a terminal is too narrow.
+        `aside`: no result but a note, to stderr where notes are shown.
+        """
+        if aside and not self.talks:
+            return
+        to = sys.stderr if aside else sys.stdout
+        lines = [tuple(one_line(cell) for cell in row) for row in ([head] if head else []) + [*rows]]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        limit = _width(to.fileno()) if is_terminal(to) else None
+        kept = list(range(len(widths)))
+        for column in spare:
+            if limit and sum(widths[i] + 2 for i in kept) > limit:
+                kept.remove(column)
+        text = self._aligned(title, lines, bool(head), numbers, kept, widths, limit, to)
+        self.say(text) if aside else self.result(text)
+
+    def _aligned(self, title, lines, headed, numbers, kept, widths, limit, to) -> str:
+        if not _coloured(to, self._color):
             text = [title] if title else []
-            text += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-            return self.result("\n".join(text))
+            for line in lines:
+                cells = [line[i].rjust(widths[i]) if i in numbers else line[i].ljust(widths[i]) for i in kept]
+                text.append("  " + "  ".join(cells).rstrip())
+            return "\n".join(text)
         import io
 
         from rich.console import Console as Rich
@@ -137,44 +166,70 @@ class Console:
         from rich.text import Text
 
         table = Table(
-            box=None, show_header=bool(head), title=title or None, title_justify="left", title_style="bold", pad_edge=True
+            box=None, show_header=headed, title=title or None, title_justify="left", title_style="bold", pad_edge=True
         )
-        for i in range(len(head or rows[0])):
-            table.add_column(head[i] if head else None, style=None if i else "cyan", overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
+        for i in kept:
+            side = "right" if i in numbers else "left"
+            table.add_column(lines[0][i] if headed else None, style=None if i else "cyan", overflow="fold", justify=side)
+        for line in lines[headed:]:
+            table.add_row(*(Text(line[i]) for i in kept))
         rendered = io.StringIO()
-        width = (os.get_terminal_size(1).columns if os.isatty(1) else 0) or 100  # a terminal may not know its width
-        Rich(file=rendered, force_terminal=True, width=width).print(table)
-        return self.result("\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n")))
-
-    def _line_for_each(self, what: str):
-        shown = None
-
-        def update(done: int, total: int, label: str = "") -> None:
-            nonlocal shown
-            if label != shown:
-                shown = label
-                self.note(f"{what}: {label}")
-
-        return update
+        Rich(file=rendered, force_terminal=True, width=limit or 100).print(table)
+        return "\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n"))
 
     @contextmanager
     def progress(self, what: str):
-        """Yields update(done, total, label) for a long job: a bar on a terminal, with -v a line for each label."""
-        if not is_terminal(sys.stderr):
-            yield self._line_for_each(what)
-            return
-        from rich.console import Console as Rich
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        """Yields update(done, total, label, weights) for a long job, as `Meter` takes it.
 
-        rich = Rich(stderr=True, no_color=not _coloured(sys.stderr, self._color))
-        columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=rich, transient=True) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total, label="": bar.update(
-                task, completed=done, total=total, description=one_line(f"{what} {label}")
-            )
+        On a terminal a line that redraws itself and is gone at the end; elsewhere plain lines, with -v or if it takes long.
+        """
+        if not is_terminal(sys.stderr) or environment.dumb_terminal():
+            yield self._told(Meter(what))
+            return
+        try:
+            yield self._drawn(Meter(what))
+        finally:
+            _to_stderr(f"\r{CLEAR}")
+
+    def _told(self, meter: Meter):
+        start = told = time.monotonic()
+        share = 0.0
+
+        def update(done: int, total: int, label: str = "", weights: int | None = None) -> None:
+            nonlocal told, share
+            meter.update(done, total, one_line(label), weights)
+            now = time.monotonic()
+            due = meter.share - share >= 0.1 or (self.verbose and now - told >= TELL_EVERY)
+            if due and (self.talks or now - start >= QUIET_FOR):
+                told, share = now, meter.share
+                self.say(meter.words())
+
+        return update
+
+    def _drawn(self, meter: Meter):
+        drawn, signs = 0.0, ("━", "─") if "utf" in (sys.stderr.encoding or "").lower() else ("#", "-")
+        colours = {"filled": CYAN, "empty": DIM, "speed": DIM} if _coloured(sys.stderr, self._color) else {}
+
+        def paint(text: str, part: str) -> str:
+            return f"{colours[part]}{text}{PLAIN}" if colours else text
+
+        def update(done: int, total: int, label: str = "", weights: int | None = None) -> None:
+            nonlocal drawn
+            meter.update(done, total, one_line(label), weights)
+            now = time.monotonic()
+            if now - drawn >= DRAW_EVERY:
+                drawn = now
+                _to_stderr(f"\r{meter.bar(_width(2) - 1, *signs, paint)}{CLEAR}")  # a full line would wrap on some terminals
+
+        return update
+
+
+def _width(descriptor: int) -> int:
+    """Columns of the terminal there; a terminal may not know its width."""
+    try:
+        return os.get_terminal_size(descriptor).columns or 100
+    except OSError:
+        return 100
 
 
 def _write(data: bytes) -> None:

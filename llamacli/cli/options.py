@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -215,6 +216,22 @@ def patience(console: Console, words: str, seconds: float = 3.0):
         yield
     finally:
         timer.cancel()
+
+
+_UNITS = {
+    "": 1,
+    **{unit: 1000**n for n, unit in enumerate("KMGT", 1)},
+    **{f"{unit}I": 1024**n for n, unit in enumerate("KMGT", 1)},
+}
+
+
+def byte_count(text: str, where: str) -> int:
+    """A size such as 48G, 500 MB or 2GiB in bytes; UsageError else."""
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGT]?I?)B?", text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if size <= 0:
+        raise UsageError(f"{where}: expected a size like 48G, 500M or 2GiB, found {text!r}")
+    return size
 
 
 def checked(text: str, where: str) -> str:

@@ -1,16 +1,35 @@
 """`llamacli quantize`: a Hugging Face folder or a GGUF to a GGUF of another type. The package quantize converts, this shows.
 
-In: paths and a type. Out: the file; progress on stderr, with --json one object on stdout.
+In: paths, a recipe, options. Out: the file; progress and a table of what it holds on stderr; the plan of a dry run, or with
+--json one object, on stdout.
 """
 
 import json
+import math
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from llamacli.cli.console import amount
-from llamacli.cli.options import Json, Output, Threads, option
+from llamacli.cli.console import amount, count
+from llamacli.cli.options import Json, Output, Threads, byte_count, option
+from llamacli.cli.progress import clock_time
+from llamacli.errors import UsageError
+from quantize.recipe import DEFAULT, RECIPES, find_recipe
+
+GROUPS = {  # of tensors in the table at the end: a regular expression for their names
+    "experts, gate": r"ffn_gate_exps",
+    "experts, up": r"ffn_up_exps",
+    "experts, down": r"ffn_down_exps",
+    "shared experts": r"_shexp",
+    "attention": r"attn_(q|k|v|output)\.",
+    "dense FFN": r"ffn_(gate|up|down)\.",
+    "embedding": r"^token_embd",
+    "output": r"^output\.",
+    "norms, routers": r"",
+}
 
 
 def quantize(
@@ -19,7 +38,19 @@ def quantize(
         str | None,
         typer.Argument(metavar="[OUT]", help="The file to write (default: SRC's name and the type).", show_default=False),
     ] = None,
-    type_name: Annotated[str, option("--type", metavar="TYPE", help="F32, F16, BF16, Q8_0 or Q4_0.")] = ...,
+    type_name: Annotated[str, option("--type", metavar="TYPE", help=f"One of the types above ({DEFAULT}).")] = DEFAULT,
+    tensor_types: Annotated[
+        list[str] | None,
+        option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="Another type for tensors whose name REGEX is found in, such as attn_v=Q8_0; repeatable, the first wins.",
+        ),
+    ] = None,
+    imatrix: Annotated[str | None, option("--imatrix", metavar="FILE", help="Weigh errors by an importance matrix.")] = None,
+    split_max_size: Annotated[
+        str | None, option("--split-max-size", metavar="SIZE", help="Write parts of at most SIZE, such as 48G or 500M.")
+    ] = None,
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
     threads: Threads = None,
@@ -32,24 +63,124 @@ def quantize(
     console = output.console()
     path = Path(out) if out else default_out(Path(source), type_name)
     with console.progress("quantize") as update:
-        report = convert(Path(source), path, type_name.upper(), force=force, threads=threads, progress=update, dry_run=dry_run)
-    _show(report, path, dry_run, as_json, console)
+        follow = Follow(update)
+        report = convert(
+            Path(source),
+            path,
+            type_name,
+            tensor_types=[_override(text) for text in tensor_types or ()],
+            imatrix=Path(imatrix) if imatrix else None,
+            split_max_size=byte_count(split_max_size, "--split-max-size") if split_max_size is not None else None,
+            force=force,
+            threads=threads,
+            progress=follow,
+            planned=follow.plan,
+            dry_run=dry_run,
+        )
+    _show(report, path, as_json, console)
+
+
+_LINES = "\n".join(f"{r.name:<10} {r.bits:>5.2f}  {r.purpose}" for r in RECIPES.values())
+quantize.__doc__ += f"\n\n\b\nTypes, bits per weight in a Scout, and what for:\n{_LINES}\n"
 
 
 def default_out(source: Path, type_name: str) -> Path:
     """NAME-TYPE.gguf in the working folder."""
     resolved = source.resolve()
     name = resolved.stem if resolved.suffix == ".gguf" else resolved.name
-    return Path(f"{name or 'model'}-{type_name.upper()}.gguf")
+    return Path(f"{name or 'model'}-{find_recipe(type_name).name}.gguf")
 
 
-def _show(report, path: Path, dry_run: bool, as_json: bool, console) -> None:
+def _override(text: str) -> tuple[str, str]:
+    pattern, _, kind = text.rpartition("=")
+    if not pattern or not kind:
+        raise UsageError(f"--tensor-type: expected REGEX=TYPE, such as attn_v=Q8_0, found {text!r}")
+    return pattern, kind
+
+
+class Follow:
+    """Passes on how far the file is, and how many weights that is."""
+
+    def __init__(self, update: Callable[[int, int, str, int], None]):
+        self._update, self._tensors = update, {}
+
+    def plan(self, report) -> None:
+        """What will be written, in order."""
+        weights, nbytes = 0, report["nbytes"] - sum(t["nbytes"] for t in report["tensors"])
+        for t in report["tensors"]:
+            self._tensors[t["name"]] = nbytes, weights, t
+            weights, nbytes = weights + t["weights"], nbytes + t["nbytes"]
+
+    def __call__(self, done: int, total: int, tensor: str) -> None:
+        first, weights, t = self._tensors.get(tensor, (0, 0, None))
+        if t:
+            share = min(1.0, max(0.0, (done - first) / max(1, t["nbytes"])))
+            self._update(done, total, tensor.removesuffix(".weight"), weights + int(share * t["weights"]))
+
+
+def _show(report, path: Path, as_json: bool, console) -> None:
+    tensors = report["tensors"]
+    by_type = sorted(summary(tensors, lambda t: t["type"]), key=lambda kind: -kind["nbytes"])
+    groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: [*GROUPS].index(group["name"]))
+    everything = {"name": "all", "count": len(tensors), "types": [], **_sums(tensors)}
     for notice in report["notices"]:
         console.note(notice)
     if as_json:
-        console.result(json.dumps(report, ensure_ascii=False))
-    elif dry_run:
-        rows = [(t["name"], t["type"], " x ".join(map(str, t["shape"])), amount(t["nbytes"])) for t in report["tensors"]]
-        console.table(f"{report['source']} as {report['type']}", rows, ("tensor", "type", "shape", "size"))
-    size = f"{amount(report['nbytes'])}, {report['bits_per_weight']:.2f} bits per weight"
-    console.note(f"would write {path}: {size}" if dry_run else f"wrote {path}: {size}, in {report['seconds']:.1f} s")
+        sums = {"by_type": by_type, "groups": groups, "weights_nbytes": everything["nbytes"]}
+        console.result(json.dumps(report | sums, ensure_ascii=False))
+    elif not report["written"]:
+        _show_plan(report, [*by_type, everything], console)
+    if report["written"]:
+        groups.append(everything)
+        rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
+        console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), aside=True)
+        console.note(f"wrote {path}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}")
+    else:
+        console.note(f"would write {path}: {_size(report)}")
+
+
+def _show_plan(report, by_type: list[dict], console) -> None:
+    tensors = report["tensors"]
+    rows = [(t["name"], t["type"], " x ".join(map(str, t["shape"])), amount(t["nbytes"]), _bits(t)) for t in tensors]
+    console.table(f"{report['source']} as {report['type']}", rows, ("tensor", "type", "shape", "size", "bits"), (3, 4), (2, 4))
+    rows = [(k["name"], str(k["count"]), count(k["weights"]), amount(k["nbytes"]), _bits(k)) for k in by_type]
+    console.table("\nBy type", rows, ("type", "tensors", "weights", "size", "bits"), (1, 2, 3, 4), (2,))
+    running = f"{amount(by_type[-1]['nbytes'])}, and the KV cache: see llamacli inspect"
+    needs = [("to write", _size(report)), ("memory to make it", f"{amount(report['memory'])}, besides the mapped files")]
+    console.table("\nNeeds", [*needs, ("memory to run it", running)])
+
+
+def group_of(name: str) -> str:
+    """The row of the table that a tensor counts in."""
+    return next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+
+
+def summary(tensors: list[dict], key: Callable[[dict], str]) -> list[dict]:
+    """Tensors by what `key` makes of them, in the order they first appear: name, count, types, weights, nbytes, rmse."""
+    groups: dict[str, list[dict]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    return [
+        {"name": name, "count": len(found), "types": sorted({t["type"] for t in found}), **_sums(found)}
+        for name, found in groups.items()
+    ]
+
+
+def _sums(tensors: Iterable[dict]) -> dict:
+    """Weights and bytes; the relative error of all of them, weighted by their numbers, if every one is known."""
+    weights, nbytes, errors = sum(t["weights"] for t in tensors), sum(t["nbytes"] for t in tensors), None
+    if all(t["rmse"] is not None for t in tensors):
+        errors = math.sqrt(sum(t["weights"] * t["rmse"] ** 2 for t in tensors) / max(1, weights))
+    return {"weights": weights, "nbytes": nbytes, "rmse": errors}
+
+
+def _size(report) -> str:
+    return f"{amount(report['nbytes'])}, {report['bits_per_weight']:.2f} bits per weight"
+
+
+def _bits(record: dict) -> str:
+    return f"{8 * record['nbytes'] / max(1, record['weights']):.2f}"
+
+
+def _error(rmse: float | None) -> str:
+    return "-" if rmse is None else "exact" if rmse == 0 else f"{100 * rmse:.2g} %" if rmse < 0.1 else f"{100 * rmse:.0f} %"
