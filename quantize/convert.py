@@ -143,7 +143,8 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     if architecture != "llama4":
         found = str(architecture)[:40]
         raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
-    metadata = {k: v for k, v in gguf.metadata.items() if not k.startswith("split.") and k != "general.alignment"}
+    kept = (key for key in gguf.metadata if not key.startswith("split.") and key != "general.alignment")
+    metadata = {key: gguf.metadata.typed(key) for key in kept}
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if not name.startswith(VISION)}
     if not rows:
         raise CheckpointError(f"{path}: expected a model's tensors, found none; nothing to convert")

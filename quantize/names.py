@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llamacli.errors import CheckpointError
+from quantize.encoders.widen import FP8
 from quantize.hf_config import HFConfig
 from quantize.safetensors import Stored
-from quantize.encoders.widen import FP8
 from quantize.sources import Plain, Rows, Scaled, Stack, Transposed
 
 

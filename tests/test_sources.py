@@ -96,3 +96,47 @@ def test_fp8_that_is_no_number_is_found(tmp_path, bad):
     with_fp8(tmp_path / "hf", "one by one", lambda e: e[EXPERT][1].__setitem__((1, 1), bad))
     with pytest.raises(CheckpointError, match="blk.1.ffn_up_exps.weight"):
         convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
+
+
+def test_a_tiktoken_file_says_what_tokenizer_json_says(tmp_path):
+    """Here every token of more than a byte can be made in one way only, so the merges are those of the training."""
+    checkpoint.write(tmp_path / "hf", vocab_size=400)
+    convert(tmp_path / "hf", tmp_path / "json.gguf", "F32")
+    tokens = open_gguf(tmp_path / "json.gguf").metadata["tokenizer.ggml.tokens"][:265]
+    values = {letter: byte for letter, byte in zip(checkpoint.byte_alphabet(), BYTES, strict=True)}
+    lines = [base64.b64encode(bytes(values[c] for c in token)) + b" %d\n" % i for i, token in enumerate(tokens)]
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(b"".join(lines))
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    convert(tmp_path / "hf", tmp_path / "ranks.gguf", "F32")
+    json, ranks = (dict(open_gguf(tmp_path / f"{name}.gguf").metadata) for name in ("json", "ranks"))
+    assert ranks["tokenizer.ggml.tokens"][:265] == json["tokenizer.ggml.tokens"][:265]
+    assert set(ranks["tokenizer.ggml.merges"]) >= set(json["tokenizer.ggml.merges"])
+    assert ranks["tokenizer.ggml.tokens"][265:274] == [
+        f"<|{name}|>"
+        for name in [
+            "begin_of_text",
+            "end_of_text",
+            "fim_prefix",
+            "fim_middle",
+            "fim_suffix",
+            "header_start",
+            "header_end",
+            "eom",
+            "eot",
+        ]
+    ]
+    assert ranks["tokenizer.ggml.token_type"].tolist() == [1] * 265 + [3] * 135
+    assert ranks["tokenizer.ggml.bos_token_id"] == 265
+
+
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
+
+
+def test_from_gguf_to_gguf_numbers_keep_their_types(tmp_path):
+    checkpoint.write(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "a.gguf", "F32")
+    raw = (tmp_path / "a.gguf").read_bytes()
+    at = raw.index(b"llama4.rope.freq_base") + len(b"llama4.rope.freq_base")
+    (tmp_path / "b.gguf").write_bytes(raw[:at] + b"\x05\0\0\0" + raw[at + 4 :])  # as int32
+    convert(tmp_path / "b.gguf", tmp_path / "c.gguf", "F32")
+    assert b"llama4.rope.freq_base\x05\0\0\0" in (tmp_path / "c.gguf").read_bytes()
