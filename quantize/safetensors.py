@@ -28,7 +28,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """One tensor. `data` has the tensor's shape; for BF16 and FP8 it holds the bits as uint16, uint8. Read-only, perhaps unaligned."""
+    """One tensor. `data` has the tensor's shape; for BF16 and FP8 it holds the bits. Read-only, perhaps unaligned."""
 
     name: str
     dtype: str
