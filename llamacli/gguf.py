@@ -100,11 +100,23 @@ class _Strings(NamedTuple):
         return found
 
 
+class _Values(dict):
+    """Key to value, and beside them the struct codes of the numbers."""
+
+    def __init__(self):
+        self.codes: dict[str, str] = {}
+
+
 class _Metadata(Mapping):
     """The key-value section; string lists are decoded when first read."""
 
-    def __init__(self, path: Path, values: dict[str, object]):
+    def __init__(self, path: Path, values: "_Values"):
         self._path, self._values = path, values
+
+    def typed(self, key: str) -> object:
+        """The value; a number as the NumPy scalar of the type that the file gives it."""
+        value, code = self[key], self._values.codes.get(key)
+        return np.dtype(code).type(value) if code else value
 
     def __getitem__(self, key: str) -> object:
         value = self._values[key]
@@ -198,12 +210,15 @@ def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:
     cursor.pos = 8
     n_tensors, n_values = cursor.number("Q", "the tensor count"), cursor.number("Q", "the metadata count")
     cursor.need(_LEAST_TENSOR * n_tensors + _LEAST_VALUE * n_values, f"{n_tensors} tensors and {n_values} metadata values")
-    values: dict[str, object] = {}
+    values = _Values()
     for _ in range(n_values):
         key = cursor.string("a metadata key", _MAX_NAME)
         if key in values:
             raise _wrong(path, f"metadata key {_show(key)} once", "it twice")
-        values[key] = cursor.value(cursor.number("I", key), key)
+        kind = cursor.number("I", key)
+        values[key] = cursor.value(kind, key)
+        if kind in _NUMBERS:
+            values.codes[key] = _NUMBERS[kind]
     infos = [_info(cursor) for _ in range(n_tensors)]
     return version, values, _views(cursor, infos, _alignment(path, values)), mapped
 

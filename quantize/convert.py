@@ -5,7 +5,6 @@ everything, plan the whole file, check the output, then stream it a few rows at 
 thread whatever the size of the model. Prints nothing.
 """
 
-import math
 import os
 import threading
 import time
@@ -22,6 +21,7 @@ from llamacli.errors import CheckpointError, UnsupportedModelError, UsageError
 from llamacli.gguf import open_gguf
 from quantize import names, sources
 from quantize.encoders import encoder
+from quantize.general import read_general
 from quantize.hf_config import read_config
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
@@ -142,31 +142,8 @@ def _open_folder(folder: Path) -> tuple[dict, dict[str, sources.Rows], list[str]
     if config.rope_freqs is not None:
         rows["rope_freqs.weight"] = sources.Made(config.rope_freqs)
     fields, more = read_vocab(folder, config.sizes["vocab"], config.raw)
-    general = {
-        "general.architecture": "llama4",
-        "general.type": "model",
-        "general.name": _title(folder),
-        "general.size_label": _size_label(rows),
-    }
-    return general | config.metadata | fields, rows, config.notices + notices + more
-
-
-def _size_label(rows: dict[str, sources.Rows]) -> str:
-    """Experts times what one token passes through of weights with one expert, as GGUF's naming convention has it: 16x17B."""
-    experts = {name: source.shape for name, source in rows.items() if "_exps." in name}
-    n_experts = next(iter(experts.values()))[0] if experts else 0
-    total = sum(math.prod(source.shape) for source in rows.values())
-    total -= sum(math.prod(shape) - math.prod(shape[1:]) for shape in experts.values())
-    scale, suffix = next(((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if total > s), (1e3, "K"))
-    count = f"{total / scale:.0f}" if total / scale >= 9.5 else f"{total / scale:.1f}"
-    return f"{n_experts}x{count}{suffix}" if n_experts else f"{count}{suffix}"
-
-
-def _title(folder: Path) -> str:
-    """The folder's name as words; of a folder that just says what it holds, `hf`, the parent's."""
-    path = folder.resolve()
-    words = (path.parent if path.name == "hf" else path).name.replace("-", " ").replace("_", " ").split()
-    return " ".join(word.title() if word.islower() else word for word in words) or "Llama 4"
+    general, licence = read_general(folder, rows)
+    return general | config.metadata | fields, rows, config.notices + notices + more + licence
 
 
 def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
@@ -176,7 +153,8 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     if architecture != "llama4":
         found = str(architecture)[:40]
         raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
-    metadata = {k: v for k, v in gguf.metadata.items() if not k.startswith("split.") and k != "general.alignment"}
+    kept = (key for key in gguf.metadata if not key.startswith("split.") and key != "general.alignment")
+    metadata = {key: gguf.metadata.typed(key) for key in kept}
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if not name.startswith(VISION)}
     if not rows:
         raise CheckpointError(f"{path}: expected a model's tensors, found none; nothing to convert")

@@ -16,13 +16,19 @@ import numpy as np
 from llamacli.errors import CheckpointError
 from quantize.folder import parse_json, read_json
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}  # NumPy has no bfloat16: its bits
+DTYPES = {  # NumPy has no bfloat16 and no FP8: their bits
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+}
 MAX_HEADER = 100_000_000  # the format's own limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Stored(NamedTuple):
-    """One tensor. `data` has the tensor's shape; for BF16 it holds the bits as uint16. Read-only, perhaps unaligned."""
+    """One tensor. `data` has the tensor's shape; for BF16 and FP8 it holds the bits. Read-only, perhaps unaligned."""
 
     name: str
     dtype: str
@@ -81,9 +87,12 @@ def _view(path: Path, mapped: mmap.mmap, start: int, name: str, entry) -> Stored
         raise refuse("dtype, shape and offsets", type(entry).__name__)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: expected dtype BF16, F16 or F32 for tensor {name}, found {str(dtype)[:20]}")
-    if not _counts(shape) or not 1 <= len(shape) <= 4 or 0 in shape:
-        raise refuse("a shape of 1 to 4 sizes", shape)
+        raise CheckpointError(
+            f"{path}: expected dtype {', '.join(DTYPES)} for tensor {name}, found {str(dtype)[:20]}; packed formats such as "
+            "NVFP4 are not read, use the BF16 or FP8 checkpoint"
+        )
+    if not _counts(shape) or len(shape) > 4 or 0 in shape:
+        raise refuse("a shape of up to 4 sizes", shape)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse("a begin and an end", offsets)
     count = 1

@@ -37,6 +37,15 @@ _WIDEN = {  # bytes or numbers of one dtype, (rows, n), to float32 (rows, row le
 }
 
 
+def _scales(scale: Stored, first: int, count: int) -> np.ndarray:
+    """float32 [count]: the scales of the rows from `first` on, where `scale` holds one in all or one for each row."""
+    flat = scale.data.reshape(1, -1)
+    block = flat if flat.size == 1 else flat[:, first : first + count]
+    found = np.empty(block.shape, np.float32)
+    _WIDEN[scale.dtype](np.require(block, requirements="CA"), found)
+    return np.ascontiguousarray(np.broadcast_to(found[0], count))
+
+
 def groups_and_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     """How many groups of how many rows a shape stands for."""
     return (shape[0], shape[1]) if len(shape) == 3 else (1, math.prod(shape[:-1]))
@@ -74,21 +83,64 @@ class Plain:
         return None
 
 
+class Scaled:
+    """An FP8 matrix and its scale: one in all, or one for each row."""
+
+    unit = 1
+
+    def __init__(self, stored: Stored, scale: Stored):
+        self.shape, self._stored, self._scale = stored.shape, stored, scale
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        block = self._stored.data[first : first + len(out)]
+        widen.fp8(block, *widen.FP8[self._stored.dtype], _scales(self._scale, first, len(out)), out)
+
+    def raw(self, type_name: str) -> None:
+        return None
+
+
+class Stack:
+    """Matrices of one shape, stored one by one, as the groups of one tensor."""
+
+    unit = 1
+
+    def __init__(self, matrices: list[Rows]):
+        self.shape, self._matrices = (len(matrices), *matrices[0].shape), matrices
+
+    def read(self, group: int, first: int, out: np.ndarray) -> None:
+        self._matrices[group].read(0, first, out)
+
+    def raw(self, type_name: str) -> None:
+        return None
+
+
 class Transposed:
-    """Part `at` of `of` of the columns of each of a stack of matrices [groups, row length, of * rows], read as rows."""
+    """Part `at` of `of` of the columns of each of a stack of matrices [groups, row length, of * rows], read as rows.
+
+    FP8 comes with a scale: one in all, one for each group, or one for each group and column.
+    """
 
     unit = widen.LINE
 
-    def __init__(self, stored: Stored, at: int, of: int):
+    def __init__(self, stored: Stored, at: int, of: int, scale: Stored | None = None):
         n_groups, n_cols, n_columns = stored.shape
         n_rows = n_columns // of
         self.shape, self._dtype = (n_groups, n_rows, n_cols), stored.dtype
         self._stack = stored.data[:, :, at * n_rows : (at + 1) * n_rows]
+        if scale is not None:
+            per_group = scale.data.reshape(n_groups if scale.data.size >= n_groups else 1, -1)
+            per_group = per_group if per_group.shape[1] == 1 else per_group[:, at * n_rows : (at + 1) * n_rows]
+            self._scales = [
+                Stored(scale.name, scale.dtype, row) for row in np.broadcast_to(per_group, (n_groups, per_group.shape[1]))
+            ]
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         block = self._stack[group, :, first : first + len(out)]
         if self._dtype == "BF16":
             widen.bf16_transposed(np.require(block, requirements="A"), out.view(np.uint32))
+        elif self._dtype in widen.FP8:
+            scales = _scales(self._scales[group], first, len(out))
+            widen.fp8_transposed(block, *widen.FP8[self._dtype], scales, out)
         else:
             out[...] = block.T
 
@@ -97,7 +149,7 @@ class Transposed:
 
 
 class Dequantized:
-    """A tensor of a GGUF, of any type that gguf-py can dequantize."""
+    """A tensor of a GGUF, of any type that the engine reads, and of those that gguf-py alone can dequantize."""
 
     unit = 1
 
@@ -111,6 +163,8 @@ class Dequantized:
         block, kind = self._rows[start : start + len(out)], self._tensor.type
         if kind.name in _WIDEN:
             _WIDEN[kind.name](np.require(block, requirements="CA"), out)
+            return
+        if widen.blocks(kind.name, np.require(block, requirements="C"), out):
             return
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize

@@ -1,10 +1,12 @@
-"""tokenizer.json and its neighbours to GGUF's tokenizer fields.
+"""tokenizer.json, or tiktoken's tokenizer.model, and their neighbours to GGUF's tokenizer fields.
 
 In: the folder, the vocabulary's size, the text model's config. Out: metadata under `tokenizer.` and sampling hints under
 `general.`, and notices. Tokens stay in the GPT-2 byte alphabet that tokenizer.json and llama.cpp share; merges become "a b"
 whichever way they are stored. Knows nothing of tensors.
 """
 
+import base64
+import binascii
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ PATTERN = (
 def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, object], list[str]]:
     """Every tokenizer field; CheckpointError when the tokenizer is no byte-level BPE or does not fit the vocabulary."""
     path = folder / "tokenizer.json"
-    tokenizer = read_json(path)
+    ranked = folder / "tokenizer.model"
+    tokenizer = _from_ranks(ranked, n_vocab) if ranked.exists() and not path.exists() else read_json(path)
     settings, generation = optional_json(folder / "tokenizer_config.json"), optional_json(folder / "generation_config.json")
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
@@ -64,6 +67,61 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         if type(value) in (int, float) and generation.get("do_sample", True):
             fields[f"general.sampling.{field}"] = int(value) if key == "top_k" else float(value)
     return fields, notices
+
+
+def _reserved(name: str, first: int, stop: int) -> list[str]:
+    return [f"{name}reserved_special_token_{i}" for i in range(first, stop)]
+
+
+SPECIALS = [  # in the order of their ids, from the first one after the ranks
+    *("begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"),
+    *("header_start", "header_end", "eom", "eot", "step", *_reserved("text_post_train_", 0, 6)),
+    *("python_start", "python_end", "finetune_right_pad", *_reserved("text_post_train_", 8, 69)),
+    *("image_start", "image_end", *_reserved("vision_", 0, 2), "tile_x_separator", "tile_y_separator"),
+    *(*_reserved("vision_", 2, 6), "image", *_reserved("vision_", 6, 7), "patch", *_reserved("vision_", 7, 1048)),
+    *(*_reserved("reasoning_", 0, 8), "reasoning_thinking_start", "reasoning_thinking_end"),
+]
+N_SPECIALS = 2048  # what follows the named ones is reserved
+MAX_RANKS, LONGEST_TOKEN = 1 << 27, 512  # bytes
+
+
+def _from_ranks(path: Path, n_vocab: int) -> dict:
+    """What tokenizer.json would say of a tiktoken file: a line a token, its bytes in base64 and its rank.
+
+    A pair of tokens merges where the two together are a token; merges stand in the order of what they make.
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in plain)}
+    try:
+        if path.stat().st_size > MAX_RANKS:
+            raise CheckpointError(f"{path}: expected at most {MAX_RANKS} bytes, found more; download it again")
+        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
+    except (ValueError, binascii.Error):
+        raise CheckpointError(
+            f"{path}: expected lines of a token in base64 and its rank, found others; download it again"
+        ) from None
+    tokens = sorted(ranks, key=ranks.get)
+    if not tokens or [ranks[token] for token in tokens] != list(range(len(lines))) or not min(map(len, tokens)) > 0:
+        raise CheckpointError(f"{path}: expected each token once, ranked 0, 1, 2, ..., found others; download it again")
+    if max(map(len, tokens)) > LONGEST_TOKEN:
+        raise CheckpointError(
+            f"{path}: expected tokens of at most {LONGEST_TOKEN} bytes, found a longer one; download it again"
+        )
+    merges, text = [], {token: "".join(map(letters.__getitem__, token)) for token in tokens}
+    for token in tokens:
+        halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [[text[a], text[b]] for a, b in sorted(halves, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+    count = min(N_SPECIALS, max(0, n_vocab - len(tokens)))
+    names = [*SPECIALS, *_reserved("", 0, N_SPECIALS - len(SPECIALS))][:count]
+    added = [{"id": len(tokens) + i, "content": f"<|{name}|>", "special": True} for i, name in enumerate(names)]
+    return {
+        "added_tokens": added,
+        "pre_tokenizer": [{"type": "Split", "pattern": {"Regex": PATTERN}}, {"type": "ByteLevel"}],
+        "model": {"type": "BPE", "vocab": {text[token]: rank for token, rank in ranks.items()}, "merges": merges},
+    }
 
 
 def _nodes(tree, kind: str) -> list[dict]:

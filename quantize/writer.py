@@ -61,6 +61,8 @@ def _value(value) -> bytes:
 
 def _scalar_dtype(value) -> np.dtype:
     """The types that llama.cpp asks for: uint32 where it fits, float32."""
+    if isinstance(value, np.generic):
+        return value.dtype
     if isinstance(value, bool):
         return np.dtype(bool)
     if isinstance(value, int):

@@ -45,6 +45,8 @@ def describe(gguf) -> dict:
         "file": str(gguf.path),
         "name": _text(meta.get("general.name")),
         "architecture": _text(meta.get("general.architecture")),
+        "license": _license(meta),
+        "attribution": _text(meta.get("general.attribution")),
         "gguf_version": gguf.version,
         "file_bytes": gguf.nbytes,
         "parameters": sum(_size(t) for t in tensors),
@@ -125,6 +127,12 @@ def _size(tensor) -> int:
     return size
 
 
+def _license(meta) -> str | None:
+    """The licence, its name where it has one of its own, and where to read it."""
+    found = (_text(meta.get(f"general.license{end}")) for end in ("", ".name", ".link"))
+    return ", ".join(text for text in found if text) or None
+
+
 def _text(value) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -132,6 +140,7 @@ def _text(value) -> str | None:
 def _show(r: dict, console) -> None:
     general = [("architecture", r["architecture"] or "?"), ("name", r["name"] or "-")]
     general.append(("file", f"{amount(r['file_bytes'])}, GGUF version {r['gguf_version']}"))
+    general += [(key, r[key]) for key in ("license", "attribution") if r[key]]
     if r["runnable"]:
         general.append(("parameters", f"{count(r['parameters'])}, active per token {count(r['parameters_active'])}"))
         general.append(

@@ -1,10 +1,14 @@
-"""Half floats and bfloat16s to float32, these also with the axes changed, and the largest magnitude of a block of floats.
+"""Half floats, bfloat16s and FP8 to float32, some also with the axes changed; rows of blocks; a block's largest magnitude.
 
-In and out: bits, as unsigned integers. A bfloat16 is the upper half of a float32. Knows nothing of formats or files.
+In and out: bits, as unsigned integers. A bfloat16 is the upper half of a float32. FP8 comes with a float32 scale for each row.
+Quantized rows go through the engine's own leaves. Knows nothing of files.
 """
 
 import numpy as np
 from numba import njit
+
+from llamacli.kernels.jit import call
+from llamacli.kernels.matmul import leaves
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none
 _TILE = 16  # source rows of a tile: its 16 x 32 values stay in the nearest cache
@@ -39,6 +43,54 @@ def f16(x, out):
             v = np.int32((h & np.int32(0x7FFF)) << np.int32(13)).view(np.float32) * np.float32(2.0**112)
             v = v if v < np.float32(65536) else np.float32(np.inf) if v == np.float32(65536) else np.float32(np.nan)
             out[r, c] = -v if h < 0 else v
+
+
+# Shift that brings sign-less bits to a float32's place, the factor that then puts the exponent right, the largest finite value.
+FP8 = {
+    "F8_E4M3": (np.int32(20), np.float32(2.0**120), np.float32(448)),
+    "F8_E5M2": (np.int32(21), np.float32(2.0**112), np.float32(57344)),
+}
+
+
+@njit(nogil=True, cache=True)
+def fp8(x, shift, factor, top, scales, out):
+    """uint8 (rows, cols), float32 (rows) -> float32 (rows, cols), each row times its scale; what is no number becomes NaN."""
+    for r in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            b = np.int32(x[r, c])
+            v = np.int32((b & np.int32(0x7F)) << shift).view(np.float32) * factor
+            v = (v if v <= top else np.float32(np.nan)) * scales[r]
+            out[r, c] = -v if b > 127 else v
+
+
+@njit(nogil=True, cache=True)
+def fp8_transposed(x, shift, factor, top, scales, out):
+    """uint8 (rows, cols), rows far apart, float32 (cols) -> float32 (cols, rows), each row of `out` times its scale."""
+    n_rows, n_cols = x.shape
+    for r0 in range(0, n_rows, _TILE):
+        for c0 in range(0, n_cols, LINE):
+            for c in range(c0, min(c0 + LINE, n_cols)):
+                for r in range(r0, min(r0 + _TILE, n_rows)):
+                    b = np.int32(x[r, c])
+                    v = np.int32((b & np.int32(0x7F)) << shift).view(np.float32) * factor
+                    v = (v if v <= top else np.float32(np.nan)) * scales[c]
+                    out[c, r] = -v if b > 127 else v
+
+
+@njit(nogil=True, cache=True)
+def _rows(leaf, start, row_bytes, n_cols, out, n_rows):
+    for r in range(n_rows):
+        call(leaf, (start + r * row_bytes, n_cols, out + 4 * r * n_cols))
+
+
+def blocks(type_name: str, x: np.ndarray, out: np.ndarray) -> bool:
+    """uint8 (rows, bytes of a row), contiguous -> float32 (rows, cols); False, and nothing done, for a type without a leaf."""
+    try:
+        leaf = leaves(type_name).dequantize
+    except KeyError:
+        return False
+    _rows(leaf, x.ctypes.data, x.shape[1], out.shape[1], out.ctypes.data, len(x))
+    return True
 
 
 @njit(nogil=True, cache=True)
