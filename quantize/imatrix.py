@@ -6,10 +6,11 @@ NAME.in_sum2, float32 [n_matrices, n_cols], sums of squared inputs, and NAME.cou
 expert, or all there is. Knows nothing of engines, texts or encoders.
 """
 
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from llamacli.gguf import open_gguf
 from quantize.writer import ALIGNMENT, header, write_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+_MAX_NAME, _LEAST_ENTRY = 1 << 12, 4 + 1 + 4 + 4 + 4  # bytes in a .dat: a name of one letter, one value
 _HINT = "make it again with llamacli imatrix"
 
 
@@ -101,12 +103,18 @@ def write_imatrix(imatrix: Imatrix, force: bool = False) -> None:
 def read_imatrix(path: str | Path) -> Imatrix:
     """Open either format. ModelFileError says what is wrong with a file that is neither or damaged."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            legacy = file.read(4) != b"GGUF"
-    except OSError:
-        legacy = False  # open_gguf says what is wrong
+    if not path.is_file():
+        return _read_gguf(path)  # which says what is wrong
+    with _opened(path) as file:
+        legacy = file.read(4) != b"GGUF"
     return _read_dat(path) if legacy else _read_gguf(path)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ModelFileError(f"{path}: expected an importance matrix, found: {error.strerror}; check the file") from None
 
 
 def _read_gguf(path: Path) -> Imatrix:
@@ -143,27 +151,28 @@ def _read_dat(path: Path) -> Imatrix:
     """The older format: int32 number of entries; each its name (int32 length), int32 calls, int32 count, float32 values; then
     perhaps int32 number of windows and the name of the text. Values are means times calls, those of all experts in a row.
     """
-    data, pos, entries = path.read_bytes(), 0, {}
+    with _opened(path) as file:
+        left, entries = os.fstat(file.fileno()).st_size, {}
 
-    def take(n: int) -> bytes:
-        nonlocal pos
-        if n < 0 or n > len(data) - pos:
-            raise ModelFileError(f"{path}: expected an importance matrix, found something else or half of one; {_HINT}")
-        pos += n
-        return data[pos - n : pos]
+        def take(n: int, least: int = 0, most: int | None = None) -> bytes:
+            nonlocal left
+            if not least <= n <= (left if most is None else min(most, left)):
+                raise ModelFileError(f"{path}: expected an importance matrix, found something else or half of one; {_HINT}")
+            left -= n
+            return file.read(n)
 
-    def number() -> int:
-        return struct.unpack("<i", take(4))[0]
+        def number() -> int:
+            return struct.unpack("<i", take(4))[0]
 
-    n_entries = number()
-    take(-1 if n_entries < 1 else 0)
-    for _ in range(n_entries):
-        name = take(number()).decode("utf-8", "replace")
-        calls = number()
-        values = np.frombuffer(take(4 * number()), "<f4")
-        entries[name] = checked(path, name, values[None], np.array([max(1, calls)]))
-    chunks = number() if pos < len(data) else 0
-    datasets = [take(number()).decode("utf-8", "replace")] if pos < len(data) else []
+        n_entries = number()
+        take(0 if 0 < n_entries <= left // _LEAST_ENTRY else -1)
+        for _ in range(n_entries):
+            name = take(number(), 1, _MAX_NAME).decode("utf-8", "replace")
+            calls = number()
+            values = np.frombuffer(take(4 * number(), 4), "<f4")
+            entries[name] = checked(path, name, values[None], np.array([max(1, calls)]))
+        chunks = number() if left else 0
+        datasets = [take(number()).decode("utf-8", "replace")] if left else []
     return Imatrix(path, entries, datasets, max(0, chunks), 0)
 
 

@@ -43,10 +43,10 @@ def imatrix(
             loaded.engine.forward(window, cache)
     matrix = collected(path, inputs, "stdin" if file == "-" else file, len(ids), ctx)
     write_imatrix(matrix, force)
-    # gate, up and down of one layer's experts see the same tokens
-    unseen = {name: experts for name, experts in matrix.unseen.items() if ".ffn_gate_" in name}
+    gate = ".ffn_gate_exps.weight"  # the up and down of a layer's experts see the same tokens
+    unseen = {name.removesuffix(gate): experts for name, experts in matrix.unseen.items() if name.endswith(gate)}
     if unseen:
-        layers = ", ".join(f"{len(e)} of {len(matrix.entries[name].counts)} in {name}" for name, e in unseen.items())
+        layers = ", ".join(f"{len(experts)} in {layer}" for layer, experts in unseen.items())
         console.warn(f"experts that saw no token: {layers}; more text, or more varied text, may reach them")
     if as_json:
         report = {"out": str(path), "tensors": len(matrix.entries), "windows": len(ids), "ctx": ctx, "tokens": ids.size}
