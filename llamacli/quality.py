@@ -16,7 +16,7 @@ SHORTEST = 8  # tokens of a window of which three are scored, enough for a stand
 BLOCK = 1 << 21  # logits turned into float64 at a time
 
 
-def windows(tokenizer, text: str, ctx: int) -> np.ndarray:
+def windows(tokenizer, text: str, ctx: int, where: str = "the text") -> np.ndarray:
     """The text's ids cut into whole windows, each with BOS in its first place; int64 [n_windows, ctx].
 
     PromptError if there is not one window of text, UsageError for a window of fewer than 8 tokens.
@@ -25,7 +25,7 @@ def windows(tokenizer, text: str, ctx: int) -> np.ndarray:
         raise UsageError(f"-c: expected windows of at least {SHORTEST} tokens, found {ctx}")
     ids = tokenizer.encode(text)
     if len(ids) < ctx:
-        raise PromptError(f"the text: expected at least one window of {ctx} tokens, found {len(ids)}; add text or lower -c")
+        raise PromptError(f"{where}: expected at least one window of {ctx} tokens, found {len(ids)}; add text or lower -c")
     n = len(ids) // ctx
     found = np.array(ids[: n * ctx], np.int64).reshape(n, ctx)
     if tokenizer.bos is not None:

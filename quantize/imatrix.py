@@ -77,10 +77,12 @@ class Imatrix(NamedTuple):
 
 def checked(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> Entry:
     """An Entry of sums [n_matrices, n_cols] and counts [n_matrices]; ModelFileError unless all are finite and none negative."""
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        sums, counts = np.ascontiguousarray(sums, np.float32), np.ascontiguousarray(counts, np.float32)
     for values, what in ((sums, "sums of squares"), (counts, "counts")):
         if not (np.isfinite(values) & (values >= 0)).all():
             raise ModelFileError(f"{path}: expected {what} from 0 on for {name!r:.80}, found negative or no numbers; {_HINT}")
-    return Entry(np.ascontiguousarray(sums, np.float32), np.ascontiguousarray(counts, np.float32))
+    return Entry(sums, counts)
 
 
 def write_imatrix(imatrix: Imatrix, force: bool = False) -> None:

@@ -332,7 +332,7 @@ def test_a_text_that_cannot_be_used_is_one_line(measured, command, capfd, tmp_pa
     (tmp_path / "empty").write_text("")
     (tmp_path / "latin").write_bytes(b"\xe4" * 100)
     for arguments, code, word in (
-        (["-f", "empty"], 1, "expected at least one window of 512 tokens, found 1"),
+        (["-f", "empty"], 1, "empty: expected at least one window of 512 tokens, found 1"),
         (["-f", "text"], 1, "found 40"),
         (["-f", "latin"], 1, "UTF-8"),
         (["-f", "absent"], 1, "absent"),

@@ -232,6 +232,11 @@ def test_numbers_that_are_no_sums_are_refused_on_reading_and_on_writing(tmp_path
         collected(made.path, [((GATE,), *entry)], "", 1, 1)
 
 
+def test_sums_beyond_float32_are_refused(tmp_path):
+    with pytest.raises(ModelFileError, match="ffn_gate_exps"):
+        collected(tmp_path, [((GATE,), np.full((1, 4), 1e39), np.ones(1))], "", 1, 1)
+
+
 @pytest.mark.parametrize(
     "fault, named",
     [

@@ -33,7 +33,7 @@ def imatrix(
     check_output(path, 0, force)
     text = read_file(file, console)
     loaded = load_model(find_model(model, console), threads, ctx, console)
-    ids = windows(loaded.tokenizer, text, ctx)
+    ids = windows(loaded.tokenizer, text, ctx, file)
     inputs = loaded.engine.watch()
     cache = loaded.engine.new_cache(ctx)
     with console.progress("imatrix") as update:

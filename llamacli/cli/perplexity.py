@@ -38,7 +38,7 @@ def perplexity(
     console = output.console()
     text = read_file(file, console)
     loaded = load_model(find_model(model, console), threads, ctx, console)
-    ids = quality.windows(loaded.tokenizer, text, ctx)
+    ids = quality.windows(loaded.tokenizer, text, ctx, file)
     other = load_model(find_model(reference, console), threads, ctx, console) if reference else None
     with console.progress("perplexity") as update:
         record = quality.perplexity(loaded, ids, other, update)
