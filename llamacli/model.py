@@ -12,6 +12,7 @@ the expert, so one quantized x serves router, shared and routed experts.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,14 @@ from llamacli.weights import Dense, Experts, bind
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 ALL_LOGITS_BATCH = 64  # rows of logits made at a time, so that a long prompt does not ask for gigabytes
 INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
+
+
+class Inputs(NamedTuple):
+    """What has flowed into some products that share their input: per matrix, which is per expert, and per column."""
+
+    names: tuple[str, ...]  # the tensors that these inputs were multiplied with
+    square_sums: np.ndarray  # float64 [n_matrices, n_cols]
+    counts: np.ndarray  # int64 [n_matrices], inputs that each has seen
 
 
 class Engine:
@@ -56,12 +65,23 @@ class Engine:
         mixture = any(isinstance(layer.ffn, Experts) for layer in self.weights.layers)
         self._choices = config.n_experts_used if mixture else 0
         self._max_batch = max(INTERRUPTIBLE, MAX_BATCH // max(1, self._choices))
+        self._watched: dict[tuple[str, ...], Inputs] | None = None
         self._capacity = 0  # tokens that buffers and program are made for
         self._reserve(INTERRUPTIBLE)
 
     def new_cache(self, ctx: int) -> KVCache:
         """An empty cache for at most `ctx` tokens."""
         return KVCache(self.config, ctx)
+
+    def watch(self) -> list[Inputs]:
+        """From now on add up the squares of all inputs to the layers' products; a call more begins anew.
+
+        The arrays returned grow with every `forward`. A routed expert sees its input times the router's score.
+        """
+        self._watched = {}
+        self._capacity = 0  # have the program composed again
+        self._reserve(INTERRUPTIBLE)
+        return list(self._watched.values())
 
     @property
     def bytes_per_token(self) -> int:
@@ -77,25 +97,27 @@ class Engine:
                 total += sum(m.nbytes for m in layer.ffn)
         return total
 
-    def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False) -> np.ndarray:
+    def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False, first: int = 0) -> np.ndarray:
         """Evaluate `ids` after what `cache` holds and remember them.
 
-        Returns the last token's logits, float32 [n_vocab], a view that the next call overwrites; or with `all_logits` every
-        token's, [len(ids), n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
+        Returns the last token's logits, float32 [n_vocab], a view that the next call overwrites; or with `all_logits` those of
+        every token from ids[first] on, [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an
+        interrupted call leaves it sound.
         """
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.n_vocab:
             raise PromptError(f"expected token ids from 0 to {self.config.n_vocab - 1}, at least one")
         cache.reserve(len(ids))
-        result = np.empty((len(ids), self.config.n_vocab), np.float32) if all_logits else None
+        result = np.empty((len(ids) - first, self.config.n_vocab), np.float32) if all_logits else None
         done = 0
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
             self._run_layers(ids[done : done + n], cache)
             if all_logits:
-                for row in range(0, n, ALL_LOGITS_BATCH):
+                for row in range(max(0, first - done), n, ALL_LOGITS_BATCH):
                     count = min(ALL_LOGITS_BATCH, n - row)
-                    result[done + row : done + row + count] = self._head(row, count)
+                    at = done + row - first
+                    result[at : at + count] = self._head(row, count)
             elif done + n == len(ids):
                 result = self._head(n - 1, 1)[0]
             cache.pos += n
@@ -192,10 +214,12 @@ class Engine:
     def _layer(self, p: Program, i: int) -> None:
         layer = self.weights.layers[i]
         self._norm(p, layer.attn_norm)
+        self._inputs(p, (layer.attn_q, layer.attn_k, layer.attn_v), self._xn)
         self._matmul(p, layer.attn_q, self._xn, self._q, meet=False)
         self._matmul(p, layer.attn_k, self._xn, self._k, meet=False)
         self._matmul(p, layer.attn_v, self._xn, self._v)
         self._attention(p, i)
+        self._inputs(p, (layer.attn_output,), self._att)
         self._matmul(p, layer.attn_output, self._att, self._x, add=True)
         self._norm(p, layer.ffn_norm)
         if isinstance(layer.ffn, Experts):
@@ -213,6 +237,19 @@ class Engine:
     ) -> None:
         table = self._dense if table is None else table
         p.add(matmul.matmul, matmul.arguments(m, x, out, table.ctypes.data, self._scratch, self._pairs, **how), meet)
+
+    def _inputs(
+        self, p: Program, matrices: Sequence[Matrix], x: Rows, table: np.ndarray | None = None, x_div: int = 1, scores: int = 0
+    ) -> None:
+        """Where somebody watches, a step that adds up the squares of what goes into `matrices`; the product after it meets."""
+        if self._watched is None:
+            return
+        names, m = tuple(m.name for m in matrices), matrices[0]
+        fresh = Inputs(names, np.zeros((m.n_groups, m.n_cols)), np.zeros(m.n_groups, np.int64))
+        _, sums, counts = self._watched.setdefault(names, fresh)  # a program for more tokens goes on with the same sums
+        table = self._dense if table is None else table
+        args = [*x[:2], m.n_cols, m.n_groups, table.ctypes.data, x_div, scores, sums.ctypes.data, counts.ctypes.data]
+        p.add(elementwise.square_sums, args, meet=False)
 
     def _attention(self, p: Program, i: int) -> None:
         c, state, floats = self.config, self._state.ctypes.data, self._floats.ctypes.data
@@ -247,21 +284,28 @@ class Engine:
         p.add(elementwise.gate_up, [*args, scores, self._floats.ctypes.data, per_token, self._state.ctypes.data])
 
     def _dense_ffn(self, p: Program, ffn: Dense) -> None:
+        self._inputs(p, (ffn.gate, ffn.up), self._xn)
         self._matmul(p, ffn.gate, self._xn, self._gate, meet=False)
         self._matmul(p, ffn.up, self._xn, self._up)
         self._gate_up(p, self._gate, self._up, ffn.gate.n_rows)
+        self._inputs(p, (ffn.down,), self._gate)
         self._matmul(p, ffn.down, self._gate, self._x, add=True)
 
     def _experts(self, p: Program, ffn: Experts) -> None:
         c, k = self.config, self.config.n_experts_used
+        scores = self._scores.ctypes.data
+        self._inputs(p, (ffn.gate_inp, ffn.shexp.gate, ffn.shexp.up), self._xn)
         self._matmul(p, ffn.gate_inp, self._xn, self._router)
         choice = [a.ctypes.data for a in (self._scores, self._chosen, self._moe, self._state)]
         p.add(elementwise.route, [*self._router[:2], c.n_experts, k, *choice], meet=False)
         self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)
         self._matmul(p, ffn.shexp.up, self._xn, self._up)
+        self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)
         self._matmul(p, ffn.exps.gate, self._xn, self._gate_exps, self._moe, meet=False, x_div=k)
         self._matmul(p, ffn.exps.up, self._xn, self._up_exps, self._moe, x_div=k)
         self._gate_up(p, self._gate, self._up, c.n_ff_exp)
-        self._gate_up(p, self._gate_exps, self._up_exps, c.n_ff_exp, self._scores.ctypes.data, k)
+        self._gate_up(p, self._gate_exps, self._up_exps, c.n_ff_exp, scores, k)
+        self._inputs(p, (ffn.shexp.down,), self._gate)
+        self._inputs(p, (ffn.exps.down,), self._gate_exps, self._moe)
         self._matmul(p, ffn.shexp.down, self._gate, self._x, meet=False, add=True)
         self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k)

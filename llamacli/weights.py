@@ -90,7 +90,8 @@ def bind(gguf: GGUF, config: Config) -> Weights:
             data, type_name, row_bytes = _as_half(gguf, tensor), "F16", 2 * shape[-1]
             keep.append(data)
             converted.append(f"{name} ({tensor.type.name})")
-        return Matrix(data.ctypes.data, type_name, shape[0] if len(shape) == 3 else 1, shape[-2], shape[-1], row_bytes)
+        n_groups = shape[0] if len(shape) == 3 else 1
+        return Matrix(data.ctypes.data, type_name, n_groups, shape[-2], shape[-1], row_bytes, name)
 
     def dense(prefix: str, suffix: str, n_ff: int, *groups: int) -> Dense:
         return Dense(

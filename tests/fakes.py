@@ -7,6 +7,7 @@ is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...
 
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -79,7 +80,13 @@ class FakeEngine:
     def new_cache(self, ctx):
         return FakeCache(ctx, self.chunk)
 
-    def forward(self, ids, cache, all_logits=False):
+    def watch(self):
+        """Sums that stay as they are: of three experts, the second has seen nothing."""
+        gate, dense = "blk.0.ffn_gate_exps.weight", "blk.0.attn_q.weight"
+        counts = np.array([5, 0, 3])
+        return [((dense,), np.ones((1, 4)), counts[:1]), ((gate,), np.ones((3, 4)), counts)]
+
+    def forward(self, ids, cache, all_logits=False, first=0):
         if cache.pos + len(ids) > cache.ctx:
             raise ContextFullError("full")
         self.calls.append((cache.pos, list(ids)))
@@ -94,7 +101,7 @@ class FakeEngine:
             seen = cache.ring[: pos % self.chunk + 1], cache.all[: pos + 1]
             rows.append(self.logits(*seen))
         cache.pos += len(ids)
-        return np.stack(rows) if all_logits else rows[-1]
+        return np.stack(rows[first:]) if all_logits else rows[-1]
 
     def logits(self, chunk, everything):
         mixed = 0
@@ -128,7 +135,7 @@ class Greedy:
 
 class FakeModel(Model):
     def __init__(self, engine, ctx=None):
-        gguf = SimpleNamespace(metadata={}, path=None, tensors={})
+        gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), tensors={})
         super().__init__(gguf, SimpleNamespace(n_vocab=N_VOCAB, context_length=4096), FakeTokenizer(), engine, ctx or 4096)
 
     def prompt_ids(self, messages):

@@ -23,9 +23,10 @@ from recipe_cases import CASES, shapes
 
 import llamacli
 from llamacli import environment
-from llamacli.cli import bench, chat, inspect, main, options, quantize, run, tokenize
+from llamacli.cli import bench, chat, imatrix, inspect, main, options, perplexity, quantize, run, tokenize
 from llamacli.cli.console import one_line
 from llamacli.kvcache import KVCache
+from quantize.imatrix import read_imatrix
 from quantize.recipe import RECIPES
 
 TESTS = Path(__file__).parent
@@ -285,6 +286,110 @@ def test_bench_json_has_a_record_for_prefill_and_one_for_decode(model, capfd, mo
     assert decode["bandwidth_limit"] == 12.5
     assert [len(ids) for _, ids in model.engine.calls] == [16] * 3 + [1] * 12
     assert main(["bench", "-p", "0", "-n", "0"]) == 2
+
+
+# perplexity, imatrix
+
+
+@pytest.fixture
+def measured(model, monkeypatch, tmp_path):
+    """The miniature model for perplexity and imatrix, in a folder with a text of 40 tokens."""
+    for command in (perplexity, imatrix):
+        monkeypatch.setattr(command, "find_model", lambda name, console: name)
+        monkeypatch.setattr(command, "load_model", lambda path, threads, ctx, console: model)
+    (tmp_path / "text").write_text("a" * 39)
+    monkeypatch.chdir(tmp_path)
+    return model
+
+
+def test_perplexity_json_is_one_object(measured, capfd):
+    assert main(["perplexity", "-f", "text", "-c", "10", "--json"]) == 0
+    out, err = capfd.readouterr()
+    record = json.loads(out)
+    assert err == ""
+    assert (record["windows"], record["tokens"], record["ctx"]) == (4, 16, 10)
+    assert "kl_mean" not in record
+    assert [len(ids) for _, ids in measured.engine.calls] == [10] * 4
+
+
+def test_perplexity_shows_a_table_and_with_a_reference_the_distance(measured, capfd):
+    assert main(["perplexity", "-f", "text", "-c", "10"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "miniature.gguf on text" in out
+    assert "16 scored in 4 windows of 10" in out
+    assert "KL" not in out
+    assert main(["perplexity", "-f", "text", "-c", "10", "--reference", "other.gguf"]) == 0
+    out = capfd.readouterr().out
+    assert "mean KL divergence" in out
+    assert "100.00 %" in out
+
+
+def test_perplexity_reads_stdin(measured, monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a" * 19)))
+    assert main(["perplexity", "-f", "-", "-c", "10", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["windows"] == 2
+
+
+@pytest.mark.parametrize("command", [["perplexity"], ["imatrix", "-o", "out.gguf"]], ids=lambda c: c[0])
+def test_a_text_that_cannot_be_used_is_one_line(measured, command, capfd, tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "latin").write_bytes(b"\xe4" * 100)
+    for arguments, code, word in (
+        (["-f", "empty"], 1, "empty: expected at least one window of 512 tokens, found 1"),
+        (["-f", "text"], 1, "found 40"),
+        (["-f", "latin"], 1, "UTF-8"),
+        (["-f", "absent"], 1, "absent"),
+        (["-f", "text", "-c", "7"], 2, "8"),
+        ([], 2, "--file"),
+    ):
+        assert main([*command, *arguments]) == code
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.count("\n") == 1
+        assert word in err
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_imatrix_writes_a_file_and_names_the_layers_whose_experts_saw_nothing(measured, capfd):
+    assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]) == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err == "llamacli: experts that saw no token: 1 in blk.0; more text, or more varied text, may reach them\n"
+    assert [len(ids) for _, ids in measured.engine.calls] == [10] * 4
+    found = read_imatrix("out.gguf")
+    assert found.entries.keys() == {"blk.0.attn_q.weight", "blk.0.ffn_gate_exps.weight"}
+    assert found[2:] == (["text"], 4, 10)
+
+
+def test_imatrix_json_is_one_object(measured, capfd):
+    assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10", "--json"]) == 0
+    record = {"out": "out.gguf", "tensors": 2, "windows": 4, "ctx": 10, "tokens": 40, "unseen": {"blk.0": [1]}}
+    assert json.loads(capfd.readouterr().out) == record
+
+
+def test_imatrix_never_overwrites_unasked_and_says_so_before_the_work(measured, capfd, tmp_path):
+    (tmp_path / "out.gguf").write_text("precious")
+    command = ["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]
+    assert main(command) == 1
+    assert "--force" in capfd.readouterr().err
+    assert measured.engine.calls == []
+    assert (tmp_path / "out.gguf").read_text() == "precious"
+    assert main([*command, "--force"]) == 0
+    assert main([*command[:-1], "10", "-o", "no/such/folder"]) == 1
+
+
+@pytest.mark.parametrize("command", [["perplexity", "-v"], ["imatrix", "-o", "out.gguf", "-v"]], ids=lambda c: c[0])
+def test_ctrl_c_ends_a_long_measurement_quietly(command, tmp_path):
+    (tmp_path / "text").write_text("a" * 4000)
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
+    process = start(*command, "-f", "text", "-c", "100", delay="0.005", stderr=subprocess.PIPE, cwd=tmp_path, env=env)
+    process.stderr.readline()  # progress: the measurement has begun
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 # processes: pipes and signals

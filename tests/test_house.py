@@ -20,7 +20,7 @@ FLOORS = [
     "config weights kvcache tokenizer sampler",
     "model template",
     "session",
-    "measure",
+    "measure quality",
     "cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

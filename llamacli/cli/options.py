@@ -52,6 +52,8 @@ Threads = Annotated[
     int | None, option("-t", "--threads", metavar="N", min=1, max=1024, help="Threads (default: what suits the machine).")
 ]
 Json = Annotated[bool, option("--json", help="Print JSON.")]
+TextFile = Annotated[str, option("-f", "--file", metavar="FILE", help="The text, UTF-8; - is stdin.")]
+Window = Annotated[int, option("-c", "--ctx", metavar="N", min=8, help="Tokens of a window of the text (512).")]
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The steps between matrix products: norms, quantizing activations, SwiGLU, and routing tokens to experts.
+"""The steps between matrix products: norms, quantizing activations, SwiGLU, routing tokens to experts, sums of squares.
 
 Drivers; each unpacks its int64 arguments in its first line, and model.py packs them. `state` is the block that all steps of
 a run share. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know
@@ -7,7 +7,7 @@ nothing of layers.
 
 import math
 
-from numba import float32, int64
+from numba import float32, float64, int64
 
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.jit import call, kernel, pointer, unpack
@@ -98,3 +98,24 @@ def route(at, thread, threads):
     for e in range(n_experts):  # the ends have become starts: shift them back
         table[e] = table[e + 1]
     table[n_experts] = n * n_used
+
+
+@kernel
+def square_sums(at, thread, threads):
+    """sums[group] += (s * x[pair])**2 by column, in float64, for the pairs of each group of a matmul table; counts[group] +=
+    their number. s is the pair's router score, or 1 where scores is 0. The threads share the columns.
+    """
+    x, x_stride, n_cols, n_groups, table_at, x_div, scores, sums, counts_at = unpack(at, 9)
+    table, counts = pointer(table_at, int64), pointer(counts_at, int64)
+    pairs = pointer(table_at + 8 * (n_groups + 1), int64)
+    first, end = n_cols * thread // threads, n_cols * (thread + 1) // threads
+    for group in range(n_groups):
+        total = pointer(sums + 8 * group * n_cols, float64)
+        for j in range(table[group], table[group + 1]):
+            row = pointer(x + pairs[j] // x_div * x_stride, float32)
+            score = pointer(scores, float32)[pairs[j]] if scores != 0 else float32(1.0)
+            for i in range(first, end):
+                value = float64(score * row[i])
+                total[i] += value * value
+        if thread == 0:
+            counts[group] += table[group + 1] - table[group]

@@ -70,6 +70,7 @@ class Matrix(NamedTuple):
     n_rows: int
     n_cols: int
     row_bytes: int
+    name: str = ""  # in the file
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,54 @@
+"""`llamacli imatrix`: a model and a text to an importance matrix, which `quantize --imatrix` reads.
+
+In: paths. Out: the file; progress and experts that saw nothing on stderr, with --json one object on stdout. The engine adds up,
+the package quantize knows the file.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from llamacli.cli.options import Json, ModelName, Output, TextFile, Threads, Window, find_model, load_model, option, read_file
+
+
+def imatrix(
+    model: ModelName = None,
+    file: TextFile = ...,
+    out: Annotated[str, option("-o", "--output", metavar="OUT", help="The file to write.")] = ...,
+    ctx: Window = 512,
+    force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Find out which columns of the weights matter on a text, for quantize --imatrix.
+
+    The text should be varied and long enough for every expert to see some of it.
+    """
+    from llamacli.quality import windows
+    from quantize.imatrix import collected, write_imatrix
+    from quantize.writer import check_output
+
+    console, path = output.console(), Path(out)
+    check_output(path, 0, force)
+    text = read_file(file, console)
+    loaded = load_model(find_model(model, console), threads, ctx, console)
+    ids = windows(loaded.tokenizer, text, ctx, file)
+    inputs = loaded.engine.watch()
+    cache = loaded.engine.new_cache(ctx)
+    with console.progress("imatrix") as update:
+        for i, window in enumerate(ids):
+            update(i, len(ids))
+            cache.truncate(0)
+            loaded.engine.forward(window, cache)
+    matrix = collected(path, inputs, "stdin" if file == "-" else file, len(ids), ctx)
+    write_imatrix(matrix, force)
+    gate = ".ffn_gate_exps.weight"  # the up and down of a layer's experts see the same tokens
+    unseen = {name.removesuffix(gate): experts for name, experts in matrix.unseen.items() if name.endswith(gate)}
+    if unseen:
+        layers = ", ".join(f"{len(experts)} in {layer}" for layer, experts in unseen.items())
+        console.warn(f"experts that saw no token: {layers}; more text, or more varied text, may reach them")
+    if as_json:
+        report = {"out": str(path), "tensors": len(matrix.entries), "windows": len(ids), "ctx": ctx, "tokens": ids.size}
+        console.result(json.dumps(report | {"unseen": unseen}))
+    console.note(f"wrote {path}: {len(matrix.entries)} tensors, from {ids.size} tokens in {len(ids)} windows")

@@ -1,0 +1,122 @@
+"""How well a model predicts a text, and how far it is from another model: perplexity, KL divergence, agreement.
+
+In: loaded models and token ids in windows. Out: plain records, ready for JSON; nothing is printed. Each window begins with BOS
+in an empty context, and its second half is scored, as llama-perplexity does, so that numbers compare; one window of logits per
+model is in memory at a time. Knows nothing of files or the command line.
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+
+import numpy as np
+
+from llamacli.errors import ModelFileError, PromptError, UsageError
+
+SHORTEST = 8  # tokens of a window of which three are scored, enough for a standard error
+BLOCK = 1 << 21  # logits turned into float64 at a time
+
+
+def windows(tokenizer, text: str, ctx: int, where: str = "the text") -> np.ndarray:
+    """The text's ids cut into whole windows, each with BOS in its first place; int64 [n_windows, ctx].
+
+    PromptError if there is not one window of text, UsageError for a window of fewer than 8 tokens.
+    """
+    if ctx < SHORTEST:
+        raise UsageError(f"-c: expected windows of at least {SHORTEST} tokens, found {ctx}")
+    ids = tokenizer.encode(text)
+    if len(ids) < ctx:
+        raise PromptError(f"{where}: expected at least one window of {ctx} tokens, found {len(ids)}; add text or lower -c")
+    n = len(ids) // ctx
+    found = np.array(ids[: n * ctx], np.int64).reshape(n, ctx)
+    if tokenizer.bos is not None:
+        found[:, 0] = tokenizer.bos
+    return found
+
+
+def perplexity(model, ids: np.ndarray, reference=None, progress: Callable[[int, int, str], None] = lambda *_: None) -> dict:
+    """Score `ids` [n_windows, ctx]. UsageError if `reference` has another vocabulary.
+
+    A record: perplexity and perplexity_error (its standard error), windows, ctx, tokens (scored), tokens_per_second (evaluated,
+    by this model alone). With a reference also reference_perplexity and its error, kl_mean with kl_error, kl_median, kl_p99,
+    kl_max (nats, of reference || model, over the same positions) and top1_agreement, a share.
+    """
+    if reference is not None:
+        _check_same_vocabulary(model, reference)
+    n, ctx = ids.shape
+    first = ctx // 2
+    scored = ctx - 1 - first
+    losses, others, divergences = (np.empty((n, scored)) for _ in range(3))
+    same_top = np.empty((n, scored), bool)
+    cache = model.engine.new_cache(ctx)
+    other_cache = reference.engine.new_cache(ctx) if reference else None
+    seconds, label = 0.0, ""
+    for i, window in enumerate(ids):
+        progress(i, n, label)
+        began = perf_counter()
+        logits = _logits(model, window, cache, first)
+        seconds += perf_counter() - began
+        expected = None if reference is None else _logits(reference, window, other_cache, first)
+        step = max(1, BLOCK // logits.shape[1])
+        for at in range(0, scored, step):
+            block = slice(at, min(at + step, scored))
+            rows, targets = np.arange(block.stop - at), window[first + 1 :][block]
+            log_q = _log_softmax(logits[block])
+            losses[i, block] = -log_q[rows, targets]
+            if expected is not None:
+                log_p = _log_softmax(expected[block])
+                others[i, block] = -log_p[rows, targets]
+                divergences[i, block] = np.einsum("ij,ij->i", np.exp(log_p), log_p - log_q)
+                same_top[i, block] = log_p.argmax(1) == log_q.argmax(1)
+        label = f"perplexity {np.exp(losses[: i + 1].mean()):.4g}"
+    progress(n, n, label)
+    value, error = _perplexity(losses)
+    record = {"perplexity": value, "perplexity_error": error, "windows": n, "ctx": ctx, "tokens": losses.size}
+    record["tokens_per_second"] = round(ids.size / seconds, 3)
+    if reference is not None:
+        record["reference_perplexity"], record["reference_perplexity_error"] = _perplexity(others)
+        record |= {
+            "kl_mean": float(divergences.mean()),
+            "kl_error": _standard_error(divergences),
+            "kl_median": float(np.median(divergences)),
+            "kl_p99": float(np.quantile(divergences, 0.99)),
+            "kl_max": float(divergences.max()),
+            "top1_agreement": float(same_top.mean()),
+        }
+    return record
+
+
+def _logits(model, window: np.ndarray, cache, first: int) -> np.ndarray:
+    """Of the positions from `first` on, float32 [ctx - first, n_vocab]."""
+    cache.truncate(0)
+    logits = model.engine.forward(window, cache, all_logits=True, first=first)
+    if not np.isfinite(logits).all():
+        raise ModelFileError(f"{model.gguf.path}: expected finite logits, found others; the weights are damaged")
+    return logits
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    values = logits.astype(np.float64)
+    values -= values.max(1, keepdims=True)
+    values -= np.log(np.exp(values).sum(1, keepdims=True))
+    return values
+
+
+def _perplexity(losses: np.ndarray) -> tuple[float, float]:
+    """exp of the mean loss, and the standard error that the mean's passes on."""
+    value = float(np.exp(losses.mean()))
+    return value, value * _standard_error(losses)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / np.sqrt(values.size))
+
+
+def _check_same_vocabulary(model, reference) -> None:
+    key = "tokenizer.ggml.tokens"
+    sizes = [(m.config.n_vocab, m.tokenizer.bos) for m in (model, reference)]
+    if sizes[0] != sizes[1] or model.gguf.metadata.get(key) != reference.gguf.metadata.get(key):
+        found = f"{sizes[0][0]} and {sizes[1][0]} tokens" if sizes[0][0] != sizes[1][0] else "different ones"
+        raise UsageError(
+            f"{reference.gguf.path}: expected the vocabulary of {model.gguf.path}, found {found}; "
+            "compare two files of one model"
+        )
