@@ -23,6 +23,8 @@ from llamacli import environment
 from llamacli.cli import bench, chat, inspect, main, options, run, tokenize
 from llamacli.cli.console import one_line
 from llamacli.kvcache import KVCache
+from quantize import shapes
+from quantize.shapes import Shape
 
 TESTS = Path(__file__).parent
 REPLY = "first line\nsecond line"
@@ -268,19 +270,100 @@ def test_kv_memory_is_what_the_cache_takes():
     assert inspect.kv_bytes(config, 1024) == inspect.kv_bytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
 
 
-def test_bench_json_has_a_record_for_prefill_and_one_for_decode(model, capfd, monkeypatch):
-    monkeypatch.setattr("llamacli.measure.bandwidth", lambda threads: 12.5)
+@pytest.fixture
+def measured(model, monkeypatch):
+    """`bench` measures the miniature model; the machine's limits are given."""
+    monkeypatch.setattr("llamacli.measure.limits", lambda threads: (12.5, 100.0))
     monkeypatch.setattr(bench, "find_model", lambda name, console: name)
     monkeypatch.setattr(bench, "load_model", lambda path, threads, ctx, console: model)
+    return model
+
+
+def test_bench_json_has_a_record_for_prefill_and_one_for_decode(measured, capfd):
     assert main(["bench", "-p", "16", "-n", "4", "-r", "2", "--json"]) == 0
     prefill, decode = json.loads(capfd.readouterr().out)
     assert (prefill["test"], decode["test"]) == ("pp16", "tg4")
     assert len(decode["runs"]) == 2
     assert min(decode["runs"]) <= decode["tokens_per_second"] <= max(decode["runs"])
-    assert decode["gbytes_per_second"] == pytest.approx(decode["tokens_per_second"] * 1000 / 1e9, abs=1e-3)
-    assert decode["bandwidth_limit"] == 12.5
-    assert [len(ids) for _, ids in model.engine.calls] == [16] * 3 + [1] * 12
-    assert main(["bench", "-p", "0", "-n", "0"]) == 2
+    read = 1000 + 4 * 32 * 2.5  # weights, then 4 layers' keys and values of 32 bytes for 1 to 4 tokens
+    assert decode["gbytes_per_second"] == pytest.approx(decode["tokens_per_second"] * read / 1e9, abs=1e-4)
+    assert (decode["bandwidth_limit"], decode["compute_limit"]) == (12.5, 100)
+    assert decode["share_of_limit"] == pytest.approx(decode["gbytes_per_second"] / 12.5, abs=1e-3)
+    assert prefill["share_of_limit"] == pytest.approx(prefill["gops_per_second"] / 100, abs=1e-3)
+    assert decode["peak_memory_bytes"] > 1e7
+    assert [len(ids) for _, ids in measured.engine.calls] == [16] * 3 + [1] * 12
+
+
+def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_path, monkeypatch):
+    (tmp_path / "old.json").write_text("[1]")
+    monkeypatch.setattr(bench, "available", lambda: 10**6)
+    for args, code, word in (
+        (["-p", "0", "-n", "0"], 2, "nothing to measure"),
+        (["-p", "12,x"], 2, "512,4096"),
+        (["-p", "999999999"], 2, "numbers from 0"),
+        (["-d", "4000000"], 2, "free; ask for less"),
+        (["--against", str(tmp_path / "old.json")], 2, "llamacli bench --json"),
+        (["--against", str(tmp_path / "absent.json")], 2, "llamacli bench --json"),
+        (["--shape", "scout", "-m", "x.gguf"], 2, "exclude each other"),
+        (["--shape", "scout", "-d", "8192"], 2, "multiple of 4"),
+        (["--shape", "gpt"], 2, "scout"),
+    ):
+        assert main(["bench", *args]) == code
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        assert word in printed.err
+
+
+def test_bench_tables_show_depths_profile_peers_and_the_version_before(measured, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_peers", lambda model, measure, longest: [SlowPeer()])
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps([{"test": "tg4@d8", "tokens_per_second": 1e-3}]))
+    assert main(["bench", "-p", "8", "-n", "4", "-d", "0,8", "-r", "1", "--profile", "--compare", "--against", str(old)]) == 0
+    out = capfd.readouterr().out
+    assert SlowPeer.closed
+    head, *rows = [line for line in out.splitlines() if line.startswith("  ")]
+    assert "llama.cpp" in head
+    assert head.split()[-3:] == ["ratio", "to", "earlier"]
+    assert [row.split()[0] for row in rows[:4]] == ["pp8", "tg4", "pp8@d8", "tg4@d8"]
+    assert "layer 1" in out
+    assert "attention" in out
+    assert "60.0 %" in out  # 3 of 5 seconds
+
+
+class SlowPeer:
+    name, closed = "llama.cpp", False
+
+    def seconds(self, test):
+        return 100.0
+
+    def close(self):
+        SlowPeer.closed = True
+
+
+def test_bench_compare_says_how_to_get_llama_cpp(measured, capfd, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "-p", "8", "-n", "0", "--compare"]) == 2
+    assert "pip install llama-cpp-python" in capfd.readouterr().err
+
+
+def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(capfd, monkeypatch, tmp_path):
+    small = Shape("scout", 8, 256, 2, 1, 128, 512, 256, 4, 1, 300, True)
+    monkeypatch.setitem(shapes.SHAPES, "scout", small)
+    monkeypatch.setattr("llamacli.kernels.CACHE", tmp_path / "kernels")
+    monkeypatch.setattr("llamacli.measure.limits", lambda threads: (12.5, 100.0))
+    args = ["bench", "--shape", "scout", "-p", "8", "-n", "4", "-r", "1", "-t", "1"]
+    assert main([*args, "--json"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    for record in json.loads(capfd.readouterr().out):
+        inside = sum(record["profile"]["layers"]) / sum(record["profile"]["operations"].values())
+        whole = record["whole_model"]
+        assert whole["layers"] == 8
+        assert whole["weights_bytes"] == shapes.nbytes(small, 8)
+        assert whole["tokens_per_second"] == pytest.approx(record["tokens_per_second"] / (1 + 3 * inside), rel=1e-3)
+    assert main([*args, "--keep"]) == 0
+    assert "What scout with 8 layers would do here" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["scout-2-layers.gguf"]
 
 
 # processes: pipes and signals

@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted([*ROOT.glob("llamacli/**/*.py"), *ROOT.glob("quantize/**/*.py")])
 HEAVY = {
+    "llama_cpp": ("llamacli/peer.py",),
+    "matplotlib": ("llamacli/plot.py",),
     "numba": ("llamacli/kernels/", "quantize/encoders/"),
     "llvmlite": ("llamacli/kernels/",),
     "rich": ("llamacli/cli/console.py",),
@@ -20,7 +22,7 @@ FLOORS = [
     "config weights kvcache tokenizer sampler",
     "model template",
     "session",
-    "measure",
+    "measure peer plot",
     "cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

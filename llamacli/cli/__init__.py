@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     import typer
 
-    from llamacli.cli import bench, chat, inspect, quantize, run, tokenize
+    from llamacli.cli import bench, chat, inspect, quantize, run, tokenize, warmup
     from llamacli.cli.options import flat
 
     app = typer.Typer(
@@ -53,7 +53,8 @@ def _run(args: list[str] | None) -> int:
         elif context.invoked_subcommand is None:
             typer.echo(context.get_help())
 
-    for command in (run.run, chat.chat, inspect.inspect, tokenize.tokenize, quantize.quantize, bench.bench):
+    commands = run.run, chat.chat, inspect.inspect, tokenize.tokenize, quantize.quantize, bench.bench, warmup.warmup
+    for command in commands:
         app.command()(flat(command))
     group = typer.main.get_command(app)
     if "_LLAMACLI_COMPLETE" in os.environ:
