@@ -306,6 +306,7 @@ def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_
         (["--against", str(tmp_path / "absent.json")], 2, "llamacli bench --json"),
         (["--shape", "scout", "-m", "x.gguf"], 2, "exclude each other"),
         (["--shape", "scout", "-d", "8192"], 2, "multiple of 4"),
+        (["--shape", "scout", "--compare"], 2, "--layers 4"),
         (["--shape", "gpt"], 2, "scout"),
     ):
         assert main(["bench", *args]) == code
@@ -317,6 +318,7 @@ def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_
 
 def test_bench_tables_show_depths_profile_peers_and_the_version_before(measured, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_peers", lambda model, measure, longest: [SlowPeer()])
+    monkeypatch.setattr("llamacli.peer.check", lambda: None)
     old = tmp_path / "old.json"
     old.write_text(json.dumps([{"test": "tg4@d8", "tokens_per_second": 1e-3}]))
     assert main(["bench", "-p", "8", "-n", "4", "-d", "0,8", "-r", "1", "--profile", "--compare", "--against", str(old)]) == 0

@@ -217,7 +217,7 @@ def test_a_peer_that_dies_is_one_line_with_its_last_words(monkeypatch, tmp_path)
 
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 def test_llama_cpp_runs_the_same_tests(tmp_path):
-    write(SMALL, 2, tmp_path / "random.gguf")
+    write(SMALL, 4, tmp_path / "random.gguf")
     other = peer.Peer(tmp_path / "random.gguf", 1, [1, 2, 3, 4] * 5, repack=False)
     try:
         for test in plan([8], [4], [0, 10]) * 2:

@@ -78,6 +78,8 @@ def bench(
         raise UsageError("nothing to measure: expected -p or -n above 0")
     if shape and model:
         raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
+    if shape and compare and layers < 4:
+        raise UsageError("--shape with --compare: expected --layers 4 or more, llama.cpp stops if no layer sees everything")
     earlier = _earlier(against) if against else {}
     if compare:
         from llamacli import peer
