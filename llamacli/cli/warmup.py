@@ -34,10 +34,7 @@ def _files(folder) -> set[str]:
 
 
 def _compile_all() -> None:
-    import numpy as np
-
     import llamacli.model  # noqa: F401  imports every driver, which compiles it
-    import quantize.encoders
     from llamacli.kernels import dots, limits, matmul, vectors
     from llamacli.kernels.jit import TARGET, load
 
@@ -47,7 +44,24 @@ def _compile_all() -> None:
         if size % TARGET.lanes == 0:
             load(f"vectors-{size}", vectors.build(size), vectors.SYMBOLS)
     limits.leaves()
+    _compile_conversion()
+
+
+def _compile_conversion() -> None:
+    """What `quantize` calls, with arrays like those that it has: a checkpoint's are read-only."""
+    import numpy as np
+
+    import quantize.encoders
+    from quantize.encoders import widen
+
     for found in pkgutil.iter_modules(quantize.encoders.__path__):
         module = import_module(f"quantize.encoders.{found.name}")
         if hasattr(module, "encode"):
             module.encode(np.zeros((1, 256), np.float32))
+    stored, rows = np.zeros((64, 64), np.uint16), np.zeros((64, 64), np.float32)
+    stored.flags.writeable = False
+    widen.bf16(stored, rows.view(np.uint32))
+    widen.f16(stored.view(np.int16), rows)
+    for columns in (stored, stored[:, :32]):
+        widen.bf16_transposed(columns, rows[: columns.shape[1]].view(np.uint32))
+    widen.largest(rows.reshape(-1).view(np.uint32))
