@@ -81,7 +81,7 @@ def write(
     def contents():
         done = 0
         for t in tensors:
-            progress(done, offset, t.name)
+            progress(done, offset, "")
             yield t.name, t.nbytes, _values(t, random)
             done += t.nbytes
 
