@@ -32,7 +32,11 @@ class Peer:
         command = [sys.executable, "-m", "llamacli.peer"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._process = subprocess.Popen(command, text=True, **pipes)
-        self._ask({"path": str(path), "threads": threads, "ids": ids, "repack": repack})
+        try:
+            self._ask({"path": str(path), "threads": threads, "ids": ids, "repack": repack})
+        except BaseException:
+            self.close()
+            raise
 
     def seconds(self, test) -> float:
         """Seconds of one run."""

@@ -109,16 +109,16 @@ def bench(
         title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads"
         if shape:
             _extrapolate(records, shape.value, layers, measure)
-        if plot:
-            picture.draw([record for record in records if "depth" in record], title, plot)
     if as_json:
         console.result(json.dumps(records))
-        return
-    _show(records, title, console)
-    if profile:
-        _show_profiles(records, console)
-    if shape:
-        _show_whole(records, shape.value, layers, console)
+    else:
+        _show(records, title, console)
+        if profile:
+            _show_profiles(records, console)
+        if shape:
+            _show_whole(records, shape.value, layers, console)
+    if plot:  # last: if it cannot be written, the numbers have been shown
+        picture.draw([record for record in records if "depth" in record], title, plot)
 
 
 def _earlier(path: Path) -> dict[str, float]:
@@ -126,15 +126,15 @@ def _earlier(path: Path) -> dict[str, float]:
     try:
         records = json.loads(path.read_text())
         return {str(record["test"]): float(_value(record)) for record in records if float(_value(record)) > 0}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: expected what `llamacli bench --json` printed, found {type(error).__name__}; make it anew"
         ) from None
 
 
 def _value(record: dict) -> float:
-    """What --against compares: speed, or seconds of the start."""
-    return record["seconds"] if record["test"] == "startup" else record["tokens_per_second"]
+    """What --against compares: the larger the better."""
+    return 1 / record["seconds"] if record["test"] == "startup" else record["tokens_per_second"]
 
 
 def _check_room(config, longest: int) -> None:

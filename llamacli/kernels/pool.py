@@ -135,9 +135,10 @@ class Pool:
         """The same one step at a time; returns the seconds of each, the meeting of all threads after it included."""
         table, seconds = program.table.copy(), []
         table[:, 2] = 1
+        control, rows = self._control.ctypes.data, table.ctypes.data
         for step in range(first, len(program) if last is None else last):
             began = perf_counter()
-            _run(self._control.ctypes.data, table.ctypes.data, step, step + 1, self.threads)
+            _run(control, rows, step, step + 1, self.threads)
             seconds.append(perf_counter() - began)
         return seconds
 
