@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 run: setup ## Answer PROMPT="..." with the small model; its speed goes to stderr
 	@$(BIN)/llamacli run --no-stdin -v -m $(MODEL) --temp 0 -n 200 "$(PROMPT)"
 
-setup: $(VENV)/.installed ## Make .venv with .venv/bin/llamacli
+setup: $(VENV)/.warm ## Make .venv with .venv/bin/llamacli, and compile the kernels
 
 test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, ARGS="-m slow" for the slow ones)
 	$(BIN)/python -m pytest $(ARGS)
@@ -27,8 +27,8 @@ format: $(VENV)/.installed-dev ## Repair style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## Measure MODEL=file: prefill, decode, memory bandwidth
-	$(BIN)/llamacli bench -m $(MODEL)
+bench: $(VENV)/.plot ## Measure MODEL=file at two depths; ARGS="--compare" for more; draws bench.png
+	$(BIN)/llamacli bench -m $(MODEL) -p 512,4096 -d 0,8192 --startup --plot bench.png $(ARGS)
 
 clean: ## Remove .venv and everything that is made again
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -51,6 +51,16 @@ endef
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(call install,.)
+	@touch $@
+
+# again whenever the kernels change
+$(VENV)/.warm: $(VENV)/.installed $(wildcard llamacli/kernels/*.py quantize/encoders/*.py)
+	@$(BIN)/llamacli warmup >&2
+	@touch $@
+
+# matplotlib is needed for the picture only
+$(VENV)/.plot: $(VENV)/.warm
+	$(call install,.[plot])
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python

@@ -11,7 +11,10 @@ pairs, QK norm after rotation, attention temperature where there is no rotation)
 the expert, so one quantized x serves router, shared and routed experts.
 """
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +34,7 @@ from llamacli.weights import Dense, Experts, bind
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 ALL_LOGITS_BATCH = 64  # rows of logits made at a time, so that a long prompt does not ask for gigabytes
+STEPS_BEFORE = 2  # steps of a program before the first layer's
 INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
 
 
@@ -86,16 +90,23 @@ class Engine:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights read to decode one token: everything always used, and the routed experts' share."""
-        w, c = self.weights, self.config
-        total = w.output.nbytes + w.token_embd.row_bytes
-        for layer in w.layers:
-            total += sum(m.nbytes for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output))
+        w = self.weights
+        return w.token_embd.row_bytes + w.output.nbytes + sum(m.nbytes * used for m, used in self._active())
+
+    @property
+    def products_per_token(self) -> int:
+        """Multiply-adds of weights for one token, those of the output matrix apart: a prompt needs these once."""
+        return sum(m.n_rows * m.n_cols * used for m, used in self._active())
+
+    def _active(self) -> Iterator[tuple[Matrix, int]]:
+        """The layers' matrices, each with how often one token goes through (one of) it."""
+        for layer in self.weights.layers:
+            yield from ((m, 1) for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output))
             if isinstance(layer.ffn, Experts):
-                total += layer.ffn.gate_inp.nbytes + sum(m.nbytes for m in layer.ffn.shexp)
-                total += c.n_experts_used * sum(m.nbytes for m in layer.ffn.exps)
+                yield from ((m, 1) for m in (layer.ffn.gate_inp, *layer.ffn.shexp))
+                yield from ((m, self.config.n_experts_used) for m in layer.ffn.exps)
             else:
-                total += sum(m.nbytes for m in layer.ffn)
-        return total
+                yield from ((m, 1) for m in layer.ffn)
 
     def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False, first: int = 0) -> np.ndarray:
         """Evaluate `ids` after what `cache` holds and remember them.
@@ -123,6 +134,47 @@ class Engine:
             cache.pos += n
             done += n
         return result
+
+    def profile(self, ids: Sequence[int], cache: KVCache) -> list[tuple[int | None, str, float]]:
+        """`forward` with every step run by itself: (layer or None, operation, seconds) of each, in order.
+
+        Several batches add up. The threads meet after every step, so the sum is a little more than `forward` takes.
+        """
+        pool, total = self._pool, Counter()
+
+        def run(program: Program, first: int = 0, last: int | None = None) -> None:
+            total.update(dict(enumerate(pool.run_timed(program, first, last), first)))
+
+        self._pool = SimpleNamespace(run=run)
+        try:
+            self.forward(ids, cache)
+        finally:
+            self._pool = pool
+        return [(*what, total[step]) for step, what in enumerate(self._operations())]
+
+    def _operations(self) -> list[tuple[int | None, str]]:
+        """What each step of the program is for, told from its kernel and the matrix or buffer that it works on."""
+        w, p = self.weights, self._program
+        purpose = {w.output.address: "output", self._gate_exps.address: "experts"}
+        for layer in w.layers:
+            purpose |= {m.address: "projections" for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output)}
+            if isinstance(layer.ffn, Experts):
+                purpose[layer.ffn.gate_inp.address] = "router"
+                purpose |= {m.address: "shared expert" for m in layer.ffn.shexp} | {
+                    m.address: "experts" for m in layer.ffn.exps
+                }
+            else:
+                purpose |= {m.address: "dense" for m in layer.ffn}
+        by_kernel = {"embed": "embedding", "norm": "norms", "route": "router"}
+        found = []
+        for step, (name, at) in enumerate(zip(p.names, p.first_arguments(), strict=True)):
+            layer = bisect(self._cuts, step) if STEPS_BEFORE <= step < self._cuts[-1] else None
+            if name == "gate_up" and at == self._gate.address:
+                operation = "shared expert" if isinstance(w.layers[layer].ffn, Experts) else "dense"
+            else:
+                operation = by_kernel.get(name) or (purpose[at] if name in ("matmul", "gate_up") else "attention")
+            found.append((layer, operation))
+        return found
 
     def _batch_size(self, pos: int, left: int) -> int:
         chunk = self.config.chunk_size
@@ -203,6 +255,7 @@ class Engine:
         )
         angle_args = [self._frequencies.ctypes.data, c.head_dim // 2, self._rope.ctypes.data, self._state.ctypes.data]
         p.add(attention.angles, angle_args)
+        assert len(p) == STEPS_BEFORE
         self._cuts = []
         for i in range(c.n_layers):
             self._layer(p, i)

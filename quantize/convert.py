@@ -5,29 +5,35 @@ everything, plan the whole file, check the output, then stream it a few rows at 
 thread whatever the size of the model. Prints nothing.
 """
 
+import math
 import os
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
-from llamacli.errors import CheckpointError, UnsupportedModelError, UsageError
+from llamacli.errors import CheckpointError, OutputError, UnsupportedModelError, UsageError
 from llamacli.gguf import open_gguf
+from llamacli.kernels import sources_digest
 from quantize import names, sources
-from quantize.encoders import encoder
+from quantize.encoders import encoder, widen
 from quantize.general import read_general
 from quantize.hf_config import read_config
+from quantize.imatrix import Imatrix, read_imatrix
+from quantize.journal import File, Maker, part_of, write_files
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
 from quantize.safetensors import open_checkpoint
 from quantize.vocab import read_vocab
-from quantize.writer import check_output, write_file
+from quantize.writer import check_output
 
 CHUNK = 1 << 19  # weights a thread takes at a time: its floats fit a core's second cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
@@ -62,6 +68,8 @@ class Report(TypedDict):
     notices: list[str]
     written: bool
     seconds: float
+    files: list[str]  # one, or the parts of a split
+    resumed_bytes: int  # of tensors that an interrupted run had finished
     memory: int  # bytes that making it takes at most, beside the mapped pages of source and file
 
 
@@ -85,19 +93,24 @@ def convert(
     every core this process may use.
 
     CheckpointError or ModelFileError: the source is not fit. OutputError: `out` exists without `force`, or cannot be written.
-    UsageError: an unknown type, or what is no regular expression. On every error, and on KeyboardInterrupt, no file is left
-    behind.
+    UsageError: an unknown type, what is no regular expression, another model's importance matrix. On every error no file is
+    left behind; killed or interrupted, the same call goes on where it stopped (journal.py).
     """
     start, src, out = time.perf_counter(), Path(src), Path(out)
-    if imatrix is not None or split_max_size is not None:
-        raise UsageError("--imatrix, --split-max-size: not yet")
+    importance = None if imatrix is None else read_imatrix(imatrix)
     recipe = find_recipe(type_name)
     metadata, rows, notices = _open_folder(src) if src.is_dir() else _open_gguf(src)
     metadata.pop(RECIPE_KEY, None)
     metadata |= recipe.metadata | {"general.quantization_version": 2}
     types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
     notices += more
-    plan = make_plan(metadata, rows, types)
+    if importance:
+        notices += _weigh(importance, rows, metadata)
+    plan = make_plan(metadata, rows, types, split_max_size)
+    files = [
+        File(path, part.head, [(t.name, t.nbytes) for t in part.tensors])
+        for path, part in zip(plan.paths(out), plan.parts, strict=True)
+    ]
     n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or _cores()
     report = Report(
         source=str(src),
@@ -111,13 +124,47 @@ def convert(
         written=False,
         seconds=0.0,
         memory=_memory(plan, threads),
+        files=[str(file.path) for file in files],
+        resumed_bytes=0,
     )
-    if not dry_run:
-        check_output(out, plan.nbytes, force)
-        if planned:
-            planned(report)
-        _write(plan, out, force, threads, progress)
-    return report | {"written": not dry_run, "seconds": round(time.perf_counter() - start, 3)}
+    if dry_run:
+        return report | {"seconds": round(time.perf_counter() - start, 3)}
+    _check_outputs(src, files, plan.nbytes, force)
+    if planned:
+        planned(report)
+    making = _Making(plan, importance, threads, progress)
+    making.write(files, _job(src, plan, imatrix), force)
+    for tensor in report["tensors"]:
+        tensor["rmse"] = making.rmse(tensor["name"])
+    seconds = round(time.perf_counter() - start, 3)
+    return report | {"written": True, "seconds": seconds, "resumed_bytes": making.resumed}
+
+
+def _check_outputs(src: Path, files: list[File], nbytes: int, force: bool) -> None:
+    """OutputError unless all files can be made, what an earlier attempt left of them counted as room."""
+    for file in files:
+        if file.path.exists() and src.is_file() and file.path.samefile(src):
+            raise OutputError(f"{file.path}: expected another file than the source, found the source itself; choose a new name")
+        kept = sum(part.stat().st_size for f in files if (part := part_of(f.path)).is_file())
+        check_output(file.path, nbytes - kept, force)
+
+
+def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -> list[str]:
+    """Check an importance matrix against the model before anything is written, and say in the file that it was used."""
+    known = [name for name, source in rows.items() if importance.weights(name, source.shape) is not None]
+    if not known:
+        raise UsageError(f"{importance.path}: expected sums for this model's tensors, found none; make it of this model")
+    metadata |= {
+        "quantize.imatrix.file": importance.path.name,
+        "quantize.imatrix.dataset": ", ".join(importance.datasets),
+        "quantize.imatrix.entries_count": len(known),
+        "quantize.imatrix.chunks_count": importance.chunk_count,
+    }
+    unseen = {name: experts for name, experts in importance.unseen.items() if name in rows}
+    if not unseen:
+        return []
+    count = max(map(len, unseen.values()))
+    return [f"{importance.path}: up to {count} experts a layer saw no text; they are weighed as the others of their layer are"]
 
 
 def _row(t: Planned) -> TensorReport:
@@ -128,7 +175,7 @@ def _memory(plan: Plan, threads: int) -> int:
     """The program, the vocabulary as Python's objects, and of each thread the floats of a piece and the pieces made of it."""
     piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
     encoded = max(t.type.nbytes / t.type.block for t in plan.tensors)  # bytes a weight
-    return PROGRAM + FIELDS * len(plan.head) + threads * int(piece * (4 + 2 * encoded))
+    return PROGRAM + FIELDS * sum(len(part.head) for part in plan.parts) + threads * int(piece * (8 + 2 * encoded))
 
 
 def _cores() -> int:
@@ -166,34 +213,81 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     return metadata, rows, notices
 
 
-def _write(plan: Plan, out: Path, force: bool, threads: int, progress: Progress | None) -> None:
-    done = len(plan.head)
+class _Making:
+    """Makes tensors for journal.write_files and remembers each one's error: sums of (x - q)^2 and of x^2."""
 
-    def counted(tensor: Planned, chunks: Iterator[np.ndarray]) -> Iterator[memoryview]:
-        nonlocal done
-        for chunk in chunks:
+    def __init__(self, plan: Plan, imatrix: Imatrix | None, threads: int, progress: Progress | None):
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+        self._nbytes, self._imatrix, self._threads, self._progress = plan.nbytes, imatrix, threads, progress
+        self._done = sum(len(part.head) for part in plan.parts)
+        self.errors: dict[str, tuple[float, float]] = {}
+        self.resumed = 0
+
+    def write(self, files: list[File], job: str, force: bool) -> None:
+        with ThreadPoolExecutor(self._threads, "encode") as self._pool:
+            try:
+                write_files(files, job, Maker(self._make, self._note, self._skip), force)
+            finally:
+                self._pool.shutdown(wait=True, cancel_futures=True)
+        self._tell(self._nbytes - self._done, files[0].path.name)
+
+    def _make(self, name: str) -> Iterator[memoryview]:
+        tensor = self._tensors[name]
+        wrong, whole = 0.0, 0.0
+        for chunk, errors in _encoded(tensor, self._imatrix, self._pool, self._threads):
             yield memoryview(chunk).cast("B")
-            done += chunk.nbytes
-            if progress:
-                progress(min(done, plan.nbytes), plan.nbytes, tensor.name)
+            wrong, whole = wrong + errors[0], whole + errors[1]
+            self._tell(chunk.nbytes, name)
+        self.errors[name] = wrong, whole
 
-    pool = ThreadPoolExecutor(threads, "encode")
-    try:
-        tensors = ((t.name, t.nbytes, counted(t, _encoded(t, pool, threads))) for t in plan.tensors)
-        write_file(out, plan.head, tensors, force)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    if progress:
-        progress(plan.nbytes, plan.nbytes, out.name)
+    def _note(self, name: str) -> str:
+        return "{!r} {!r}".format(*self.errors[name])
+
+    def _skip(self, name: str, note: str) -> None:
+        wrong, whole = map(float, note.split())
+        self.errors[name] = wrong, whole
+        self.resumed += self._tensors[name].nbytes
+        self._tell(self._tensors[name].nbytes, name)
+
+    def _tell(self, nbytes: int, name: str) -> None:
+        self._done = min(self._done + nbytes, self._nbytes)
+        if self._progress:
+            self._progress(self._done, self._nbytes, name)
+
+    def rmse(self, name: str) -> float | None:
+        """Relative to the weights; None where there is nothing to be relative to."""
+        wrong, whole = self.errors[name]
+        return math.sqrt(wrong / whole) if whole > 0 else None
 
 
-def _encoded(tensor: Planned, pool: ThreadPoolExecutor, threads: int) -> Iterator[np.ndarray]:
-    """The tensor's bytes in order, encoded ahead of the writing by up to two pieces a thread."""
+def _job(src: Path, plan: Plan, imatrix: Path | None) -> str:
+    """What must be the same for a conversion to be taken up: the program, the plan and the files it reads."""
+    digest = blake2b(digest_size=16)
+    for folder in (Path(__file__).parent, Path(__file__).parent / "encoders"):
+        digest.update(sources_digest(folder).encode())
+    for part in plan.parts:
+        digest.update(part.head)
+    inputs = sorted(src.iterdir()) if src.is_dir() else sorted(src.parent.glob("*.gguf"))
+    for path in (*(path for path in inputs if src.is_dir() or _same_model(path, src)), *([imatrix] if imatrix else [])):
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _same_model(path: Path, src: Path) -> bool:
+    """Whether `path` is `src` or another part of the same split model."""
+    return re.sub(r"-\d{5}-of-", "-", path.name) == re.sub(r"-\d{5}-of-", "-", src.name)
+
+
+def _encoded(
+    tensor: Planned, imatrix: Imatrix | None, pool: ThreadPoolExecutor, threads: int
+) -> Iterator[tuple[np.ndarray, tuple[float, float]]]:
+    """The tensor's bytes in order, each piece with its error, encoded ahead of the writing by up to two pieces a thread."""
     raw = tensor.source.raw(tensor.type.name)
     if raw is not None:
-        yield from (raw[i : i + RAW_CHUNK] for i in range(0, len(raw), RAW_CHUNK))
+        yield from ((raw[i : i + RAW_CHUNK], (0.0, 0.0)) for i in range(0, len(raw), RAW_CHUNK))
         return
-    encode, waiting = _Task(tensor), deque()
+    encode, waiting = _Task(tensor, imatrix.weights(tensor.name, tensor.shape) if imatrix else None), deque()
     for piece in _pieces(tensor):
         waiting.append(pool.submit(encode, *piece))
         if len(waiting) > 2 * threads:
@@ -218,14 +312,15 @@ _scratch = threading.local()
 class _Task:
     """Read, check and encode one piece; runs in a thread of the pool."""
 
-    def __init__(self, tensor: Planned):
-        self._tensor, self._encoder = tensor, encoder(tensor.type.name)
+    def __init__(self, tensor: Planned, weights: np.ndarray | None):
+        self._tensor, self._weights, self._encoder = tensor, weights, encoder(tensor.type.name)
 
-    def __call__(self, group: int, first: int, count: int) -> np.ndarray:
+    def __call__(self, group: int, first: int, count: int) -> tuple[np.ndarray, tuple[float, float]]:
         tensor, size = self._tensor, count * self._tensor.shape[-1]
-        if getattr(_scratch, "floats", np.empty(0)).size < size:
-            _scratch.floats = np.empty(size, np.float32)
-        values = _scratch.floats[:size].reshape(count, -1)
+        if getattr(_scratch, "floats", np.empty((2, 0))).shape[1] < size:
+            _scratch.floats = np.empty((2, size), np.float32)
+        values, back = (floats[:size].reshape(count, -1) for floats in _scratch.floats)
         tensor.source.read(group, first, values)
         sources.check(values, self._encoder.limit, tensor.name, tensor.type.name)
-        return self._encoder.encode(values, None)
+        encoded = self._encoder.encode(values, None if self._weights is None else self._weights[group])
+        return encoded, widen.error(tensor.type.name, encoded, values, back)

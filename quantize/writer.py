@@ -1,8 +1,8 @@
-"""Write a GGUF, version 3, little-endian, as a stream: complete under its name or not there at all.
+"""A GGUF's bytes before the data, version 3, little-endian; and small files, complete under their names or not there at all.
 
-In: a header's values, then the bytes of each tensor in the planned order. Out: the file. It grows as NAME.part, is synced and
-renamed; on any failure, Ctrl-C included, the part is removed. What cannot be written is an OutputError. Knows nothing of
-checkpoints or types.
+In: a header's values, then the bytes of each tensor in the planned order. Out: the header, or the file. It grows as NAME.part,
+is synced and renamed; on any failure, Ctrl-C included, the part is removed (journal.py keeps those that took long). What
+cannot be written is an OutputError. Knows nothing of checkpoints or types.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -102,7 +102,7 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
         if path.exists() and not force:
             raise OutputError(f"{path}: expected no such file, found one made meanwhile; choose another name or add --force")
         part.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         _remove(part)
         raise OutputError(f"{path}: expected to write it, found: {error.strerror or error}; nothing was kept") from None
@@ -116,7 +116,7 @@ def _remove(part: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the rename itself survive a power cut, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)

@@ -18,6 +18,11 @@ from llamacli.errors import ContextFullError
 
 BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
 N_VOCAB = 261
+CONFIG = SimpleNamespace(
+    **{"n_vocab": N_VOCAB, "context_length": 4096, "n_embd": 4, "n_layers": 4, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8},
+    chunk_size=8,
+    uses_rope=lambda i: i != 3,
+)
 
 
 class FakeTokenizer:
@@ -70,7 +75,7 @@ class FakeCache:
 
 
 class FakeEngine:
-    threads, bytes_per_token = 1, 1000
+    threads, bytes_per_token, products_per_token = 1, 1000, 2000
 
     def __init__(self, chunk=8, delay=0.0):
         self.chunk, self.delay = chunk, delay
@@ -102,6 +107,16 @@ class FakeEngine:
             rows.append(self.logits(*seen))
         cache.pos += len(ids)
         return np.stack(rows[first:]) if all_logits else rows[-1]
+
+    def profile(self, ids, cache):
+        self.forward(ids, cache)
+        return [
+            (None, "embedding", 0.5),
+            (0, "attention", 2.0),
+            (1, "experts", 1.0),
+            (1, "attention", 1.0),
+            (None, "output", 0.5),
+        ]
 
     def logits(self, chunk, everything):
         mixed = 0
@@ -136,7 +151,7 @@ class Greedy:
 class FakeModel(Model):
     def __init__(self, engine, ctx=None):
         gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), tensors={})
-        super().__init__(gguf, SimpleNamespace(n_vocab=N_VOCAB, context_length=4096), FakeTokenizer(), engine, ctx or 4096)
+        super().__init__(gguf, CONFIG, FakeTokenizer(), engine, ctx or 4096)
 
     def prompt_ids(self, messages):
         ids = [BOS]

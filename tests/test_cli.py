@@ -19,15 +19,18 @@ import checkpoint
 import pexpect
 import pytest
 from fakes import FakeModel, Scripted, write_gguf
-from recipe_cases import CASES, shapes
+from recipe_cases import CASES
+from recipe_cases import shapes as case_shapes
 
 import llamacli
 from llamacli import environment
 from llamacli.cli import bench, chat, imatrix, inspect, main, options, perplexity, quantize, run, tokenize
 from llamacli.cli.console import one_line
 from llamacli.kvcache import KVCache
+from quantize import shapes
 from quantize.imatrix import read_imatrix
 from quantize.recipe import RECIPES
+from quantize.shapes import Shape
 
 TESTS = Path(__file__).parent
 REPLY = "first line\nsecond line"
@@ -273,26 +276,109 @@ def test_kv_memory_is_what_the_cache_takes():
     assert inspect.kv_bytes(config, 1024) == inspect.kv_bytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
 
 
-def test_bench_json_has_a_record_for_prefill_and_one_for_decode(model, capfd, monkeypatch):
-    monkeypatch.setattr("llamacli.measure.bandwidth", lambda threads: 12.5)
+@pytest.fixture
+def measured(model, monkeypatch):
+    """`bench` measures the miniature model; the machine's limits are given."""
+    monkeypatch.setattr("llamacli.measure.limits", lambda threads: (12.5, 100.0))
     monkeypatch.setattr(bench, "find_model", lambda name, console: name)
     monkeypatch.setattr(bench, "load_model", lambda path, threads, ctx, console: model)
+    return model
+
+
+def test_bench_json_has_a_record_for_prefill_and_one_for_decode(measured, capfd):
     assert main(["bench", "-p", "16", "-n", "4", "-r", "2", "--json"]) == 0
     prefill, decode = json.loads(capfd.readouterr().out)
     assert (prefill["test"], decode["test"]) == ("pp16", "tg4")
     assert len(decode["runs"]) == 2
     assert min(decode["runs"]) <= decode["tokens_per_second"] <= max(decode["runs"])
-    assert decode["gbytes_per_second"] == pytest.approx(decode["tokens_per_second"] * 1000 / 1e9, abs=1e-3)
-    assert decode["bandwidth_limit"] == 12.5
-    assert [len(ids) for _, ids in model.engine.calls] == [16] * 3 + [1] * 12
-    assert main(["bench", "-p", "0", "-n", "0"]) == 2
+    read = 1000 + 4 * 32 * 2.5  # weights, then 4 layers' keys and values of 32 bytes for 1 to 4 tokens
+    assert decode["gbytes_per_second"] == pytest.approx(decode["tokens_per_second"] * read / 1e9, abs=1e-4)
+    assert (decode["bandwidth_limit"], decode["compute_limit"]) == (12.5, 100)
+    assert decode["share_of_limit"] == pytest.approx(decode["gbytes_per_second"] / 12.5, abs=1e-3)
+    assert prefill["share_of_limit"] == pytest.approx(prefill["gops_per_second"] / 100, abs=1e-3)
+    assert decode["peak_memory_bytes"] > 1e7
+    assert [len(ids) for _, ids in measured.engine.calls] == [16] * 3 + [1] * 12
+
+
+def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_path, monkeypatch):
+    (tmp_path / "old.json").write_text("[1]")
+    monkeypatch.setattr(bench, "available", lambda: 10**6)
+    for args, code, word in (
+        (["-p", "0", "-n", "0"], 2, "nothing to measure"),
+        (["-p", "12,x"], 2, "512,4096"),
+        (["-p", "999999999"], 2, "numbers from 0"),
+        (["-d", "4000000"], 2, "free; ask for less"),
+        (["--against", str(tmp_path / "old.json")], 2, "llamacli bench --json"),
+        (["--against", str(tmp_path / "absent.json")], 2, "llamacli bench --json"),
+        (["--shape", "scout", "-m", "x.gguf"], 2, "exclude each other"),
+        (["--shape", "scout", "-d", "8192"], 2, "multiple of 4"),
+        (["--shape", "scout", "--compare"], 2, "--layers 4"),
+        (["--shape", "gpt"], 2, "scout"),
+    ):
+        assert main(["bench", *args]) == code
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1
+        assert word in printed.err
+
+
+def test_bench_tables_show_depths_profile_peers_and_the_version_before(measured, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_peers", lambda model, measure, longest: [SlowPeer()])
+    monkeypatch.setattr("llamacli.peer.check", lambda: None)
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps([{"test": "tg4@d8", "tokens_per_second": 1e-3}]))
+    assert main(["bench", "-p", "8", "-n", "4", "-d", "0,8", "-r", "1", "--profile", "--compare", "--against", str(old)]) == 0
+    out = capfd.readouterr().out
+    assert SlowPeer.closed
+    head, *rows = [line for line in out.splitlines() if line.startswith("  ")]
+    assert "llama.cpp" in head
+    assert head.split()[-3:] == ["ratio", "to", "earlier"]
+    assert [row.split()[0] for row in rows[:4]] == ["pp8", "tg4", "pp8@d8", "tg4@d8"]
+    assert "layer 1" in out
+    assert "attention" in out
+    assert "60.0 %" in out  # 3 of 5 seconds
+
+
+class SlowPeer:
+    name, closed = "llama.cpp", False
+
+    def seconds(self, test):
+        return 100.0
+
+    def close(self):
+        SlowPeer.closed = True
+
+
+def test_bench_compare_says_how_to_get_llama_cpp(measured, capfd, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "-p", "8", "-n", "0", "--compare"]) == 2
+    assert "pip install llama-cpp-python" in capfd.readouterr().err
+
+
+def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(capfd, monkeypatch, tmp_path):
+    small = Shape("scout", 8, 256, 2, 1, 128, 512, 256, 4, 1, 300, True)
+    monkeypatch.setitem(shapes.SHAPES, "scout", small)
+    monkeypatch.setattr("llamacli.kernels.CACHE", tmp_path / "kernels")
+    monkeypatch.setattr("llamacli.measure.limits", lambda threads: (12.5, 100.0))
+    args = ["bench", "--shape", "scout", "-p", "8", "-n", "4", "-r", "1", "-t", "1"]
+    assert main([*args, "--json"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    for record in json.loads(capfd.readouterr().out):
+        inside = sum(record["profile"]["layers"]) / sum(record["profile"]["operations"].values())
+        whole = record["whole_model"]
+        assert whole["layers"] == 8
+        assert whole["weights_bytes"] == shapes.nbytes(small, 8)
+        assert whole["tokens_per_second"] == pytest.approx(record["tokens_per_second"] / (1 + 3 * inside), rel=1e-3)
+    assert main([*args, "--keep"]) == 0
+    assert "What scout with 8 layers would do here" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["scout-2-layers.gguf"]
 
 
 # perplexity, imatrix
 
 
 @pytest.fixture
-def measured(model, monkeypatch, tmp_path):
+def scored(model, monkeypatch, tmp_path):
     """The miniature model for perplexity and imatrix, in a folder with a text of 40 tokens."""
     for command in (perplexity, imatrix):
         monkeypatch.setattr(command, "find_model", lambda name, console: name)
@@ -302,17 +388,17 @@ def measured(model, monkeypatch, tmp_path):
     return model
 
 
-def test_perplexity_json_is_one_object(measured, capfd):
+def test_perplexity_json_is_one_object(scored, capfd):
     assert main(["perplexity", "-f", "text", "-c", "10", "--json"]) == 0
     out, err = capfd.readouterr()
     record = json.loads(out)
     assert err == ""
     assert (record["windows"], record["tokens"], record["ctx"]) == (4, 16, 10)
     assert "kl_mean" not in record
-    assert [len(ids) for _, ids in measured.engine.calls] == [10] * 4
+    assert [len(ids) for _, ids in scored.engine.calls] == [10] * 4
 
 
-def test_perplexity_shows_a_table_and_with_a_reference_the_distance(measured, capfd):
+def test_perplexity_shows_a_table_and_with_a_reference_the_distance(scored, capfd):
     assert main(["perplexity", "-f", "text", "-c", "10"]) == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -325,14 +411,14 @@ def test_perplexity_shows_a_table_and_with_a_reference_the_distance(measured, ca
     assert "100.00 %" in out
 
 
-def test_perplexity_reads_stdin(measured, monkeypatch, capfd):
+def test_perplexity_reads_stdin(scored, monkeypatch, capfd):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a" * 19)))
     assert main(["perplexity", "-f", "-", "-c", "10", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["windows"] == 2
 
 
 @pytest.mark.parametrize("command", [["perplexity"], ["imatrix", "-o", "out.gguf"]], ids=lambda c: c[0])
-def test_a_text_that_cannot_be_used_is_one_line(measured, command, capfd, tmp_path):
+def test_a_text_that_cannot_be_used_is_one_line(scored, command, capfd, tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "latin").write_bytes(b"\xe4" * 100)
     for arguments, code, word in (
@@ -351,29 +437,29 @@ def test_a_text_that_cannot_be_used_is_one_line(measured, command, capfd, tmp_pa
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_imatrix_writes_a_file_and_names_the_layers_whose_experts_saw_nothing(measured, capfd):
+def test_imatrix_writes_a_file_and_names_the_layers_whose_experts_saw_nothing(scored, capfd):
     assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]) == 0
     out, err = capfd.readouterr()
     assert out == ""
     assert err == "llamacli: experts that saw no token: 1 in blk.0; more text, or more varied text, may reach them\n"
-    assert [len(ids) for _, ids in measured.engine.calls] == [10] * 4
+    assert [len(ids) for _, ids in scored.engine.calls] == [10] * 4
     found = read_imatrix("out.gguf")
     assert found.entries.keys() == {"blk.0.attn_q.weight", "blk.0.ffn_gate_exps.weight"}
     assert found[2:] == (["text"], 4, 10)
 
 
-def test_imatrix_json_is_one_object(measured, capfd):
+def test_imatrix_json_is_one_object(scored, capfd):
     assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10", "--json"]) == 0
     record = {"out": "out.gguf", "tensors": 2, "windows": 4, "ctx": 10, "tokens": 40, "unseen": {"blk.0": [1]}}
     assert json.loads(capfd.readouterr().out) == record
 
 
-def test_imatrix_never_overwrites_unasked_and_says_so_before_the_work(measured, capfd, tmp_path):
+def test_imatrix_never_overwrites_unasked_and_says_so_before_the_work(scored, capfd, tmp_path):
     (tmp_path / "out.gguf").write_text("precious")
     command = ["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]
     assert main(command) == 1
     assert "--force" in capfd.readouterr().err
-    assert measured.engine.calls == []
+    assert scored.engine.calls == []
     assert (tmp_path / "out.gguf").read_text() == "precious"
     assert main([*command, "--force"]) == 0
     assert main([*command[:-1], "10", "-o", "no/such/folder"]) == 1
@@ -634,7 +720,7 @@ def test_quantize_has_no_colour_where_none_is_wanted_and_no_bar_where_it_cannot_
 
 
 def test_every_tensor_counts_in_one_group():
-    groups = {quantize.group_of(name) for case in ("Scout", "Maverick") for name in shapes(CASES[case])}
+    groups = {quantize.group_of(name) for case in ("Scout", "Maverick") for name in case_shapes(CASES[case])}
     assert groups == set(quantize.GROUPS)
     for name, group in {
         "blk.3.ffn_gate_inp.weight": "norms, routers",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,6 +73,26 @@ def test_ctrl_c_at_any_moment_exits_with_130_and_no_traceback(seconds):
         assert process.stderr.read() == b""
         process.stdout.read()
     assert process.returncode in ((130, 0) if seconds > 1 else (130,))
+
+
+@pytest.mark.slow
+def test_after_warmup_nothing_is_compiled_any_more(tmp_path):
+    """Half a minute: the folder of compiled code is new."""
+
+    def files():
+        return sorted(path for path in tmp_path.rglob("*") if path.is_file())
+
+    done = shell("llamacli warmup", LLAMACLI_CACHE=str(tmp_path))
+    assert re.fullmatch(rb"compiled \d+ kernels in [\d.]+ s into \S+\n", done.stdout)
+    compiled = files()
+    done = shell(
+        f"llamacli warmup && llamacli run -n 4 --seed 1 '{ASK}' && llamacli bench -p 20 -n 2 -r 1 --profile"
+        f" && llamacli quantize models/scout-tiny/hf {tmp_path}.gguf --type q8_0",
+        LLAMACLI_CACHE=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"all ")
+    assert files() == compiled
 
 
 def test_the_python_door(answer):

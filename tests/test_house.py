@@ -9,8 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted([*ROOT.glob("llamacli/**/*.py"), *ROOT.glob("quantize/**/*.py")])
 HEAVY = {
+    "llama_cpp": ("llamacli/peer.py",),
+    "matplotlib": ("llamacli/plot.py",),
     "numba": ("llamacli/kernels/", "quantize/encoders/"),
-    "llvmlite": ("llamacli/kernels/",),
+    "llvmlite": ("llamacli/kernels/", "quantize/encoders/"),
     "rich": ("llamacli/cli/console.py",),
     "typer": ("llamacli/cli/",),
 }
@@ -20,7 +22,7 @@ FLOORS = [
     "config weights kvcache tokenizer sampler",
     "model template",
     "session",
-    "measure quality",
+    "measure quality peer plot",
     "cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

@@ -1,52 +1,255 @@
-"""`llamacli bench`: speed of prefill and decode beside what the machine's memory allows. measure.py measures, this shows."""
+"""`llamacli bench`: speed of prefill and decode beside what the machine allows, and beside llama.cpp. measure.py measures, this
+shows.
+
+In: a file, or the name of a shape, of which a random file with few layers is then made. Out: tables or JSON on stdout. Knows
+nothing of how anything is measured.
+"""
 
 import json
+import re
+from contextlib import ExitStack, closing, contextmanager
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
+import typer
+
+from llamacli.cli.console import amount
+from llamacli.cli.inspect import available, kv_bytes
 from llamacli.cli.options import Json, ModelName, Output, Threads, find_model, load_model, option
 from llamacli.errors import UsageError
+
+LONGEST = 1 << 24  # tokens
+
+
+class ShapeName(StrEnum):
+    """Models whose shape a random file can take."""
+
+    scout = "scout"
+    maverick = "maverick"
+
+
+def _counts(text: str) -> str:
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) or any(int(n) > LONGEST for n in text.split(",")):
+        raise typer.BadParameter(f"expected numbers from 0 to {LONGEST}, such as 512,4096, found {text!r}.")
+    return text
+
+
+def _counted(names: tuple[str, ...], help: str):
+    return Annotated[str, option(*names, metavar="N,N,...", callback=_counts, help=help)]
 
 
 def bench(
     model: ModelName = None,
-    prompt: Annotated[
-        int, option("-p", "--prompt", metavar="N", min=0, help="Tokens of the prompt to prefill; 0 leaves it out (512).")
-    ] = 512,
-    generate: Annotated[
-        int, option("-n", "--generate", metavar="N", min=0, help="Tokens to decode; 0 leaves it out (128).")
-    ] = 128,
+    prompt: _counted(("-p", "--prompt"), "Tokens of the prompts to prefill; 0 leaves them out (512).") = "512",
+    generate: _counted(("-n", "--generate"), "Tokens to decode; 0 leaves them out (128).") = "128",
+    depth: _counted(("-d", "--depth"), "Tokens that the context holds before (0).") = "0",
     threads: Threads = None,
     repetitions: Annotated[
         int, option("-r", "--repetitions", metavar="N", min=1, max=1000, help="Runs of each test; the median counts (3).")
     ] = 3,
+    startup: Annotated[bool, option("--startup", help="Time whole processes, `run -n 1` on the file, too.")] = False,
+    profile: Annotated[bool, option("--profile", help="Show where the time goes, by operation and layer.")] = False,
+    compare: Annotated[
+        bool, option("--compare", help="Take turns with llama.cpp, by llama-cpp-python if it is installed.")
+    ] = False,
+    against: Annotated[
+        Path | None, option("--against", metavar="FILE", help="Show ratios to what --json printed earlier.")
+    ] = None,
+    plot: Annotated[Path | None, option("--plot", metavar="FILE", help="Draw speed against depth (needs matplotlib).")] = None,
+    shape: Annotated[
+        ShapeName | None, option("--shape", help="Measure a random file of this model's shape, to see what it would do here.")
+    ] = None,
+    layers: Annotated[int, option("--layers", metavar="N", min=1, max=48, help="Layers of the file of --shape (2).")] = 2,
+    keep: Annotated[bool, option("--keep", help="Keep the file of --shape for the next time.")] = False,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
     """Measure prefill and decode, after one run to warm up.
 
-    GB/s is what the weights read per token or prompt come to; the limit is this machine's measured read bandwidth in GB/s.
+    GB/s counts the weights, keys and values that must be read, Gop/s two for each multiply-add. The limits are what the same
+    threads read and multiply at best, measured here; decode is held against the first, prefill against the second.
     """
     from llamacli import measure
 
-    if not prompt and not generate:
-        raise UsageError("nothing to measure: expected -p or -n above 0")
     console = output.console()
-    loaded = load_model(find_model(model, console), threads, max(prompt, generate) + 1, console)
-    with console.progress("bench") as update:
-        records = measure.speed(loaded, prompt, generate, repetitions, update)
+    tests = measure.plan(*(sorted({int(n) for n in text.split(",")}) for text in (prompt, generate, depth)))
+    if not tests:
+        raise UsageError("nothing to measure: expected -p or -n above 0")
+    if shape and model:
+        raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
+    if shape and compare and layers < 4:
+        raise UsageError("--shape with --compare: expected --layers 4 or more, llama.cpp stops if no layer sees everything")
+    earlier = _earlier(against) if against else {}
+    if compare:
+        from llamacli import peer
+
+        peer.check()
+    if plot:
+        from llamacli import plot as picture
+
+        picture.check()
+    with ExitStack() as stack:
+        path = (
+            stack.enter_context(_random_file(shape.value, layers, tests, keep, console))
+            if shape
+            else find_model(model, console)
+        )
+        longest = max(test.depth + test.n for test in tests)
+        loaded = load_model(path, threads, longest + 1, console)
+        _check_room(loaded.config, longest)
+        peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
+        with console.progress("bench") as update:
+            records = measure.speed(loaded, tests, repetitions, update, peers, profile or shape is not None)
+        if startup:
+            records.append(measure.startup(path, loaded.engine.threads, repetitions))
+        for record in records:
+            if record["test"] in earlier:
+                record["ratio_to_earlier"] = round(_value(record) / earlier[record["test"]], 4)
+        title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads"
+        if shape:
+            _extrapolate(records, shape.value, layers, measure)
     if as_json:
         console.result(json.dumps(records))
-        return
-    rows = [
-        (
-            record["test"],
-            f"{record['tokens_per_second']:.2f}",
-            f"{min(record['runs']):.2f} to {max(record['runs']):.2f}",
-            f"{record['gbytes_per_second']:.2f}",
-            "not measured" if record["bandwidth_limit"] is None else f"{record['bandwidth_limit']:.2f}",
+    else:
+        _show(records, title, console)
+        if profile:
+            _show_profiles(records, console)
+        if shape:
+            _show_whole(records, shape.value, layers, console)
+    if plot:  # last: if it cannot be written, the numbers have been shown
+        picture.draw([record for record in records if "depth" in record], title, plot)
+
+
+def _earlier(path: Path) -> dict[str, float]:
+    """Test to its value in a file of an earlier run."""
+    try:
+        records = json.loads(path.read_text())
+        return {str(record["test"]): float(_value(record)) for record in records if float(_value(record)) > 0}
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: expected what `llamacli bench --json` printed, found {type(error).__name__}; make it anew"
+        ) from None
+
+
+def _value(record: dict) -> float:
+    """What --against compares: the larger the better."""
+    return 1 / record["seconds"] if record["test"] == "startup" else record["tokens_per_second"]
+
+
+def _check_room(config, longest: int) -> None:
+    need, free = kv_bytes(config, longest), available()
+    if free is not None and need > free:
+        raise UsageError(
+            f"-d, -p and -n ask for a context of {longest} tokens: expected {amount(need)} of memory for it, "
+            f"found {amount(free)} free; ask for less"
         )
-        for record in records
+
+
+def _peers(model, measure, longest: int):
+    """llama.cpp as it is, which keeps a rearranged copy of the weights, where memory holds one; and without that."""
+    from llamacli.peer import Peer
+
+    ids = measure.tokens(model, longest)
+    free = available()
+    for repack in (True, False) if free is None or free > 2 * model.gguf.nbytes else (False,):
+        yield Peer(model.gguf.path, model.engine.threads, ids, repack)
+
+
+@contextmanager
+def _random_file(name: str, layers: int, tests, keep: bool, console):
+    """The file of a shape in the cache folder, made if it is not there, removed afterwards unless it is to be kept."""
+    from llamacli.kernels import CACHE
+    from quantize.shapes import SHAPES, write
+
+    shape = SHAPES[name]
+    if layers % 4 and max(test.depth + test.n for test in tests) > 8192:
+        raise UsageError(
+            "--shape: expected depths up to 8192 tokens, or a multiple of 4 as --layers: every fourth layer sees beyond that"
+        )
+    path = CACHE.parent / f"{name}-{layers}-layers.gguf"
+    if not path.exists():
+        with console.progress(f"writing {path}") as update:
+            write(shape, layers, path, progress=update)
+    try:
+        yield path
+    finally:
+        if not keep:
+            path.unlink(missing_ok=True)
+
+
+def _extrapolate(records: list[dict], name: str, layers: int, measure) -> None:
+    from quantize.shapes import SHAPES, nbytes
+
+    for record in records:
+        if "profile" in record:
+            shape = SHAPES[name]
+            rate = measure.whole(record, layers, shape.n_layers)
+            record["whole_model"] = {
+                "layers": shape.n_layers,
+                "tokens_per_second": round(rate, 4),
+                "weights_bytes": nbytes(shape, shape.n_layers),
+            }
+
+
+def _show(records: list[dict], title: str, console) -> None:
+    speeds = [record for record in records if "depth" in record]
+    peers, earlier = "peers" in speeds[0], any("ratio_to_earlier" in record for record in records)
+    head = ["test", "tokens/s", "range", "GB/s", "Gop/s", "limit", "share", "peak memory"]
+    rows = []
+    for r in speeds:
+        limit = f"{r['bandwidth_limit']:.2f} GB/s" if r["test"].startswith("tg") else f"{r['compute_limit']:.0f} Gop/s"
+        rows.append([r["test"], f"{r['tokens_per_second']:.2f}", f"{r['min']:.2f} to {r['max']:.2f}"])
+        rows[-1] += [
+            f"{r['gbytes_per_second']:.2f}",
+            f"{r['gops_per_second']:.1f}",
+            limit,
+            f"{100 * r['share_of_limit']:.0f} %",
+        ]
+        rows[-1].append(amount(r["peak_memory_bytes"]))
+        if peers:
+            rows[-1] += [f"{peer['tokens_per_second']:.2f}" for peer in r["peers"].values()] + [f"{r['ratio']:.2f}"]
+    if peers:
+        head += [*speeds[0]["peers"], "ratio to the faster" if len(speeds[0]["peers"]) > 1 else "ratio"]
+    for r in records:
+        if r["test"] == "startup":
+            row = ["startup", f"{r['seconds']:.2f} s", f"{r['min']:.2f} to {r['max']:.2f}"]
+            rows.append(row + [""] * (len(head) - len(row)))
+    if earlier:
+        head.append("ratio to earlier")
+        for row, r in zip(rows, records, strict=True):
+            row.append(f"{r['ratio_to_earlier']:.2f}" if "ratio_to_earlier" in r else "")
+    console.table(title, [tuple(row) for row in rows], tuple(head))
+
+
+def _show_profiles(records: list[dict], console) -> None:
+    """Milliseconds by operation and by layer, a column a test."""
+    profiles = [(r["test"], r["profile"]) for r in records if "profile" in r]
+    head = ("one prompt, or one token", *(test for test, _ in profiles))
+
+    def cell(seconds: float | None, whole: float) -> str:
+        return "" if seconds is None else f"{1e3 * seconds:.3f} ms {100 * seconds / whole:4.1f} %"
+
+    totals = [sum(p["operations"].values()) for _, p in profiles]
+    names = list(dict.fromkeys(name for _, p in profiles for name in p["operations"]))
+    rows = [
+        (name, *(cell(p["operations"].get(name), total) for (_, p), total in zip(profiles, totals, strict=True)))
+        for name in names
     ]
-    console.table(
-        f"{loaded.gguf.path.name}, {loaded.engine.threads} threads", rows, ("test", "tokens/s", "range", "GB/s", "limit GB/s")
+    rows += [
+        (f"layer {i}", *(cell(p["layers"][i], total) for (_, p), total in zip(profiles, totals, strict=True)))
+        for i in range(len(profiles[0][1]["layers"]))
+    ]
+    rows.append(("all", *(f"{1e3 * total:.3f} ms" for total in totals)))
+    console.table("\nWhere the time goes, steps timed one by one", rows, head)
+
+
+def _show_whole(records: list[dict], name: str, layers: int, console) -> None:
+    rows = [(r["test"], f"{r['whole_model']['tokens_per_second']:.2f}") for r in records if "whole_model" in r]
+    whole, free = records[0]["whole_model"], available()
+    fits = "" if free is None else ", which fits" if whole["weights_bytes"] < free else ", more than that: its disk will decide"
+    console.table(f"\nWhat {name} with {whole['layers']} layers would do here", rows, ("test", "tokens/s"))
+    console.result(
+        f"  (time inside the {layers} layers x {whole['layers']}/{layers}, plus the time outside them, by the profile; weights "
+        f"{amount(whole['weights_bytes'])}" + ("" if free is None else f", {amount(free)} of memory free here{fits}") + ")"
     )

@@ -163,7 +163,7 @@ def _show(r: dict, console) -> None:
     if not r["runnable"]:
         console.result(f"\nThis file cannot be run: {r['why_not']}")
         return
-    weights, free = r["memory"]["weights_bytes"], _available()
+    weights, free = r["memory"]["weights_bytes"], available()
     rows = []
     for kv in r["memory"]["kv"]:
         need = weights + kv["bytes"]
@@ -172,7 +172,7 @@ def _show(r: dict, console) -> None:
     console.table("\nMemory by context", rows, ("tokens", "KV cache", "(unchunked)", "with weights", ""))
 
 
-def _available() -> int | None:
+def available() -> int | None:
     """Bytes of memory that the machine can still give, None where it does not tell."""
     try:
         with open("/proc/meminfo") as lines:

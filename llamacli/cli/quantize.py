@@ -62,21 +62,25 @@ def quantize(
 
     console = output.console()
     path = Path(out) if out else default_out(Path(source), type_name)
-    with console.progress("quantize") as update:
-        follow = Follow(update)
-        report = convert(
-            Path(source),
-            path,
-            type_name,
-            tensor_types=[_override(text) for text in tensor_types or ()],
-            imatrix=Path(imatrix) if imatrix else None,
-            split_max_size=byte_count(split_max_size, "--split-max-size") if split_max_size is not None else None,
-            force=force,
-            threads=threads,
-            progress=follow,
-            planned=follow.plan,
-            dry_run=dry_run,
-        )
+    try:
+        with console.progress("quantize") as update:
+            follow = Follow(update)
+            report = convert(
+                Path(source),
+                path,
+                type_name,
+                tensor_types=[_override(text) for text in tensor_types or ()],
+                imatrix=Path(imatrix) if imatrix else None,
+                split_max_size=byte_count(split_max_size, "--split-max-size") if split_max_size is not None else None,
+                force=force,
+                threads=threads,
+                progress=follow,
+                planned=follow.plan,
+                dry_run=dry_run,
+            )
+    except KeyboardInterrupt:
+        console.note("stopped; the same command goes on where this one did")
+        raise
     _show(report, path, as_json, console)
 
 

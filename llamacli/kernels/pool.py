@@ -11,6 +11,7 @@ import ctypes
 import os
 import threading
 import weakref
+from time import perf_counter
 
 import numpy as np
 from numba import int64, njit
@@ -89,6 +90,7 @@ class Program:
 
     def __init__(self):
         self._rows, self._arguments, self.table = [], [], None
+        self.names: list[str] = []  # of the kernels
 
     def __len__(self):
         return len(self._rows)
@@ -96,6 +98,7 @@ class Program:
     def add(self, kernel, arguments, meet=True):
         """Append one step: a kernel made with jit.kernel, its int64 arguments, and whether all threads meet after it."""
         array = np.array(arguments, np.int64)
+        self.names.append(kernel.__name__)
         self._arguments.append(array)
         self._rows.append((kernel.address, array.ctypes.data, int(meet)))
 
@@ -103,6 +106,10 @@ class Program:
         """Make the table; returns self."""
         self.table = np.array(self._rows, np.int64).reshape(-1, 3)
         return self
+
+    def first_arguments(self) -> list[int]:
+        """Each step's first argument: the address of what it works on."""
+        return [int(array[0]) for array in self._arguments]
 
 
 class Pool:
@@ -123,6 +130,17 @@ class Pool:
         last = len(program) if last is None else last
         assert first < last and program.table[last - 1, 2], "a run needs a step, and its last step must meet"
         _run(self._control.ctypes.data, program.table.ctypes.data, first, last, self.threads)
+
+    def run_timed(self, program: Program, first: int = 0, last: int | None = None) -> list[float]:
+        """The same one step at a time; returns the seconds of each, the meeting of all threads after it included."""
+        table, seconds = program.table.copy(), []
+        table[:, 2] = 1
+        control, rows = self._control.ctypes.data, table.ctypes.data
+        for step in range(first, len(program) if last is None else last):
+            began = perf_counter()
+            _run(control, rows, step, step + 1, self.threads)
+            seconds.append(perf_counter() - began)
+        return seconds
 
 
 def default_threads() -> int:

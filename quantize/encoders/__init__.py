@@ -45,7 +45,8 @@ def encoder(type_name: str) -> Encoder:
 
 
 def _searched(fmt, type_name: str) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:
-    from quantize.encoders.search import LANES, SYMBOLS, build
+    from quantize.encoders.levels import LANES
+    from quantize.encoders.search import SYMBOLS, build
 
     leaf = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)  # a foreign call: ctypes lets the interpreter's lock go
     name = f"encode-{type_name}-{sources_digest(Path(__file__).parent)}"

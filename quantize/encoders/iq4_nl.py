@@ -2,7 +2,7 @@
 
 from llamacli.kernels.iq4_nl import LEVELS as TABLE
 from quantize.encoders.blocks import nibbles
-from quantize.encoders.search import Table
+from quantize.encoders.levels import Table
 
 BLOCK, NBYTES, GROUP, SIDES = 32, 18, 32, 1
 LEVELS, INTEGERS = Table(TABLE), None

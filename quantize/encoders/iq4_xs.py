@@ -8,7 +8,7 @@ from llvmlite import ir
 from llamacli.kernels.iq4_nl import LEVELS as TABLE
 from llamacli.kernels.simd import i8, i16, vec
 from quantize.encoders.blocks import nibbles
-from quantize.encoders.search import Integers, Table
+from quantize.encoders.levels import Integers, Table
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 136, 32, 1
 LEVELS, INTEGERS, BIAS = Table(TABLE), Integers(-32, 31), 32

@@ -4,7 +4,7 @@ Layout: llamacli/kernels/q2_k.py.
 """
 
 from llamacli.kernels.simd import i8
-from quantize.encoders.search import Integers, Uniform
+from quantize.encoders.levels import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 84, 16, 2
 LEVELS, INTEGERS = Uniform(0, 3), Integers(0, 15)

@@ -4,8 +4,8 @@ Layout: llamacli/kernels/q3_k.py.
 """
 
 from llamacli.kernels.simd import i8
+from quantize.encoders.levels import Integers, Uniform
 from quantize.encoders.q2_k import bit_pairs
-from quantize.encoders.search import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 110, 16, 1
 LEVELS, INTEGERS, BIAS = Uniform(-4, 3), Integers(-32, 31), 32

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from quantize.encoders.blocks import nibbles
-from quantize.encoders.search import Uniform
+from quantize.encoders.levels import Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 32, 18, 32, 1
 LEVELS, INTEGERS = Uniform(-8, 7), None

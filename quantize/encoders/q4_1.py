@@ -1,7 +1,7 @@
 """Q4_1: 32 weights in 20 bytes, half scale, half minimum, 32 nibbles; weight = d * q + m."""
 
 from quantize.encoders.blocks import nibbles
-from quantize.encoders.search import Uniform
+from quantize.encoders.levels import Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 32, 20, 32, 2
 LEVELS, INTEGERS = Uniform(0, 15), None

@@ -4,7 +4,7 @@ Layout: llamacli/kernels/q4_k.py.
 """
 
 from llamacli.kernels.simd import i8
-from quantize.encoders.search import Integers, Uniform
+from quantize.encoders.levels import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 144, 32, 2
 LEVELS, INTEGERS = Uniform(0, 15), Integers(0, 63)

@@ -1,7 +1,7 @@
 """Q5_0: 32 weights in 22 bytes, half scale, 32 fifth bits, 32 nibbles; weight = d * (q - 16)."""
 
 from quantize.encoders.blocks import fifth_bits, nibbles
-from quantize.encoders.search import Uniform
+from quantize.encoders.levels import Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 32, 22, 32, 1
 LEVELS, INTEGERS = Uniform(-16, 15), None

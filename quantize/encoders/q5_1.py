@@ -1,7 +1,7 @@
 """Q5_1: 32 weights in 24 bytes, half scale, half minimum, 32 fifth bits, 32 nibbles; weight = d * q + m."""
 
 from quantize.encoders.blocks import fifth_bits, nibbles
-from quantize.encoders.search import Uniform
+from quantize.encoders.levels import Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 32, 24, 32, 2
 LEVELS, INTEGERS = Uniform(0, 31), None

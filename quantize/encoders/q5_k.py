@@ -4,8 +4,8 @@ Layout: llamacli/kernels/q5_k.py.
 """
 
 from llamacli.kernels.simd import i8
+from quantize.encoders.levels import Integers, Uniform
 from quantize.encoders.q4_k import six_bits
-from quantize.encoders.search import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 176, 32, 2
 LEVELS, INTEGERS = Uniform(0, 31), Integers(0, 63)

@@ -4,7 +4,7 @@ Layout: llamacli/kernels/q6_k.py.
 """
 
 from llamacli.kernels.simd import i8
-from quantize.encoders.search import Integers, Uniform
+from quantize.encoders.levels import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 210, 16, 1
 LEVELS, INTEGERS, BIAS = Uniform(-32, 31), Integers(-128, 127), 0

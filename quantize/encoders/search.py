@@ -21,69 +21,13 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from llamacli.kernels.simd import Simd, f16, f32, i8, i32, i64, vec
+from quantize.encoders.levels import LANES, Uniform, splat
 
-LANES = 16
-ROUND = 12582912.0  # 1.5 * 2**23: adding and taking it away rounds a small float32 to a whole number
 UNROLL = 4
 SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may be worth giving up
 SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
 HALF_MAX = 65504.0
 SYMBOLS = ("encode", "encode_weighted")
-
-
-class Uniform(NamedTuple):
-    """Levels low, low + 1, ..., high; codes count from 0."""
-
-    low: int
-    high: int
-
-    def level(self, s, t):
-        """The level nearest to t, as float32."""
-        bounded = s.fmin(s.fmax(t, splat(s, self.low)), splat(s, self.high))
-        return s.b.fsub(s.b.fadd(bounded, splat(s, ROUND)), splat(s, ROUND))
-
-    def code(self, s, t):
-        """The code of that level, as int32."""
-        return s.b.sub(s.b.fptosi(self.level(s, t), vec(i32, LANES)), s.fill(i32, LANES, self.low))
-
-
-class Table(NamedTuple):
-    """Any 16 rising levels."""
-
-    levels: tuple[int, ...]
-
-    @property
-    def low(self):
-        """The lowest level."""
-        return self.levels[0]
-
-    @property
-    def high(self):
-        """The highest level."""
-        return self.levels[-1]
-
-    def level(self, s, t):
-        """The level nearest to t, as float32: a step up for every border passed."""
-        value = splat(s, self.levels[0])
-        for below, above in zip(self.levels, self.levels[1:], strict=False):
-            passed = s.b.fcmp_ordered(">", t, splat(s, (below + above) / 2))
-            value = s.b.select(passed, splat(s, above), value)
-        return value
-
-    def code(self, s, t):
-        """The code of that level, as int32."""
-        value = s.zeros(i32, LANES)
-        for k, (below, above) in enumerate(zip(self.levels, self.levels[1:], strict=False), 1):
-            passed = s.b.fcmp_ordered(">", t, splat(s, (below + above) / 2))
-            value = s.b.select(passed, s.fill(i32, LANES, k), value)
-        return value
-
-
-class Integers(NamedTuple):
-    """The integers that a group's scale (and minimum) is stored as, times the superblock's half float."""
-
-    low: int
-    high: int
 
 
 class Room(NamedTuple):
@@ -98,11 +42,6 @@ class Room(NamedTuple):
     m: ir.Value
     scales: ir.Value  # uint8 [LANES]
     mins: ir.Value
-
-
-def splat(s, value):
-    """A constant in every lane."""
-    return s.fill(f32, LANES, float(value))
 
 
 def build(fmt):

@@ -104,3 +104,23 @@ def _largest_bits(bits):
 def largest(bits: np.ndarray) -> np.float32:
     """The largest magnitude among floats given as uint32 bits; NaN counts as larger than infinity."""
     return np.uint32(_largest_bits(bits)).view(np.float32)
+
+
+@njit(nogil=True, cache=True, fastmath=True)
+def _squares(x, y):
+    wrong, whole = 0.0, 0.0
+    for r in range(x.shape[0]):
+        a, b = np.float32(0), np.float32(0)
+        for c in range(x.shape[1]):
+            d = x[r, c] - y[r, c]
+            a += d * d
+            b += x[r, c] * x[r, c]
+        wrong += a
+        whole += b
+    return wrong, whole
+
+
+def error(type_name: str, encoded: np.ndarray, x: np.ndarray, scratch: np.ndarray) -> tuple[float, float]:
+    """The squared error of encoded rows against float32 rows `x`, and the sum of x^2; `scratch` is of the shape of x."""
+    blocks(type_name, encoded, scratch)
+    return _squares(x, scratch)

@@ -1,0 +1,67 @@
+"""`llamacli warmup`: compile now, once, whatever this machine may need, so that no later start has to.
+
+In: nothing. Out: one line on stdout. Every tensor type's leaves, the vectors of usual head sizes, all drivers, the yardsticks
+of `bench` and the encoders of `quantize` end up in the cache folder. Knows nothing of what they compute.
+"""
+
+import pkgutil
+import time
+from importlib import import_module
+
+from llamacli.cli.options import Output, leave_at_once, patience
+
+HEAD_SIZES = (32, 64, 96, 128)  # Scout and Maverick have 128
+
+
+def warmup(output: Output = None) -> None:
+    """Compile and keep every kernel that this machine will use."""
+    console = output.console()
+    began = time.perf_counter()
+    with patience(console, "compiling kernels; this is done once ..."), leave_at_once():
+        from llamacli.kernels import CACHE
+
+        before = _files(CACHE)
+        _compile_all()
+        made, total, seconds = len(_files(CACHE) - before), len(_files(CACHE)), time.perf_counter() - began
+    console.result(
+        f"compiled {made} kernels in {seconds:.1f} s into {CACHE}" if made else f"all {total} kernels are compiled, in {CACHE}"
+    )
+
+
+def _files(folder) -> set[str]:
+    """Object code of leaves (.o) and of what Numba compiled (.nbc)."""
+    return {path.name for path in folder.rglob("*") if path.suffix in (".o", ".nbc")}
+
+
+def _compile_all() -> None:
+    import llamacli.model  # noqa: F401  imports every driver, which compiles it
+    from llamacli.kernels import dots, limits, matmul, vectors
+    from llamacli.kernels.jit import TARGET, load
+
+    for name in (*dots.QUANTIZED, *dots.FLOATS):
+        matmul.leaves(name)
+    for size in HEAD_SIZES:
+        if size % TARGET.lanes == 0:
+            load(f"vectors-{size}", vectors.build(size), vectors.SYMBOLS)
+    limits.leaves()
+    _compile_conversion()
+
+
+def _compile_conversion() -> None:
+    """What `quantize` calls, with arrays like those that it has: a checkpoint's are read-only."""
+    import numpy as np
+
+    import quantize.encoders
+    from quantize.encoders import widen
+
+    for found in pkgutil.iter_modules(quantize.encoders.__path__):
+        module = import_module(f"quantize.encoders.{found.name}")
+        if hasattr(module, "encode"):
+            module.encode(np.zeros((1, 256), np.float32))
+    stored, rows = np.zeros((64, 64), np.uint16), np.zeros((64, 64), np.float32)
+    stored.flags.writeable = False
+    widen.bf16(stored, rows.view(np.uint32))
+    widen.f16(stored.view(np.int16), rows)
+    for columns in (stored, stored[:, :32]):
+        widen.bf16_transposed(columns, rows[: columns.shape[1]].view(np.uint32))
+    widen.largest(rows.reshape(-1).view(np.uint32))
