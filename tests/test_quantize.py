@@ -307,7 +307,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(scout, tmp_path):
     assert not report["written"]
     gguf, done = made(*scout, "Q4_0")
     assert report["nbytes"] == gguf.nbytes
-    assert report["tensors"] == done["tensors"]
+    assert report["tensors"] == [t | {"rmse": None} for t in done["tensors"]]
     nbytes = sum(t["nbytes"] for t in report["tensors"])
     assert nbytes == sum(t.nbytes for t in gguf.tensors.values())
     assert report["bits_per_weight"] == pytest.approx(8 * nbytes / report["n_weights"], abs=1e-3)
@@ -323,7 +323,7 @@ def test_the_plan_is_told_before_the_first_byte_is_written(scout, tmp_path):
     done = convert(scout[0], out, "Q8_0", planned=planned)
     assert len(told) == 1
     assert told[0] | {"written": True, "seconds": done["seconds"]} == done
-    assert {t["rmse"] for t in done["tensors"]} == {None}
+    assert all(0 <= t["rmse"] < 0.01 for t in done["tensors"])
     assert sum(t["weights"] for t in done["tensors"]) == done["n_weights"]
     convert(scout[0], out, "Q8_0", planned=planned, dry_run=True)
     assert len(told) == 1
@@ -334,7 +334,7 @@ def test_types_by_tensor_name_and_the_recipes_own_key(scout, tmp_path):
     types = {name: tensor.type.name for name, tensor in gguf.tensors.items()}
     assert [types[f"blk.1.{name}.weight"] for name in ("attn_q", "attn_k", "ffn_up_exps")] == ["Q4_0", "F16", "Q8_0"]
     assert "llamacli.recipe" not in gguf.metadata
-    assert not report["notices"]
+    assert not [notice for notice in report["notices"] if "licence" not in notice]
     experts, _ = made(*scout, "Q4_EXPERTS", tensor_types=[("", "Q8_0")])
     assert experts.metadata["llamacli.recipe"] == "Q4_EXPERTS"
     convert(experts.path, tmp_path / "again.gguf", "Q8_0")
