@@ -1,7 +1,7 @@
 """Encoders: float32 rows to the bytes of one GGUF type. One file a format.
 
-Where the algorithm leaves no choice (F32, F16, BF16, Q8_0, and Q4_0 without weights) a module has `encode(x)` and makes bit
-for bit what ggml's reference code makes. The others describe levels and layout for `search`, which looks for the scales of
+Where the algorithm leaves no choice (F32, F16, BF16, Q8_0) a module has `encode(x)` and makes bit for bit what ggml's reference
+code makes, and so does Q4_0's `exact` where there are no weights. The others describe levels and layout for `search`, which looks for the scales of
 least squared error. `LIMIT` is the largest magnitude a format can hold. Everything is compiled and runs without the
 interpreter's lock, so that threads encode ranges of rows side by side. Knows nothing of files or names.
 """
@@ -35,13 +35,9 @@ class Encoder(NamedTuple):
 def encoder(type_name: str) -> Encoder:
     """The encoder of a tensor type; compiled, or read from the cache, when first asked for."""
     fmt = import_module(f"quantize.encoders.{type_name.lower()}")
-    exact = getattr(fmt, "encode", None)
-    if not hasattr(fmt, "LEVELS"):
-        return Encoder(lambda x, weights: exact(x), fmt.LIMIT)
-    searched = _searched(fmt, type_name)
-    if exact is None:
-        return Encoder(searched, fmt.LIMIT)
-    return Encoder(lambda x, weights: exact(x) if weights is None else searched(x, weights), fmt.LIMIT)
+    if hasattr(fmt, "LEVELS"):
+        return Encoder(_searched(fmt, type_name), fmt.LIMIT)
+    return Encoder(lambda x, weights: fmt.encode(x), fmt.LIMIT)
 
 
 def _searched(fmt, type_name: str) -> Callable[[np.ndarray, np.ndarray | None], np.ndarray]:

@@ -5,7 +5,11 @@ from llamacli.kernels.simd import i8, i32
 
 def nibbles(s, p, at=0):
     """The low nibbles of 32 codes: byte j holds code j and, above it, code 16 + j."""
-    low, high = p.codes(s, at, 16), p.codes(s, at + 16, 16)
+    return interleaved(s, p.codes(s, at, 16), p.codes(s, at + 16, 16))
+
+
+def interleaved(s, low, high):
+    """Two nibbles to a byte."""
     return s.b.or_(s.b.and_(low, s.fill(i8, 16, 15)), s.b.shl(high, s.fill(i8, 16, 4)))
 
 

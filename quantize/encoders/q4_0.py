@@ -5,10 +5,10 @@ decides the scale's sign. A block so small that the scale's reciprocal overflows
 nibbles are zero. That is ggml's encoding without weights; with weights the scale is searched for.
 """
 
-import numpy as np
-from numba import njit
+from llvmlite import ir
 
-from quantize.encoders.blocks import nibbles
+from llamacli.kernels.simd import f32, i8, i32, i64, vec
+from quantize.encoders.blocks import interleaved, nibbles
 from quantize.encoders.levels import Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 32, 18, 32, 1
@@ -17,34 +17,30 @@ GRID, POLISH = (-0.3, 0.05, 16), 2
 LIMIT = 65504.0 * 8
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _encode(x, bits, scales, out):
-    for i in range(x.shape[0]):
-        top = np.int32(0)
-        for j in range(32):
-            top = max(top, bits[i, j] & np.int32(0x7FFFFFFF))
-        first = 0
-        while bits[i, first] & np.int32(0x7FFFFFFF) != top:
-            first += 1
-        d = x[i, first] / np.float32(-8)
-        inverse = np.float32(1) / d if d != np.float32(0) else np.float32(0)
-        scales[i] = d
-        if abs(inverse) == np.float32(np.inf):
-            out[i, 2:] = 0
-            continue
-        for j in range(16):
-            low = min(np.int32(x[i, j] * inverse + np.float32(8.5)), np.int32(15))
-            high = min(np.int32(x[i, 16 + j] * inverse + np.float32(8.5)), np.int32(15))
-            out[i, 2 + j] = np.uint8(low | (high << np.int32(4)))
+def exact(s, x0, n_blocks, out0):
+    """Blocks by ggml's rule, without a search."""
+    b = s.b
 
+    def one(i, _):
+        x, out = s.add(x0, s.mul(i, 4 * BLOCK)), s.add(out0, s.mul(i, NBYTES))
+        v = s.load(vec(f32, BLOCK), x)
+        size = s.fabs(v)
+        furthest = b.bitcast(b.fcmp_ordered("==", size, s.splat(s.reduce_max(size), BLOCK)), i32)
+        first = b.zext(b.cttz(furthest, ir.IntType(1)(0)), i64)
+        d = b.fdiv(s.load(f32, s.add(x, s.mul(first, 4))), f32(-8.0))
+        some = b.fcmp_ordered("!=", d, f32(0.0))
+        inverse = b.select(some, b.fdiv(f32(1.0), b.select(some, d, f32(1.0))), f32(0.0))
+        finite = b.fcmp_ordered("<", s.fabs(inverse), f32(float("inf")))
+        t = b.fadd(b.fmul(v, s.splat(b.select(finite, inverse, f32(0.0)), BLOCK)), s.fill(f32, BLOCK, 8.5))
+        q = b.fptosi(t, vec(i32, BLOCK))
+        top = s.fill(i32, BLOCK, 15)
+        q = b.trunc(b.select(b.icmp_signed("<", q, top), q, top), vec(i8, BLOCK))
+        q = b.and_(q, s.splat(b.select(finite, i8(-1), i8(0)), BLOCK))
+        s.store(b.extract_element(s.to_half(s.splat(d, 4)), i32(0)), out)
+        s.store(interleaved(s, *(s.shuffle(q, list(range(k, k + 16))) for k in (0, 16))), out, 2)
+        return []
 
-def encode(x: np.ndarray) -> np.ndarray:
-    """float32 (rows, cols), cols a multiple of 32 -> uint8 (rows, cols / 32 * 18)."""
-    blocks = x.reshape(-1, BLOCK)
-    out, scales = np.empty((len(blocks), NBYTES), np.uint8), np.empty(len(blocks), np.float32)
-    _encode(blocks, blocks.view(np.int32), scales, out)
-    out[:, :2].view(np.float16)[:, 0] = scales
-    return out.reshape(len(x), -1)
+    s.loop(n_blocks, [], one)
 
 
 def pack(s, out, p):

@@ -64,6 +64,10 @@ def _encoder(module, target, fmt, name):
     x0, n_units, w0, n_cols, out0 = s.args
     unit = LANES * fmt.GROUP
     weighted = name == "encode_weighted"
+    if hasattr(fmt, "exact") and not weighted:
+        fmt.exact(s, x0, s.mul(n_units, unit // fmt.BLOCK), out0)
+        s.done()
+        return
     lanes = lambda: s.room(f32, LANES)  # noqa: E731
     room = Room(
         s.room(f32, unit), s.room(f32, unit) if weighted else None, lanes(), lanes(), s.room(i8, unit),
