@@ -6,6 +6,7 @@ a leaf computes.
 """
 
 import os
+import threading
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +86,7 @@ llvm.initialize_all_asmprinters()
 TARGET = chosen_target()
 _DIGEST = 16  # bytes of checksum at the head of a cache file
 _libraries: dict[str, object] = {}  # code stays loaded as long as its tracker lives
+_loading = threading.Lock()  # or a second copy takes the first one's place, and its code from under the thread that runs it
 
 
 def machine(target: Target):
@@ -118,16 +120,17 @@ def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
     """Addresses of `symbols` in the module that `build(target)` makes; compiled once, then read from the cache folder."""
     version = f"llvm{'.'.join(map(str, llvm.llvm_version_info))}-{llvmlite.__version__}"
     tag = f"{name}-{target.name}-{target.cpu}-{crc32(f'{target.triple} {target.features}'.encode()):08x}-{version}"
-    if tag not in _libraries:
-        path = CACHE / f"{tag}.o"
-        code = _read(path)
-        if code is None:
-            code = machine(target).emit_object(optimized(build, target))
-            _keep(path, code)
-        builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
-        for symbol in symbols:
-            builder.export_symbol(symbol)
-        _libraries[tag] = builder.link(_compiler(), tag)
+    with _loading:
+        if tag not in _libraries:
+            path = CACHE / f"{tag}.o"
+            code = _read(path)
+            if code is None:
+                code = machine(target).emit_object(optimized(build, target))
+                _keep(path, code)
+            builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+            for symbol in symbols:
+                builder.export_symbol(symbol)
+            _libraries[tag] = builder.link(_compiler(), tag)
     return {symbol: _libraries[tag][symbol] for symbol in symbols}
 
 
