@@ -47,11 +47,17 @@ def whole(folder, tmp_path_factory):
     return out.read_bytes()
 
 
-def start(folder, out, recipe="Q8_0"):
-    """A conversion in a process of its own, and that process once it has begun to write."""
-    child = subprocess.Popen([sys.executable, "-c", SLOWLY, folder, out, recipe], cwd=ROOT, stderr=subprocess.PIPE)
+def finished(out):
+    """How many tensors the log calls finished."""
     log = out.with_name(out.name + ".part.log")
-    while child.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > 1):
+    return log.read_bytes().count(b"\n") - 1 if log.exists() else 0
+
+
+def start(folder, out, recipe="Q8_0"):
+    """A conversion in a process of its own, and that process once it has finished one more tensor."""
+    before = finished(out)
+    child = subprocess.Popen([sys.executable, "-c", SLOWLY, folder, out, recipe], cwd=ROOT, stderr=subprocess.PIPE)
+    while child.poll() is None and finished(out) <= before:
         time.sleep(0.005)
     return child
 
@@ -80,14 +86,13 @@ def names(folder):
 
 
 def test_killed_at_ten_moments_the_file_is_that_of_an_uninterrupted_run(folder, whole, tmp_path):
-    out, rng, killed = tmp_path / "out.gguf", random.Random(5), 0
+    out, rng, done = tmp_path / "out.gguf", random.Random(5), [0]
     for _ in range(10):
-        killed += stopped(folder, out, after=rng.uniform(0, 0.25)) == -signal.SIGKILL
-        if out.exists():
-            break
+        assert stopped(folder, out, after=rng.uniform(0, 0.1)) == -signal.SIGKILL
         assert names(tmp_path) == {"out.gguf.part", "out.gguf.part.log"}
-    assert killed > 2
-    convert(folder, out, "Q8_0", force=out.exists())
+        done.append(finished(out))
+    assert done == sorted(set(done))
+    convert(folder, out, "Q8_0")
     assert out.read_bytes() == whole
     assert names(tmp_path) == {"out.gguf"}
 
