@@ -28,7 +28,7 @@ from quantize.encoders import encoder, widen
 from quantize.general import read_general
 from quantize.hf_config import read_config
 from quantize.imatrix import Imatrix, read_imatrix
-from quantize.journal import File, Maker, part_of, write_files
+from quantize.journal import File, Maker, left_over, part_of, write_files
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
 from quantize.safetensors import open_checkpoint
@@ -40,6 +40,7 @@ PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
 FIELDS = 20  # bytes in memory for one of metadata, measured
 RAW_CHUNK = 1 << 23  # bytes copied at a time where nothing changes
 VISION = ("v.", "mm.")
+WRITTEN = (".gguf", ".part", ".log")  # names of what conversions leave in a folder end so
 
 Progress = Callable[[int, int, str], None]
 
@@ -129,24 +130,29 @@ def convert(
     )
     if dry_run:
         return report | {"seconds": round(time.perf_counter() - start, 3)}
-    _check_outputs(src, files, plan.nbytes, force)
+    inputs = _inputs(src, imatrix)
+    job = _job(plan, inputs)
+    _check_outputs(out, files, inputs, job, force, plan.nbytes)
     if planned:
         planned(report)
     making = _Making(plan, importance, threads, progress)
-    making.write(files, _job(src, plan, imatrix), force)
+    making.write(files, job, force)
     for tensor in report["tensors"]:
         tensor["rmse"] = making.rmse(tensor["name"])
     seconds = round(time.perf_counter() - start, 3)
     return report | {"written": True, "seconds": seconds, "resumed_bytes": making.resumed}
 
 
-def _check_outputs(src: Path, files: list[File], nbytes: int, force: bool) -> None:
+def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, force: bool, nbytes: int) -> None:
     """OutputError unless all files can be made, what an earlier attempt left of them counted as room."""
+    check_output(out, 0, force=True)
+    left = left_over(files, job)
+    nbytes -= sum(path.stat().st_size for path in left)
     for file in files:
-        if file.path.exists() and src.is_file() and file.path.samefile(src):
-            raise OutputError(f"{file.path}: expected another file than the source, found the source itself; choose a new name")
-        kept = sum(part.stat().st_size for f in files if (part := part_of(f.path)).is_file())
-        check_output(file.path, nbytes - kept, force)
+        for path in (file.path, part_of(file.path)):
+            if path.exists() and any(path.samefile(read) for read in inputs):
+                raise OutputError(f"{path}: expected another file than the source, found the source itself; choose a new name")
+        check_output(file.path, nbytes, force or file.path in left)
 
 
 def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -> list[str]:
@@ -260,23 +266,31 @@ class _Making:
         return math.sqrt(wrong / whole) if whole > 0 else None
 
 
-def _job(src: Path, plan: Plan, imatrix: Path | None) -> str:
+def _inputs(src: Path, imatrix: Path | None) -> list[Path]:
+    """The files that a conversion reads: of a folder all but what conversions write."""
+    if src.is_dir():
+        found = [path for path in sorted(src.iterdir()) if path.is_file() and path.suffix not in WRITTEN]
+    else:
+        found = [src, *(path for path in sorted(src.parent.glob("*.gguf")) if path != src and _same_model(path, src))]
+    return [*found, imatrix] if imatrix else found
+
+
+def _same_model(path: Path, src: Path) -> bool:
+    """Whether `path` is `src` or another part of the same split model."""
+    return re.sub(r"-\d{5}-of-", "-", path.name) == re.sub(r"-\d{5}-of-", "-", src.name)
+
+
+def _job(plan: Plan, inputs: list[Path]) -> str:
     """What must be the same for a conversion to be taken up: the program, the plan and the files it reads."""
     digest = blake2b(digest_size=16)
     for folder in (Path(__file__).parent, Path(__file__).parent / "encoders"):
         digest.update(sources_digest(folder).encode())
     for part in plan.parts:
         digest.update(part.head)
-    inputs = sorted(src.iterdir()) if src.is_dir() else sorted(src.parent.glob("*.gguf"))
-    for path in (*(path for path in inputs if src.is_dir() or _same_model(path, src)), *([imatrix] if imatrix else [])):
+    for path in inputs:
         status = path.stat()
         digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
-
-
-def _same_model(path: Path, src: Path) -> bool:
-    """Whether `path` is `src` or another part of the same split model."""
-    return re.sub(r"-\d{5}-of-", "-", path.name) == re.sub(r"-\d{5}-of-", "-", src.name)
 
 
 def _encoded(

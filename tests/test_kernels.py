@@ -1,5 +1,8 @@
 """Every leaf, in every variant this CPU can run, against gguf-py's dequantization and NumPy."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -213,6 +216,20 @@ def test_damaged_object_code_is_compiled_again_not_run(damage, tmp_path, monkeyp
     again = load("fresh", build, vectors.SYMBOLS)
     assert file.read_bytes() == sound
     assert again.keys() == first.keys()
+
+
+def test_threads_that_load_the_same_leaves_get_the_same_code(tmp_path, monkeypatch):
+    """A second copy would take the first one's place, and unload it from under whoever runs it."""
+    monkeypatch.setattr(jit, "CACHE", tmp_path)
+    monkeypatch.setattr(jit, "_libraries", {"jit": jit._compiler()})
+    start, build = Barrier(8), vectors.build(HEAD_DIM)
+
+    def address(_):
+        start.wait(60)
+        return load("shared", build, vectors.SYMBOLS)[vectors.SYMBOLS[0]]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(address, range(8)))) == 1
 
 
 def test_an_unknown_variant_is_refused(monkeypatch):
