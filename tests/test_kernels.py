@@ -236,12 +236,3 @@ def test_an_unknown_variant_is_refused(monkeypatch):
     monkeypatch.setenv("LLAMACLI_SIMD", "avx1024")
     with pytest.raises(UsageError, match=r"expected one of .*, found avx1024"):
         jit.chosen_target()
-
-
-def test_threads_may_ask_for_the_same_leaves_at_the_same_time():
-    from concurrent.futures import ThreadPoolExecutor
-
-    fresh = TARGETS[next(iter(TARGETS))]
-    with ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(load, "q8_0 again", lambda t: dots.quantized("Q8_0", t), dots.SYMBOLS, fresh) for _ in range(16)]
-    assert len({tuple(future.result().items()) for future in asked}) == 1

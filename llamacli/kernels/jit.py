@@ -85,7 +85,6 @@ llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 TARGET = chosen_target()
 _DIGEST = 16  # bytes of checksum at the head of a cache file
-_loading = threading.Lock()  # threads that encode ask for the same leaves at the same time
 _libraries: dict[str, object] = {}  # code stays loaded as long as its tracker lives
 _loading = threading.Lock()  # or a second copy takes the first one's place, and its code from under the thread that runs it
 
