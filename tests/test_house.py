@@ -18,7 +18,7 @@ HEAVY = {
 }
 FLOORS = [
     "errors ggml environment",
-    "gguf kernels",
+    "gguf pages kernels",
     "config weights kvcache tokenizer sampler",
     "model template",
     "session",
