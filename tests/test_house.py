@@ -17,9 +17,9 @@ HEAVY = {
     "typer": ("llamacli/cli/",),
 }
 FLOORS = [
-    "errors ggml environment",
+    "errors ggml environment machine",
     "gguf kernels",
-    "config weights kvcache tokenizer sampler",
+    "config weights kvcache placement tokenizer sampler",
     "model template",
     "session",
     "measure quality peer plot",

@@ -32,7 +32,7 @@ def main(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     import typer
 
-    from llamacli.cli import bench, chat, imatrix, inspect, perplexity, quantize, run, tokenize, warmup
+    from llamacli.cli import bench, chat, imatrix, inspect, perplexity, plan, quantize, run, tokenize, warmup
     from llamacli.cli.options import flat
 
     app = typer.Typer(
@@ -53,7 +53,7 @@ def _run(args: list[str] | None) -> int:
         elif context.invoked_subcommand is None:
             typer.echo(context.get_help())
 
-    modules = run, chat, quantize, inspect, tokenize, perplexity, imatrix, bench, warmup
+    modules = run, chat, quantize, inspect, plan, tokenize, perplexity, imatrix, bench, warmup
     for module in modules:  # each has one function of its own name
         app.command()(flat(getattr(module, module.__name__.rpartition(".")[2])))
     group = typer.main.get_command(app)
