@@ -17,9 +17,9 @@ HEAVY = {
     "typer": ("llamacli/cli/",),
 }
 FLOORS = [
-    "errors ggml environment",
+    "errors ggml environment machine",
     "gguf pages kernels",
-    "config weights kvcache tokenizer sampler",
+    "config weights kvcache placement experts tokenizer sampler",
     "model template",
     "session",
     "measure quality peer plot",

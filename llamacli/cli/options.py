@@ -236,6 +236,15 @@ def byte_count(text: str, where: str) -> int:
     return size
 
 
+def token_count(text: str, where: str) -> int:
+    """A number of tokens such as 8192, 128K or 1M, which is 1,048,576; UsageError else."""
+    found = re.fullmatch(r"([0-9]{1,12})([KM]?)", text.strip().upper())
+    count = int(found[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
+    if count <= 0:
+        raise UsageError(f"{where}: expected a number of tokens like 8192, 128K or 1M, found {text!r}")
+    return count
+
+
 def checked(text: str, where: str) -> str:
     """`text` from the command line if it is sound Unicode; PromptError else."""
     try:
