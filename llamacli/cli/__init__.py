@@ -9,7 +9,18 @@ import signal
 import sys
 from importlib import import_module
 
-COMMANDS = ("run", "chat", "quantize", "inspect", "plan", "tokenize", "perplexity", "imatrix", "bench", "warmup")  # a module each
+COMMANDS = (
+    "run",
+    "chat",
+    "quantize",
+    "inspect",
+    "plan",
+    "tokenize",
+    "perplexity",
+    "imatrix",
+    "bench",
+    "warmup",
+)  # a module each
 CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
 
 
