@@ -21,7 +21,7 @@ import numpy as np
 
 from llamacli.config import Config
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
-from llamacli.experts import DOWN, GATE, UP, Slots
+from llamacli.experts import DOWN, GATE, UP, Slots, Traffic
 from llamacli.gguf import GGUF
 from llamacli.kernels import attention, elementwise, matmul
 from llamacli.kernels.dots import ACT_BYTES
@@ -101,6 +101,13 @@ class Engine:
         self._capacity = 0  # have the program composed again
         self._reserve(INTERRUPTIBLE)
         return list(self._watched.values())
+
+    def take_traffic(self) -> Traffic | None:
+        """What was read since the last call, None if all experts are mapped."""
+        if not self.slots:
+            return None
+        taken, self.slots.traffic = self.slots.traffic, Traffic()
+        return taken
 
     @property
     def bytes_per_token(self) -> int:

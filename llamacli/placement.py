@@ -15,14 +15,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llamacli import kvcache
+from llamacli import kvcache, machine
 from llamacli.config import Config
-from llamacli.errors import MemoryLimitError
+from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.kernels import attention, matmul
 from llamacli.kernels.dots import ACT_BYTES
+from llamacli.kernels.pool import default_threads
 
 PROGRAM = 260_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
+LEAST_BATCH = 256
 BATCH, LOGITS_BATCH = 2048, 64  # tokens, rows of logits that the engine makes room for
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
@@ -110,15 +112,24 @@ class Placement:
 
 
 def place(
-    config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH, name: str = "the model"
+    config: Config,
+    sizes: Sizes,
+    memory: int,
+    ctx: int,
+    *,
+    threads: int = 1,
+    batch: int = BATCH,
+    name: str = "the model",
+    slots: bool = False,
 ) -> Placement:
     """Decide what is resident within `memory` bytes at a context of `ctx` tokens and prompts in batches of `batch`.
 
-    MemoryLimitError if that cannot hold the always-used weights, keys and values, and the experts of one token.
+    `slots`: even if everything would fit. MemoryLimitError if that cannot hold the always-used weights, keys and values, and
+    the experts of one token.
     """
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
-    if everything + kv + working <= memory:
+    if everything + kv + working <= memory and not slots:
         return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, sizes, config)
     least = sizes.always + kv + working + _least(config, sizes)
     if least > memory:
@@ -209,3 +220,30 @@ def products_per_token(config: Config) -> int:
     attended = c.n_embd * 2 * (c.n_heads + c.n_kv_heads) * c.head_dim
     mixture = c.n_experts + 3 * c.n_ff_exp * (1 + c.n_experts_used)
     return sum(attended + c.n_embd * (mixture if c.is_moe(i) else 3 * c.n_ff) for i in range(c.n_layers))
+
+
+# at load
+
+
+def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int]:
+    """For Engine: the slots of a layer, 0 if all experts are to be used where the file is mapped, and the largest batch.
+
+    `memory` None: what the machine has free, less a reserve. `experts`: "mapped", "slots" or "auto".
+    """
+    if experts not in ("mapped", "slots", "auto"):
+        raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
+    if experts == "mapped" or not config.n_experts:
+        return 0, BATCH
+    sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config.n_experts)
+    memory, threads = memory or machine.budget(), threads or default_threads()
+    batch = batch_within(config, memory, threads)
+    placement = place(config, sizes, memory, ctx, threads=threads, batch=batch, name=str(gguf.path), slots=experts == "slots")
+    return (placement.slots, batch) if placement.mode == "slots" else (0, BATCH)
+
+
+def batch_within(config: Config, memory: int, threads: int) -> int:
+    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, BATCH at most."""
+    batch = BATCH
+    while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
+        batch //= 2
+    return batch
