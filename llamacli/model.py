@@ -13,7 +13,7 @@ the expert, so one quantized x serves router, shared and routed experts.
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ class Engine:
         self._choices = config.n_experts_used if mixture else 0
         self._max_batch = max(INTERRUPTIBLE, MAX_BATCH // max(1, self._choices))
         self._watched: dict[tuple[str, ...], Inputs] | None = None
+        self._follow_routing: Callable[[int, np.ndarray], None] | None = None
         self._capacity = 0  # tokens that buffers and program are made for
         self._reserve(INTERRUPTIBLE)
 
@@ -86,6 +87,17 @@ class Engine:
         self._capacity = 0  # have the program composed again
         self._reserve(INTERRUPTIBLE)
         return list(self._watched.values())
+
+    def follow_routing(self, follow: Callable[[int, np.ndarray], None] | None) -> None:
+        """From now on call `follow(position, experts)` after every batch of tokens that is through.
+
+        `position` is the first token's, `experts` int64 [n_tokens, layers with experts, n_experts_used], a copy.
+        """
+        self._follow_routing = follow
+
+    def _routed(self, n: int) -> np.ndarray:
+        layers = [i for i in range(self.config.n_layers) if self.config.is_moe(i)]
+        return self._chosen[layers, : n * self._choices].reshape(len(layers), n, self._choices).swapaxes(0, 1)
 
     @property
     def bytes_per_token(self) -> int:
@@ -124,6 +136,8 @@ class Engine:
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
             self._run_layers(ids[done : done + n], cache)
+            if self._follow_routing and self._choices:
+                self._follow_routing(cache.pos, self._routed(n))
             if all_logits:
                 for row in range(max(0, first - done), n, ALL_LOGITS_BATCH):
                     count = min(ALL_LOGITS_BATCH, n - row)
@@ -216,7 +230,7 @@ class Engine:
         self._ids = np.zeros(n, np.int64)
         self._dense = np.concatenate([np.zeros(2, np.int64), np.arange(n)])
         self._moe = np.zeros(n_experts + 1 + pairs, np.int64)
-        self._chosen, self._scores = np.zeros(pairs, np.int64), np.zeros(pairs, np.float32)
+        self._chosen, self._scores = np.zeros((c.n_layers, pairs), np.int64), np.zeros(pairs, np.float32)
         self._rope = np.zeros((n, c.head_dim), np.float32)
         widest = max(n_ff, n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
         scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest)
@@ -276,7 +290,7 @@ class Engine:
         self._matmul(p, layer.attn_output, self._att, self._x, add=True)
         self._norm(p, layer.ffn_norm)
         if isinstance(layer.ffn, Experts):
-            self._experts(p, layer.ffn)
+            self._experts(p, i, layer.ffn)
         else:
             self._dense_ffn(p, layer.ffn)
 
@@ -344,12 +358,12 @@ class Engine:
         self._inputs(p, (ffn.down,), self._gate)
         self._matmul(p, ffn.down, self._gate, self._x, add=True)
 
-    def _experts(self, p: Program, ffn: Experts) -> None:
+    def _experts(self, p: Program, i: int, ffn: Experts) -> None:
         c, k = self.config, self.config.n_experts_used
         scores = self._scores.ctypes.data
         self._inputs(p, (ffn.gate_inp, ffn.shexp.gate, ffn.shexp.up), self._xn)
         self._matmul(p, ffn.gate_inp, self._xn, self._router)
-        choice = [a.ctypes.data for a in (self._scores, self._chosen, self._moe, self._state)]
+        choice = [a.ctypes.data for a in (self._scores, self._chosen[i], self._moe, self._state)]
         p.add(elementwise.route, [*self._router[:2], c.n_experts, k, *choice], meet=False)
         self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)
         self._matmul(p, ffn.shexp.up, self._xn, self._up)

@@ -167,7 +167,7 @@ def working_bytes(config: Config, threads: int, batch: int) -> int:
 
     token = row(c.n_embd) + row(c.n_embd, 1) + row(q) + 2 * row(kv) + row(q, 1) + row(n_ff, 1) + row(n_ff) + row(n_experts)
     token += 4 * c.head_dim + 8 + 8  # angles, ids, the table of tokens
-    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 8 + 4  # experts, the table of pairs, choices, scores
+    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 4 + 8 * c.n_layers  # experts, the table of pairs, scores, choices
     widest = max(n_ff, n_ff_exp, c.n_embd, q)
     scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest) + attention.scratch_bytes(c.head_dim)
     return n * token + pairs * pair + 4 * min(n, LOGITS_BATCH) * c.n_vocab + threads * scratch

@@ -1,10 +1,12 @@
-"""The picture of a benchmark: speed against the depth of the context, prefill and decode side by side, others beside ours.
+"""Pictures: of a benchmark, speed against the depth of the context, others beside ours; of routing, which experts were used.
 
-In: records of measure.speed. Out: an image file. The only module that imports matplotlib, which is no run-time dependency.
-Knows nothing of how the numbers came about.
+In: records of measure.speed, numbers of routing.py. Out: an image file. The only module that imports matplotlib, which is no
+run-time dependency. Knows nothing of how the numbers came about.
 """
 
 from pathlib import Path
+
+import numpy as np
 
 from llamacli.errors import OutputError, UsageError
 
@@ -33,11 +35,43 @@ def draw(records: list[dict], title: str, path: Path) -> None:
         if panel.lines:
             panel.legend()
     figure.suptitle(title)
+    _save(figure, path, "bench.png")
+
+
+def draw_routing(use: np.ndarray, hits: np.ndarray, layers: list[int], title: str, path: Path) -> None:
+    """Write an image of `use`, the share of tokens for which a layer chose an expert [n_layers, n_experts], beside `hits`, the
+    share of choices found in slots [n_layers, n_experts], column s - 1 for s slots. OutputError if it cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.5), layout="constrained", gridspec_kw={"width_ratios": [2, 1]})
+    shown = left.imshow(100 * use, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+    figure.colorbar(shown, ax=left, label="% of tokens")
+    step = max(1, len(layers) // 12)
+    left.set(title="experts used", xlabel="expert", ylabel="layer")
+    left.set_yticks(range(0, len(layers), step), [str(i) for i in layers[::step]])
+    n = hits.shape[1]
+    slots = range(1, n + 1)
+    right.fill_between(slots, 100 * hits.min(0), 100 * hits.max(0), alpha=0.25, label="least to most of the layers")
+    right.plot(slots, 100 * hits.mean(0), label="all layers")
+    right.plot(slots, [100 * s / n for s in slots], "--", color="grey", label="all experts equally likely")
+    right.set(title="found in slots, the last used kept", xlabel="slots a layer", ylabel="% of choices", ylim=(0, 100))
+    right.legend()
+    figure.suptitle(title)
+    _save(figure, path, "routing.png")
+
+
+def _save(figure, path: Path, example: str) -> None:
+    from matplotlib import pyplot
+
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"{path}: expected to write an image, found: {error}; choose another name, such as bench.png"
+            f"{path}: expected to write an image, found: {error}; choose another name, such as {example}"
         ) from None
     finally:
         pyplot.close(figure)

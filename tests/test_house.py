@@ -19,7 +19,7 @@ HEAVY = {
 FLOORS = [
     "errors ggml environment machine",
     "gguf kernels",
-    "config weights kvcache placement tokenizer sampler",
+    "config weights kvcache placement routing tokenizer sampler",
     "model template",
     "session",
     "measure quality peer plot",

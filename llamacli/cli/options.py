@@ -101,6 +101,9 @@ class Generation:
     seed: Annotated[
         int | None, option("--seed", metavar="N", min=0, help="Same seed, same text (default: a new one each time).")
     ] = None
+    routing_log: Annotated[
+        Path | None, option("--routing-log", metavar="FILE", help="Write down which experts are chosen; see inspect --routing.")
+    ] = None
     stop: Annotated[list[str] | None, option("--stop", metavar="TEXT", help="End the answer before TEXT; repeatable.")] = None
 
     def __post_init__(self) -> None:
@@ -115,8 +118,16 @@ class Generation:
                 checked(text, name)
 
     def load(self, console: Console):
-        """The model, with a note when it takes long."""
-        return load_model(find_model(self.model, console), self.threads, self.ctx, console)
+        """The model, with a note when it takes long; where a log is asked for, it is told every choice of experts."""
+        path = find_model(self.model, console)
+        if self.routing_log is None:
+            return load_model(path, self.threads, self.ctx, console)
+        from llamacli.routing import RoutingLog, check_new
+
+        check_new(self.routing_log)
+        model = load_model(path, self.threads, self.ctx, console)
+        model.engine.follow_routing(RoutingLog(self.routing_log, Path(path).name, model.config))
+        return model
 
     def sampler(self, model, console: Console):
         """The sampler that the options and the model's defaults ask for."""
