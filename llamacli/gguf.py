@@ -86,16 +86,19 @@ def open_gguf(path: str | Path) -> GGUF:
 class _Strings(NamedTuple):
     """Where a list of strings stands; its bounds are checked, its text is decoded on demand."""
 
-    buffer: memoryview
-    start: int
-    stop: int
+    buffer: np.ndarray  # uint8
+    count: int
 
     def decode(self) -> list[str]:
-        found, pos, length = [], 0, struct.Struct("<Q").unpack_from
-        raw = bytes(self.buffer[self.start : self.stop])  # slices of bytes are twice as fast as slices of a memoryview
+        from llamacli.kernels.strings import LENGTH, join
+
+        found = join(self.buffer, 0).decode().split("\0")
+        if len(found) == self.count + 1:
+            return found[: self.count]
+        raw, found, pos = self.buffer.tobytes(), [], 0  # a string holds a zero byte
         while pos < len(raw):
-            end = pos + 8 + length(raw, pos)[0]
-            found.append(raw[pos + 8 : end].decode())
+            end = pos + LENGTH + int.from_bytes(raw[pos : pos + LENGTH], "little")
+            found.append(raw[pos + LENGTH : end].decode())
             pos = end
         return found
 
@@ -186,16 +189,14 @@ class _Cursor:
             return values != 0 if _NUMBERS[kind] == "?" else values
         if kind != _STRING:
             raise _wrong(self.path, f"numbers or strings in the list {_show(key)}", f"values of type {kind}")
-        self.need(8 * count, key)
-        buffer, start, pos, length = self.buffer, self.pos, self.pos, struct.Struct("<Q").unpack_from
-        try:
-            for _ in range(count):
-                pos += 8 + length(buffer, pos)[0]
-        except (struct.error, OverflowError):  # the loop has left the buffer; checking inside would double its time
-            pos = len(buffer) + 1
-        self.need(pos - start, key)
-        self.pos = pos
-        return _Strings(buffer, start, pos)
+        from llamacli.kernels.strings import end
+
+        left = np.frombuffer(self.buffer, np.uint8, offset=self.pos)
+        size = end(left, count)
+        if size < 0:
+            raise _wrong(self.path, f"{count} strings for {_show(key)} at byte {self.pos}", "fewer")
+        self.pos += size
+        return _Strings(left[:size], count)
 
 
 def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:

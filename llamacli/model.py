@@ -30,6 +30,7 @@ from llamacli.kernels.matmul import Matrix, Rows
 from llamacli.kernels.pool import Pool, Program, default_threads
 from llamacli.kernels.vectors import SYMBOLS, build
 from llamacli.kvcache import KVCache
+from llamacli.pages import populate
 from llamacli.weights import Dense, Experts, bind
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
@@ -73,6 +74,7 @@ class Engine:
         self._follow_routing: Callable[[int, np.ndarray], None] | None = None
         self._capacity = 0  # tokens that buffers and program are made for
         self._reserve(INTERRUPTIBLE)
+        populate((m.address, m.nbytes) for m in self._always())
 
     def new_cache(self, ctx: int) -> KVCache:
         """An empty cache for at most `ctx` tokens."""
@@ -119,6 +121,10 @@ class Engine:
                 yield from ((m, self.config.n_experts_used) for m in layer.ffn.exps)
             else:
                 yield from ((m, 1) for m in layer.ffn)
+
+    def _always(self) -> list[Matrix]:
+        """Matrices that every token goes through as a whole."""
+        return [*(m for m, _ in self._active() if m.n_groups == 1), self.weights.output]
 
     def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False, first: int = 0) -> np.ndarray:
         """Evaluate `ids` after what `cache` holds and remember them.

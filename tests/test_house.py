@@ -18,8 +18,8 @@ HEAVY = {
 }
 FLOORS = [
     "errors ggml environment machine",
-    "gguf kernels",
-    "config weights kvcache placement routing tokenizer sampler",
+    "gguf pages kernels",
+    "config weights kvcache placement routing experts tokenizer sampler",
     "model template",
     "session",
     "measure quality peer plot",

@@ -7,25 +7,19 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from numba import njit
 
 from llamacli.errors import UsageError
 from llamacli.ggml import BY_NAME
-from llamacli.kernels import dots, jit, matmul, vectors
-from llamacli.kernels.jit import TARGET, assembly, call, host_targets, load, targets
+from llamacli.kernels import dots, jit, matmul, vectors, words
+from llamacli.kernels.jit import TARGET, assembly, host_targets, load, targets
 from llamacli.kernels.pool import Pool, Program
 
 TARGETS = {t.name: t for t in host_targets()}
 HEAD_DIM = 64
 
 
-@njit
-def leaf(address, args):
-    call(address, args)
-
-
 def run(address, *args):
-    leaf(address, tuple(np.int64(a.ctypes.data if isinstance(a, np.ndarray) else a) for a in args))
+    words.run(address, *(a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in args))
 
 
 def random_rows(name, n_rows, n_cols, rng):

@@ -13,10 +13,11 @@ nothing of layers.
 from typing import NamedTuple
 
 import numpy as np
-from numba import int64
+from numpy import int64
 
 from llamacli.kernels import dots
-from llamacli.kernels.jit import TARGET, call, kernel, load, pointer, unpack
+from llamacli.kernels.jit import TARGET, load
+from llamacli.kernels.words import call, kernel, pointer, unpack
 
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
