@@ -5,7 +5,7 @@ that says what would fit; expected seconds by the speed of disk and memory. Know
 
 What every token passes (attention, shared experts, routers, norms, output) is resident, keys and values too. Routed experts are
 all mapped if everything fits; else each layer has a number of slots, the rest stays in the file. The embedding stays there
-as well: a token reads one row of it. A mapped file that does not fit would fit somehow, but then the kernel
+as well: a token touches one row of it, and a page at its edges. A mapped file that does not fit would fit somehow, but then the kernel
 decides what is resident, and the promise would be its to break.
 """
 
@@ -21,9 +21,10 @@ from llamacli.errors import MemoryLimitError
 from llamacli.kernels import attention, matmul
 from llamacli.kernels.dots import ACT_BYTES
 
-PROGRAM = 260_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
+PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
 BATCH, LOGITS_BATCH = 2048, 64  # tokens, rows of logits that the engine makes room for
+PAGE = 4096  # bytes that a file is read by
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
 KINDS = {  # of tensors: a regular expression for their names; the first that matches counts
@@ -90,13 +91,14 @@ class Placement:
     kv: int  # at the full context
     working: int  # the engine's buffers and the program
     buffers: int  # for experts under way in prefill
+    rows: int  # pages of the embedding that tokens touched
     sizes: Sizes
     config: Config
 
     @property
     def resident(self) -> int:
         """Memory held at the full context."""
-        return self.weights + self.experts + self.kv + self.working + self.buffers
+        return self.weights + self.experts + self.kv + self.working + self.buffers + self.rows
 
     @property
     def miss(self) -> float:
@@ -119,8 +121,8 @@ def place(
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
     if everything + kv + working <= memory:
-        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, sizes, config)
-    least = sizes.always + kv + working + _least(config, sizes)
+        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, sizes, config)
+    least = sizes.always + kv + working + _least(config, sizes, ctx)
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, batch=batch)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
@@ -128,23 +130,31 @@ def place(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
-    buffers = PREFILL_EXPERTS * max(sizes.experts)
-    slots = min(sizes.n_experts, (memory - sizes.always - kv - working - buffers) // sizes.one_each)
-    return Placement(memory, ctx, "slots", slots, sizes.always, slots * sizes.one_each, kv, working, buffers, sizes, config)
+    buffers, rows = PREFILL_EXPERTS * max(sizes.experts), _rows(config, sizes, ctx)
+    slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
+    experts = slots * sizes.one_each
+    return Placement(memory, ctx, "slots", slots, sizes.always, experts, kv, working, buffers, rows, sizes, config)
 
 
 def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
-    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes)
-    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
+    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always
+    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n) + _least(config, sizes, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
 
 
-def _least(config: Config, sizes: Sizes) -> int:
-    """Bytes of the rest that must be held at least: the experts of one token and those under way, or else all of it."""
+def _rows(config: Config, sizes: Sizes, ctx: int) -> int:
+    """Bytes of the embedding's pages that `ctx` tokens touch at most: each a row, and the rest of the pages it lies on."""
+    return min(sizes.looked_up, ctx * (sizes.looked_up // config.n_vocab + PAGE))
+
+
+def _least(config: Config, sizes: Sizes, ctx: int) -> int:
+    """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
+    embedding; or else all of it.
+    """
     rest = sizes.routed + sizes.looked_up
     slots = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts, default=0)
-    return min(slots, rest) if sizes.experts else rest
+    return min(slots + _rows(config, sizes, ctx), rest) if sizes.experts else rest
 
 
 def _gb(nbytes: int) -> str:

@@ -75,7 +75,7 @@ def test_slots_fill_the_memory_and_the_promise_holds(scout, memory):
     assert 1 <= p.slots <= 16
     assert p.resident <= memory * GB
     assert p.slots == 16 or p.resident + sizes.one_each > memory * GB
-    assert p.resident == p.weights + p.experts + p.kv + p.working + p.buffers
+    assert p.resident == p.weights + p.experts + p.kv + p.working + p.buffers + p.rows
     assert p.experts == p.slots * sizes.one_each
     assert p.miss == 1 - p.slots / 16
     assert p.read_per_token == pytest.approx(p.miss * 3.3974e9, rel=1e-3)
@@ -92,6 +92,13 @@ def test_keys_and_values_of_chunked_layers_stop_at_a_chunk(scout):
     config, sizes = scout
     per_layer = 2 * 8 * 128 * 2
     assert place(config, sizes, 128 * GB, 1 << 20).kv == per_layer * (36 * 8192 + 12 * (1 << 20))
+
+
+def test_tokens_bring_in_rows_of_the_embedding_all_of_it_at_most(scout):
+    config, sizes = scout
+    assert place(config, sizes, 32 * GB, 1000).rows == 1000 * (5120 * 210 // 256 + 4096)
+    assert place(config, sizes, 32 * GB, 1 << 18).rows == sizes.looked_up
+    assert place(config, sizes, 128 * GB, 8192).rows == 0  # it is resident with all else
 
 
 def test_what_does_not_fit_is_refused_with_what_is_needed_and_a_context_that_fits(scout):

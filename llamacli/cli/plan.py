@@ -236,7 +236,7 @@ def _planned(p, disk: float, bandwidth: float, compute: float | None, placement)
         "mode": p.mode,
         "slots": p.slots,
         "resident_bytes": p.resident,
-        **{f"{part}_bytes": getattr(p, part) for part in ("weights", "experts", "kv", "working", "buffers")},
+        **{f"{part}_bytes": getattr(p, part) for part in ("weights", "experts", "kv", "working", "buffers", "rows")},
         "miss": round(p.miss, 4),
         "read_per_token_bytes": round(p.read_per_token),
         "tokens_per_second": round(1 / seconds, 3),
@@ -267,6 +267,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     if p.mode == "slots":
         rows.append(("experts", f"{amount(p.experts)}, {_mode(p)} of {amount(max(sizes.experts))}"))
         rows.append(("buffers for prompts", amount(p.buffers)))
+        rows.append(("rows of the embedding", amount(p.rows)))
     rows += [("KV cache", amount(p.kv)), ("to work in", amount(p.working)), ("all", amount(p.resident))]
     console.table(f"\nResident with {p.ctx} tokens", rows)
     origins = {name: f"{values[0]:.1f} GB/s, {origin}" for name, (values, origin) in speeds.items() if name != "compute"}
