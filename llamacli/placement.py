@@ -5,8 +5,8 @@ that says what would fit; expected seconds by the speed of disk and memory. Know
 
 What every token passes (attention, shared experts, routers, norms, output) is resident, keys and values too. Routed experts are
 all mapped if everything fits; else each layer has a number of slots, the rest stays in the file. The embedding stays there
-as well: a token touches one row of it, and a page at its edges. A mapped file that does not fit would fit somehow, but then the kernel
-decides what is resident, and the promise would be its to break.
+as well: a token touches one row of it and the pages at its ends. A mapped file that does not fit would run, too, but then the
+kernel decides what is resident, and the promise would be its to break.
 """
 
 import re
@@ -92,6 +92,7 @@ class Placement:
     working: int  # the engine's buffers and the program
     buffers: int  # for experts under way in prefill
     rows: int  # pages of the embedding that tokens touched
+    batch: int  # tokens of a prompt that go through a layer together
     sizes: Sizes
     config: Config
 
@@ -121,7 +122,7 @@ def place(
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
     if everything + kv + working <= memory:
-        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, sizes, config)
+        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, batch, sizes, config)
     least = sizes.always + kv + working + _least(config, sizes, ctx)
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, batch=batch)
@@ -133,7 +134,7 @@ def place(
     buffers, rows = PREFILL_EXPERTS * max(sizes.experts), _rows(config, sizes, ctx)
     slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
     experts = slots * sizes.one_each
-    return Placement(memory, ctx, "slots", slots, sizes.always, experts, kv, working, buffers, rows, sizes, config)
+    return Placement(memory, ctx, "slots", slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
 def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH) -> int:
@@ -202,15 +203,22 @@ def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) 
 
 
 def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | None) -> float:
-    """Expected seconds for a prompt of `tokens`: the longer of one pass over the experts that it touches and the arithmetic.
+    """Expected seconds for a prompt of `tokens`: the longer of reading the experts that it touches and the arithmetic.
 
-    `multiply` is the machine's limit in operations a second, a multiply-add being two; None: reading alone. Mapped experts
-    are in memory already. Products of attention with the context are left out, so a long prompt takes longer.
+    Each batch of it passes over them once. `multiply` is the machine's limit in operations a second, a multiply-add being two;
+    None: reading alone. Mapped experts are in memory already. Products of attention with the context are left out, so a
+    long prompt takes longer.
     """
-    touched = 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
+    passes, rest = divmod(tokens, p.batch)
+    touched = passes * _touched(p, p.batch) + _touched(p, rest)
     reading = touched * p.sizes.routed / disk if p.mode == "slots" else 0.0
     computing = 2 * tokens * products_per_token(p.config) / (REACHED_MULTIPLYING * multiply) if multiply else 0.0
     return max(reading, computing)
+
+
+def _touched(p: Placement, tokens: int) -> float:
+    """The share of a layer's experts that some of `tokens` choose."""
+    return 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
 
 
 def products_per_token(config: Config) -> int:

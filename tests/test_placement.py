@@ -211,13 +211,14 @@ def test_decode_is_between_the_longer_of_both_and_their_sum(p, scout):
     assert max(reading, computing) < decode_seconds(p, 3e9, 50e9) < reading + computing
 
 
-def test_a_long_prompt_reads_every_expert_once_a_short_one_those_it_touches(p):
+def test_a_long_prompt_reads_every_expert_once_a_batch_a_short_one_those_it_touches(p):
     whole = p.sizes.routed / 1e9
-    assert prefill_seconds(p, 4096, 1e9, None) == pytest.approx(whole)
+    assert prefill_seconds(p, 2048, 1e9, None) == pytest.approx(whole)
+    assert prefill_seconds(p, 3 * 2048, 1e9, None) == pytest.approx(3 * whole)  # a batch is a pass
     assert prefill_seconds(p, 1, 1e9, None) == pytest.approx(whole / 16)
 
 
 def test_a_prompt_long_enough_costs_arithmetic(p, scout):
-    seconds = prefill_seconds(p, 100_000, 1e9, 1e12)
+    seconds = prefill_seconds(p, 100_000, 1e10, 1e12)
     assert seconds == pytest.approx(2e5 * products_per_token(scout[0]) / (placement.REACHED_MULTIPLYING * 1e12))
     assert kvcache.nbytes(scout[0], 0) == 0
