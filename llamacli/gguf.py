@@ -32,12 +32,16 @@ _DAMAGED = "the file is cut short or damaged"
 
 
 class Tensor(NamedTuple):
-    """One tensor. `shape` is NumPy's order, row length last; `data` is a read-only uint8 view of the map."""
+    """One tensor. `shape` is NumPy's order, row length last; `data` is a read-only uint8 view of the map, `path` and `offset`
+    say where it lies.
+    """
 
     name: str
     type: TensorType
     shape: tuple[int, ...]
     data: np.ndarray
+    path: Path
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +58,7 @@ class GGUF(NamedTuple):
     tensors: dict[str, Tensor]
     nbytes: int
     maps: list[mmap.mmap]  # kept open as long as anything points into them
+    paths: list[Path]  # of the maps
 
 
 def open_gguf(path: str | Path) -> GGUF:
@@ -63,7 +68,7 @@ def open_gguf(path: str | Path) -> GGUF:
     """
     path = Path(path)
     version, values, tensors, mapped = _open_part(path)
-    maps, nbytes = [mapped], len(mapped)
+    maps, paths, nbytes = [mapped], [path], len(mapped)
     count = _count(path, values, "split.count", 1)
     if count > 1:
         for no, part in enumerate(_further_parts(path, values, count), 1):
@@ -76,11 +81,12 @@ def open_gguf(path: str | Path) -> GGUF:
                 raise _wrong(part, "each tensor in one part", f"{_show(min(twice))} in two", "the parts do not belong together")
             tensors |= more
             maps.append(mapped)
+            paths.append(part)
             nbytes += len(mapped)
         expected = _count(path, values, "split.tensors.count", len(tensors))
         if expected != len(tensors):
             raise _wrong(path, f"{expected} tensors in all parts", f"{len(tensors)}", "a part is of another model")
-    return GGUF(path, version, _Metadata(path, values), tensors, nbytes, maps)
+    return GGUF(path, version, _Metadata(path, values), tensors, nbytes, maps, paths)
 
 
 class _Strings(NamedTuple):
@@ -304,7 +310,9 @@ def _views(cursor: _Cursor, infos: list, alignment: int) -> dict[str, Tensor]:
             raise _wrong(path, f"{nbytes} bytes of {_show(name)} at byte {offset} of the tensor data", f"{left} bytes in all")
         if name in tensors:
             raise _wrong(path, f"tensor {_show(name)} once", "it twice")
-        tensors[name] = Tensor(name, kind, shape, np.frombuffer(cursor.buffer, np.uint8, nbytes, start + offset))
+        tensors[name] = Tensor(
+            name, kind, shape, np.frombuffer(cursor.buffer, np.uint8, nbytes, start + offset), path, start + offset
+        )
         ends.append((offset, offset + nbytes, name))
     ends.sort()
     for (_, end, name), (begin, _, other) in pairwise(ends):

@@ -35,7 +35,7 @@ class Routing(NamedTuple):
 
 
 class RoutingLog:
-    """Writes a log; an instance is what `Engine.follow_routing` calls."""
+    """Writes a log; an instance is what an engine's `follow_routing` may be."""
 
     def __init__(self, path: Path, model: str, config: Config):
         """OutputError if there is a file already; UsageError if the model has no experts to choose from."""
@@ -43,17 +43,18 @@ class RoutingLog:
         if not layers:
             raise UsageError(f"--routing-log: expected a model with experts, found none in {model}; leave the option out")
         check_new(path)
-        self._path = path
+        self._path, self._layers, self._used = path, layers, config.n_experts_used
         try:
             self._file = path.open("x", buffering=1)  # line by line, so that a kill loses one token at most
         except OSError as error:
             raise self._unwritable(error) from None
-        used = config.n_experts_used
-        self._write({"routing": VERSION, "model": model, "layers": layers, "experts": config.n_experts, "used": used})
+        sizes = {"layers": layers, "experts": config.n_experts, "used": self._used}
+        self._write({"routing": VERSION, "model": model} | sizes)
 
     def __call__(self, position: int, experts: np.ndarray) -> None:
-        """Note a batch: the first token's position, experts [n_tokens, n_layers, used]."""
-        self._write({"pos": position, "experts": experts.reshape(len(experts), -1).tolist()})
+        """Note a batch: the first token's position, experts of all layers, [n_layers, n_tokens * used]."""
+        by_token = experts[self._layers].reshape(len(self._layers), -1, self._used).swapaxes(0, 1)
+        self._write({"pos": position, "experts": by_token.reshape(len(by_token), -1).tolist()})
 
     def _write(self, record: dict) -> None:
         try:

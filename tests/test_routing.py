@@ -1,4 +1,4 @@
-"""The routing log: the engine tells what the oracle chooses, what is written is read back, what it says of caches is what a
+"""The routing log: the engine logs what the oracle chooses, what is written is read back, what it says of caches is what a
 cache would do, and how `inspect --routing` shows it."""
 
 import json
@@ -47,29 +47,35 @@ def oracles_choice(path, ids, monkeypatch):
     return np.stack(seen, 1)
 
 
+@pytest.mark.parametrize("slots", [0, 2])
 @pytest.mark.parametrize("shape", [SCOUT, MAVERICK, SCOUT | {"used": 2}])
-def test_the_engine_tells_every_layers_choice_prompt_and_single_tokens_alike(tmp_path, monkeypatch, shape):
+def test_every_layers_choice_is_logged_prompt_and_single_tokens_alike(tmp_path, monkeypatch, shape, slots):
     path, ids = tiny_gguf(tmp_path / "tiny.gguf", **shape), [int(i) for i in np.random.RandomState(0).randint(0, 256, 24)]
     gguf = open_gguf(path)
-    engine, told = Engine(gguf, Config.from_gguf(gguf), 2), []
-    engine.follow_routing(lambda position, experts: told.append((position, experts)))
+    config = Config.from_gguf(gguf)
+    engine = Engine(gguf, config, 2, slots)
+    engine.follow_routing = RoutingLog(tmp_path / "r.log", "tiny.gguf", config)
     cache = engine.new_cache(64)
     engine.forward(ids[:21], cache)
     for token in ids[21:]:
         engine.forward([token], cache)
-    assert [position for position, _ in told] == [0, 8, 16, 21, 22, 23]  # batches end at chunk edges
-    assert (np.concatenate([experts for _, experts in told]) == oracles_choice(path, ids, monkeypatch)).all()
+    log = routing.read(tmp_path / "r.log")
+    assert log.layers == [i for i in range(config.n_layers) if config.is_moe(i)]
+    assert log.positions.tolist() == list(range(24))
+    assert (log.chosen == oracles_choice(path, ids, monkeypatch)).all()
+    batches = (tmp_path / "r.log").read_text().splitlines()[1:]
+    assert [json.loads(line)["pos"] for line in batches] == [0, 8, 16, 21, 22, 23]  # a batch ends at a chunk's edge
 
 
-def test_following_changes_no_logit_and_ends_when_asked(tmp_path):
+def test_logging_changes_no_logit(tmp_path):
     gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf"))
-    engine, told = Engine(gguf, Config.from_gguf(gguf), 1), []
+    engine = Engine(gguf, Config.from_gguf(gguf), 1)
     before = engine.forward([1, 2, 3], engine.new_cache(8)).copy()
-    engine.follow_routing(lambda *batch: told.append(batch))
+    engine.follow_routing = RoutingLog(tmp_path / "r.log", "tiny.gguf", engine.config)
     assert (engine.forward([1, 2, 3], engine.new_cache(8)) == before).all()
-    engine.follow_routing(None)
+    engine.follow_routing = None
     engine.forward([1, 2, 3], engine.new_cache(8))
-    assert len(told) == 1
+    assert len((tmp_path / "r.log").read_text().splitlines()) == 2
 
 
 # the file
@@ -82,13 +88,13 @@ def config(tmp_path):
 
 def test_what_is_written_is_read_back(tmp_path, config):
     log, random = RoutingLog(tmp_path / "r.log", "tiny.gguf", config), np.random.RandomState(0)
-    batches = [(0, random.randint(0, 8, (5, 2, 2))), (5, random.randint(0, 8, (1, 2, 2))), (3, random.randint(0, 8, (1, 2, 2)))]
-    for batch in batches:
-        log(*batch)
+    batches = [(position, random.randint(0, 8, (4, n, 2))) for position, n in ((0, 5), (5, 1), (3, 1))]
+    for position, experts in batches:
+        log(position, experts.reshape(4, -1))
     found = routing.read(tmp_path / "r.log")  # the writer is still there: every line is in the file at once
     assert (found.model, found.layers, found.n_experts) == ("tiny.gguf", [1, 3], 8)
     assert found.positions.tolist() == [0, 1, 2, 3, 4, 5, 3]
-    assert (found.chosen == np.concatenate([experts for _, experts in batches])).all()
+    assert (found.chosen == np.concatenate([experts[[1, 3]].swapaxes(0, 1) for _, experts in batches])).all()
 
 
 def test_a_last_line_that_was_cut_is_passed_over(tmp_path):

@@ -126,7 +126,7 @@ class Generation:
 
         check_new(self.routing_log)
         model = load_model(path, self.threads, self.ctx, console)
-        model.engine.follow_routing(RoutingLog(self.routing_log, Path(path).name, model.config))
+        model.engine.follow_routing = RoutingLog(self.routing_log, Path(path).name, model.config)
         return model
 
     def sampler(self, model, console: Console):
