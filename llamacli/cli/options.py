@@ -118,15 +118,14 @@ class Generation:
                 checked(text, name)
 
     def load(self, console: Console):
-        """The model, with a note when it takes long; where a log is asked for, it is told every choice of experts."""
-        path = find_model(self.model, console)
-        if self.routing_log is None:
-            return load_model(path, self.threads, self.ctx, console)
+        """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
         from llamacli.routing import RoutingLog, check_new
 
-        check_new(self.routing_log)
-        model = load_model(path, self.threads, self.ctx, console)
-        model.engine.follow_routing = RoutingLog(self.routing_log, Path(path).name, model.config)
+        if self.routing_log is not None:
+            check_new(self.routing_log)
+        model = load_model(find_model(self.model, console), self.threads, self.ctx, console)
+        if self.routing_log is not None:
+            model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
         return model
 
     def sampler(self, model, console: Console):
