@@ -1,6 +1,7 @@
-"""Pictures: of a benchmark, speed against the depth of the context, others beside ours; of routing, which experts were used.
+"""Pictures: of a benchmark, speed against the depth of the context, others beside ours; of a plan, speed against the disk's; of
+routing, which experts were used.
 
-In: records of measure.speed, numbers of routing.py. Out: an image file. The only module that imports matplotlib, which is no
+In: records of measure.speed and of `llamacli plan`, numbers of routing.py. Out: an image file. The only module that imports matplotlib, which is no
 run-time dependency. Knows nothing of how the numbers came about.
 """
 
@@ -36,6 +37,37 @@ def draw(records: list[dict], title: str, path: Path) -> None:
             panel.legend()
     figure.suptitle(title)
     _save(figure, path, "bench.png")
+
+
+def draw_plan(plans: list[dict], title: str, path: Path) -> None:
+    """Write an image of expected tokens per second: a panel for each speed of memory, a line for each size. OutputError if it
+    cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plans = [plan for plan in plans if plan["mode"]]
+    bandwidths = sorted({plan["bandwidth_gbps"] for plan in plans})
+    figure, panels = pyplot.subplots(
+        1, len(bandwidths), figsize=(1 + 4 * len(bandwidths), 4), layout="constrained", squeeze=False
+    )
+    for panel, bandwidth in zip(panels[0], bandwidths, strict=True):
+        for memory in sorted({plan["memory_bytes"] for plan in plans}):
+            points = sorted(
+                (plan["disk_gbps"], plan["tokens_per_second"])
+                for plan in plans
+                if (plan["memory_bytes"], plan["bandwidth_gbps"]) == (memory, bandwidth)
+            )
+            panel.plot(*zip(*points, strict=True), "o-", label=f"{memory / 1e9:g} GB")
+        panel.set(title=f"memory of {bandwidth:g} GB/s", xlabel="disk, GB/s", xscale="log", ylim=(0, None))
+        panel.set_xticks(disks := sorted({plan["disk_gbps"] for plan in plans}), [f"{disk:g}" for disk in disks], minor=False)
+        panel.minorticks_off()
+    panels[0][0].set_ylabel("expected tokens/s")
+    panels[0][0].legend()
+    figure.suptitle(title)
+    _save(figure, path, "plan.png")
 
 
 def draw_routing(use: np.ndarray, hits: np.ndarray, layers: list[int], title: str, path: Path) -> None:
