@@ -13,7 +13,7 @@ the expert, so one quantized x serves router, shared and routed experts.
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -78,6 +78,8 @@ class Engine:
         self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, self._choices))
         self.slots = self._open_slots(gguf, slots) if slots and mixture else None
         self._watched: dict[tuple[str, ...], Inputs] | None = None
+        # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
+        self.follow_routing: Callable[[int, np.ndarray], None] | None = None
         self._capacity = 0  # tokens that buffers and program are made for
         self._reserve(INTERRUPTIBLE)
         populate(((m.address, m.nbytes) for m in self._always()), lock=self.slots is not None)
@@ -150,6 +152,8 @@ class Engine:
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
             self._run_layers(ids[done : done + n], cache)
+            if self.follow_routing:
+                self.follow_routing(cache.pos, self._chosen[:, : n * self._choices])
             if all_logits:
                 for row in range(max(0, first - done), n, ALL_LOGITS_BATCH):
                     count = min(ALL_LOGITS_BATCH, n - row)
@@ -235,7 +239,7 @@ class Engine:
         for i, stops in self._visits.items():
             routed, shared, multiplied, joined, end = stops
             run(self._program, done, routed)
-            visit = self.slots.visit(i, self._chosen[: n * self._choices].tolist())
+            visit = self.slots.visit(i, self._chosen[i, : n * self._choices].tolist())
             run(self._program, routed, shared)
             for expert in visit.gate_up:
                 window[:] = expert, expert + 1
@@ -274,7 +278,7 @@ class Engine:
         self._dense = np.concatenate([np.zeros(2, np.int64), np.arange(n)])
         self._window = np.zeros(2, np.int64)
         self._moe = np.zeros(n_experts + 1 + pairs, np.int64)
-        self._chosen, self._scores = np.zeros(pairs, np.int64), np.zeros(pairs, np.float32)
+        self._chosen, self._scores = np.zeros((c.n_layers, pairs), np.int64), np.zeros(pairs, np.float32)
         self._rope = np.zeros((n, c.head_dim), np.float32)
         widest = max(n_ff, n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
         scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest)
@@ -338,7 +342,7 @@ class Engine:
         elif self.slots:
             self._visited_experts(p, i, layer.ffn)
         else:
-            self._experts(p, layer.ffn)
+            self._experts(p, i, layer.ffn)
 
     def _norm(self, p: Program, weight: np.ndarray) -> None:
         quantize, eps = self._leaves["quantize"], self._floats[attention.EPS :].ctypes.data
@@ -404,15 +408,15 @@ class Engine:
         self._inputs(p, (ffn.down,), self._gate)
         self._matmul(p, ffn.down, self._gate, self._x, add=True)
 
-    def _route(self, p: Program, ffn: Experts, meet: bool) -> None:
+    def _route(self, p: Program, i: int, ffn: Experts, meet: bool) -> None:
         self._inputs(p, (ffn.gate_inp, ffn.shexp.gate, ffn.shexp.up), self._xn)
         self._matmul(p, ffn.gate_inp, self._xn, self._router)
-        choice = [a.ctypes.data for a in (self._scores, self._chosen, self._moe, self._state)]
+        choice = [a.ctypes.data for a in (self._scores, self._chosen[i], self._moe, self._state)]
         p.add(elementwise.route, [*self._router[:2], self.config.n_experts, self.config.n_experts_used, *choice], meet)
 
-    def _experts(self, p: Program, ffn: Experts) -> None:
+    def _experts(self, p: Program, i: int, ffn: Experts) -> None:
         c, k, scores = self.config, self.config.n_experts_used, self._scores.ctypes.data
-        self._route(p, ffn, meet=False)
+        self._route(p, i, ffn, meet=False)
         self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)
         self._matmul(p, ffn.shexp.up, self._xn, self._up)
         self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)
@@ -430,7 +434,7 @@ class Engine:
         c, k, scores = self.config, self.config.n_experts_used, self._scores.ctypes.data
         at = lambda part: {"where": self.slots.addresses(i, part), "window": self._window.ctypes.data}  # noqa: E731
         stops = []
-        self._route(p, ffn, meet=True)
+        self._route(p, i, ffn, meet=True)
         stops.append(len(p))
         self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)
         self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)

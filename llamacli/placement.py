@@ -5,8 +5,8 @@ that says what would fit; expected seconds by the speed of disk and memory. Know
 
 What every token passes (attention, shared experts, routers, norms, output) is resident, keys and values too. Routed experts are
 all mapped if everything fits; else each layer has a number of slots, the rest stays in the file. The embedding stays there
-as well: a token reads one row of it. A mapped file that does not fit would fit somehow, but then the kernel
-decides what is resident, and the promise would be its to break.
+as well: a token touches one row of it and the pages at its ends. A mapped file that does not fit would run, too, but then the
+kernel decides what is resident, and the promise would be its to break.
 """
 
 import re
@@ -22,10 +22,11 @@ from llamacli.kernels import attention, matmul
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.pool import default_threads
 
-PROGRAM = 260_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
+PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
 LEAST_BATCH = 256
 BATCH, LOGITS_BATCH = 2048, 64  # tokens, rows of logits that the engine makes room for
+PAGE = 4096  # bytes that a file is read by
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
 KINDS = {  # of tensors: a regular expression for their names; the first that matches counts
@@ -92,13 +93,15 @@ class Placement:
     kv: int  # at the full context
     working: int  # the engine's buffers and the program
     buffers: int  # for experts under way in prefill
+    rows: int  # pages of the embedding that tokens touched
+    batch: int  # tokens of a prompt that go through a layer together
     sizes: Sizes
     config: Config
 
     @property
     def resident(self) -> int:
         """Memory held at the full context."""
-        return self.weights + self.experts + self.kv + self.working + self.buffers
+        return self.weights + self.experts + self.kv + self.working + self.buffers + self.rows
 
     @property
     def miss(self) -> float:
@@ -130,8 +133,8 @@ def place(
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
     if everything + kv + working <= memory and not slots:
-        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, sizes, config)
-    least = sizes.always + kv + working + _least(config, sizes)
+        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, batch, sizes, config)
+    least = sizes.always + kv + working + _least(config, sizes, ctx)
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, batch=batch)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
@@ -139,23 +142,31 @@ def place(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
-    buffers = PREFILL_EXPERTS * max(sizes.experts)
-    slots = min(sizes.n_experts, (memory - sizes.always - kv - working - buffers) // sizes.one_each)
-    return Placement(memory, ctx, "slots", slots, sizes.always, slots * sizes.one_each, kv, working, buffers, sizes, config)
+    buffers, rows = PREFILL_EXPERTS * max(sizes.experts), _rows(config, sizes, ctx)
+    slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
+    experts = slots * sizes.one_each
+    return Placement(memory, ctx, "slots", slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
 def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
-    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes)
-    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
+    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always
+    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n) + _least(config, sizes, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
 
 
-def _least(config: Config, sizes: Sizes) -> int:
-    """Bytes of the rest that must be held at least: the experts of one token and those under way, or else all of it."""
+def _rows(config: Config, sizes: Sizes, ctx: int) -> int:
+    """Bytes of the embedding's pages that `ctx` tokens touch at most: each a row, and the rest of the pages it lies on."""
+    return min(sizes.looked_up, ctx * (sizes.looked_up // config.n_vocab + PAGE))
+
+
+def _least(config: Config, sizes: Sizes, ctx: int) -> int:
+    """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
+    embedding; or else all of it.
+    """
     rest = sizes.routed + sizes.looked_up
     slots = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts, default=0)
-    return min(slots, rest) if sizes.experts else rest
+    return min(slots + _rows(config, sizes, ctx), rest) if sizes.experts else rest
 
 
 def _gb(nbytes: int) -> str:
@@ -178,7 +189,7 @@ def working_bytes(config: Config, threads: int, batch: int) -> int:
 
     token = row(c.n_embd) + row(c.n_embd, 1) + row(q) + 2 * row(kv) + row(q, 1) + row(n_ff, 1) + row(n_ff) + row(n_experts)
     token += 4 * c.head_dim + 8 + 8  # angles, ids, the table of tokens
-    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 8 + 4  # experts, the table of pairs, choices, scores
+    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 4 + 8 * c.n_layers  # experts, the table of pairs, scores, choices
     widest = max(n_ff, n_ff_exp, c.n_embd, q)
     scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest) + attention.scratch_bytes(c.head_dim)
     return n * token + pairs * pair + 4 * min(n, LOGITS_BATCH) * c.n_vocab + threads * scratch
@@ -203,15 +214,22 @@ def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) 
 
 
 def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | None) -> float:
-    """Expected seconds for a prompt of `tokens`: the longer of one pass over the experts that it touches and the arithmetic.
+    """Expected seconds for a prompt of `tokens`: the longer of reading the experts that it touches and the arithmetic.
 
-    `multiply` is the machine's limit in operations a second, a multiply-add being two; None: reading alone. Mapped experts
-    are in memory already. Products of attention with the context are left out, so a long prompt takes longer.
+    Each batch of it passes over them once. `multiply` is the machine's limit in operations a second, a multiply-add being two;
+    None: reading alone. Mapped experts are in memory already. Products of attention with the context are left out, so a
+    long prompt takes longer.
     """
-    touched = 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
+    passes, rest = divmod(tokens, p.batch)
+    touched = passes * _touched(p, p.batch) + _touched(p, rest)
     reading = touched * p.sizes.routed / disk if p.mode == "slots" else 0.0
     computing = 2 * tokens * products_per_token(p.config) / (REACHED_MULTIPLYING * multiply) if multiply else 0.0
     return max(reading, computing)
+
+
+def _touched(p: Placement, tokens: int) -> float:
+    """The share of a layer's experts that some of `tokens` choose."""
+    return 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
 
 
 def products_per_token(config: Config) -> int:

@@ -19,7 +19,7 @@ HEAVY = {
 FLOORS = [
     "errors ggml environment machine",
     "gguf pages kernels",
-    "config weights kvcache placement experts tokenizer sampler",
+    "config weights kvcache placement routing experts tokenizer sampler",
     "model template",
     "session",
     "measure quality peer plot",

@@ -115,6 +115,9 @@ class Generation:
     seed: Annotated[
         int | None, option("--seed", metavar="N", min=0, help="Same seed, same text (default: a new one each time).")
     ] = None
+    routing_log: Annotated[
+        Path | None, option("--routing-log", metavar="FILE", help="Write down which experts are chosen; see inspect --routing.")
+    ] = None
     stop: Annotated[list[str] | None, option("--stop", metavar="TEXT", help="End the answer before TEXT; repeatable.")] = None
 
     def __post_init__(self) -> None:
@@ -129,11 +132,18 @@ class Generation:
                 checked(text, name)
 
     def load(self, console: Console):
-        """The model, with a note when it takes long."""
+        """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
+        from llamacli.routing import RoutingLog, check_new
+
+        if self.routing_log is not None:
+            check_new(self.routing_log)
         memory = None if self.memory is None else byte_count(self.memory, "--memory")
-        return load_model(
+        model = load_model(
             find_model(self.model, console), self.threads, self.ctx, console, memory=memory, experts=self.experts.value
         )
+        if self.routing_log is not None:
+            model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
+        return model
 
     def sampler(self, model, console: Console):
         """The sampler that the options and the model's defaults ask for."""
