@@ -21,7 +21,7 @@ from llamacli.kernels.matmul import Matrix
 from llamacli.kernels.pool import Pool, Program, default_threads
 from llamacli.kvcache import KVCache
 from llamacli.model import ALL_LOGITS_BATCH, Inputs, Steps
-from llamacli.pages import populate, random_access
+from llamacli.pages import on_large_pages, populate, random_access
 from llamacli.weights import Experts, bind
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
@@ -51,6 +51,8 @@ class Engine:
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
         self._steps: Steps | None = None
         self._reserve(INTERRUPTIBLE)
+        if not self.slots:
+            on_large_pages(gguf.maps)
         populate(((m.address, m.nbytes) for m in self._always()), lock=self.slots is not None)
 
     def _open_slots(self, gguf: GGUF, n_slots: int) -> Slots:
