@@ -2,8 +2,8 @@
 
 In: where the experts lie in the file, and how many slots a layer may have. Out: addresses of their matrices, right when the
 caller is told so. Reads are direct: several pieces at a time go from the disk to where they are used, and no copy stays in the
-page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and up
-before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
+page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and
+up before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
 prompt neither waits for memory nor drives out what decoding keeps. Knows nothing of tokens or arithmetic.
 """
 
@@ -13,8 +13,10 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
 
@@ -33,13 +35,18 @@ _F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
 
 @dataclass
 class Traffic:
-    """What has been asked for and read since `began`."""
+    """What has been asked for and read."""
 
-    hits: int = 0
+    hits: int = 0  # experts that were in a slot when a layer's tokens asked for them
     misses: int = 0
     bytes_read: int = 0
     stall_s: float = 0.0  # waiting for reads with nothing else to do
-    began: float = field(default_factory=perf_counter)
+    reading_s: float = 0.0  # with at least one read under way
+
+    def __str__(self) -> str:
+        speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
+        asked = f"{self.hits} found in memory, {self.misses} not"
+        return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
 
 
 class _Stack(NamedTuple):
@@ -92,6 +99,7 @@ class Slots:
         self._ring = [_memory(largest) for _ in range(RING)]
         self._in_ring: list[Future] = []
         self._lanes = ThreadPoolExecutor(LANES, "read")
+        self._lock, self._reading, self._since = Lock(), 0, 0.0
 
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
@@ -239,22 +247,35 @@ class Slots:
 
     def _piece(self, stack: _Stack, offset: int, view: memoryview, needed: int) -> None:
         """Read until `needed` bytes are there; the file may end before the view does."""
-        done = 0
-        while done < needed:
-            try:
-                n = os.preadv(stack.file, [view[done:]], offset + done)
-            except OSError as error:
-                raise ModelFileError(
-                    f"{stack.path}: expected {needed} bytes at byte {offset}, found a read error ({error.strerror}); check the disk"
-                ) from None
-            if n == 0 or (n % BLOCK and n < needed - done):
-                raise ModelFileError(
-                    f"{stack.path}: expected {needed} bytes at byte {offset}, found {done + n}: the file has been cut while it was "
-                    "in use; put it back and load it again"
-                )
-            done += n
+        done, expected = 0, f"{stack.path}: expected {needed} bytes at byte {offset}"
+        with self._clock():
+            while done < needed:
+                try:
+                    n = os.preadv(stack.file, [view[done:]], offset + done)
+                except OSError as error:
+                    raise ModelFileError(f"{expected}, found a read error ({error.strerror}); check the disk") from None
+                done += n
+                if done < needed and (n == 0 or n % BLOCK):
+                    raise ModelFileError(
+                        f"{expected}, found {done}: the file was cut while in use; put it back and load it again"
+                    )
         if not self._direct[stack.file] and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stack.file, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Counts the time in which anything is being read."""
+        with self._lock:
+            self._reading += 1
+            if self._reading == 1:
+                self._since = perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                if not self._reading:
+                    self.traffic.reading_s += perf_counter() - self._since
 
 
 class Visit:
@@ -282,10 +303,8 @@ def _memory(nbytes: int) -> mmap.mmap:
     """Memory of its own, on large pages where the system has them; none of it is held before it is written to."""
     memory = mmap.mmap(-1, max(nbytes, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # not compiled into this kernel
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # not compiled into this kernel
-            pass
     return memory
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from llamacli.config import Config
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
-from llamacli.experts import DOWN, GATE, UP, Slots
+from llamacli.experts import DOWN, GATE, UP, Slots, Traffic
 from llamacli.gguf import GGUF
 from llamacli.kernels import attention, elementwise, matmul
 from llamacli.kernels.dots import ACT_BYTES
@@ -103,6 +103,13 @@ class Engine:
         self._capacity = 0  # have the program composed again
         self._reserve(INTERRUPTIBLE)
         return list(self._watched.values())
+
+    def take_traffic(self) -> Traffic | None:
+        """What was read since the last call, None if all experts are mapped."""
+        if not self.slots:
+            return None
+        taken, self.slots.traffic = self.slots.traffic, Traffic()
+        return taken
 
     @property
     def bytes_per_token(self) -> int:
@@ -369,18 +376,8 @@ class Engine:
         rope = self._rope.ctypes.data if rotary else 0
         temperature = not rotary and c.temperature_length > 0
         to_half = self._leaves["to_half"]
-        args = [
-            *self._q[:2],
-            self._k.address,
-            self._v.address,
-            self._k.stride,
-            *heads,
-            rope,
-            c.use_qk_norm,
-            temperature,
-            chunk,
-            i,
-        ]
+        kv = self._k.address, self._v.address, self._k.stride
+        args = [*self._q[:2], *kv, *heads, rope, c.use_qk_norm, temperature, chunk, i]
         p.add(attention.prepare_heads, [*args, to_half, floats, state])
         leaves = [self._f16_tile, self._leaves["softmax"], self._leaves["weigh"]]
         scratch = [self._attn_scratch.ctypes.data, self._attn_scratch.strides[0]]

@@ -77,6 +77,9 @@ class FakeCache:
 class FakeEngine:
     threads, bytes_per_token, products_per_token = 1, 1000, 2000
 
+    def take_traffic(self):
+        return None
+
     def __init__(self, chunk=8, delay=0.0):
         self.chunk, self.delay = chunk, delay
         self.calls = []  # (position, ids) of every call

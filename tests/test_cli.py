@@ -52,7 +52,7 @@ def model(monkeypatch):
     """Commands in this process answer from a miniature model that a test may look into; stdin is empty."""
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
-    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console: made)
+    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console, **more: made)
     monkeypatch.setattr(run, "stdin_is_piped", lambda: False)
     return made
 

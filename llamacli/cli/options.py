@@ -34,6 +34,14 @@ class Color(StrEnum):
     never = "never"
 
 
+class Placing(StrEnum):
+    """Where routed experts are."""
+
+    auto = "auto"
+    mapped = "mapped"
+    slots = "slots"
+
+
 def _finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number.")
@@ -81,6 +89,12 @@ class Generation:
         int | None, option("-c", "--ctx", metavar="N", min=1, help="Context limit in tokens (default: 8192 at most).")
     ] = None
     threads: Threads = None
+    memory: Annotated[
+        str | None, option("--memory", metavar="SIZE", help="Memory to stay below, such as 24G (default: what is free).")
+    ] = None
+    experts: Annotated[
+        Placing, option("--experts", metavar="HOW", help="Routed experts: mapped, slots (read when needed), auto (default).")
+    ] = Placing.auto
     temp: Annotated[
         float | None, option("--temp", metavar="N", min=0, callback=_finite, help="Temperature; 0 takes the likeliest (0.6).")
     ] = None
@@ -123,7 +137,10 @@ class Generation:
 
         if self.routing_log is not None:
             check_new(self.routing_log)
-        model = load_model(find_model(self.model, console), self.threads, self.ctx, console)
+        memory = None if self.memory is None else byte_count(self.memory, "--memory")
+        model = load_model(
+            find_model(self.model, console), self.threads, self.ctx, console, memory=memory, experts=self.experts.value
+        )
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
         return model
@@ -186,13 +203,13 @@ def find_model(name: str | None, console: Console) -> Path:
     return found
 
 
-def load_model(path: Path, threads: int | None, ctx: int | None, console: Console):
+def load_model(path: Path, threads: int | None, ctx: int | None, console: Console, **more):
     """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
     from llamacli import Model
 
     words = "loading; the very first start compiles the kernels, which takes a while ..."
     with patience(console, words), leave_at_once():
-        model = Model.load(path, threads, ctx)
+        model = Model.load(path, threads, ctx, **more)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
     for notice in (getattr(model.tokenizer, "warning", None), *getattr(getattr(model.engine, "weights", None), "notices", ())):
