@@ -24,7 +24,7 @@ from llamacli.kernels.pool import default_threads
 
 PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
-BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (model.py)
+BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
 LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 PAGE = 4096  # bytes that a file is read by
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
@@ -176,7 +176,7 @@ def _gb(nbytes: int) -> str:
 
 
 def working_bytes(config: Config, threads: int, batch: int) -> int:
-    """What an engine whose `max_batch` is `batch` allocates for long prompts (Engine._reserve)."""
+    """What an engine whose `max_batch` is `batch` allocates for long prompts (model.Steps)."""
     c = config
     mixtures = [c.is_moe(i) for i in range(c.n_layers)]
     k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)
