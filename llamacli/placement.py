@@ -1,4 +1,4 @@
-"""Where a model's bytes go under a promise of memory, and how fast it then should be. Pure arithmetic, nothing is read.
+"""Where a model's bytes go under a promise of memory, and how fast it then should be. Arithmetic alone, nothing is read.
 
 In: a Config, the bytes of the tensors by kind, bytes of memory, a context. Out: a frozen `Placement`, or a MemoryLimitError
 that says what would fit; expected seconds by the speed of disk and memory. Knows nothing of files or processes.
@@ -24,8 +24,8 @@ from llamacli.kernels.pool import default_threads
 
 PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
-LEAST_BATCH = 256
-BATCH, LOGITS_BATCH = 2048, 64  # tokens, rows of logits that the engine makes room for
+BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
+LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 PAGE = 4096  # bytes that a file is read by
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
@@ -121,36 +121,36 @@ def place(
     ctx: int,
     *,
     threads: int = 1,
-    batch: int = BATCH,
     name: str = "the model",
     slots: bool = False,
 ) -> Placement:
-    """Decide what is resident within `memory` bytes at a context of `ctx` tokens and prompts in batches of `batch`.
+    """Decide what is resident within `memory` bytes at a context of `ctx` tokens.
 
     `slots`: even if everything would fit. MemoryLimitError if that cannot hold the always-used weights, keys and values, and
     the experts of one token.
     """
+    batch = batch_within(config, memory, threads)
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
-    if everything + kv + working <= memory and not slots:
+    if everything + kv + working <= memory and not (slots and sizes.experts):
         return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, batch, sizes, config)
-    least = sizes.always + kv + working + _least(config, sizes, ctx)
+    least = sizes.always + kv + working + _least(config, sizes, ctx, slots)
     if least > memory:
-        fits = fit_ctx(config, sizes, memory, ctx, threads=threads, batch=batch)
+        fits = fit_ctx(config, sizes, memory, ctx, threads=threads)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
         raise MemoryLimitError(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
     buffers, rows = PREFILL_EXPERTS * max(sizes.experts), _rows(config, sizes, ctx)
-    slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
-    experts = slots * sizes.one_each
-    return Placement(memory, ctx, "slots", slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
+    n_slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
+    experts = n_slots * sizes.one_each
+    return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
-def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH) -> int:
+def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
-    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always
+    room = memory - PROGRAM - working_bytes(config, threads, batch_within(config, memory, threads)) - sizes.always
     fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n) + _least(config, sizes, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
 
@@ -160,13 +160,15 @@ def _rows(config: Config, sizes: Sizes, ctx: int) -> int:
     return min(sizes.looked_up, ctx * (sizes.looked_up // config.n_vocab + PAGE))
 
 
-def _least(config: Config, sizes: Sizes, ctx: int) -> int:
+def _least(config: Config, sizes: Sizes, ctx: int, slots: bool = False) -> int:
     """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
-    embedding; or else all of it.
+    embedding; or else, unless there must be `slots`, all of it.
     """
     rest = sizes.routed + sizes.looked_up
-    slots = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts, default=0)
-    return min(slots + _rows(config, sizes, ctx), rest) if sizes.experts else rest
+    if not sizes.experts:
+        return rest
+    few = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts) + _rows(config, sizes, ctx)
+    return few if slots else min(few, rest)
 
 
 def _gb(nbytes: int) -> str:
@@ -174,11 +176,11 @@ def _gb(nbytes: int) -> str:
 
 
 def working_bytes(config: Config, threads: int, batch: int) -> int:
-    """What the engine allocates for prompts in batches of up to `batch` tokens (model.Steps)."""
+    """What an engine whose `max_batch` is `batch` allocates for long prompts (model.Steps)."""
     c = config
     mixtures = [c.is_moe(i) for i in range(c.n_layers)]
     k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)
-    n = min(batch, BATCH // max(1, k))
+    n = max(SINGLE_BATCH, batch // max(1, k))
     pairs = n * max(1, k)
     n_ff = max(n_ff_exp if mixture else c.n_ff for mixture in mixtures)
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -254,13 +256,15 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
         return 0, BATCH
     sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config.n_experts)
     memory, threads = memory or machine.budget(), threads or default_threads()
-    batch = batch_within(config, memory, threads)
-    placement = place(config, sizes, memory, ctx, threads=threads, batch=batch, name=str(gguf.path), slots=experts == "slots")
-    return (placement.slots, batch) if placement.mode == "slots" else (0, BATCH)
+    placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
+    return placement.slots if placement.mode == "slots" else 0, placement.batch
 
 
 def batch_within(config: Config, memory: int, threads: int) -> int:
-    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, BATCH at most."""
+    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, BATCH at most.
+
+    More of them read the experts less often, but what they take is missing for slots.
+    """
     batch = BATCH
     while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
         batch //= 2

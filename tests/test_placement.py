@@ -11,7 +11,17 @@ from llamacli.config import Config
 from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError
 from llamacli.gguf import open_gguf
-from llamacli.placement import decode_seconds, fit_ctx, place, prefill_seconds, products_per_token, weigh, working_bytes
+from llamacli.placement import (
+    allot,
+    batch_within,
+    decode_seconds,
+    fit_ctx,
+    place,
+    prefill_seconds,
+    products_per_token,
+    weigh,
+    working_bytes,
+)
 from quantize import shapes
 
 GB = 10**9
@@ -156,6 +166,33 @@ def test_a_model_that_uses_two_experts_needs_two_slots(scout):
         place(two, sizes, memory, 8192)
 
 
+def test_slots_may_be_wanted_where_all_would_fit(scout):
+    p = place(*scout, 128 * GB, 8192, slots=True)
+    assert (p.mode, p.slots, p.miss) == ("slots", 16, 0)
+
+
+def test_little_memory_means_small_batches_which_read_the_experts_more_often(scout):
+    config, sizes = scout
+    batches = [batch_within(config, memory, 1) for memory in (1 * GB, 4 * GB, 8 * GB, 64 * GB)]
+    assert batches == sorted(batches)
+    assert (batches[0], batches[-1]) == (64, 2048)
+    assert working_bytes(config, 1, batches[2]) <= GB / 2
+    assert place(config, sizes, 16 * GB, 8192).batch == batch_within(config, 16 * GB, 1)
+
+
+@pytest.mark.parametrize(
+    "experts, memory, slots", [("mapped", 1, 0), ("auto", 40 * GB, 0), ("slots", 40 * GB, 4), ("auto", 1, None)]
+)
+def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, slots):
+    gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf"))
+    config = Config.from_gguf(gguf)
+    if slots is None:
+        with pytest.raises(MemoryLimitError, match=r"tiny\.gguf"):
+            allot(gguf, config, 64, 1, memory, experts)
+    else:
+        assert allot(gguf, config, 64, 1, memory, experts) == (slots, 2048)
+
+
 def test_a_model_without_experts_is_mapped_or_refused():
     config = replace(real("scout")[0], n_experts=0, n_experts_used=0, moe_step=0)
     sizes = weigh([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], 0)
@@ -174,8 +211,8 @@ def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
     engine = Engine(gguf, config, 2)
     for tokens in (16, 100, 2048):
         allocated = sum(array.nbytes for array in engine._reserve(tokens).arrays)
-        held = 1 << (tokens - 1).bit_length()
-        assert working_bytes(config, 2, held) == pytest.approx(allocated, abs=1024)
+        largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
+        assert working_bytes(config, 2, largest) == pytest.approx(allocated, abs=1024)
     assert products_per_token(config) == engine.products_per_token
 
 

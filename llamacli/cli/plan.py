@@ -284,7 +284,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     rows.append(("read from disk", f"{amount(planned['read_per_token_bytes'])} a token, {100 * p.miss:.0f} % of its experts"))
     rows.append(("decode", f"{planned['tokens_per_second']:.2f} tokens/s"))
     least = "" if speeds["compute"][0][0] else "at least "
-    rows += [(f"prompt of {n}", f"{least}{seconds:.1f} s") for n, seconds in planned["prefill_seconds"].items()]
+    rows += [(f"prompt of {n}", f"{least}{seconds:.1f} s") for n, seconds in planned["prefill_seconds"].items() if seconds]
     console.table("\nExpected, every expert being equally likely", rows)
 
 
