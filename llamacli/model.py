@@ -19,10 +19,10 @@ from llamacli.experts import DOWN, GATE, UP, Slots
 from llamacli.kernels import attention, elementwise, matmul
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.elementwise import CACHE, COUNT, POS, ROW, N
-from llamacli.kernels.jit import load
+from llamacli.kernels.jit import TARGET, load
 from llamacli.kernels.matmul import Matrix, Rows
 from llamacli.kernels.pool import Program
-from llamacli.kernels.vectors import SYMBOLS, build
+from llamacli.kernels.vectors import SYMBOLS, build, span
 from llamacli.weights import Dense, Experts, Weights
 
 ALL_LOGITS_BATCH = 64  # rows of logits made at a time, so that a long prompt does not ask for gigabytes
@@ -238,9 +238,10 @@ class Steps:
             i,
         ]
         p.add(attention.prepare_heads, [*args, to_half, floats, state])
-        leaves = [self._f16_tile, self._leaves["softmax"], self._leaves["weigh"]]
+        leaves = [self._f16_tile, *(self._leaves[name] for name in ("softmax", "weigh", "keys_aside", "widen", "product"))]
+        tile = [span(c.head_dim, TARGET), TARGET.tile]
         scratch = [self._attn_scratch.ctypes.data, self._attn_scratch.strides[0]]
-        p.add(attention.attend, [*self._q[:2], *self._att[:2], *heads, chunk, i, *leaves, floats, state, *scratch])
+        p.add(attention.attend, [*self._q[:2], *self._att[:2], *heads, chunk, i, *leaves, *tile, floats, state, *scratch])
         width = c.n_heads * c.head_dim
         p.add(elementwise.quantize_rows, [*self._att[:2], width, *self._att[2:], self._leaves["quantize"], state])
 

@@ -139,6 +139,35 @@ class TestVariants:
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(half, x.astype(np.float16))
 
+    @pytest.mark.parametrize("n_keys", [1, 7, 32, 37, 100])
+    def test_a_product_with_keys_set_aside_is_the_product(self, target, n_keys):
+        f, rng = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
+        span, rows = vectors.span(HEAD_DIM, target), 2 * target.tile
+        keys = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
+        queries = rng.standard_normal((rows, HEAD_DIM)).astype(np.float32)
+        aside = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
+        run(f["keys_aside"], keys, n_keys, aside)
+        out = np.full((rows, aside.shape[0] * span), np.nan, np.float32)
+        for b in range(aside.shape[0]):
+            run(
+                f["product"], queries, 4 * HEAD_DIM, rows, aside[b], 4 * span, HEAD_DIM, out[:, b * span :], 4 * out.shape[1], 0
+            )
+        np.testing.assert_allclose(out[:, :n_keys], queries @ keys.astype(np.float32).T, atol=1e-4)
+
+    def test_a_product_adds_to_what_stands_times_its_factor(self, target):
+        f, rng = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
+        span, rows, n_keys = vectors.span(HEAD_DIM, target), 2 * target.tile, 21
+        half = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
+        values, p = np.empty((n_keys, HEAD_DIM), np.float32), rng.random((rows, n_keys)).astype(np.float32)
+        run(f["widen"], half, half.size, values)
+        np.testing.assert_array_equal(values, half.astype(np.float32))
+        out, state = (rng.standard_normal((rows, n)).astype(np.float32) for n in (HEAD_DIM, 3))
+        want = state[:, 2:] * out + p @ values
+        for c in range(0, HEAD_DIM, span):
+            args = p, 4 * n_keys, rows, values[:, c:], 4 * HEAD_DIM, n_keys, out[:, c:], 4 * HEAD_DIM, state
+            run(f["product"], *args)
+        np.testing.assert_allclose(out, want, atol=1e-4)
+
     def test_softmax_in_blocks_is_softmax(self, target):
         rng = np.random.default_rng(6)
         f = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
