@@ -41,6 +41,11 @@ class Target(NamedTuple):
         """float32 or int32 lanes of a vector."""
         return self.width // 4
 
+    @property
+    def step(self) -> int:
+        """Bytes of each row that one instruction of a tile multiplies: 8 where it multiplies small matrices, else 4."""
+        return 8 if self.dot == "usdot" else 4
+
 
 def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
     """Every variant that this CPU can run, best first."""

@@ -1,7 +1,7 @@
 """Vector IR in words: a thin layer over llvmlite that the leaves are written in.
 
-`Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. The only operation
-that differs between CPUs is `dot4`; everything else is portable IR. Knows nothing of block formats or of Numba.
+`Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. What differs
+between CPUs are `dot4`, `dot8` and `lookup`; everything else is portable IR. Knows nothing of block formats or of Numba.
 """
 
 from llvmlite import ir
@@ -261,22 +261,30 @@ class Simd:
             acc = self.b.add(acc, self.shuffle(products, list(range(j, n, 4))))
         return acc
 
+    def dot8(self, acc, u, s):
+        """Every 16 bytes are a matrix of 2 rows of 8: acc, matrices of 2 x 2 int32, plus u's times the transpose of s's.
+
+        Only where target.step is 8. u is unsigned, s signed; nothing saturates.
+        """
+        return self._each_quarter(lambda acc, u, s, wide: self._neon("usmmla", acc, u, s), acc, u, s, True)
+
     def _vpdpbusd(self, acc, u, s):
         fn = self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{u.type.count * 8}", acc.type, acc.type, u.type, s.type)
         return self.b.call(fn, [acc, u, s])
 
     def _neon_dot(self, acc, u, s, wide):
-        dot = lambda op, acc, a, b: self.b.call(  # noqa: E731
-            self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", acc.type, acc.type, a.type, b.type), [acc, a, b]
-        )
         if self.target.dot == "usdot":
-            return dot("usdot", acc, u, s)
+            return self._neon("usdot", acc, u, s)
         if not wide:
-            return dot("sdot", acc, u, s)
+            return self._neon("sdot", acc, u, s)
         # u = (u - 128) + 64 + 64: three signed dots, since this CPU has no mixed one
         for a in (self.b.xor(u, self.fill(i8, 16, -128)), self.fill(i8, 16, 64), self.fill(i8, 16, 64)):
-            acc = dot("sdot", acc, a, s)
+            acc = self._neon("sdot", acc, a, s)
         return acc
+
+    def _neon(self, op, acc, a, b):
+        fn = self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", acc.type, acc.type, a.type, b.type)
+        return self.b.call(fn, [acc, a, b])
 
     def _each_quarter(self, op, acc, u, s, wide):
         parts = []
