@@ -23,11 +23,12 @@ from llamacli.config import Config
 from llamacli.errors import PromptError, UnsupportedModelError
 from llamacli.gguf import GGUF
 from llamacli.kernels import attention, elementwise, matmul
+from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.elementwise import CACHE, COUNT, POS, ROW, N
 from llamacli.kernels.jit import TARGET, load
 from llamacli.kernels.matmul import Matrix, Rows
-from llamacli.kernels.pool import Pool, Program, default_threads
+from llamacli.kernels.pool import Pool, Program
 from llamacli.kernels.vectors import SYMBOLS, build
 from llamacli.kvcache import KVCache
 from llamacli.weights import Dense, Experts, bind

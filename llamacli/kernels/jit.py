@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 
 from llamacli.errors import UsageError
 from llamacli.kernels import CACHE
+from llamacli.kernels.cpu import features
 
 
 class Target(NamedTuple):
@@ -74,7 +75,7 @@ def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
 
 def host_targets() -> list[Target]:
     """The variants this machine can run, best first."""
-    return targets(llvm.get_process_triple(), llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()))
+    return targets(llvm.get_process_triple(), llvm.get_host_cpu_name(), features())
 
 
 def chosen_target() -> Target:

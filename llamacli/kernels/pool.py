@@ -8,7 +8,6 @@ compiled call: a signal such as Ctrl-C is seen before or after it, never in betw
 """
 
 import ctypes
-import os
 import threading
 import weakref
 from time import perf_counter
@@ -141,8 +140,3 @@ class Pool:
             _run(control, rows, step, step + 1, self.threads)
             seconds.append(perf_counter() - began)
         return seconds
-
-
-def default_threads() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
