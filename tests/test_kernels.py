@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Barrier
 
 import arm
@@ -179,6 +180,19 @@ class TestVariants:
 DOTPROD, I8MM = ("dotprod",), ("dotprod", "i8mm")
 
 
+@cache
+def arm_products(name, cpu, features):
+    """How often each instruction that multiplies bytes stands in each leaf, for an ARM CPU."""
+    triple = "arm64-apple-macosx14.0.0" if cpu.startswith("apple") else "aarch64-unknown-linux-gnu"
+    text = assembly(lambda t: dots.quantized(name, t), targets(triple, cpu, dict.fromkeys(features, True))[0])
+    assert "\tbl\t" not in text, "a leaf must not call the library"
+    parts = re.split(r"^_?([a-z]+):", text, flags=re.M)[1:]
+    return {
+        leaf: Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", code))
+        for leaf, code in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
 @pytest.mark.parametrize(
     ("cpu", "features", "row", "tile"),
@@ -189,15 +203,14 @@ DOTPROD, I8MM = ("dotprod",), ("dotprod", "i8mm")
     ],
 )
 def test_arm_multiplies_bytes_with_the_best_that_the_cpu_has(name, cpu, features, row, tile):
-    triple = "arm64-apple-macosx14.0.0" if cpu.startswith("apple") else "aarch64-unknown-linux-gnu"
-    best = targets(triple, cpu, dict.fromkeys(features, True))[0]
-    text = assembly(lambda target: dots.quantized(name, target), best)
-    leaves = dict(zip(*[iter(re.split(r"^_?([a-z]+):", text, flags=re.M)[1:])] * 2, strict=True))
-    for leaf, instruction in (("matvec", row), ("tile", tile)):
-        used = Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", leaves[leaf]))
-        assert list(used) == [instruction]
-        assert used[instruction] >= 32
-    assert "\tbl\t" not in text, "a leaf must not call the library"
+    used = arm_products(name, cpu, features)
+    assert list(used["matvec"]) == [row]
+    assert list(used["tile"]) == [tile]
+    assert min(used["matvec"][row], used["tile"][tile]) >= 32
+
+
+def test_codes_above_127_cost_no_more_where_only_signed_bytes_are_multiplied():
+    assert arm_products("Q8_0", "apple-m1", DOTPROD)["tile"] == arm_products("Q4_K", "apple-m1", DOTPROD)["tile"]
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])

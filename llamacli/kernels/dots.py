@@ -18,6 +18,8 @@ All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in 
 tokens.
 """
 
+from types import SimpleNamespace
+
 from llvmlite import ir
 
 from llamacli.kernels import iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
@@ -47,6 +49,8 @@ def quantized(name, target):
     """The module of leaves for one block format."""
     fmt, module = QUANTIZED[name], ir.Module(name)
     _dequantize(module, target, fmt)
+    if fmt.wide and target.dot == "sdot":
+        fmt = _signed(fmt)
     _matvec(module, target, fmt)
     _prepare(module, target, fmt)
     _pack(module, target, fmt)
@@ -64,6 +68,12 @@ def floats(name, target):
 
 
 # quantized
+
+
+def _signed(fmt):
+    """The format with codes 128 lower, so that they are signed bytes: some CPUs multiply no others."""
+    piece = lambda s, w, j: s.b.xor(fmt.piece(s, w, j), s.fill(i8, 32, -128))  # noqa: E731
+    return SimpleNamespace(**{**vars(fmt), "piece": piece, "offset": fmt.offset - 128, "wide": False})
 
 
 def _span(fmt, n=8):
@@ -284,10 +294,11 @@ def _products(s, fmt, w, x, part, tokens):
     steps, dots = fmt.group // 4, {(v, t): s.zeros(i32) for v in range(len(w)) for t in range(tokens)}
     for k in range(part * steps, (part + 1) * steps):
         columns = [s.load(vec(i8, s.width), at, k * s.width) for at in w]
+        side = s.load(vec(i32, tokens), x, 4 * tokens * k) if s.target.dot == "sdot" else None  # it can read any one lane
         for t in range(tokens):
-            codes = s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8)
+            codes = s.shuffle(side, [t] * s.lanes) if side else s.splat(s.load(i32, x, 4 * (tokens * k + t)))
             for v, column in enumerate(columns):
-                dots[v, t] = s.dot4(dots[v, t], column, codes, fmt.wide)
+                dots[v, t] = s.dot4(dots[v, t], column, s.bits(codes, i8), fmt.wide)
     return dots
 
 

@@ -237,7 +237,8 @@ class Simd:
     def dot4(self, acc, u, s, wide=False):
         """acc[l] + sum of u[4l+j] * s[4l+j] over j < 4: unsigned bytes times signed bytes into int32 lanes.
 
-        `wide` says that u may exceed 127; without it the cheaper saturating forms are safe.
+        `wide` says that u may exceed 127; without it the cheaper saturating forms are safe. Where the CPU multiplies signed
+        bytes only (sdot), u is taken as signed too, and must not be wide.
         """
         n, kind = u.type.count, self.target.dot
         if kind == "vnni":
@@ -255,7 +256,8 @@ class Simd:
             odd = self.b.lshr(u16, eight), self.b.ashr(s16, eight)
             return self.b.add(acc, self.b.add(self.b.call(madd, even), self.b.call(madd, odd)))
         if kind in ("usdot", "sdot"):
-            return self._each_quarter(self._neon_dot, acc, u, s, wide)
+            assert not wide or kind == "usdot", "sdot takes bytes as signed"
+            return self._neon(kind, acc, u, s)
         products = self.b.mul(self.unsigned(u), self.signed(s))
         for j in range(4):
             acc = self.b.add(acc, self.shuffle(products, list(range(j, n, 4))))
@@ -266,33 +268,21 @@ class Simd:
 
         Only where target.step is 8. u is unsigned, s signed; nothing saturates.
         """
-        return self._each_quarter(lambda acc, u, s, wide: self._neon("usmmla", acc, u, s), acc, u, s, True)
+        return self._neon("usmmla", acc, u, s)
 
     def _vpdpbusd(self, acc, u, s):
         fn = self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{u.type.count * 8}", acc.type, acc.type, u.type, s.type)
         return self.b.call(fn, [acc, u, s])
 
-    def _neon_dot(self, acc, u, s, wide):
-        if self.target.dot == "usdot":
-            return self._neon("usdot", acc, u, s)
-        if not wide:
-            return self._neon("sdot", acc, u, s)
-        # u = (u - 128) + 64 + 64: three signed dots, since this CPU has no mixed one
-        for a in (self.b.xor(u, self.fill(i8, 16, -128)), self.fill(i8, 16, 64), self.fill(i8, 16, 64)):
-            acc = self._neon("sdot", acc, a, s)
-        return acc
-
-    def _neon(self, op, acc, a, b):
-        fn = self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", acc.type, acc.type, a.type, b.type)
-        return self.b.call(fn, [acc, a, b])
-
-    def _each_quarter(self, op, acc, u, s, wide):
+    def _neon(self, op, acc, u, s):
+        """NEON's `op` on 16 bytes at a time."""
+        four, sixteen = vec(i32, 4), vec(i8, 16)
+        fn = self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", four, four, sixteen, sixteen)
         parts = []
         for k in range(0, u.type.count, 16):
             pick = list(range(k, k + 16))
-            parts.append(
-                op(self.shuffle(acc, list(range(k // 4, k // 4 + 4))), self.shuffle(u, pick), self.shuffle(s, pick), wide)
-            )
+            sums = self.shuffle(acc, list(range(k // 4, k // 4 + 4)))
+            parts.append(self.b.call(fn, [sums, self.shuffle(u, pick), self.shuffle(s, pick)]))
         while len(parts) > 1:
             parts = [self.concat(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
