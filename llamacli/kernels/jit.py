@@ -43,6 +43,11 @@ class Target(NamedTuple):
         return self.width // 4
 
     @property
+    def neon(self) -> bool:
+        """The CPU is an ARM one: a register has 16 bytes, and there are 32."""
+        return self.triple.startswith(("aarch64", "arm64"))
+
+    @property
     def step(self) -> int:
         """Bytes of each row that one instruction of a tile multiplies: 8 where it multiplies small matrices, else 4."""
         return 8 if self.dot == "usdot" else 4

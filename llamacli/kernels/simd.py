@@ -224,7 +224,7 @@ class Simd:
         if self.target.triple.startswith("x86_64") and self.target.dot != "plain" and n == 32:
             fn = self._intrinsic("llvm.x86.avx2.pshuf.b", index.type, index.type, index.type)
             return self.b.call(fn, [ir.Constant(vec(i8, 32), [*table, *table]), index])
-        if self.target.triple.startswith(("aarch64", "arm64")):
+        if self.target.neon:
             fn = self._intrinsic("llvm.aarch64.neon.tbl1.v16i8", vec(i8, 16), vec(i8, 16), vec(i8, 16))
             levels = ir.Constant(vec(i8, 16), list(table))
             halves = [self.b.call(fn, [levels, self.shuffle(index, list(range(k, k + 16)))]) for k in range(0, n, 16)]
