@@ -6,6 +6,7 @@
     |- CheckpointError            a Hugging Face folder that cannot be converted
     |- PromptError                a prompt, message list or chat template that cannot be turned into tokens
     |- ContextFullError           the conversation has reached its context limit
+    |- MemoryLimitError           the model does not fit the memory that it may take
     |- OutputError                the result cannot be written: exists already, no room, read-only
     `- UsageError                 the command line asks for something impossible, exit code 2
 
@@ -38,6 +39,10 @@ class PromptError(LlamacliError):
 
 class ContextFullError(LlamacliError):
     """No room is left in the context; nothing was dropped silently."""
+
+
+class MemoryLimitError(LlamacliError):
+    """The memory allowed does not hold what every token needs."""
 
 
 class OutputError(LlamacliError):

@@ -12,6 +12,13 @@ from llamacli.config import Config
 from llamacli.errors import ContextFullError
 
 
+def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
+    """Bytes that a cache of `ctx` tokens holds when it is full; `chunked` False: as if no layer were capped at a chunk."""
+    per_token = 2 * config.n_kv_heads * config.head_dim * np.dtype(np.float16).itemsize
+    chunk = config.chunk_size if chunked else 0
+    return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
+
+
 class KVCache:
     """Holds `pos` tokens, at most `ctx`."""
 

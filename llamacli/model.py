@@ -13,24 +13,27 @@ the expert, so one quantized x serves router, shared and routed experts.
 
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from llamacli.config import Config
-from llamacli.errors import PromptError, UnsupportedModelError
+from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
+from llamacli.experts import DOWN, GATE, UP, Slots, Traffic
 from llamacli.gguf import GGUF
 from llamacli.kernels import attention, elementwise, matmul
 from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.elementwise import CACHE, COUNT, POS, ROW, N
+from llamacli.kernels.faults import Guard
 from llamacli.kernels.jit import TARGET, load
 from llamacli.kernels.matmul import Matrix, Rows
 from llamacli.kernels.pool import Pool, Program
 from llamacli.kernels.vectors import SYMBOLS, build
 from llamacli.kvcache import KVCache
+from llamacli.pages import populate, random_access
 from llamacli.weights import Dense, Experts, bind
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
@@ -50,12 +53,16 @@ class Inputs(NamedTuple):
 class Engine:
     """A bound model, its threads and its buffers. One caller at a time."""
 
-    def __init__(self, gguf: GGUF, config: Config, threads: int | None = None):
+    def __init__(self, gguf: GGUF, config: Config, threads: int | None = None, slots: int = 0, max_batch: int = MAX_BATCH):
+        """`slots`: how many routed experts of a layer are kept in memory, the others being read when they are needed; 0: all
+        are used where the file is mapped. `max_batch`: tokens that go through a layer together.
+        """
         if config.head_dim % TARGET.lanes:
             raise UnsupportedModelError(
                 f"{gguf.path}: expected a head size that is a multiple of {TARGET.lanes}, found {config.head_dim}"
             )
         self.config, self.weights = config, bind(gguf, config)
+        self._guard, self._paths = Guard(gguf.maps), gguf.paths
         self.threads = threads or default_threads()
         self._pool = Pool(self.threads)
         self._leaves = load(f"vectors-{config.head_dim}", build(config.head_dim), SYMBOLS)
@@ -69,10 +76,20 @@ class Engine:
         self._f16_tile = matmul.leaves("F16").tile
         mixture = any(isinstance(layer.ffn, Experts) for layer in self.weights.layers)
         self._choices = config.n_experts_used if mixture else 0
-        self._max_batch = max(INTERRUPTIBLE, MAX_BATCH // max(1, self._choices))
+        self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, self._choices))
+        self.slots = self._open_slots(gguf, slots) if slots and mixture else None
         self._watched: dict[tuple[str, ...], Inputs] | None = None
+        # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
+        self.follow_routing: Callable[[int, np.ndarray], None] | None = None
         self._capacity = 0  # tokens that buffers and program are made for
         self._reserve(INTERRUPTIBLE)
+        populate(((m.address, m.nbytes) for m in self._always()), lock=self.slots is not None)
+
+    def _open_slots(self, gguf: GGUF, n_slots: int) -> Slots:
+        routed = {i: layer.ffn.exps for i, layer in enumerate(self.weights.layers) if isinstance(layer.ffn, Experts)}
+        tensors = {i: tuple(gguf.tensors[m.name] for m in exps) for i, exps in routed.items()}
+        random_access(self.weights.token_embd.address, self.weights.token_embd.nbytes)
+        return Slots(tensors, self.config.n_experts, n_slots)
 
     def new_cache(self, ctx: int) -> KVCache:
         """An empty cache for at most `ctx` tokens."""
@@ -87,6 +104,13 @@ class Engine:
         self._capacity = 0  # have the program composed again
         self._reserve(INTERRUPTIBLE)
         return list(self._watched.values())
+
+    def take_traffic(self) -> Traffic | None:
+        """What was read since the last call, None if all experts are mapped."""
+        if not self.slots:
+            return None
+        taken, self.slots.traffic = self.slots.traffic, Traffic()
+        return taken
 
     @property
     def bytes_per_token(self) -> int:
@@ -109,6 +133,10 @@ class Engine:
             else:
                 yield from ((m, 1) for m in layer.ffn)
 
+    def _always(self) -> list[Matrix]:
+        """Matrices that every token goes through as a whole."""
+        return [*(m for m, _ in self._active() if m.n_groups == 1), self.weights.output]
+
     def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False, first: int = 0) -> np.ndarray:
         """Evaluate `ids` after what `cache` holds and remember them.
 
@@ -125,6 +153,8 @@ class Engine:
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
             self._run_layers(ids[done : done + n], cache)
+            if self.follow_routing:
+                self.follow_routing(cache.pos, self._chosen[:, : n * self._choices])
             if all_logits:
                 for row in range(max(0, first - done), n, ALL_LOGITS_BATCH):
                     count = min(ALL_LOGITS_BATCH, n - row)
@@ -132,9 +162,18 @@ class Engine:
                     result[at : at + count] = self._head(row, count)
             elif done + n == len(ids):
                 result = self._head(n - 1, 1)[0]
+            self._check()
             cache.pos += n
             done += n
         return result
+
+    def _check(self) -> None:
+        """Throw away what was computed with a file that is no longer what it was."""
+        if (part := self._guard.broken) is not None:
+            raise ModelFileError(
+                f"{self._paths[part]}: expected the file as it was opened, found it cut short or its disk failing; put it back "
+                f"and load it again"
+            )
 
     def profile(self, ids: Sequence[int], cache: KVCache) -> list[tuple[int | None, str, float]]:
         """`forward` with every step run by itself: (layer or None, operation, seconds) of each, in order.
@@ -187,11 +226,33 @@ class Engine:
         self._ids[:n] = ids
         self._state[[N, POS, ROW, COUNT, CACHE]] = n, cache.pos, 0, n, cache.table.ctypes.data
         self._dense[1] = n
-        if n < INTERRUPTIBLE:
+        if self.slots:
+            self._run_visiting(n)
+        elif n < INTERRUPTIBLE:
             self._pool.run(self._program, 0, self._cuts[-1])
         else:
             for first, last in zip([0, *self._cuts], self._cuts, strict=False):
                 self._pool.run(self._program, first, last)
+
+    def _run_visiting(self, n: int) -> None:
+        """All layers, with a visit to each layer's experts: read them while the shared one is computed."""
+        run, window, done = self._pool.run, self._window, 0
+        for i, stops in self._visits.items():
+            routed, shared, multiplied, joined, end = stops
+            run(self._program, done, routed)
+            visit = self.slots.visit(i, self._chosen[i, : n * self._choices].tolist())
+            run(self._program, routed, shared)
+            for expert in visit.gate_up:
+                window[:] = expert, expert + 1
+                run(self._program, shared, multiplied)
+            down = visit.down()
+            run(self._program, multiplied, joined)
+            for expert in down:
+                window[:] = expert, expert + 1
+                run(self._program, joined, end)
+            done = end
+        if done < self._cuts[-1]:
+            run(self._program, done, self._cuts[-1])
 
     def _head(self, row: int, count: int) -> np.ndarray:
         self._state[[ROW, COUNT]] = row, count
@@ -216,8 +277,9 @@ class Engine:
         self._keep: list[np.ndarray] = []
         self._ids = np.zeros(n, np.int64)
         self._dense = np.concatenate([np.zeros(2, np.int64), np.arange(n)])
+        self._window = np.zeros(2, np.int64)
         self._moe = np.zeros(n_experts + 1 + pairs, np.int64)
-        self._chosen, self._scores = np.zeros(pairs, np.int64), np.zeros(pairs, np.float32)
+        self._chosen, self._scores = np.zeros((c.n_layers, pairs), np.int64), np.zeros(pairs, np.float32)
         self._rope = np.zeros((n, c.head_dim), np.float32)
         widest = max(n_ff, n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
         scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest)
@@ -257,7 +319,7 @@ class Engine:
         angle_args = [self._frequencies.ctypes.data, c.head_dim // 2, self._rope.ctypes.data, self._state.ctypes.data]
         p.add(attention.angles, angle_args)
         assert len(p) == STEPS_BEFORE
-        self._cuts = []
+        self._cuts, self._visits = [], {}
         for i in range(c.n_layers):
             self._layer(p, i)
             self._cuts.append(len(p))
@@ -276,10 +338,12 @@ class Engine:
         self._inputs(p, (layer.attn_output,), self._att)
         self._matmul(p, layer.attn_output, self._att, self._x, add=True)
         self._norm(p, layer.ffn_norm)
-        if isinstance(layer.ffn, Experts):
-            self._experts(p, layer.ffn)
-        else:
+        if not isinstance(layer.ffn, Experts):
             self._dense_ffn(p, layer.ffn)
+        elif self.slots:
+            self._visited_experts(p, i, layer.ffn)
+        else:
+            self._experts(p, i, layer.ffn)
 
     def _norm(self, p: Program, weight: np.ndarray) -> None:
         quantize, eps = self._leaves["quantize"], self._floats[attention.EPS :].ctypes.data
@@ -345,13 +409,15 @@ class Engine:
         self._inputs(p, (ffn.down,), self._gate)
         self._matmul(p, ffn.down, self._gate, self._x, add=True)
 
-    def _experts(self, p: Program, ffn: Experts) -> None:
-        c, k = self.config, self.config.n_experts_used
-        scores = self._scores.ctypes.data
+    def _route(self, p: Program, i: int, ffn: Experts, meet: bool) -> None:
         self._inputs(p, (ffn.gate_inp, ffn.shexp.gate, ffn.shexp.up), self._xn)
         self._matmul(p, ffn.gate_inp, self._xn, self._router)
-        choice = [a.ctypes.data for a in (self._scores, self._chosen, self._moe, self._state)]
-        p.add(elementwise.route, [*self._router[:2], c.n_experts, k, *choice], meet=False)
+        choice = [a.ctypes.data for a in (self._scores, self._chosen[i], self._moe, self._state)]
+        p.add(elementwise.route, [*self._router[:2], self.config.n_experts, self.config.n_experts_used, *choice], meet)
+
+    def _experts(self, p: Program, i: int, ffn: Experts) -> None:
+        c, k, scores = self.config, self.config.n_experts_used, self._scores.ctypes.data
+        self._route(p, i, ffn, meet=False)
         self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)
         self._matmul(p, ffn.shexp.up, self._xn, self._up)
         self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)
@@ -363,3 +429,27 @@ class Engine:
         self._inputs(p, (ffn.exps.down,), self._gate_exps, self._moe)
         self._matmul(p, ffn.shexp.down, self._gate, self._x, meet=False, add=True)
         self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k)
+
+    def _visited_experts(self, p: Program, i: int, ffn: Experts) -> None:
+        """The same sums, cut where experts may have to be waited for; the products of routed experts are run one by one."""
+        c, k, scores = self.config, self.config.n_experts_used, self._scores.ctypes.data
+        at = lambda part: {"where": self.slots.addresses(i, part), "window": self._window.ctypes.data}  # noqa: E731
+        stops = []
+        self._route(p, i, ffn, meet=True)
+        stops.append(len(p))
+        self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)
+        self._matmul(p, ffn.shexp.gate, self._xn, self._gate, meet=False)
+        self._matmul(p, ffn.shexp.up, self._xn, self._up)
+        self._gate_up(p, self._gate, self._up, c.n_ff_exp)
+        stops.append(len(p))
+        self._matmul(p, ffn.exps.gate, self._xn, self._gate_exps, self._moe, meet=False, x_div=k, **at(GATE))
+        self._matmul(p, ffn.exps.up, self._xn, self._up_exps, self._moe, x_div=k, **at(UP))
+        stops.append(len(p))
+        self._gate_up(p, self._gate_exps, self._up_exps, c.n_ff_exp, scores, k)
+        self._inputs(p, (ffn.shexp.down,), self._gate)
+        self._inputs(p, (ffn.exps.down,), self._gate_exps, self._moe)
+        self._matmul(p, ffn.shexp.down, self._gate, self._x, add=True)
+        stops.append(len(p))
+        self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k, **at(DOWN))
+        stops.append(len(p))
+        self._visits[i] = stops

@@ -88,6 +88,16 @@ def expected(config: HFConfig) -> dict[str, tuple[Entry, str]]:
     return found
 
 
+def shapes(config: HFConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the GGUF, by config.json alone: name to shape, row length last, in file order."""
+    found = {}
+    for entry, prefix in expected(config).values():
+        dims = [config.sizes[word] for word in entry.shape]
+        for part in entry.parts:
+            found[prefix + part.name] = (dims[0], dims[2] // part.of, dims[1]) if part.transposed else tuple(dims)
+    return found
+
+
 def match(folder: Path, stored: dict[str, Stored], config: HFConfig) -> tuple[dict[str, Rows], list[str]]:
     """Name, check and lay out every tensor of the checkpoint."""
     found, vision, notices = _Found(folder, {}, config), 0, []

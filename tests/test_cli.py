@@ -23,8 +23,8 @@ from recipe_cases import CASES
 from recipe_cases import shapes as case_shapes
 
 import llamacli
-from llamacli import environment
-from llamacli.cli import bench, chat, imatrix, inspect, main, options, perplexity, quantize, run, tokenize
+from llamacli import environment, kvcache
+from llamacli.cli import bench, chat, imatrix, main, options, perplexity, quantize, run, tokenize
 from llamacli.cli.console import one_line
 from llamacli.kvcache import KVCache
 from quantize import shapes
@@ -52,7 +52,7 @@ def model(monkeypatch):
     """Commands in this process answer from a miniature model that a test may look into; stdin is empty."""
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
-    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console: made)
+    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console, **more: made)
     monkeypatch.setattr(run, "stdin_is_piped", lambda: False)
     return made
 
@@ -272,8 +272,8 @@ def test_kv_memory_is_what_the_cache_takes():
     for ctx in (256, 300, 512, 2000):
         cache = KVCache(config, ctx)
         cache.reserve(ctx)
-        assert inspect.kv_bytes(config, ctx) == cache.nbytes
-    assert inspect.kv_bytes(config, 1024) == inspect.kv_bytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
+        assert kvcache.nbytes(config, ctx) == cache.nbytes
+    assert kvcache.nbytes(config, 1024) == kvcache.nbytes(config, 1024, chunked=False) * (6 * 512 + 2 * 1024) // (8 * 1024)
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_bench_json_has_a_record_for_prefill_and_one_for_decode(measured, capfd)
 
 def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_path, monkeypatch):
     (tmp_path / "old.json").write_text("[1]")
-    monkeypatch.setattr(bench, "available", lambda: 10**6)
+    monkeypatch.setattr(bench, "memory_free", lambda: 10**6)
     for args, code, word in (
         (["-p", "0", "-n", "0"], 2, "nothing to measure"),
         (["-p", "12,x"], 2, "512,4096"),

@@ -95,6 +95,13 @@ def test_after_warmup_nothing_is_compiled_any_more(tmp_path):
     assert files() == compiled
 
 
+def test_a_warm_start_needs_no_compiler(answer):
+    """Importing Numba alone takes as long as everything else."""
+    code = "import sys; from llamacli.cli import main; main(sys.argv[1:]); sys.exit('numba' in sys.modules)"
+    args = "run", "--no-stdin", "-n", "1", "Hello"
+    assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True).returncode == 0
+
+
 def test_the_python_door(answer):
     model = llamacli.Model.load(SMALL, threads=2, ctx=512)
     ids = model.tokenizer.encode("text and more text", bos=True, special=False)

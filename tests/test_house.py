@@ -17,9 +17,9 @@ HEAVY = {
     "typer": ("llamacli/cli/",),
 }
 FLOORS = [
-    "errors ggml environment",
-    "gguf kernels",
-    "config weights kvcache tokenizer sampler",
+    "errors ggml environment machine",
+    "gguf pages kernels",
+    "config weights kvcache placement routing experts tokenizer sampler",
     "model template",
     "session",
     "measure quality peer plot",

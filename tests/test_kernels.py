@@ -11,23 +11,17 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from numba import njit
 
 from llamacli.errors import UsageError
 from llamacli.ggml import BY_NAME
-from llamacli.kernels import dots, jit, matmul, vectors
-from llamacli.kernels.jit import TARGET, assembly, call, host_targets, load, targets
+from llamacli.kernels import dots, jit, matmul, vectors, words
+from llamacli.kernels.jit import TARGET, assembly, host_targets, load, targets
 from llamacli.kernels.pool import Pool, Program
 
 EMULATED = [pytest.mark.arm, pytest.mark.skipif(bool(arm.missing()), reason=f"needs {arm.missing()}")]
 VARIANTS = [pytest.param(target, id=target.name) for target in host_targets()]
 VARIANTS += [pytest.param(target, id=name, marks=EMULATED) for name, target in arm.TARGETS.items()]
 HEAD_DIM = 64
-
-
-@njit
-def leaf(address, args):
-    call(address, args)
 
 
 def leaves(name, build, symbols, target):
@@ -37,7 +31,7 @@ def leaves(name, build, symbols, target):
 def run(address, *args):
     if isinstance(address, arm.Leaf):
         return address(*args)
-    leaf(address, tuple(np.int64(a.ctypes.data if isinstance(a, np.ndarray) else a) for a in args))
+    words.run(address, *(a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in args))
 
 
 def random_rows(name, n_rows, n_cols, rng):

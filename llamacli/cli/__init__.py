@@ -7,8 +7,32 @@ is imported late, so that Ctrl-C and errors are caught from the first moment and
 import os
 import signal
 import sys
+from importlib import import_module
 
+COMMANDS = (
+    "run",
+    "chat",
+    "quantize",
+    "inspect",
+    "plan",
+    "tokenize",
+    "perplexity",
+    "imatrix",
+    "bench",
+    "warmup",
+)  # a module each
 CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
+
+
+def enter() -> None:
+    """The program's door: run one command and end the process at once.
+
+    There is nothing to tidy up, and taking apart a vocabulary and a map of gigabytes takes the interpreter a tenth of a second.
+    """
+    code = main()
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -32,7 +56,6 @@ def main(args: list[str] | None = None) -> int:
 def _run(args: list[str] | None) -> int:
     import typer
 
-    from llamacli.cli import bench, chat, imatrix, inspect, perplexity, quantize, run, tokenize, warmup
     from llamacli.cli.options import flat
 
     app = typer.Typer(
@@ -53,14 +76,14 @@ def _run(args: list[str] | None) -> int:
         elif context.invoked_subcommand is None:
             typer.echo(context.get_help())
 
-    modules = run, chat, quantize, inspect, tokenize, perplexity, imatrix, bench, warmup
-    for module in modules:  # each has one function of its own name
-        app.command()(flat(getattr(module, module.__name__.rpartition(".")[2])))
+    args = sys.argv[1:] if args is None else list(args)
+    for name in args[:1] if args[:1] and args[0] in COMMANDS else COMMANDS:  # one is enough where one is asked for
+        app.command()(flat(getattr(import_module(f"llamacli.cli.{name}"), name)))
     group = typer.main.get_command(app)
     if "_LLAMACLI_COMPLETE" in os.environ:
         group(prog_name="llamacli")  # a shell asks for completions; leaves by SystemExit
     try:
-        with group.make_context("llamacli", sys.argv[1:] if args is None else list(args)) as context:
+        with group.make_context("llamacli", args) as context:
             group.invoke(context)
     except typer.Exit as leaving:
         return leaving.exit_code

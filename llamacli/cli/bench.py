@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 
 from llamacli.cli.console import amount
-from llamacli.cli.inspect import available, kv_bytes
 from llamacli.cli.options import Json, ModelName, Output, Threads, find_model, load_model, option
 from llamacli.errors import UsageError
+from llamacli.machine import memory_free
 
 LONGEST = 1 << 24  # tokens
 
@@ -138,8 +138,10 @@ def _value(record: dict) -> float:
 
 
 def _check_room(config, longest: int) -> None:
-    need, free = kv_bytes(config, longest), available()
-    if free is not None and need > free:
+    from llamacli.kvcache import nbytes
+
+    need, free = nbytes(config, longest), memory_free()
+    if need > free:
         raise UsageError(
             f"-d, -p and -n ask for a context of {longest} tokens: expected {amount(need)} of memory for it, "
             f"found {amount(free)} free; ask for less"
@@ -151,8 +153,7 @@ def _peers(model, measure, longest: int):
     from llamacli.peer import Peer
 
     ids = measure.tokens(model, longest)
-    free = available()
-    for repack in (True, False) if free is None or free > 2 * model.gguf.nbytes else (False,):
+    for repack in (True, False) if memory_free() > 2 * model.gguf.nbytes else (False,):
         yield Peer(model.gguf.path, model.engine.threads, ids, repack)
 
 
@@ -246,10 +247,10 @@ def _show_profiles(records: list[dict], console) -> None:
 
 def _show_whole(records: list[dict], name: str, layers: int, console) -> None:
     rows = [(r["test"], f"{r['whole_model']['tokens_per_second']:.2f}") for r in records if "whole_model" in r]
-    whole, free = records[0]["whole_model"], available()
-    fits = "" if free is None else ", which fits" if whole["weights_bytes"] < free else ", more than that: its disk will decide"
+    whole, free = records[0]["whole_model"], memory_free()
+    fits = ", which fits" if whole["weights_bytes"] < free else ", more than that: its disk will decide"
     console.table(f"\nWhat {name} with {whole['layers']} layers would do here", rows, ("test", "tokens/s"))
     console.result(
         f"  (time inside the {layers} layers x {whole['layers']}/{layers}, plus the time outside them, by the profile; weights "
-        f"{amount(whole['weights_bytes'])}" + ("" if free is None else f", {amount(free)} of memory free here{fits}") + ")"
+        f"{amount(whole['weights_bytes'])}, {amount(free)} of memory free here{fits})"
     )

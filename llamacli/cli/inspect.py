@@ -1,28 +1,35 @@
-"""`llamacli inspect`: what a GGUF holds and what it will need, without loading it.
+"""`llamacli inspect`: what a GGUF holds and what it will need, without loading it; or what a routing log tells.
 
 In: a path. Out: a table or one JSON object on stdout. `describe` gathers, `_show` lays out. A sound GGUF of another
-architecture is described too, with the reason why it cannot be run. Knows nothing of the engine.
+architecture is described too, with the reason why it cannot be run. A log goes to cli/routing.py. Knows nothing of the engine.
 """
 
 import json
-import os
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llamacli.cli.console import amount, count
-from llamacli.cli.options import Json, Output, find_model
-from llamacli.errors import LlamacliError
+from llamacli.cli.options import Json, Output, find_model, option
+from llamacli.cli.routing import show_routing
+from llamacli.errors import LlamacliError, UsageError
+from llamacli.machine import memory_free
 
 EXPERTS = "_exps.weight"  # the end of every routed tensor's name
 CONTEXTS = (4096, 8192, 32768, 131072, 1048576)
-HALF = 2  # bytes of a number in the KV cache
 
 
 def inspect(
     file: Annotated[
         str | None, typer.Argument(metavar="FILE", help="A GGUF file or a model's name.", show_default=False)
+    ] = None,
+    routing: Annotated[
+        Path | None, option("--routing", metavar="LOG", help="Draw which experts were used, by a log of --routing-log.")
+    ] = None,
+    plot: Annotated[
+        Path | None, option("--plot", metavar="FILE", help="Draw that as an image, too (needs matplotlib).")
     ] = None,
     as_json: Json = False,
     output: Output = None,
@@ -31,6 +38,13 @@ def inspect(
     from llamacli.gguf import open_gguf
 
     console = output.console()
+    if routing is not None:
+        if file is not None:
+            raise UsageError("--routing: expected a log alone, found a model's file beside it; leave one of them out")
+        show_routing(routing, plot, as_json, console)
+        return
+    if plot is not None:
+        raise UsageError("--plot: expected --routing LOG with it, found none; there is nothing else to draw")
     record = describe(open_gguf(find_model(file, console)))
     if as_json:
         console.result(json.dumps(record, ensure_ascii=False))
@@ -81,22 +95,16 @@ def describe(gguf) -> dict:
 
 
 def _memory(config, gguf) -> dict:
+    from llamacli.kvcache import nbytes
+
     longest = config.context_length or CONTEXTS[0]
     contexts = [ctx for ctx in CONTEXTS if ctx < longest] + [longest]
     return {
         "weights_bytes": sum(t.nbytes for t in gguf.tensors.values()),
         "kv": [
-            {"ctx": ctx, "bytes": kv_bytes(config, ctx), "without_chunks_bytes": kv_bytes(config, ctx, False)}
-            for ctx in contexts
+            {"ctx": ctx, "bytes": nbytes(config, ctx), "without_chunks_bytes": nbytes(config, ctx, False)} for ctx in contexts
         ],
     }
-
-
-def kv_bytes(config, ctx: int, chunked: bool = True) -> int:
-    """Bytes of keys and values for `ctx` tokens; `chunked`: layers with rotary positions keep one chunk only."""
-    per_token = 2 * config.n_kv_heads * config.head_dim * HALF
-    chunk = config.chunk_size if chunked else 0
-    return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
 
 
 def _by_type(tensors) -> list[dict]:
@@ -163,23 +171,10 @@ def _show(r: dict, console) -> None:
     if not r["runnable"]:
         console.result(f"\nThis file cannot be run: {r['why_not']}")
         return
-    weights, free = r["memory"]["weights_bytes"], available()
+    weights, free = r["memory"]["weights_bytes"], memory_free()
     rows = []
     for kv in r["memory"]["kv"]:
         need = weights + kv["bytes"]
-        fits = "" if free is None else "fits in memory" if need <= free else "more than this machine has free"
+        fits = "fits in memory" if need <= free else "more than this machine has free"
         rows.append((f"{kv['ctx']}", amount(kv["bytes"]), amount(kv["without_chunks_bytes"]), amount(need), fits))
     console.table("\nMemory by context", rows, ("tokens", "KV cache", "(unchunked)", "with weights", ""))
-
-
-def available() -> int | None:
-    """Bytes of memory that the machine can still give, None where it does not tell."""
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None

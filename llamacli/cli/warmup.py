@@ -34,10 +34,13 @@ def _files(folder) -> set[str]:
 
 
 def _compile_all() -> None:
-    import llamacli.model  # noqa: F401  imports every driver, which compiles it
-    from llamacli.kernels import dots, limits, matmul, vectors
+    import llamacli.model  # noqa: F401  with it come the drivers
+    from llamacli.kernels import dots, limits, matmul, strings, vectors  # noqa: F401
     from llamacli.kernels.jit import TARGET, load
+    from llamacli.kernels.words import KERNELS
 
+    for driver in KERNELS:
+        _ = driver.address
     for name in (*dots.QUANTIZED, *dots.FLOATS):
         matmul.leaves(name)
     for size in HEAD_SIZES:

@@ -11,10 +11,10 @@ of weights.
 
 import math
 
-from numba import float32, float64, int64
+from numpy import float32, float64, int64
 
 from llamacli.kernels.elementwise import CACHE, POS, N
-from llamacli.kernels.jit import call, kernel, pointer, unpack
+from llamacli.kernels.words import call, kernel, pointer, unpack
 
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 48  # most query rows (tokens x heads of one group) of one work item

@@ -7,10 +7,10 @@ nothing of layers.
 
 import math
 
-from numba import float32, float64, int64
+from numpy import float32, float64, int64
 
 from llamacli.kernels.dots import ACT_BYTES
-from llamacli.kernels.jit import call, kernel, pointer, unpack
+from llamacli.kernels.words import call, kernel, pointer, unpack
 
 N, POS, ROW, COUNT, CACHE = range(5)  # slots of the state block
 

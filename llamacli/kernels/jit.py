@@ -1,8 +1,8 @@
 """From LLVM IR to callable addresses: choose the CPU's variant, compile, keep the object code on disk, load it.
 
-In: a name and a function that builds a module with `simd.Simd`. Out: `{symbol: address}`. Addresses are called from Numba code
-with `call(address, (a, b, ...))`, every argument an int64. Also the atomics that the thread pool needs. Knows nothing of what
-a leaf computes.
+In: a name and a function that builds a module, with `simd.Simd` for leaves, with compiler.py for drivers. Out: `{symbol:
+address}`. Drivers call leaves with `words.call(address, (a, b, ...))`, every argument an int64. Knows nothing of what the
+code computes.
 """
 
 import os
@@ -14,10 +14,6 @@ from zlib import crc32
 
 import llvmlite
 import llvmlite.binding as llvm
-import numba
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from llamacli.errors import UsageError
 from llamacli.kernels import CACHE
@@ -108,12 +104,11 @@ def machine(target: Target):
 
 
 def optimized(build, target: Target):
-    """`build(target) -> ir.Module`, parsed, verified and run through LLVM's passes; no automatic vectorizing, the IR already
-    is.
+    """`build(target)`, an ir.Module or its text, parsed, verified and run through LLVM's passes; no automatic vectorizing,
+    the IR already is.
     """
-    module = build(target)
-    module.triple = target.triple
-    parsed = llvm.parse_assembly(str(module))
+    parsed = llvm.parse_assembly(str(build(target)))
+    parsed.triple = target.triple
     parsed.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
@@ -168,102 +163,3 @@ def _compiler():
     if "jit" not in _libraries:
         _libraries["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=True)
     return _libraries["jit"]
-
-
-_i64 = ir.IntType(64)
-
-
-@intrinsic
-def call(typingctx, address, args):
-    """Call a leaf: `call(address, (int64, ...))`, nothing returned."""
-    sig = types.void(types.int64, args)
-
-    def codegen(context, builder, signature, values):
-        n = len(args)
-        unpacked = [builder.extract_value(values[1], k) for k in range(n)]
-        fn = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [_i64] * n).as_pointer())
-        builder.call(fn, unpacked)
-        return context.get_dummy_value()
-
-    return sig, codegen
-
-
-@intrinsic
-def atomic_load(typingctx, address):
-    """The int64 at `address`, in acquire order."""
-
-    def codegen(context, builder, signature, values):
-        return builder.load_atomic(builder.inttoptr(values[0], _i64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def atomic_store(typingctx, address, value):
-    """Store an int64, sequentially consistent."""
-
-    def codegen(context, builder, signature, values):
-        builder.store_atomic(values[1], builder.inttoptr(values[0], _i64.as_pointer()), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
-
-
-@intrinsic
-def atomic_add(typingctx, address, value):
-    """Add to the int64 at `address`; returns what it was."""
-
-    def codegen(context, builder, signature, values):
-        return builder.atomic_rmw("add", builder.inttoptr(values[0], _i64.as_pointer()), values[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def pause(typingctx):
-    """Tell the core that this is a spin loop."""
-
-    def codegen(context, builder, signature, values):
-        if TARGET.triple.startswith("x86_64"):
-            fn = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), []))
-            builder.call(fn, [])
-        elif TARGET.triple.startswith(("aarch64", "arm64")):
-            fn = builder.module.declare_intrinsic("llvm.aarch64.hint", (), ir.FunctionType(ir.VoidType(), [ir.IntType(32)]))
-            builder.call(fn, [ir.IntType(32)(1)])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic
-def pointer(typingctx, address, dtype):
-    """An address as a typed pointer: `pointer(address, float32)[i]` reads and writes without bounds."""
-    target = types.CPointer(dtype.dtype if isinstance(dtype, types.NumberClass) else dtype)
-
-    def codegen(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(target))
-
-    return target(types.int64, dtype), codegen
-
-
-@intrinsic(prefer_literal=True)
-def unpack(typingctx, address, count):
-    """The `count` (a literal) int64 values at `address` as a tuple: a step's arguments."""
-    result = types.UniTuple(types.int64, count.literal_value)
-
-    def codegen(context, builder, signature, values):
-        base = builder.inttoptr(values[0], _i64.as_pointer())
-        loaded = [builder.load(builder.gep(base, [_i64(k)])) for k in range(len(result))]
-        return context.make_tuple(builder, result, loaded)
-
-    return result(types.int64, count), codegen
-
-
-KERNEL = types.void(types.int64, types.int64, types.int64)  # every driver: (address of its int64 arguments, thread, threads)
-
-
-def kernel(function):
-    """Compile a driver and keep it in the cache; `.address` is what a program step calls."""
-    return numba.cfunc(KERNEL, nopython=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(
-        function
-    )

@@ -8,9 +8,10 @@ import time
 import numpy as np
 from llvmlite import ir
 
-from llamacli.kernels.jit import TARGET, call, kernel, load, unpack
+from llamacli.kernels.jit import TARGET, load
 from llamacli.kernels.pool import Pool, Program
 from llamacli.kernels.simd import Simd, i8, i32, i64, vec
+from llamacli.kernels.words import call, kernel, unpack
 
 STREAMS = 8  # vectors read at a time, enough to keep the core's line-fill buffers busy
 SYMBOLS = ("read", "multiply")

@@ -13,10 +13,11 @@ nothing of layers.
 from typing import NamedTuple
 
 import numpy as np
-from numba import int64
+from numpy import int64
 
 from llamacli.kernels import dots
-from llamacli.kernels.jit import TARGET, call, kernel, load, pointer, unpack
+from llamacli.kernels.jit import TARGET, load
+from llamacli.kernels.words import call, kernel, pointer, unpack
 
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
@@ -95,9 +96,24 @@ def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
 
 
 def arguments(
-    matrix: Matrix, x: Rows, out: Rows, table: int, scratch: np.ndarray, max_pairs: int, *, add=False, x_div=1, out_div=1
+    matrix: Matrix,
+    x: Rows,
+    out: Rows,
+    table: int,
+    scratch: np.ndarray,
+    max_pairs: int,
+    *,
+    add=False,
+    x_div=1,
+    out_div=1,
+    where=0,
+    window=0,
 ):
-    """The int64 arguments of one `matmul` step; scratch is uint8 [threads, scratch_bytes]."""
+    """The int64 arguments of one `matmul` step; scratch is uint8 [threads, scratch_bytes].
+
+    `where`: address of the int64 addresses of all groups, if they do not lie one after the other. `window`: address of two
+    int64: only groups from the first to before the second are done.
+    """
     f = leaves(matrix.type_name)
     side = (x.codes, x.codes_stride) if f.quantized else (x.address, x.stride)
     supers = matrix.n_cols // 256
@@ -112,7 +128,7 @@ def arguments(
         *(*side, out.address, out.stride, int(add), table, x_div, out_div),
         *(f.matvec, f.prepare, f.pack, tiled, f.panel_rows, f.tile_rows, f.tile_tokens, f.panel_bytes),
         *(f.packed_bytes, rows),
-        *(scratch.ctypes.data, scratch.strides[0], max_pairs),
+        *(scratch.ctypes.data, scratch.strides[0], max_pairs, where, window),
     ]
 
 
@@ -124,7 +140,7 @@ def matmul(at, thread, threads):
     matvec, prepare, pack, tile, panel_rows, tile_rows, tile_tokens, panel_bytes, packed_bytes, block_rows = unpack(
         at + 8 * 14, 10
     )
-    scratch, scratch_stride, max_pairs = unpack(at + 8 * 24, 3)
+    scratch, scratch_stride, max_pairs, where, window = unpack(at + 8 * 24, 5)
     scratch += thread * scratch_stride
 
     units = (n_rows + 31) // 32
@@ -142,9 +158,12 @@ def matmul(at, thread, threads):
     packed = panels + (block_rows // max(1, panel_rows) * panel_bytes + 63) // 64 * 64
     whole = first_row + (end_row - first_row) // tile_rows * tile_rows
 
-    for group in range(n_groups):
+    first_group, end_group = int64(0), n_groups
+    if window != 0:
+        first_group, end_group = pointer(window, int64)[0], pointer(window, int64)[1]
+    for group in range(first_group, end_group):
         start, count = table[group], table[group + 1] - table[group]
-        base = weights + group * group_bytes
+        base = pointer(where, int64)[group] if where != 0 else weights + group * group_bytes
         for j in range(count):
             pair = pairs[start + j]
             xs[j] = x + pair // x_div * x_stride

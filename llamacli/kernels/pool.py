@@ -13,9 +13,9 @@ import weakref
 from time import perf_counter
 
 import numpy as np
-from numba import int64, njit
+from numpy import int64
 
-from llamacli.kernels.jit import atomic_add, atomic_load, atomic_store, call, pause, pointer
+from llamacli.kernels.words import atomic_add, atomic_load, atomic_store, call, kernel, part, pause, pointer, run
 
 # int64 slots of the control block, a cache line apart
 TICKET, ARRIVED, PHASE, JOB, STOP, LIBC = 0, 8, 16, 24, 32, 40
@@ -29,7 +29,7 @@ def _libc() -> tuple[int, int]:
     return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (libc.sched_yield, libc.usleep))
 
 
-@njit(nogil=True)
+@part
 def _barrier(control, threads):
     phase = atomic_load(control + 8 * PHASE)
     if atomic_add(control + 8 * ARRIVED, 1) == threads - 1:
@@ -44,7 +44,7 @@ def _barrier(control, threads):
             call(pointer(control + 8 * LIBC, int64)[0], ())
 
 
-@njit(nogil=True)
+@part
 def _walk(control, thread, threads):
     job = pointer(control + 8 * JOB, int64)
     rows, first, last = job[0], job[1], job[2]
@@ -55,8 +55,8 @@ def _walk(control, thread, threads):
             _barrier(control, threads)
 
 
-@njit("void(int64, int64, int64)", nogil=True, cache=True)
-def _work(control, thread, threads):
+@kernel
+def work(control, thread, threads):
     """A worker's whole life."""
     ticket, spins, nap = 0, 0, 50
     while not atomic_load(control + 8 * STOP):
@@ -72,12 +72,11 @@ def _work(control, thread, threads):
             nap = min(LONGEST_NAP, nap + nap // 8)
 
 
-@njit("void(int64, int64, int64, int64, int64)", nogil=True, cache=True)
-def _run(control, rows, first, last, threads):
-    job = pointer(control + 8 * JOB, int64)
-    job[0], job[1], job[2] = rows, first, last
+@kernel
+def lead(control, thread, threads):
+    """The caller's part of a run: call the workers, and walk with them."""
     atomic_add(control + 8 * TICKET, 1)
-    _walk(control, 0, threads)
+    _walk(control, thread, threads)
 
 
 def _close(control):
@@ -95,7 +94,7 @@ class Program:
         return len(self._rows)
 
     def add(self, kernel, arguments, meet=True):
-        """Append one step: a kernel made with jit.kernel, its int64 arguments, and whether all threads meet after it."""
+        """Append one step: a kernel (words.kernel), its int64 arguments, and whether all threads meet after it."""
         array = np.array(arguments, np.int64)
         self.names.append(kernel.__name__)
         self._arguments.append(array)
@@ -118,25 +117,29 @@ class Pool:
         self.threads = threads
         self._control = np.zeros(64, np.int64)
         self._control[LIBC : LIBC + 2] = _libc()
+        entry = work.address  # before any thread needs it
         for thread in range(1, threads):
             arguments = (self._control.ctypes.data, thread, threads)
             # the array travels along so that it outlives the thread
-            threading.Thread(target=lambda a, keep: _work(*a), args=(arguments, self._control), daemon=True).start()
+            threading.Thread(target=lambda a, keep: run(entry, *a), args=(arguments, self._control), daemon=True).start()
         weakref.finalize(self, _close, self._control)
 
     def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
         """Run rows first..last on all threads; returns when all are done. The last of them must meet."""
         last = len(program) if last is None else last
         assert first < last and program.table[last - 1, 2], "a run needs a step, and its last step must meet"
-        _run(self._control.ctypes.data, program.table.ctypes.data, first, last, self.threads)
+        self._lead(program.table, first, last)
 
     def run_timed(self, program: Program, first: int = 0, last: int | None = None) -> list[float]:
         """The same one step at a time; returns the seconds of each, the meeting of all threads after it included."""
         table, seconds = program.table.copy(), []
         table[:, 2] = 1
-        control, rows = self._control.ctypes.data, table.ctypes.data
         for step in range(first, len(program) if last is None else last):
             began = perf_counter()
-            _run(control, rows, step, step + 1, self.threads)
+            self._lead(table, step, step + 1)
             seconds.append(perf_counter() - began)
         return seconds
+
+    def _lead(self, table: np.ndarray, first: int, last: int) -> None:
+        self._control[JOB : JOB + 3] = table.ctypes.data, first, last
+        lead(self._control.ctypes.data, 0, self.threads)

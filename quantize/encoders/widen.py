@@ -7,7 +7,7 @@ Quantized rows go through the engine's own leaves. Knows nothing of files.
 import numpy as np
 from numba import njit
 
-from llamacli.kernels.jit import call
+from llamacli.kernels.compiler import call
 from llamacli.kernels.matmul import leaves
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none

@@ -1,0 +1,311 @@
+"""`llamacli plan`: whether a model runs in some memory, what of it is resident, how fast it should be; nothing is loaded.
+
+In: a GGUF, of which the header is read, or a Hugging Face folder, of which config.json is enough; memory, context, speeds.
+Out: tables or one JSON object on stdout. placement.py knows the arithmetic, machine.py this machine; this gathers and shows.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, NamedTuple
+
+import typer
+
+from llamacli.cli.console import amount, count
+from llamacli.cli.options import Json, Output, Threads, byte_count, find_model, option, token_count
+from llamacli.errors import MemoryLimitError, UsageError
+
+ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
+CONTEXTS = (8192, 32768, 131072, 1048576)
+PROMPTS = (512, 4096)
+MOST = 16  # values in a list
+LONGEST = 1 << 31  # tokens
+
+
+class Model(NamedTuple):
+    """What is planned: `sizes` are placement.Sizes, `notices` what else to know."""
+
+    title: str
+    config: object
+    sizes: object
+    parameters: int
+    notices: list[str]
+
+
+def plan(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="FILE|FOLDER", help="A GGUF, a model's name, or a Hugging Face folder.", show_default=False),
+    ] = None,
+    memory: Annotated[
+        str | None, option("--memory", metavar="SIZE,...", help="Memory allowed, such as 24G (default: what is free).")
+    ] = None,
+    ctx: Annotated[
+        str | None, option("-c", "--ctx", metavar="N", help="Context in tokens, such as 128K or 1M (8192 at most).")
+    ] = None,
+    disk: Annotated[
+        str | None, option("--disk", metavar="GB/S,...", help="Speed of the disk (default: that of the file's, measured).")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, option("--bandwidth", metavar="GB/S,...", help="Speed of the memory (default: this machine's, measured).")
+    ] = None,
+    type_name: Annotated[
+        str | None, option("--type", metavar="TYPE", help="For a folder: what it will be quantized to (Q4_EXPERTS).")
+    ] = None,
+    plot: Annotated[
+        Path | None, option("--plot", metavar="FILE", help="Draw the speeds as an image (needs matplotlib).")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Say what will be resident and how fast it should be, before anything is loaded.
+
+    Several sizes or speeds, such as --memory 32G,64G --disk 1,3,7, give a table of tokens per second.
+    """
+    from llamacli import placement
+    from llamacli.kernels.cpu import default_threads
+
+    if plot:
+        from llamacli import plot as picture
+
+        picture.check()
+    console = output.console()
+    path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)
+    model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name)
+    for notice in model.notices:
+        console.note(notice)
+    memories = _memories(memory)
+    asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else min(8192, model.config.context_length or 8192)
+    many = {"threads": threads or default_threads()}
+    plans, refused = [], None
+    for limit in memories:
+        fits = placement.fit_ctx(model.config, model.sizes, limit, asked, **many)
+        try:
+            plans.append(placement.place(model.config, model.sizes, limit, fits or asked, name=model.title, **many))
+        except MemoryLimitError as error:
+            refused = error
+            plans.append(None)
+            continue
+        if fits < asked:
+            console.warn(
+                f"context trimmed from {asked} to {fits} tokens: with more, {amount(limit)} would not hold the experts of a "
+                f"token beside the KV cache"
+            )
+    if not any(plans):
+        raise refused
+    speeds = _speeds(path, disk, bandwidth, many["threads"])
+    record = {"ctx_asked": asked} | _record(model, speeds, plans, memories, placement)
+    if as_json:
+        console.result(json.dumps(record, ensure_ascii=False))
+    elif len(record["plans"]) == 1:
+        _show(model, plans[0], record, speeds, many, placement, console)
+    else:
+        _show_many(record, console)
+    if plot:  # last: if it cannot be written, the numbers have been shown
+        picture.draw_plan(record["plans"], model.title, plot)
+
+
+# what is asked for
+
+
+def _from_file(path: Path, type_name: str | None) -> Model:
+    from llamacli.config import Config
+    from llamacli.gguf import open_gguf
+    from llamacli.kernels.dots import FLOATS, QUANTIZED
+    from llamacli.placement import weigh
+
+    if type_name is not None:
+        raise UsageError("--type: expected a Hugging Face folder with it, found a file, whose types are what they are")
+    gguf = open_gguf(path)
+    config, notices, held = Config.from_gguf(gguf), [], []
+    slow = [t.name for t in gguf.tensors.values() if t.type.name not in (*QUANTIZED, *FLOATS)]
+    for t in gguf.tensors.values():
+        held.append((t.name, 2 * _weights(t.shape) if t.name in slow else t.nbytes))
+    if slow:
+        notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
+    total = sum(_weights(t.shape) for t in gguf.tensors.values())
+    return Model(str(gguf.path), config, weigh(held, config.n_experts), total, notices)
+
+
+def _from_folder(folder: Path, type_name: str | None) -> Model:
+    from llamacli.config import Config
+    from llamacli.placement import weigh
+    from quantize.hf_config import read_config
+    from quantize.names import shapes
+    from quantize.recipe import DEFAULT, choose_types, find_recipe
+
+    hf, recipe = read_config(folder), find_recipe(type_name or DEFAULT)
+    dims = shapes(hf)
+    types, notices = choose_types(recipe, dims)
+    held = [(name, types[name].row_bytes(shape[-1]) * (_weights(shape) // shape[-1])) for name, shape in dims.items()]
+    metadata = hf.metadata | {"general.architecture": "llama4"}
+    embedding = SimpleNamespace(shape=dims["token_embd.weight"])
+    said = SimpleNamespace(path=folder / "config.json", metadata=metadata, tensors={"token_embd.weight": embedding})
+    config = Config.from_gguf(said)  # what a GGUF of it would say
+    title = f"{folder} as {recipe.name}"
+    return Model(title, config, weigh(held, config.n_experts), sum(map(_weights, dims.values())), notices)
+
+
+def _weights(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= int(n)
+    return size
+
+
+def _memories(text: str | None) -> list[int]:
+    from llamacli.machine import budget
+
+    return [budget()] if text is None else [byte_count(size, "--memory") for size in _listed(text, "--memory")]
+
+
+def _speeds(path: Path, disk: str | None, bandwidth: str | None, threads: int) -> dict:
+    """{"disk", "bandwidth", "compute": (values in GB/s or Gop/s, where from)}; measured only beside a file that is here."""
+    from llamacli.machine import disk_read_speed
+
+    found, here = {}, path.is_file()
+    if disk:
+        found["disk"] = _numbers(disk, "--disk"), "given"
+    elif here and (measured := disk_read_speed(path)):
+        found["disk"] = [measured / 1e9], "measured"
+    else:
+        found["disk"] = [ASSUMED_DISK], "assumed"
+    read = multiply = None
+    if here and not bandwidth:  # a given bandwidth is that of another machine, whose arithmetic is not known either
+        read, multiply = _limits(threads)
+    found["bandwidth"] = (
+        (_numbers(bandwidth, "--bandwidth"), "given")
+        if bandwidth
+        else ([read], "measured")
+        if read
+        else ([ASSUMED_BANDWIDTH], "assumed")
+    )
+    found["compute"] = [multiply], "measured" if multiply else "unknown"
+    return found
+
+
+def _limits(threads: int) -> tuple[float, float]:
+    """GB/s and Gop/s of this machine, from a look that is short and takes little memory."""
+    from llamacli.kernels.limits import multiply_gops, read_gbps
+
+    return read_gbps(threads, megabytes=256, rounds=3), multiply_gops(threads, steps=1_000_000, rounds=3)
+
+
+def _listed(text: str, where: str) -> list[str]:
+    parts = text.split(",")
+    if len(parts) > MOST:
+        raise UsageError(f"{where}: expected at most {MOST} values, found {len(parts)}")
+    return parts
+
+
+def _numbers(text: str, where: str) -> list[float]:
+    """Speeds such as 1,3.5,7."""
+    try:
+        values = [float(part) for part in _listed(text, where)]
+    except ValueError:
+        values = []
+    if not values or not all(1e-3 <= value <= 1e6 for value in values):
+        raise UsageError(f"{where}: expected speeds in GB/s, such as 3.5 or 1,3,7, found {text!r}")
+    return values
+
+
+# what comes out
+
+
+def _record(model: Model, speeds: dict, plans: list, memories: list[int], placement) -> dict:
+    """Everything as one object fit for JSON; sizes in bytes, a plan for each memory, disk and bandwidth."""
+    from llamacli.kvcache import nbytes
+
+    config, sizes = model.config, model.sizes
+    return {
+        "model": model.title,
+        "parameters": model.parameters,
+        "weights": sizes.kinds,
+        "weights_bytes": sum(sizes.kinds.values()),
+        "always_used_bytes": sizes.always,
+        "experts": {"layers": len(sizes.experts), "each": sizes.n_experts, "bytes": max(sizes.experts, default=0)},
+        "kv": [{"ctx": n, "bytes": nbytes(config, n)} for n in CONTEXTS],
+        "speeds": {name: {"values": values, "from": origin} for name, (values, origin) in speeds.items()},
+        "plans": [
+            {"memory_bytes": memory, "disk_gbps": disk, "bandwidth_gbps": bandwidth}
+            | (_planned(p, disk, bandwidth, speeds["compute"][0][0], placement) if p else {"mode": None})
+            for p, memory in zip(plans, memories, strict=True)
+            for bandwidth in speeds["bandwidth"][0]
+            for disk in speeds["disk"][0]
+        ],
+    }
+
+
+def _planned(p, disk: float, bandwidth: float, compute: float | None, placement) -> dict:
+    multiply = compute * 1e9 if compute else None
+    seconds = placement.decode_seconds(p, disk * 1e9, bandwidth * 1e9)
+    return {
+        "ctx": p.ctx,
+        "mode": p.mode,
+        "slots": p.slots,
+        "resident_bytes": p.resident,
+        **{f"{part}_bytes": getattr(p, part) for part in ("weights", "experts", "kv", "working", "buffers", "rows")},
+        "miss": round(p.miss, 4),
+        "read_per_token_bytes": round(p.read_per_token),
+        "tokens_per_second": round(1 / seconds, 3),
+        "prefill_seconds": {n: round(placement.prefill_seconds(p, n, disk * 1e9, multiply), 3) for n in PROMPTS},
+    }
+
+
+def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, console) -> None:
+    config, sizes, planned = model.config, model.sizes, record["plans"][0]
+    rows = [(kind, amount(nbytes)) for kind, nbytes in sizes.kinds.items() if nbytes]
+    rows.append(("all", f"{amount(record['weights_bytes'])}, {count(model.parameters)} parameters"))
+    console.table(f"{model.title}: weights", rows)
+    rows = []
+    for ctx in sorted({*CONTEXTS, p.ctx}):
+        try:
+            at = placement.place(config, sizes, p.memory, ctx, **many)
+        except MemoryLimitError:
+            rows.append((f"{ctx}", amount(_kv(config, ctx)), "does not fit", "", ""))
+            continue
+        rates = [
+            f"{1 / placement.decode_seconds(at, planned['disk_gbps'] * 1e9, planned['bandwidth_gbps'] * 1e9, depth):.2f}"
+            for depth in (0, ctx)
+        ]
+        rows.append((f"{ctx}", amount(at.kv), _mode(at), *rates))
+    title = f"\nBy context, in {amount(p.memory)} of memory"
+    console.table(title, rows, ("tokens", "KV cache", "experts", "tokens/s", "when full"))
+    rows = [("weights" if p.mode == "mapped" else "always-used weights", amount(p.weights))]
+    if p.mode == "slots":
+        rows.append(("experts", f"{amount(p.experts)}, {_mode(p)} of {amount(max(sizes.experts))}"))
+        rows.append(("buffers for prompts", amount(p.buffers)))
+        rows.append(("rows of the embedding", amount(p.rows)))
+    rows += [("KV cache", amount(p.kv)), ("to work in", amount(p.working)), ("all", amount(p.resident))]
+    console.table(f"\nResident with {p.ctx} tokens", rows)
+    origins = {name: f"{values[0]:.1f} GB/s, {origin}" for name, (values, origin) in speeds.items() if name != "compute"}
+    rows = [("disk", origins["disk"]), ("memory", origins["bandwidth"])]
+    rows.append(("read from disk", f"{amount(planned['read_per_token_bytes'])} a token, {100 * p.miss:.0f} % of its experts"))
+    rows.append(("decode", f"{planned['tokens_per_second']:.2f} tokens/s"))
+    least = "" if speeds["compute"][0][0] else "at least "
+    rows += [(f"prompt of {n}", f"{least}{seconds:.1f} s") for n, seconds in planned["prefill_seconds"].items()]
+    console.table("\nExpected, every expert being equally likely", rows)
+
+
+def _kv(config, ctx: int) -> int:
+    from llamacli.kvcache import nbytes
+
+    return nbytes(config, ctx)
+
+
+def _mode(p) -> str:
+    return "all" if p.mode == "mapped" else f"{p.slots} of {p.sizes.n_experts} a layer"
+
+
+def _show_many(record: dict, console) -> None:
+    """Tokens a second: memory and its speed down, disks across."""
+    disks = record["speeds"]["disk"]["values"]
+    rows, cells = [], iter(record["plans"])
+    for first in cells:
+        line = [first, *(next(cells) for _ in disks[1:])]
+        where = {"mapped": "all", None: "does not fit"}.get(first["mode"], f"{first.get('slots')} a layer")
+        rates = [f"{c['tokens_per_second']:.2f}" if c["mode"] else "" for c in line]
+        rows.append((amount(first["memory_bytes"]), f"{first['bandwidth_gbps']:g} GB/s", where, *rates))
+    head = ("memory", "its speed", "experts held", *(f"disk {disk:g} GB/s" for disk in disks))
+    console.table(f"{record['model']}: expected tokens/s", rows, head)

@@ -1,0 +1,321 @@
+"""Routed experts of a model that is larger than memory: some stay in slots, the others are read when the router asks for them.
+
+In: where the experts lie in the file, and how many slots a layer may have. Out: addresses of their matrices, right when the
+caller is told so. Reads are direct: several pieces at a time go from the disk to where they are used, and no copy stays in the
+page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and
+up before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
+prompt neither waits for memory nor drives out what decoding keeps. Knows nothing of tokens or arithmetic.
+"""
+
+import mmap
+import os
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from llamacli.errors import ModelFileError
+from llamacli.gguf import Tensor
+
+GATE, UP, DOWN = range(3)
+BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
+PIECE = 2 << 20  # bytes of one read
+LANES = 4  # reads at a time
+RING = 2  # buffers beside the slots: one is read while the other is multiplied
+_F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
+
+
+@dataclass
+class Traffic:
+    """What has been asked for and read."""
+
+    hits: int = 0  # experts that were in a slot when a layer's tokens asked for them
+    misses: int = 0
+    bytes_read: int = 0
+    stall_s: float = 0.0  # waiting for reads with nothing else to do
+    reading_s: float = 0.0  # with at least one read under way
+
+    def __str__(self) -> str:
+        speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
+        asked = f"{self.hits} found in memory, {self.misses} not"
+        return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
+
+
+class _Stack(NamedTuple):
+    """A layer's gate, up or down matrices in the file."""
+
+    path: Path
+    file: int
+    offset: int
+    nbytes: int  # of one expert
+
+    def span(self, expert: int) -> tuple[int, int, int]:
+        """The aligned part of the file around an expert: offset, bytes; and where in it the expert begins."""
+        first = self.offset + expert * self.nbytes
+        start = first // BLOCK * BLOCK
+        return start, _up(first + self.nbytes) - start, first - start
+
+    @property
+    def room(self) -> int:
+        """Bytes that hold any expert's span."""
+        return _up(self.nbytes) + BLOCK
+
+
+class _Layer:
+    """One layer's slots: which expert is in which, least recently used first."""
+
+    def __init__(self, stacks: Sequence[_Stack], n_experts: int, n_slots: int):
+        self.stacks = stacks
+        self.room = sum(stack.room for stack in stacks)
+        self.memory = _memory(n_slots * self.room)
+        self.slots: OrderedDict[int, int] = OrderedDict()
+        self.free = list(range(n_slots))
+        self.addresses = np.zeros((3, n_experts), np.int64)
+        self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): what is under way into its slot
+
+
+class Slots:
+    """The routed experts of a model. One caller at a time."""
+
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: int):
+        """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of a layer in memory."""
+        self.n_slots = n_slots
+        self.traffic = Traffic()
+        self._files: dict[Path, int] = {}
+        self._direct: dict[int, bool] = {}
+        self._layers = {
+            i: _Layer([self._stack(tensor, n_experts) for tensor in tensors], n_experts, n_slots)
+            for i, tensors in layers.items()
+        }
+        largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
+        self._ring = [_memory(largest) for _ in range(RING)]
+        self._in_ring: list[Future] = []
+        self._lanes = ThreadPoolExecutor(LANES, "read")
+        self._lock, self._reading, self._since = Lock(), 0, 0.0
+
+    def addresses(self, layer: int, part: int) -> int:
+        """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
+        return self._layers[layer].addresses[part].ctypes.data
+
+    def visit(self, layer: int, chosen: Sequence[int]) -> "Visit":
+        """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs."""
+        self._settle()
+        here = self._layers[layer]
+        recent = list(dict.fromkeys(reversed(chosen)))
+        used = sorted(recent)
+        missing = [e for e in recent if e not in here.slots]
+        self.traffic.hits += len(used) - len(missing)
+        self.traffic.misses += len(missing)
+        for e in reversed(recent):
+            if e in here.slots:
+                here.slots.move_to_end(e)
+        few = len(used) <= self.n_slots
+        coming = []
+        for e in missing:
+            if here.free:
+                slot = here.free.pop()
+            elif few:
+                slot = self._evict(here, next(old for old in here.slots if old not in used))
+            else:
+                break
+            here.slots[e] = slot
+            coming.append(e)
+        for parts in ((GATE, UP), (DOWN,)):
+            for e in sorted(coming):
+                at = here.slots[e] * here.room
+                for part in parts:
+                    here.arriving[e, part] = self._read(
+                        here, e, part, here.memory, at + sum(s.room for s in here.stacks[:part])
+                    )
+        return Visit(self, layer, used)
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+        self._lanes.shutdown(cancel_futures=True)
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    # what a Visit does
+
+    def _sweep(self, layer: int, experts: list[int], parts: tuple[int, ...]) -> Iterator[int]:
+        """Each expert when its parts are in memory. Begins to read on the first call of next()."""
+        here, buffers = self._layers[layer], list(self._ring)
+        passing, ahead = deque(e for e in experts if e not in here.slots), {}
+
+        def fill() -> None:
+            while passing and buffers:
+                e, memory, at, futures = passing.popleft(), buffers.pop(), 0, []
+                for part in parts:
+                    futures += self._read(here, e, part, memory, at)
+                    at += here.stacks[part].room
+                ahead[e] = memory, futures
+                self._in_ring += futures
+
+        fill()
+        yield -1
+        for e in experts:
+            if e in ahead:
+                memory, futures = ahead.pop(e)
+                self._wait(futures)
+                yield e
+                buffers.append(memory)
+                fill()
+            else:
+                try:
+                    for part in parts:
+                        if (e, part) in here.arriving:
+                            self._wait(here.arriving[e, part])
+                            del here.arriving[e, part]
+                except BaseException:
+                    self._forget(here, e)
+                    raise
+                yield e
+
+    def _wait(self, futures: list[Future]) -> None:
+        began = perf_counter()
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            self.traffic.stall_s += perf_counter() - began
+
+    def _evict(self, here: _Layer, expert: int) -> int:
+        """The slot of an expert that must go. What a visit that was broken off still reads into it comes first."""
+        for part in (GATE, UP, DOWN):
+            for future in here.arriving.pop((expert, part), ()):
+                future.exception()
+        return here.slots.pop(expert)
+
+    def _forget(self, here: _Layer, expert: int) -> None:
+        """What is being read for an expert is of no use: its slot is free once the reads are through."""
+        for part in (GATE, UP, DOWN):
+            for future in here.arriving.pop((expert, part), ()):
+                future.cancel()
+                self._in_ring.append(future)
+        here.free.append(here.slots.pop(expert))
+
+    def _settle(self) -> None:
+        """After a visit that was broken off: wait for its reads, whose memory is used again."""
+        for future in self._in_ring:
+            if not future.cancelled():
+                future.exception()
+        self._in_ring = []
+
+    # reading
+
+    def _stack(self, tensor: Tensor, n_experts: int) -> _Stack:
+        if tensor.path not in self._files:
+            self._files[tensor.path] = self._open(tensor.path)
+        return _Stack(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n_experts)
+
+    def _open(self, path: Path) -> int:
+        try:
+            file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
+            direct = True
+        except OSError:  # a file system without direct reads
+            file = _opened(path)
+            direct = False
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(file, _F_NOCACHE, 1)
+        self._direct[file] = direct
+        return file
+
+    def _read(self, here: _Layer, expert: int, part: int, memory: mmap.mmap, at: int) -> list[Future]:
+        """Begin to read one matrix into `memory` from byte `at` on; its address is right when the reads are through."""
+        stack = here.stacks[part]
+        start, size, inside = stack.span(expert)
+        here.addresses[part, expert] = _address(memory) + at + inside
+        self.traffic.bytes_read += size
+        view, needed = memoryview(memory), inside + stack.nbytes
+        return [
+            self._lanes.submit(
+                self._piece, stack, start + done, view[at + done : at + min(done + PIECE, size)], min(PIECE, needed - done)
+            )
+            for done in range(0, size, PIECE)
+            if done < needed
+        ]
+
+    def _piece(self, stack: _Stack, offset: int, view: memoryview, needed: int) -> None:
+        """Read until `needed` bytes are there; the file may end before the view does."""
+        done, expected = 0, f"{stack.path}: expected {needed} bytes at byte {offset}"
+        with self._clock():
+            while done < needed:
+                try:
+                    n = os.preadv(stack.file, [view[done:]], offset + done)
+                except OSError as error:
+                    raise ModelFileError(f"{expected}, found a read error ({error.strerror}); check the disk") from None
+                done += n
+                if done < needed and (n == 0 or n % BLOCK):
+                    raise ModelFileError(
+                        f"{expected}, found {done}: the file was cut while in use; put it back and load it again"
+                    )
+        if not self._direct[stack.file] and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stack.file, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        """Counts the time in which anything is being read."""
+        with self._lock:
+            self._reading += 1
+            if self._reading == 1:
+                self._since = perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                if not self._reading:
+                    self.traffic.reading_s += perf_counter() - self._since
+
+
+class Visit:
+    """One pass of some tokens over a layer's experts."""
+
+    def __init__(self, slots: Slots, layer: int, experts: list[int]):
+        self._slots, self._layer, self.experts = slots, layer, experts
+        self.gate_up = self._begun((GATE, UP))
+
+    def down(self) -> Iterator[int]:
+        """Each expert when its down matrix is there; reads begin at once. After `gate_up` is through."""
+        return self._begun((DOWN,))
+
+    def _begun(self, parts: tuple[int, ...]) -> Iterator[int]:
+        sweep = self._slots._sweep(self._layer, self.experts, parts)
+        next(sweep)
+        return sweep
+
+
+def _up(n: int) -> int:
+    return -(-n // BLOCK) * BLOCK
+
+
+def _memory(nbytes: int) -> mmap.mmap:
+    """Memory of its own, on large pages where the system has them; none of it is held before it is written to."""
+    memory = mmap.mmap(-1, max(nbytes, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # not compiled into this kernel
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _address(memory: mmap.mmap) -> int:
+    return np.frombuffer(memory, np.uint8).ctypes.data
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ModelFileError(
+            f"{path}: expected a GGUF file, found one that cannot be read ({error.strerror}); check it"
+        ) from None
