@@ -23,8 +23,7 @@ from llamacli.config import Config
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
 from llamacli.experts import DOWN, GATE, UP, Slots, Traffic
 from llamacli.gguf import GGUF
-from llamacli.kernels import attention, elementwise, matmul
-from llamacli.kernels.cpu import default_threads
+from llamacli.kernels import attention, cpu, elementwise, matmul
 from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.elementwise import CACHE, COUNT, POS, ROW, N
 from llamacli.kernels.faults import Guard
@@ -63,7 +62,7 @@ class Engine:
             )
         self.config, self.weights = config, bind(gguf, config)
         self._guard, self._paths = Guard(gguf.maps), gguf.paths
-        self.threads = threads or default_threads()
+        self.threads = threads or cpu.default_threads()
         self._pool = Pool(self.threads)
         self._leaves = load(f"vectors-{config.head_dim}", build(config.head_dim), SYMBOLS)
         self._state = np.zeros(8, np.int64)
