@@ -92,7 +92,7 @@ class Model:
         ctx = ctx or min(DEFAULT_CTX, config.context_length or DEFAULT_CTX)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
-            from llamacli.model import Engine
+            from llamacli.engine import Engine
             from llamacli.placement import allot
 
             slots, batch = allot(gguf, config, ctx, threads, memory, experts)

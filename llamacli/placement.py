@@ -174,7 +174,7 @@ def _gb(nbytes: int) -> str:
 
 
 def working_bytes(config: Config, threads: int, batch: int) -> int:
-    """What the engine allocates for prompts in batches of up to `batch` tokens (Engine._reserve)."""
+    """What the engine allocates for prompts in batches of up to `batch` tokens (model.Steps)."""
     c = config
     mixtures = [c.is_moe(i) for i in range(c.n_layers)]
     k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)

@@ -1,8 +1,8 @@
 """Pictures: of a benchmark, speed against the depth of the context, others beside ours; of a plan, speed against the disk's; of
 routing, which experts were used.
 
-In: records of measure.speed and of `llamacli plan`, numbers of routing.py. Out: an image file. The only module that imports matplotlib, which is no
-run-time dependency. Knows nothing of how the numbers came about.
+In: records of measure.speed and of `llamacli plan`, numbers of routing.py. Out: an image file. The only module that imports
+matplotlib, which is no run-time dependency. Knows nothing of how the numbers came about.
 """
 
 from pathlib import Path

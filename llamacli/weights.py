@@ -57,6 +57,11 @@ class Weights(NamedTuple):
     notices: list[str]  # what a user should know about this file
     keep: list
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture."""
+        return any(isinstance(layer.ffn, Experts) for layer in self.layers)
+
 
 def bind(gguf: GGUF, config: Config) -> Weights:
     """Find, check and address every tensor of the model."""

@@ -9,9 +9,9 @@ from tiny import MAVERICK, SCOUT, tiny_gguf
 
 from llamacli import Model, experts
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import ModelFileError, UsageError
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
 
 SHAPES = {"scout": SCOUT, "maverick": MAVERICK, "two of eight": {"experts": 8, "used": 2}}
 IDS = np.random.RandomState(1).randint(0, 288, 40)

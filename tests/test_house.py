@@ -20,7 +20,7 @@ FLOORS = [
     "errors ggml environment machine",
     "gguf pages kernels",
     "config weights kvcache placement routing experts tokenizer sampler",
-    "model template",
+    "model engine template",
     "session",
     "measure quality peer plot",
     "cli",

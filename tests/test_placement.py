@@ -8,9 +8,9 @@ from tiny import MAVERICK, SCOUT, tiny_gguf
 
 from llamacli import kvcache, placement
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
 from llamacli.placement import decode_seconds, fit_ctx, place, prefill_seconds, products_per_token, weigh, working_bytes
 from quantize import shapes
 
@@ -173,9 +173,7 @@ def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
     config = Config.from_gguf(gguf)
     engine = Engine(gguf, config, 2)
     for tokens in (16, 100, 2048):
-        engine._reserve(tokens)
-        own = (engine._ids, engine._dense, engine._moe, engine._chosen, engine._scores, engine._rope, engine._logits)
-        allocated = sum(array.nbytes for array in (*own, *engine._keep, engine._scratch, engine._attn_scratch))
+        allocated = sum(array.nbytes for array in engine._reserve(tokens).arrays)
         held = 1 << (tokens - 1).bit_length()
         assert working_bytes(config, 2, held) == pytest.approx(allocated, abs=1024)
     assert products_per_token(config) == engine.products_per_token

@@ -15,9 +15,9 @@ from llamacli import plot, routing
 from llamacli.cli import main
 from llamacli.cli.console import Console
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import OutputError, PromptError, UsageError
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
 from llamacli.routing import Routing, RoutingLog
 
 HEAD = '{"routing":1,"model":"m","layers":[0,2],"experts":4,"used":1}\n'
