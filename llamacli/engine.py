@@ -15,10 +15,11 @@ from llamacli.config import Config
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
 from llamacli.experts import Slots, Traffic
 from llamacli.gguf import GGUF
+from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.faults import Guard
 from llamacli.kernels.jit import TARGET
 from llamacli.kernels.matmul import Matrix
-from llamacli.kernels.pool import Pool, Program, default_threads
+from llamacli.kernels.pool import Pool, Program
 from llamacli.kvcache import KVCache
 from llamacli.model import ALL_LOGITS_BATCH, Inputs, Steps
 from llamacli.pages import on_large_pages, populate, random_access

@@ -3,6 +3,7 @@
 from importlib import import_module
 from pathlib import Path
 
+import arm
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -14,6 +15,7 @@ from llamacli.ggml import BY_NAME
 from llamacli.kernels.jit import assembly, host_targets, targets
 from quantize import encoders
 from quantize.encoders import search
+from quantize.encoders.levels import LANES
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "encoders.npz")
 SEARCHED = ("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -124,6 +126,28 @@ def test_every_variant_of_this_cpu_finds_blocks_as_good(target, monkeypatch):
     for type_name in ("Q4_K", "Q3_K", "IQ4_NL"):
         error = np.square(decoded(type_name, x) - x, dtype=np.float64).sum(1)
         assert (error <= GOLDEN[type_name]).all()
+
+
+@pytest.mark.arm
+@pytest.mark.skipif(bool(arm.missing()), reason=f"needs {arm.missing()}")
+@pytest.mark.parametrize("target", arm.TARGETS.values(), ids=arm.TARGETS)
+def test_arm_finds_blocks_as_good(target):
+    x, weights = GOLDEN["x"].astype(np.float32), GOLDEN["weights"].astype(np.float32)
+    for type_name in ("Q4_0", "Q4_K", "Q3_K", "IQ4_NL"):
+        fmt, kind = import_module(f"quantize.encoders.{type_name.lower()}"), BY_NAME[type_name]
+        n_units, n_cols = x.size // (LANES * fmt.GROUP), x.shape[1]
+        leaves = arm.load(f"encode-{type_name}", search.build(fmt), search.SYMBOLS, target)
+        out = np.zeros((len(x), kind.row_bytes(n_cols)), np.uint8)
+        leaves["encode"](x, n_units, np.zeros(1), n_cols, out)
+        if type_name == "Q4_0":
+            np.testing.assert_array_equal(out, encoders.encoder(type_name).encode(x, None))
+        else:
+            error = np.square(dequantize(out, GGMLQuantizationType[type_name]) - x, dtype=np.float64).sum(1)
+            assert (error <= GOLDEN[type_name]).all()
+        factors = np.resize(weights / weights.mean(), n_cols + LANES * fmt.GROUP)
+        leaves["encode_weighted"](x, n_units, factors, n_cols, out)
+        error = np.square(dequantize(out, GGMLQuantizationType[type_name]) - x, dtype=np.float64) * GOLDEN["weights"]
+        assert (error.sum(1) <= GOLDEN[f"{type_name}.weighted"]).all()
 
 
 def test_it_compiles_for_arm():

@@ -64,7 +64,7 @@ def plan(
     Several sizes or speeds, such as --memory 32G,64G --disk 1,3,7, give a table of tokens per second.
     """
     from llamacli import placement
-    from llamacli.kernels.pool import default_threads
+    from llamacli.kernels.cpu import default_threads
 
     if plot:
         from llamacli import plot as picture
