@@ -191,10 +191,16 @@ class Engine:
         steps, done = self._steps, 0
 
         def run(first: int, last: int) -> None:
-            self._pool.run(steps.program, first, last)
+            if first < last:
+                self._pool.run(steps.program, first, last)
 
         for i, at in steps.visits.items():
-            run(done, at.routed)
+            if n == 1:
+                run(done, at.guessed)
+                self.slots.expect(i, int(steps.guess[0]))
+            else:
+                run(done, at.start)
+            run(at.guessed, at.routed)
             visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist())
             run(at.routed, at.shared)
             for expert in visit.gate_up:
@@ -206,8 +212,7 @@ class Engine:
                 steps.window[:] = expert, expert + 1
                 run(at.joined, at.end)
             done = at.end
-        if done < steps.cuts[-1]:
-            run(done, steps.cuts[-1])
+        run(done, steps.cuts[-1])
 
     def _head(self, row: int, count: int) -> np.ndarray:
         steps = self._steps

@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from llamacli.gguf import Tensor
 
 GATE, UP, DOWN = range(3)
 BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
-PIECE = 2 << 20  # bytes of one read
+PIECE = 1 << 20  # bytes of one read
 LANES = 4  # reads at a time
 RING = 2  # buffers beside the slots: one is read while the other is multiplied
 _F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
@@ -40,12 +40,16 @@ class Traffic:
     hits: int = 0  # experts that were in a slot when a layer's tokens asked for them
     misses: int = 0
     bytes_read: int = 0
+    guesses: int = 0  # experts that were read before they had been asked for, and those of them that then were
+    good_guesses: int = 0
     stall_s: float = 0.0  # waiting for reads with nothing else to do
     reading_s: float = 0.0  # with at least one read under way
 
     def __str__(self) -> str:
         speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
         asked = f"{self.hits} found in memory, {self.misses} not"
+        if self.guesses:
+            asked += f", {self.good_guesses} of {self.guesses} guesses were right"
         return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
 
 
@@ -80,6 +84,8 @@ class _Layer:
         self.free = list(range(n_slots))
         self.addresses = np.zeros((3, n_experts), np.int64)
         self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): what is under way into its slot
+        self.stale: dict[int, list[Future]] = {}  # free slots into which a read that nobody wants may still go on
+        self.guess: int | None = None  # an expert that is read before it has been asked for
 
 
 class Slots:
@@ -105,36 +111,35 @@ class Slots:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
         return self._layers[layer].addresses[part].ctypes.data
 
+    def expect(self, layer: int, expert: int) -> None:
+        """Begin to read an expert that the next visit to the layer will probably ask for."""
+        here = self._layers[layer]
+        if expert not in here.slots:
+            here.guess = expert
+            self._begin(here, expert, self._slot(here, {expert}))
+
     def visit(self, layer: int, chosen: Sequence[int]) -> "Visit":
         """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs."""
         self._settle()
         here = self._layers[layer]
         recent = list(dict.fromkeys(reversed(chosen)))
-        used = sorted(recent)
+        used, guess = sorted(recent), here.guess
+        if guess is not None:
+            here.guess = None
+            self.traffic.guesses += 1
+            self.traffic.good_guesses += guess in used
+            if guess not in used:
+                self._forget(here, guess)
         missing = [e for e in recent if e not in here.slots]
-        self.traffic.hits += len(used) - len(missing)
-        self.traffic.misses += len(missing)
+        misses = len(missing) + (guess in used)
+        self.traffic.hits += len(used) - misses
+        self.traffic.misses += misses
         for e in reversed(recent):
             if e in here.slots:
                 here.slots.move_to_end(e)
         few = len(used) <= self.n_slots
-        coming = []
-        for e in missing:
-            if here.free:
-                slot = here.free.pop()
-            elif few:
-                slot = self._evict(here, next(old for old in here.slots if old not in used))
-            else:
-                break
-            here.slots[e] = slot
-            coming.append(e)
-        for parts in ((GATE, UP), (DOWN,)):
-            for e in sorted(coming):
-                at = here.slots[e] * here.room
-                for part in parts:
-                    here.arriving[e, part] = self._read(
-                        here, e, part, here.memory, at + sum(s.room for s in here.stacks[:part])
-                    )
+        for e in sorted(missing if few else missing[: len(here.free)]):
+            self._begin(here, e, self._slot(here, used))
         return Visit(self, layer, used)
 
     def close(self) -> None:
@@ -187,26 +192,41 @@ class Slots:
         finally:
             self.traffic.stall_s += perf_counter() - began
 
-    def _evict(self, here: _Layer, expert: int) -> int:
-        """The slot of an expert that must go. What a visit that was broken off still reads into it comes first."""
+    def _slot(self, here: _Layer, used: Collection[int]) -> int:
+        """A slot for an expert: a free one, or that of the expert that was least recently used and is not in `used`."""
+        quiet = next((slot for slot in here.free if all(f.done() for f in here.stale.get(slot, ()))), None)
+        if quiet is None:
+            old = next((e for e in here.slots if e not in used), None)
+            if old is not None:
+                self._forget(here, old)
+            quiet = here.free[-1]
+            for future in here.stale.get(quiet, ()):
+                if not future.cancelled():
+                    future.exception()
+        here.free.remove(quiet)
+        here.stale.pop(quiet, None)
+        return quiet
+
+    def _begin(self, here: _Layer, expert: int, slot: int) -> None:
+        """Begin to read an expert into a slot, gate and up before down."""
+        here.slots[expert] = slot
+        at = slot * here.room
         for part in (GATE, UP, DOWN):
-            for future in here.arriving.pop((expert, part), ()):
-                future.exception()
-        return here.slots.pop(expert)
+            here.arriving[expert, part] = self._read(here, expert, part, here.memory, at)
+            at += here.stacks[part].room
 
     def _forget(self, here: _Layer, expert: int) -> None:
-        """What is being read for an expert is of no use: its slot is free once the reads are through."""
+        """Free an expert's slot; what is still being read into it is of no use."""
+        slot, futures = here.slots.pop(expert), []
         for part in (GATE, UP, DOWN):
-            for future in here.arriving.pop((expert, part), ()):
-                future.cancel()
-                self._in_ring.append(future)
-        here.free.append(here.slots.pop(expert))
+            futures += here.arriving.pop((expert, part), ())
+        here.stale[slot] = [future for future in futures if not future.cancel()]
+        here.free.append(slot)
 
     def _settle(self) -> None:
         """After a visit that was broken off: wait for its reads, whose memory is used again."""
         for future in self._in_ring:
-            if not future.cancelled():
-                future.exception()
+            future.exception()
         self._in_ring = []
 
     # reading
@@ -235,7 +255,6 @@ class Slots:
         stack = here.stacks[part]
         start, size, inside = stack.span(expert)
         here.addresses[part, expert] = _address(memory) + at + inside
-        self.traffic.bytes_read += size
         view, needed = memoryview(memory), inside + stack.nbytes
         return [
             self._lanes.submit(
@@ -248,7 +267,7 @@ class Slots:
     def _piece(self, stack: _Stack, offset: int, view: memoryview, needed: int) -> None:
         """Read until `needed` bytes are there; the file may end before the view does."""
         done, expected = 0, f"{stack.path}: expected {needed} bytes at byte {offset}"
-        with self._clock():
+        with self._clock(len(view)):
             while done < needed:
                 try:
                     n = os.preadv(stack.file, [view[done:]], offset + done)
@@ -263,8 +282,8 @@ class Slots:
             os.posix_fadvise(stack.file, offset, len(view), os.POSIX_FADV_DONTNEED)
 
     @contextmanager
-    def _clock(self) -> Iterator[None]:
-        """Counts the time in which anything is being read."""
+    def _clock(self, nbytes: int) -> Iterator[None]:
+        """Counts bytes, and the time in which anything is being read."""
         with self._lock:
             self._reading += 1
             if self._reading == 1:
@@ -274,6 +293,7 @@ class Slots:
         finally:
             with self._lock:
                 self._reading -= 1
+                self.traffic.bytes_read += nbytes
                 if not self._reading:
                     self.traffic.reading_s += perf_counter() - self._since
 

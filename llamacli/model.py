@@ -23,7 +23,7 @@ from llamacli.kernels.jit import TARGET, load
 from llamacli.kernels.matmul import Matrix, Rows
 from llamacli.kernels.pool import Program
 from llamacli.kernels.vectors import SYMBOLS, build, span
-from llamacli.weights import Dense, Experts, Weights
+from llamacli.weights import Dense, Experts, Layer, Weights
 
 ALL_LOGITS_BATCH = 64  # rows of logits made at a time, so that a long prompt does not ask for gigabytes
 STEPS_BEFORE = 2  # steps of a program before the first layer's
@@ -40,6 +40,8 @@ class Inputs(NamedTuple):
 class Stops(NamedTuple):
     """Steps of a layer with experts in slots, each number the step after the last."""
 
+    start: int
+    guessed: int  # the router has been asked before attention, with what it will see but for attention's part
     routed: int  # the experts are chosen
     shared: int  # the shared expert's gate and up are done
     multiplied: int  # a routed expert's gate and up, for the experts in `window`
@@ -51,7 +53,8 @@ class Steps:
     """The program for up to `capacity` tokens, its buffers, and where it can be cut.
 
     `cuts`: the step after each layer's last. `visits`: by layer, if there are `slots`. `window`: int64 [2], the experts that
-    the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]. `logits`: float32 [rows, n_vocab].
+    the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]; `guess`: int64 [n_experts_used], what
+    one token will probably choose. `logits`: float32 [rows, n_vocab].
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class Steps:
         self.window = self._array(2, np.int64)
         self._moe = self._array(n_experts + 1 + pairs, np.int64)
         self.chosen, self._scores = self._array((c.n_layers, pairs), np.int64), self._array(pairs)
+        self._guess_table = self._array(n_experts + 1 + self.choices if slots else 0, np.int64)
+        self.guess = self._array(self.choices if slots else 0, np.int64)
         self._rope = self._array((n, c.head_dim))
         widest = max(n_ff, n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
         scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest)
@@ -177,6 +182,8 @@ class Steps:
 
     def _layer(self, p: Program, i: int) -> None:
         layer = self.weights.layers[i]
+        if self._slots and isinstance(layer.ffn, Experts):
+            self._guess(p, i, layer)
         self._norm(p, layer.attn_norm)
         self._inputs(p, (layer.attn_q, layer.attn_k, layer.attn_v), self._xn)
         self._matmul(p, layer.attn_q, self._xn, self._q, meet=False)
@@ -279,11 +286,20 @@ class Steps:
         self._matmul(p, ffn.shexp.down, self._gate, self._x, meet=False, add=True)
         self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k)
 
+    def _guess(self, p: Program, i: int, layer: Layer) -> None:
+        """For one token: which experts would be chosen if attention added nothing; so they can be read meanwhile."""
+        start = len(p)
+        self._norm(p, layer.ffn_norm)
+        self._matmul(p, layer.ffn.gate_inp, self._xn, self._router)
+        choice = [a.ctypes.data for a in (self._scores, self.guess, self._guess_table, self._state)]
+        p.add(elementwise.route, [*self._router[:2], self.config.n_experts, self.choices, *choice])
+        self.visits[i] = Stops(start, len(p), 0, 0, 0, 0, 0)
+
     def _visited_experts(self, p: Program, i: int, ffn: Experts) -> None:
         """The same sums, cut where experts may have to be waited for; the products of routed experts are run one by one."""
         c, k, scores = self.config, self.config.n_experts_used, self._scores.ctypes.data
         at = lambda part: {"where": self._slots.addresses(i, part), "window": self.window.ctypes.data}  # noqa: E731
-        stops = []
+        stops = [*self.visits[i][:2]]
         self._route(p, i, ffn, meet=True)
         stops.append(len(p))
         self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)

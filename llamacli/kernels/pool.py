@@ -69,7 +69,7 @@ def work(control, thread, threads):
             spins += 1
         else:
             call(pointer(control + 8 * LIBC, int64)[1], (nap,))
-            nap = min(LONGEST_NAP, nap + nap // 8)
+            nap = min(LONGEST_NAP, nap + nap // 64 + 1)
 
 
 @kernel
