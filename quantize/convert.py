@@ -20,27 +20,30 @@ from typing import TypedDict
 
 import numpy as np
 
+from llamacli.config import Config
 from llamacli.errors import CheckpointError, OutputError, UnsupportedModelError, UsageError
 from llamacli.gguf import open_gguf
 from llamacli.kernels import sources_digest
 from quantize import names, sources
 from quantize.encoders import encoder, widen
 from quantize.general import read_general
-from quantize.hf_config import read_config
+from quantize.hf_config import HFConfig, read_config
 from quantize.imatrix import Imatrix, read_imatrix
 from quantize.journal import File, Maker, left_over, part_of, write_files
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
-from quantize.safetensors import open_checkpoint
+from quantize.safetensors import open_checkpoint, shard_paths
 from quantize.vocab import read_vocab
 from quantize.writer import check_output
 
 CHUNK = 1 << 19  # weights a thread takes at a time: its floats fit a core's second cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
 FIELDS = 20  # bytes in memory for one of metadata, measured
-RAW_CHUNK = 1 << 23  # bytes copied at a time where nothing changes
-VISION = ("v.", "mm.")
-WRITTEN = (".gguf", ".part", ".log")  # names of what conversions leave in a folder end so
+VISION, ROPE = ("v.", "mm."), "rope_"
+DESCRIPTIONS = (  # what a folder says beside the weights
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "README.md"),
+    *("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "model.safetensors.index.json"),
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,7 +56,8 @@ class TensorReport(TypedDict):
     shape: list[int]
     weights: int
     nbytes: int
-    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None where it was not measured
+    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None where it was not measured, or all x are 0
+    energy: float | None  # sum x^2
 
 
 class Report(TypedDict):
@@ -98,10 +102,12 @@ def convert(
     left behind; killed or interrupted, the same call goes on where it stopped (journal.py).
     """
     start, src, out = time.perf_counter(), Path(src), Path(out)
+    out = out.resolve() if out.is_symlink() else out  # what the link stands for is written, not the link
     importance = None if imatrix is None else read_imatrix(imatrix)
     recipe = find_recipe(type_name)
     metadata, rows, notices = _open_folder(src) if src.is_dir() else _open_gguf(src)
-    metadata.pop(RECIPE_KEY, None)
+    for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
+        del metadata[key]  # of another conversion
     metadata |= recipe.metadata | {"general.quantization_version": 2}
     types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
     notices += more
@@ -138,7 +144,7 @@ def convert(
     making = _Making(plan, importance, threads, progress)
     making.write(files, job, force)
     for tensor in report["tensors"]:
-        tensor["rmse"] = making.rmse(tensor["name"])
+        tensor["rmse"], tensor["energy"] = making.rmse(tensor["name"]), making.errors[tensor["name"]][1]
     seconds = round(time.perf_counter() - start, 3)
     return report | {"written": True, "seconds": seconds, "resumed_bytes": making.resumed}
 
@@ -170,11 +176,13 @@ def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -
     if not unseen:
         return []
     count = max(map(len, unseen.values()))
-    return [f"{importance.path}: up to {count} experts a layer saw no text; they are weighed as the others of their layer are"]
+    alone = all(len(experts) == len(importance.entries[name].counts) for name, experts in unseen.items())
+    how = "without weights" if alone else "as the others of their layer are"
+    return [f"{importance.path}: up to {count} experts a layer saw no text; they are weighed {how}"]
 
 
 def _row(t: Planned) -> TensorReport:
-    return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None)
+    return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None, energy=None)
 
 
 def _memory(plan: Plan, threads: int) -> int:
@@ -211,12 +219,27 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if not name.startswith(VISION)}
     if not rows:
         raise CheckpointError(f"{path}: expected a model's tensors, found none; nothing to convert")
+    _check_tensors(path, {name: source.shape for name, source in rows.items()}, Config.from_gguf(gguf))
     notices = []
     if len(rows) < len(gguf.tensors):
         notices.append(f"{len(gguf.tensors) - len(rows)} vision tensors left out: the text model alone is converted")
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
     return metadata, rows, notices
+
+
+def _check_tensors(path: Path, found: dict[str, tuple[int, ...]], c: Config) -> None:
+    """CheckpointError unless a GGUF holds the tensors that its metadata speak of, and no others."""
+    head = {"vocab": c.n_vocab, "hidden": c.n_embd, "q": c.n_heads * c.head_dim, "kv": c.n_kv_heads * c.head_dim}
+    sizes = head | {"dense": c.n_ff, "experts": c.n_experts, "expert": c.n_ff_exp, "two expert": 2 * c.n_ff_exp}
+    told = HFConfig(c.n_layers, c.n_experts, c.moe_step, "output.weight" not in found, sizes, {}, None, {}, [])
+    wanted = names.shapes(told)
+    for name, shape in wanted.items():
+        if found.get(name) != shape:
+            what = list(found[name]) if name in found else "none"
+            raise CheckpointError(f"{path}: expected {name} as {list(shape)}, found {what}; the file is damaged")
+    if more := sorted(name for name in found.keys() - wanted.keys() if not name.startswith(ROPE)):
+        raise CheckpointError(f"{path}: expected tensors of Llama 4, found {more[0][:80]!r}, which has no place in its GGUF")
 
 
 class _Making:
@@ -267,9 +290,9 @@ class _Making:
 
 
 def _inputs(src: Path, imatrix: Path | None) -> list[Path]:
-    """The files that a conversion reads: of a folder all but what conversions write."""
+    """The files that a conversion reads."""
     if src.is_dir():
-        found = [path for path in sorted(src.iterdir()) if path.is_file() and path.suffix not in WRITTEN]
+        found = [path for path in (*shard_paths(src), *(src / name for name in DESCRIPTIONS)) if path.is_file()]
     else:
         found = [src, *(path for path in sorted(src.parent.glob("*.gguf")) if path != src and _same_model(path, src))]
     return [*found, imatrix] if imatrix else found
@@ -297,10 +320,6 @@ def _encoded(
     tensor: Planned, imatrix: Imatrix | None, pool: ThreadPoolExecutor, threads: int
 ) -> Iterator[tuple[np.ndarray, tuple[float, float]]]:
     """The tensor's bytes in order, each piece with its error, encoded ahead of the writing by up to two pieces a thread."""
-    raw = tensor.source.raw(tensor.type.name)
-    if raw is not None:
-        yield from ((raw[i : i + RAW_CHUNK], (0.0, 0.0)) for i in range(0, len(raw), RAW_CHUNK))
-        return
     encode, waiting = _Task(tensor, imatrix.weights(tensor.name, tensor.shape) if imatrix else None), deque()
     for piece in _pieces(tensor):
         waiting.append(pool.submit(encode, *piece))
@@ -328,6 +347,7 @@ class _Task:
 
     def __init__(self, tensor: Planned, weights: np.ndarray | None):
         self._tensor, self._weights, self._encoder = tensor, weights, encoder(tensor.type.name)
+        self._raw = tensor.source.raw(tensor.type.name)  # bytes that are right as they are, once their values are checked
 
     def __call__(self, group: int, first: int, count: int) -> tuple[np.ndarray, tuple[float, float]]:
         tensor, size = self._tensor, count * self._tensor.shape[-1]
@@ -336,5 +356,9 @@ class _Task:
         values, back = (floats[:size].reshape(count, -1) for floats in _scratch.floats)
         tensor.source.read(group, first, values)
         sources.check(values, self._encoder.limit, tensor.name, tensor.type.name)
+        if self._raw is not None:
+            row, n_rows = tensor.type.row_bytes(tensor.shape[-1]), sources.groups_and_rows(tensor.shape)[1]
+            start = (group * n_rows + first) * row
+            return self._raw[start : start + count * row], (0.0, float(np.vdot(values, values)))
         encoded = self._encoder.encode(values, None if self._weights is None else self._weights[group])
         return encoded, widen.error(tensor.type.name, encoded, values, back)

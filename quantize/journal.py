@@ -21,6 +21,7 @@ from llamacli.errors import OutputError
 from quantize.writer import ALIGNMENT, sync_folder
 
 PIECE = 1 << 23  # bytes read at a time to check what was written before
+MAGIC = b"llamacli conversion "  # a log's first bytes, before the job
 SYNC = 1 << 32  # bytes at most that a power cut may take from what the log calls finished
 
 
@@ -67,6 +68,8 @@ def left_over(files: Sequence[File], job: str) -> list[Path]:
 def write_files(files: Sequence[File], job: str, maker: Maker, force: bool) -> None:
     """Write all files, or go on with them if `job` (one line) is what the log says; then give them their names."""
     log = _log_of(files)
+    if not force:
+        _check_ours(files, log)
     try:
         with _locked(log, files[0].path) as journal:
             try:
@@ -82,6 +85,18 @@ def write_files(files: Sequence[File], job: str, maker: Maker, force: bool) -> N
         raise OutputError(f"{files[0].path}: expected to write it, found: {reason}; nothing was kept") from None
 
 
+def _check_ours(files: Sequence[File], log: Path) -> None:
+    """OutputError where a file has the name of a part or of the log and is neither."""
+    try:
+        with log.open("rb") as file:
+            head = file.read(len(MAGIC))
+        if head and head != MAGIC or log.is_symlink():
+            raise OutputError(f"{log}: expected the log of a conversion, found another file; move it away or add --force")
+    except FileNotFoundError:
+        if found := next((part for file in files if (part := part_of(file.path)).exists()), None):
+            raise OutputError(f"{found}: expected no such file, found one without its log; move it away or add --force") from None
+
+
 def _log_of(files: Sequence[File]) -> Path:
     part = part_of(files[0].path)
     return part.with_name(part.name + ".log")
@@ -91,7 +106,7 @@ def _log_of(files: Sequence[File]) -> Path:
 def _locked(log: Path, path: Path) -> Iterator[BinaryIO]:
     """The log, open. The system lets go of its lock when its holder ends, however that happens."""
     busy = OutputError(f"{path}: expected to write it alone, found another llamacli writing it; wait for that one")
-    with log.open("a+b") as journal:
+    with os.fdopen(os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,7 +125,7 @@ def _write(files: Sequence[File], job: str, journal: BinaryIO, maker: Maker, for
     if not log.nbytes:
         for file in files:
             part_of(file.path).unlink(missing_ok=True)
-        journal.write(job.encode() + b"\n")
+        journal.write(MAGIC + job.encode() + b"\n")
         journal.flush()
     for path in _named(files, log):
         path.replace(part_of(path))  # so that it is checked as every part is
@@ -130,7 +145,7 @@ def _read(raw: bytes, job: str) -> _Log:
     """What the log says of this job, up to the first line that is cut short or damaged; of another job nothing."""
     first, *lines = raw.split(b"\n")
     log = _Log(0, {}, [])
-    if first != job.encode() or not lines:
+    if first != MAGIC + job.encode() or not lines:
         return log
     log = log._replace(nbytes=len(first) + 1)
     for line in lines[:-1]:

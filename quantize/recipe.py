@@ -180,7 +180,11 @@ def choose_types(
             rules = (kind for part, holds, kind in recipe.rules if re.search(part, role) and holds(place))
             wanted[name] = next(rules, recipe.base)
     types = {name: _fitting(BY_NAME[wanted[name]], shape[-1]) for name, shape in shapes.items()}
-    notices = [f"--tensor-type: nothing to be quantized matches {p.pattern!r}" for p, _ in patterns if p not in matched]
+    notices = [
+        f"--tensor-type: {p.pattern!r} decides nothing: no tensor to be quantized matches it, or an earlier one did"
+        for p, _ in patterns
+        if p not in matched
+    ]
     if recipe.name in NEED_IMATRIX and not imatrix:
         notices.append(f"{recipe.name} without an importance matrix loses a lot; llama-quantize refuses it: use --imatrix")
     return types, notices + _fallbacks(wanted, types)

@@ -83,6 +83,8 @@ def _span(fmt, n=8):
 
 def _chunk(s, fmt, w, c):
     """Weights c * width onwards, one register of them."""
+    if s.width == 64 and hasattr(fmt, "chunk"):
+        return fmt.chunk(s, w, c)
     return fmt.piece(s, w, c) if s.width == 32 else s.concat(fmt.piece(s, w, 2 * c), fmt.piece(s, w, 2 * c + 1))
 
 
@@ -119,9 +121,11 @@ def _matvec(module, target, fmt):
     supers = s.b.lshr(n_cols, i64(8))
     keep = s.b.icmp_signed("!=", acc, i64(0))
 
+    groups = 256 // fmt.group
+    joined = s.lanes == 2 * groups and hasattr(fmt, "both")  # scales and mins share a register, as d and sums of x do
+
     def rows(first, count):
         starts = [s.add(w0, s.mul(row_bytes, s.add(first, r))) for r in range(count)]
-        groups = 256 // fmt.group
 
         def superblock(i, sums):
             xs, new = s.add(x, s.mul(i, ACT_BYTES)), []
@@ -132,10 +136,14 @@ def _matvec(module, target, fmt):
             for r, start in enumerate(starts):
                 w = s.add(start, s.mul(i, _span(fmt)))
                 s.prefetch(w, AHEAD, _span(fmt))
-                scale, least = _scales_and_mins(s, fmt, w, 8)
-                scale = s.b.fmul(scale, d)
                 value, low = sums[2 * r : 2 * r + 2]
-                low = s.fma(least, total, low)
+                if joined:
+                    scale = s.b.fmul(fmt.both(s, w), s.load(vec(f32, s.lanes), xs, D))
+                    low = s.b.fadd(low, scale)  # of its upper half
+                else:
+                    scale, least = _scales_and_mins(s, fmt, w, 8)
+                    scale = s.b.fmul(scale, d)
+                    low = s.fma(least, total, low)
                 for c in range(256 // s.width):
                     dots = s.dot4(s.zeros(i32), _chunk(s, fmt, w, c), s.load(vec(i8, s.width), xs, c * s.width), fmt.wide)
                     spread = s.shuffle(scale, [(c * s.width + 4 * lane) // fmt.group for lane in range(s.lanes)])
@@ -143,8 +151,9 @@ def _matvec(module, target, fmt):
                 new += [value, low]
             return new
 
-        sums = s.loop(supers, [s.zeros(), s.zeros(f32, groups)] * count, superblock)
-        values = [s.b.fsub(s.sum(sums[2 * r]), s.sum(sums[2 * r + 1])) for r in range(count)]
+        sums = s.loop(supers, [s.zeros(), s.zeros(f32, s.lanes if joined else groups)] * count, superblock)
+        lows = [s.shuffle(low, list(range(groups, s.lanes))) if joined else low for low in sums[1::2]]
+        values = [s.b.fsub(s.sum(value), s.sum(low)) for value, low in zip(sums[::2], lows, strict=True)]
         if fmt.block == 32:
             values = _odd_blocks(s, fmt, starts, supers, n_cols, x, values)
         for r, value in enumerate(values):
