@@ -182,7 +182,9 @@ def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -
 
 
 def _row(t: Planned) -> TensorReport:
-    return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None, energy=None)
+    return TensorReport(
+        name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None, energy=None
+    )
 
 
 def _memory(plan: Plan, threads: int) -> int:

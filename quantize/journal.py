@@ -90,11 +90,13 @@ def _check_ours(files: Sequence[File], log: Path) -> None:
     try:
         with log.open("rb") as file:
             head = file.read(len(MAGIC))
-        if head and head != MAGIC or log.is_symlink():
+        if not MAGIC.startswith(head) or log.is_symlink():
             raise OutputError(f"{log}: expected the log of a conversion, found another file; move it away or add --force")
     except FileNotFoundError:
         if found := next((part for file in files if (part := part_of(file.path)).exists()), None):
-            raise OutputError(f"{found}: expected no such file, found one without its log; move it away or add --force") from None
+            raise OutputError(
+                f"{found}: expected no such file, found one without its log; move it away or add --force"
+            ) from None
 
 
 def _log_of(files: Sequence[File]) -> Path:

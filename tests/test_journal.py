@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,12 +132,41 @@ def opened(data, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"no log", b"\n\n\n", b"\xff\t\t\n", b"\0" * 100])
-def test_a_log_that_makes_no_sense_begins_anew(folder, whole, tmp_path, damage):
-    out = tmp_path / "out.gguf"
+def test_a_log_that_makes_no_sense_is_replaced_by_force_only(folder, whole, tmp_path, damage):
+    out, log = tmp_path / "out.gguf", tmp_path / "out.gguf.part.log"
     interrupted(folder, out)
-    (tmp_path / "out.gguf.part.log").write_bytes(damage)
-    assert convert(folder, out, "Q8_0")["resumed_bytes"] == 0
+    log.write_bytes(damage)
+    if damage:
+        with pytest.raises(OutputError, match="expected the log of a conversion, found another file"):
+            convert(folder, out, "Q8_0")
+        assert log.read_bytes() == damage
+    assert convert(folder, out, "Q8_0", force=True)["resumed_bytes"] == 0
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["out.gguf.part", "out.gguf.part.log"])
+def test_a_file_of_somebody_elses_is_not_touched_without_force(folder, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OutputError, match=r"move it away or add --force"):
+        convert(folder, tmp_path / "out.gguf", "Q8_0")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_a_log_that_is_a_link_is_not_followed(folder, tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out.gguf.part.log").symlink_to(tmp_path / "precious")
+    for force in (False, True):
+        with pytest.raises(OutputError):
+            convert(folder, tmp_path / "out.gguf", "Q8_0", force=force)
+        assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_an_unrelated_file_in_the_source_does_not_begin_anew(folder, whole, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    interrupted(source, tmp_path / "out.gguf")
+    (source / "nohup.out").write_text("new")
+    assert convert(source, tmp_path / "out.gguf", "Q8_0")["resumed_bytes"] > 0
 
 
 def test_a_log_is_believed_up_to_its_first_damaged_line(folder, whole, tmp_path):
@@ -335,7 +365,7 @@ def job(folder, seed):
     return files, data, expected
 
 
-def attempt(files, data, made=None, skipped=None, chunks=None):
+def attempt(files, data, made=None, skipped=None, chunks=None, force=False):
     """Write in chunks of 50 bytes, stop after `chunks` of them."""
 
     def make(name):
@@ -352,7 +382,7 @@ def attempt(files, data, made=None, skipped=None, chunks=None):
         if skipped is not None:
             skipped.append(name)
 
-    write_files(files, "job", Maker(make, lambda name: f"note of {name}", skip), force=False)
+    write_files(files, "job", Maker(make, lambda name: f"note of {name}", skip), force)
 
 
 @settings(max_examples=150, deadline=None)
@@ -375,7 +405,7 @@ def test_whatever_is_damaged_where_the_files_come_out_right(seed, chunks, damage
             victims[-1].write_bytes(raw)
         if not files[0].path.exists():
             made, skipped = [], []
-            attempt(files, data, made, skipped)
+            attempt(files, data, made, skipped, force=True)  # a log may not be known as one any more
             assert sorted(made + skipped) == sorted(data)
         assert [file.path.read_bytes() for file in files] == expected
         assert names(folder) == {"0.gguf", "1.gguf"}

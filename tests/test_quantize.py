@@ -149,7 +149,6 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_are_told(tmp_path):
 
 def test_tensors_larger_than_a_piece_are_put_together_rightly(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "CHUNK", 1 << 11)
-    monkeypatch.setattr(convert_module, "RAW_CHUNK", 1000)
     gguf, _ = made(tmp_path / "hf", checkpoint.write(tmp_path / "hf"), "Q8_0")
     copy = tmp_path / "copy.gguf"
     convert(gguf.path, copy, "Q8_0")
@@ -307,7 +306,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(scout, tmp_path):
     assert not report["written"]
     gguf, done = made(*scout, "Q4_0")
     assert report["nbytes"] == gguf.nbytes
-    assert report["tensors"] == [t | {"rmse": None} for t in done["tensors"]]
+    assert report["tensors"] == [t | {"rmse": None, "energy": None} for t in done["tensors"]]
     nbytes = sum(t["nbytes"] for t in report["tensors"])
     assert nbytes == sum(t.nbytes for t in gguf.tensors.values())
     assert report["bits_per_weight"] == pytest.approx(8 * nbytes / report["n_weights"], abs=1e-3)

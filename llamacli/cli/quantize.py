@@ -128,7 +128,7 @@ def _show(report, path: Path, as_json: bool, console) -> None:
     groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: [*GROUPS].index(group["name"]))
     everything = {"name": "all", "count": len(tensors), "types": [], **_sums(tensors)}
     for notice in report["notices"]:
-        console.warn(notice)
+        console.note(notice)
     if as_json:
         sums = {"by_type": by_type, "groups": groups, "weights_nbytes": everything["nbytes"]}
         console.result(json.dumps(report | sums, ensure_ascii=False))
