@@ -63,8 +63,8 @@ class Engine:
             for m, tensor in zip(exps, tensors[i], strict=True):
                 if m.type_name != tensor.type.name:
                     raise UnsupportedModelError(
-                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {m.name}, which only "
-                        f"runs if it fits into memory; quantize it again"
+                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {m.name}, which "
+                        f"only runs if it fits into memory; quantize it again"
                     )
         slots = Slots(tensors, self.config.n_experts, n_slots)
         always = [m.name for m in self._always() if m.type_name == gguf.tensors[m.name].type.name]

@@ -614,6 +614,7 @@ def test_quantize_dry_run_as_json_is_one_object_with_the_same(folder, capfd):
         "weights": 3 << 16,
         "nbytes": 3 * 256 * 144,
         "rmse": None,
+        "energy": None,
     }
     for parts in (report["by_type"], report["groups"]):
         assert sum(part["nbytes"] for part in parts) == sum(t["nbytes"] for t in tensors.values())
