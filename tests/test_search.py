@@ -49,9 +49,26 @@ def test_with_weights_no_row_is_further_in_the_weighted_sense(type_name):
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)
-def test_weights_all_alike_change_nothing(type_name):
-    plain = encoders.encoder(type_name).encode(ROWS, None)
-    np.testing.assert_array_equal(encoders.encoder(type_name).encode(ROWS, np.full(768, 3, np.float32)), plain)
+def test_weights_all_alike_are_as_good_as_none(type_name):
+    alike, none = (np.square(decoded(type_name, ROWS, w) - ROWS).sum() for w in (np.full(768, 3, np.float32), None))
+    assert alike <= none * 1.001
+
+
+@pytest.mark.parametrize("type_name", SEARCHED)
+def test_a_weight_far_out_that_hardly_matters_does_not_decide(type_name):
+    """One in 256 is thirty times too large and counts for a millionth: the others are as close as without it."""
+    x, without = ROWS.copy(), ROWS.copy()
+    x[:, ::256], without[:, ::256] = 60, 0
+    weights = np.where(np.arange(768) % 256, 1, 1e-6).astype(np.float32)
+    error, alone = ((np.square(decoded(type_name, rows, weights) - rows) * weights)[:, 1:].sum() for rows in (x, without))
+    assert error < 1.3 * alone
+
+
+@pytest.mark.parametrize("type_name", [name for name in SEARCHED if BY_NAME[name].block == 32])
+@pytest.mark.parametrize("scale", [1e-6, 1e-7, 1e-8])
+def test_what_half_precision_can_hardly_say_is_no_further_off_than_zeros(type_name, scale):
+    x = (ROWS * scale).astype(np.float32)
+    assert np.square(decoded(type_name, x) - x, dtype=np.float64).sum() <= np.square(x, dtype=np.float64).sum()
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)

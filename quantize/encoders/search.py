@@ -26,6 +26,8 @@ from quantize.encoders.levels import LANES, Uniform, splat
 UNROLL = 4
 SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may be worth giving up
 SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
+SPREADS = (1.0, 0.5, 7)  # deviations of the weighted weights to begin from too: first, step, how many
+ROUNDING = 4e-7  # of what a scale takes off the error: among equals the first stays, so that neighbouring groups agree
 HALF_MAX = 65504.0
 SYMBOLS = ("encode", "encode_weighted")
 
@@ -164,15 +166,16 @@ def _pass(s, fmt, room, inverse, offset):
 
 
 def _extremes(s, fmt, room):
-    """Least and largest weight, and the sums of w and w x."""
+    """Least and largest weight, and the sums of w, w x and w x^2."""
 
     def some(j, found):
-        low, high, total, product = found
+        low, high, total, product, square = found
         x = s.load(vec(f32, LANES), s.add(room.x, s.mul(j, 4 * LANES)))
         w = splat(s, 1.0) if room.w is None else s.load(vec(f32, LANES), s.add(room.w, s.mul(j, 4 * LANES)))
-        return [s.fmin(low, x), s.fmax(high, x), s.b.fadd(total, w), s.fma(w, x, product)]
+        wx = s.b.fmul(w, x)
+        return [s.fmin(low, x), s.fmax(high, x), s.b.fadd(total, w), s.b.fadd(product, wx), s.fma(wx, x, square)]
 
-    start = [splat(s, 3e38), splat(s, -3e38), s.zeros(f32, LANES), s.zeros(f32, LANES)]
+    start = [splat(s, 3e38), splat(s, -3e38), *[s.zeros(f32, LANES)] * 3]
     return s.loop(fmt.GROUP, start, some)
 
 
@@ -203,13 +206,19 @@ def _half(s, v):
     return s.from_half(s.to_half(bounded))
 
 
+def _root(s, v):
+    """Square root, 0 of what is below 0."""
+    return s.b.call(s._intrinsic(f"llvm.sqrt.v{LANES}f32", v.type, v.type), [s.fmax(v, s.zeros(f32, LANES))])
+
+
 def _whole(s, v, integers):
     return Uniform(*integers).level(s, v)
 
 
-def _better(s, new, old, error, least):
-    """Lane by lane the candidate of smaller error: (values, error)."""
-    wins = s.b.fcmp_ordered("<", error, least)
+def _better(s, new, old, error, least, margin=0.0):
+    """Lane by lane the candidate of smaller error: (values, error); smaller by `margin` of the error, which is rounding."""
+    bar = s.b.fmul(least, splat(s, 1.0 + margin)) if margin else least
+    wins = s.b.fcmp_ordered("<", error, bar)
     return [s.b.select(wins, a, b) for a, b in zip(new, old, strict=True)], s.b.select(wins, error, least)
 
 
@@ -235,7 +244,7 @@ def affine(s, fmt, room):
     """Scale and minimum of each lane; minimums at most 0 where a superblock stores their negatives as unsigned integers."""
     b, top = s.b, float(fmt.LEVELS.high)
     zero = s.zeros(f32, LANES)
-    low, high, sw, sx = _extremes(s, fmt, room)
+    low, high, sw, sx, sxx = _extremes(s, fmt, room)
     unsigned = fmt.INTEGERS is not None
     if unsigned:
         low = s.fmin(low, zero)
@@ -258,19 +267,37 @@ def affine(s, fmt, room):
         shift, step = b.udiv(i, i64(fmt.GRID[2])), b.urem(i, i64(fmt.GRID[2]))
         inverse = b.fmul(_grid(s, step, top + fmt.GRID[0], fmt.GRID[1]), _inverse(s, span))
         scale, minimum, error = solve(inverse, s.fma(_grid(s, shift, 0.0, SHIFT / top), span, low))
-        new, error = _better(s, [scale, minimum], best[:2], error, best[2])
+        new, error = _better(s, [scale, minimum], best[:2], error, best[2], ROUNDING)
         return [*new, error]
 
     def polish(i, best):
         scale, minimum, error = solve(_inverse(s, best[0]), best[1])
-        new, error = _better(s, [scale, minimum], best[:2], error, best[2])
+        new, error = _better(s, [scale, minimum], best[:2], error, best[2], ROUNDING)
         return [*new, error]
 
     rounds = fmt.GRID[2] * (SHIFTS if room.w is None else WEIGHTED_SHIFTS)
     best = s.loop(rounds, [b.fmul(span, splat(s, 1 / top)), low, splat(s, 3e38)], try_grid)
+    if room.w is not None:  # a weight far out may matter little
+        mean = _ratio(s, sx, sw)
+        deviation = _root(s, s.fma(b.fneg(mean), mean, _ratio(s, sxx, sw)))
+
+        def try_spread(i, best):
+            reach = b.fmul(_grid(s, i, *SPREADS[:2]), deviation)
+            inverse = b.fmul(splat(s, top / 2), _inverse(s, reach))
+            scale, minimum, error = solve(inverse, bound(b.fsub(mean, reach)))
+            new, error = _better(s, [scale, minimum], best[:2], error, best[2], ROUNDING)
+            return [*new, error]
+
+        best = s.loop(SPREADS[2], best, try_spread)
     scale, minimum, _ = s.loop(fmt.POLISH, best, polish)
     if fmt.INTEGERS is None:
         d, m = _half(s, scale), _half(s, minimum)
+        inverse = _inverse(s, d)  # what half precision cannot hold may be further off than zeros
+        sl, sl2, sxl = _pass(s, fmt, room, inverse, b.fneg(b.fmul(m, inverse)))
+        linear_part = b.fadd(b.fmul(d, sxl), b.fmul(m, sx))
+        square = s.fma(b.fmul(d, d), sl2, s.fma(b.fmul(m, m), sw, b.fmul(b.fmul(splat(s, 2.0), b.fmul(d, m)), sl)))
+        gains = b.fcmp_ordered("<", square, b.fmul(splat(s, 2.0), linear_part))
+        d, m = b.select(gains, d, zero), b.select(gains, m, zero)
         _finish(s, room, d, m, d, m, zero, zero)
         return
     _affine_superblock(s, fmt, room, scale, minimum, sw, sx)
@@ -339,7 +366,7 @@ def linear(s, fmt, room):
     """The scale of each lane, of either sign."""
     b, levels = s.b, fmt.LEVELS
     zero = s.zeros(f32, LANES)
-    low, high, _, _ = _extremes(s, fmt, room)
+    low, high, sw, _, sxx = _extremes(s, fmt, room)
     furthest = b.select(b.fcmp_ordered(">", b.fneg(low), high), low, high)
 
     def solve(inverse):
@@ -352,22 +379,35 @@ def linear(s, fmt, room):
 
         def one(i, best):
             scale, error = solve(b.fmul(_grid(s, i, side * (1 + fmt.GRID[0]), side * fmt.GRID[1]), _inverse(s, furthest)))
-            (scale,), error = _better(s, [scale], best[:1], error, best[1])
+            (scale,), error = _better(s, [scale], best[:1], error, best[1], ROUNDING)
             return [scale, error]
 
         return one
 
     def polish(i, best):
         scale, error = solve(_inverse(s, best[0]))
-        (scale,), error = _better(s, [scale], best[:1], error, best[1])
+        (scale,), error = _better(s, [scale], best[:1], error, best[1], ROUNDING)
         return [scale, error]
 
     best = [b.fmul(furthest, splat(s, 1 / levels.low)), splat(s, 3e38)]
     for side in (levels.low, levels.high):
         best = s.loop(fmt.GRID[2], best, try_grid(side))
+    if room.w is not None:  # a weight far out may matter little
+        deviation = _root(s, _ratio(s, sxx, sw))
+        for side in (levels.low, levels.high):
+
+            def try_spread(i, best, side=side):
+                reach = b.fmul(_grid(s, i, *SPREADS[:2]), deviation)
+                scale, error = solve(b.fmul(splat(s, side), _inverse(s, reach)))
+                (scale,), error = _better(s, [scale], best[:1], error, best[1], ROUNDING)
+                return [scale, error]
+
+            best = s.loop(SPREADS[2], best, try_spread)
     scale, _ = s.loop(fmt.POLISH, best, polish)
     if fmt.INTEGERS is None:
         d = _half(s, scale)
+        _, sl2, sxl = _pass(s, fmt, room, _inverse(s, d), zero)  # what half precision cannot hold may be further off than zeros
+        d = b.select(b.fcmp_ordered("<", b.fmul(b.fmul(d, d), sl2), b.fmul(splat(s, 2.0), b.fmul(d, sxl))), d, zero)
         _finish(s, room, d, zero, d, zero, zero, zero)
         return
     _linear_superblock(s, fmt, room, scale)
