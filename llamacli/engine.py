@@ -23,7 +23,7 @@ from llamacli.kernels.pool import Pool, Program
 from llamacli.kvcache import KVCache
 from llamacli.model import ALL_LOGITS_BATCH, Inputs, Steps
 from llamacli.pages import on_large_pages, populate, random_access
-from llamacli.weights import Experts, bind
+from llamacli.weights import Experts, bind, moved
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
@@ -54,13 +54,27 @@ class Engine:
         self._reserve(INTERRUPTIBLE)
         if not self.slots:
             on_large_pages(gguf.maps)
-        populate(((m.address, m.nbytes) for m in self._always()), lock=self.slots is not None)
+            populate((m.address, m.nbytes) for m in self._always())
 
     def _open_slots(self, gguf: GGUF, n_slots: int) -> Slots:
         routed = {i: layer.ffn.exps for i, layer in enumerate(self.weights.layers) if isinstance(layer.ffn, Experts)}
         tensors = {i: tuple(gguf.tensors[m.name] for m in exps) for i, exps in routed.items()}
-        random_access(self.weights.token_embd.address, self.weights.token_embd.nbytes)
-        return Slots(tensors, self.config.n_experts, n_slots)
+        for i, exps in routed.items():
+            for m, tensor in zip(exps, tensors[i], strict=True):
+                if m.type_name != tensor.type.name:
+                    raise UnsupportedModelError(
+                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {m.name}, which only "
+                        f"runs if it fits into memory; quantize it again"
+                    )
+        slots = Slots(tensors, self.config.n_experts, n_slots)
+        always = [m.name for m in self._always() if m.type_name == gguf.tensors[m.name].type.name]
+        addresses = slots.hold([gguf.tensors[name] for name in dict.fromkeys(always)])
+        embedding = self.weights.token_embd
+        self.weights = self.weights._replace(
+            layers=moved(self.weights.layers, addresses), output=moved(self.weights.output, addresses)
+        )
+        random_access(embedding.address, embedding.nbytes)
+        return slots
 
     def new_cache(self, ctx: int) -> KVCache:
         """An empty cache for at most `ctx` tokens."""

@@ -24,6 +24,7 @@ import numpy as np
 
 from llamacli.errors import ModelFileError
 from llamacli.gguf import Tensor
+from llamacli.pages import lock
 
 GATE, UP, DOWN = range(3)
 BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
@@ -104,6 +105,7 @@ class Slots:
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
         self._ring = [_memory(largest) for _ in range(RING)]
         self._in_ring: list[Future] = []
+        self._held: list[mmap.mmap] = []
         self._lanes = ThreadPoolExecutor(LANES, "read")
         self._lock, self._reading, self._since = Lock(), 0, 0.0
 
@@ -117,6 +119,22 @@ class Slots:
         if expert not in here.slots:
             here.guess = expert
             self._begin(here, expert, self._slot(here, {expert}))
+
+    def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
+        stacks = [self._stack(tensor, 1) for tensor in tensors]
+        memory = _memory(sum(stack.room for stack in stacks))
+        at, addresses, reads = 0, {}, []
+        for tensor, stack in zip(tensors, stacks, strict=True):
+            start, size, inside = stack.span(0)
+            addresses[tensor.name] = _address(memory) + at + inside
+            reads += self._pieces(stack, start, size, inside + stack.nbytes, memory, at)
+            at += stack.room
+        self._wait(reads)
+        self._held.append(memory)
+        lock(_address(memory), at)
+        self.traffic = Traffic()
+        return addresses
 
     def visit(self, layer: int, chosen: Sequence[int]) -> "Visit":
         """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs."""
@@ -255,7 +273,11 @@ class Slots:
         stack = here.stacks[part]
         start, size, inside = stack.span(expert)
         here.addresses[part, expert] = _address(memory) + at + inside
-        view, needed = memoryview(memory), inside + stack.nbytes
+        return self._pieces(stack, start, size, inside + stack.nbytes, memory, at)
+
+    def _pieces(self, stack: _Stack, start: int, size: int, needed: int, memory: mmap.mmap, at: int) -> list[Future]:
+        """Begin to read `size` bytes of the file from `start` on; the first `needed` of them must be there."""
+        view = memoryview(memory)
         return [
             self._lanes.submit(
                 self._piece, stack, start + done, view[at + done : at + min(done + PIECE, size)], min(PIECE, needed - done)

@@ -16,22 +16,23 @@ _RANDOM, _WILLNEED = 1, 3
 _PIECE = 64 << 20  # bytes of one call, which cannot be broken off
 
 
-def populate(ranges: Iterable[tuple[int, int]], lock: bool = False) -> threading.Thread:
-    """Begin to bring (address, bytes) ranges into memory, beside whatever else goes on; with `lock`, to stay there if the
-    system's limit allows it.
-    """
+def populate(ranges: Iterable[tuple[int, int]]) -> threading.Thread:
+    """Begin to bring (address, bytes) ranges into memory, beside whatever else goes on."""
     libc, advice = _libc(), _POPULATE_READ if sys.platform == "linux" else _WILLNEED
 
     def work() -> None:
         for address, size in ranges:
             for start in range(address // mmap.PAGESIZE * mmap.PAGESIZE, address + size, _PIECE):
-                length = min(_PIECE, address + size - start)
-                if not (lock and libc.mlock(start, length) == 0):
-                    libc.madvise(start, length, advice)
+                libc.madvise(start, min(_PIECE, address + size - start), advice)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+def lock(address: int, size: int) -> bool:
+    """Keep a range of whole pages from being swapped out or compressed, if the system's limit allows it."""
+    return _libc().mlock(address, size) == 0
 
 
 def on_large_pages(maps: Iterable[mmap.mmap]) -> None:

@@ -255,7 +255,7 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
     if experts == "mapped" or not config.n_experts:
         return 0, BATCH
     sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config.n_experts)
-    memory, threads = memory or machine.budget(), threads or default_threads()
+    memory, threads = memory or machine.budget() + machine.private(), threads or default_threads()
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
     return placement.slots if placement.mode == "slots" else 0, placement.batch
 
