@@ -140,10 +140,8 @@ class Console:
         """A result as aligned columns to stdout; the first is text, the others numbers or words.
 
         The columns `numbers` stand to the right; those in `spare` give way one after the other where a terminal is too narrow.
-        `aside`: no result but a note, to stderr where notes are shown.
+        `aside`: to stderr, and no result.
         """
-        if aside and not self.talks:
-            return
         to = sys.stderr if aside else sys.stdout
         lines = [tuple(one_line(cell) for cell in row) for row in ([head] if head else []) + [*rows]]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
