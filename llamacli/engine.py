@@ -209,22 +209,26 @@ class Engine:
                 self._pool.run(steps.program, first, last)
 
         for i, at in steps.visits.items():
-            if n == 1:
-                run(done, at.guessed)
-                self.slots.expect(i, int(steps.guess[0]))
-            else:
-                run(done, at.start)
-            run(at.guessed, at.routed)
-            visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist())
-            run(at.routed, at.shared)
-            for expert in visit.gate_up:
-                steps.window[:] = expert, expert + 1
-                run(at.shared, at.multiplied)
-            down = visit.down()
-            run(at.multiplied, at.joined)
-            for expert in down:
-                steps.window[:] = expert, expert + 1
-                run(at.joined, at.end)
+            try:
+                if n == 1:
+                    run(done, at.guessed)
+                    self.slots.expect(i, int(steps.guess[0]))
+                else:
+                    run(done, at.start)
+                run(at.guessed, at.routed)
+                visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist())
+                run(at.routed, at.shared)
+                for expert in visit.gate_up:
+                    steps.window[:] = expert, expert + 1
+                    run(at.shared, at.multiplied)
+                down = visit.down()
+                run(at.multiplied, at.joined)
+                for expert in down:
+                    steps.window[:] = expert, expert + 1
+                    run(at.joined, at.end)
+            except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
+                self.slots.reset(i)
+                raise
             done = at.end
         run(done, steps.cuts[-1])
 

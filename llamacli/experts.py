@@ -10,8 +10,9 @@ prompt neither waits for memory nor drives out what decoding keeps. Knows nothin
 import mmap
 import os
 import sys
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -104,10 +105,10 @@ class Slots:
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
         self._ring = [_memory(largest) for _ in range(RING)]
-        self._in_ring: list[Future] = []
         self._held: list[mmap.mmap] = []
         self._lanes = ThreadPoolExecutor(LANES, "read")
         self._lock, self._reading, self._since = Lock(), 0, 0.0
+        weakref.finalize(self, _close, self._files)
 
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
@@ -138,7 +139,6 @@ class Slots:
 
     def visit(self, layer: int, chosen: Sequence[int]) -> "Visit":
         """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs."""
-        self._settle()
         here = self._layers[layer]
         recent = list(dict.fromkeys(reversed(chosen)))
         used, guess = sorted(recent), here.guess
@@ -160,11 +160,15 @@ class Slots:
             self._begin(here, e, self._slot(here, used))
         return Visit(self, layer, used)
 
-    def close(self) -> None:
-        """Let go of threads and files."""
-        self._lanes.shutdown(cancel_futures=True)
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def reset(self, layer: int) -> None:
+        """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
+        have the layer begin with empty slots.
+        """
+        self._lanes.shutdown(wait=True, cancel_futures=True)
+        self._lanes = ThreadPoolExecutor(LANES, "read")
+        here = self._layers[layer]
+        here.slots.clear()
+        here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(range(self.n_slots))
 
     # what a Visit does
 
@@ -180,7 +184,6 @@ class Slots:
                     futures += self._read(here, e, part, memory, at)
                     at += here.stacks[part].room
                 ahead[e] = memory, futures
-                self._in_ring += futures
 
         fill()
         yield -1
@@ -192,17 +195,11 @@ class Slots:
                 buffers.append(memory)
                 fill()
             else:
-                try:
-                    for part in parts:
-                        if (e, part) in here.arriving:
-                            self._wait(here.arriving[e, part])
-                            del here.arriving[e, part]
-                except BaseException:
-                    self._forget(here, e)
-                    raise
+                for part in parts:
+                    self._wait(here.arriving.pop((e, part), ()))
                 yield e
 
-    def _wait(self, futures: list[Future]) -> None:
+    def _wait(self, futures: Iterable[Future]) -> None:
         began = perf_counter()
         try:
             for future in futures:
@@ -240,12 +237,6 @@ class Slots:
             futures += here.arriving.pop((expert, part), ())
         here.stale[slot] = [future for future in futures if not future.cancel()]
         here.free.append(slot)
-
-    def _settle(self) -> None:
-        """After a visit that was broken off: wait for its reads, whose memory is used again."""
-        for future in self._in_ring:
-            future.exception()
-        self._in_ring = []
 
     # reading
 
@@ -335,6 +326,11 @@ class Visit:
         sweep = self._slots._sweep(self._layer, self.experts, parts)
         next(sweep)
         return sweep
+
+
+def _close(files: dict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _up(n: int) -> int:

@@ -104,6 +104,27 @@ def test_an_interrupt_while_waiting_leaves_everything_sound(tmp_path, monkeypatc
     assert np.array_equal(conversation(here), wanted)
 
 
+@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_pieces"])
+@pytest.mark.parametrize("after", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupt_amid_the_bookkeeping_leaves_everything_sound(tmp_path, monkeypatch, method, after, before):
+    path = tiny_gguf(tmp_path / "model.gguf")
+    wanted, here, calls = conversation(engine(path, 0)), engine(path, 2), []
+    true = getattr(experts.Slots, method)
+
+    def broken(self, *how):
+        calls.append(how)
+        found = None if before and len(calls) == after else true(self, *how)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(experts.Slots, method, broken)
+    with pytest.raises(KeyboardInterrupt):
+        conversation(here)
+    assert np.array_equal(conversation(here), wanted)
+
+
 @pytest.mark.parametrize("slots", [0, 1])
 def test_a_file_that_is_cut_while_in_use_is_an_error_not_the_end_of_the_process(tmp_path, slots):
     here = engine(tiny_gguf(tmp_path / "model.gguf"), slots)
