@@ -21,12 +21,16 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from llamacli.kernels.simd import Simd, f16, f32, i8, i32, i64, vec
-from quantize.encoders.levels import LANES, Uniform, splat
+from quantize.encoders.levels import LANES, ROUND, Uniform, splat
 
 UNROLL = 4
 SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may be worth giving up
 SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
-HALF_MAX = 65504.0
+SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
+TIE = 2e-7  # of the error taken off: less is rounding
+EXACT = 1e-5  # of the sum of w x^2: a fit so close that the half floats' rounding is what is left
+HALVES = 24  # half floats to begin a superblock from
+HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
 SYMBOLS = ("encode", "encode_weighted")
 
 
@@ -34,7 +38,8 @@ class Room(NamedTuple):
     """Addresses on the stack: the groups lane by lane, and what `pack` reads: a lane's inverse and offset, codes, factors."""
 
     x: ir.Value  # float32 [group][LANES]
-    w: ir.Value | None  # the same, or None
+    centred: ir.Value  # the same less each lane's mean
+    w: ir.Value | None  # the same as x, or None
     inverse: ir.Value  # float32 [LANES]
     offset: ir.Value
     codes: ir.Value  # uint8 [LANES * group], in the order of the weights
@@ -70,7 +75,7 @@ def _encoder(module, target, fmt, name):
         return
     lanes = lambda: s.room(f32, LANES)  # noqa: E731
     room = Room(
-        s.room(f32, unit), s.room(f32, unit) if weighted else None, lanes(), lanes(), s.room(i8, unit),
+        s.room(f32, unit), s.room(f32, unit), s.room(f32, unit) if weighted else None, lanes(), lanes(), s.room(i8, unit),
         s.room(f16, LANES), s.room(f16, LANES), s.room(i8, LANES), s.room(i8, LANES),
     )  # fmt: skip
     per_block = fmt.BLOCK // fmt.GROUP
@@ -146,15 +151,17 @@ def _codes(s, fmt, x, room):
 # parts of both searches
 
 
-def _pass(s, fmt, room, inverse, offset):
-    """Sums of w l, w l^2 and w x l for the levels l nearest to x * inverse + offset."""
+def _pass(s, fmt, room, inverse, offset, origin=None):
+    """Sums of w l, w l^2 and w x l for the levels l nearest to x * inverse + offset; affine's count from `origin`."""
+    values = room.x if origin is None else room.centred
 
     def some(i, sums):
         total, square, product = sums
         for j in range(UNROLL):
             at = s.mul(s.add(s.mul(i, UNROLL), j), 4 * LANES)
-            x = s.load(vec(f32, LANES), s.add(room.x, at))
-            level = fmt.LEVELS.level(s, s.fma(x, inverse, offset))
+            x = s.load(vec(f32, LANES), s.add(values, at))
+            t = s.fma(x, inverse, offset)
+            level = fmt.LEVELS.level(s, t) if origin is None else fmt.LEVELS.level(s, t, origin)
             part = level if room.w is None else s.b.fmul(level, s.load(vec(f32, LANES), s.add(room.w, at)))
             total = s.b.fadd(total, part)
             square, product = s.fma(part, level, square), s.fma(part, x, product)
@@ -163,17 +170,67 @@ def _pass(s, fmt, room, inverse, offset):
     return s.loop(fmt.GROUP // UNROLL, [s.zeros(f32, LANES)] * 3, some)
 
 
-def _extremes(s, fmt, room):
-    """Least and largest weight, and the sums of w and w x."""
+class Left(NamedTuple):
+    """What is left, e = x - a l + m, for the levels l that `_codes` would choose for a and m: sums."""
+
+    l: ir.Value  # w l
+    l2: ir.Value  # w l^2
+    el: ir.Value  # w e l
+    e: ir.Value  # w e
+    e2: ir.Value  # w e^2, the error
+
+
+def _left(s, fmt, room, a, m):
+    """The error itself, weight by weight: where the fit is all but exact, the closed form is all rounding."""
+    inverse = _inverse(s, a)
+    offset, minus = s.b.fmul(m, inverse), s.b.fneg(a)
+
+    def some(i, sums):
+        total, square, product, rest, error = sums
+        for j in range(UNROLL):
+            at = s.mul(s.add(s.mul(i, UNROLL), j), 4 * LANES)
+            x = s.load(vec(f32, LANES), s.add(room.x, at))
+            level = fmt.LEVELS.level(s, s.fma(x, inverse, offset))
+            e = s.fma(level, minus, s.b.fadd(x, m))
+            part, left = level, e
+            if room.w is not None:
+                w = s.load(vec(f32, LANES), s.add(room.w, at))
+                part, left = s.b.fmul(level, w), s.b.fmul(e, w)
+            total, square, product = s.b.fadd(total, part), s.fma(part, level, square), s.fma(part, e, product)
+            rest, error = s.b.fadd(rest, left), s.fma(left, e, error)
+        return [total, square, product, rest, error]
+
+    return Left(*s.loop(fmt.GROUP // UNROLL, [s.zeros(f32, LANES)] * 5, some))
+
+
+def _extremes(s, fmt, room, values, least=None):
+    """Least and largest weight, and the sums of w, w x and w x^2; weights with w x^2 below `least` count as 0."""
 
     def some(j, found):
-        low, high, total, product = found
-        x = s.load(vec(f32, LANES), s.add(room.x, s.mul(j, 4 * LANES)))
-        w = splat(s, 1.0) if room.w is None else s.load(vec(f32, LANES), s.add(room.w, s.mul(j, 4 * LANES)))
-        return [s.fmin(low, x), s.fmax(high, x), s.b.fadd(total, w), s.fma(w, x, product)]
+        low, high, total, product, square = found
+        at = s.mul(j, 4 * LANES)
+        x = s.load(vec(f32, LANES), s.add(values, at))
+        w = splat(s, 1.0) if room.w is None else s.load(vec(f32, LANES), s.add(room.w, at))
+        wx = s.b.fmul(w, x)
+        size = s.b.fmul(wx, x)
+        if least is not None:
+            x = s.b.select(s.b.fcmp_ordered("<", size, least), s.zeros(f32, LANES), x)
+        return [s.fmin(low, x), s.fmax(high, x), s.b.fadd(total, w), s.b.fadd(product, wx), s.b.fadd(square, size)]
 
-    start = [splat(s, 3e38), splat(s, -3e38), s.zeros(f32, LANES), s.zeros(f32, LANES)]
-    return s.loop(fmt.GROUP, start, some)
+    return s.loop(fmt.GROUP, [splat(s, 3e38), splat(s, -3e38), *[s.zeros(f32, LANES)] * 3], some)
+
+
+def _centre(s, fmt, room, mean):
+    """The weights less their mean, to room.centred; the sum of w x of these, and of w x^2."""
+
+    def some(j, sums):
+        at = s.mul(j, 4 * LANES)
+        x = s.b.fsub(s.load(vec(f32, LANES), s.add(room.x, at)), mean)
+        s.store(x, s.add(room.centred, at))
+        wx = x if room.w is None else s.b.fmul(x, s.load(vec(f32, LANES), s.add(room.w, at)))
+        return [s.b.fadd(sums[0], wx), s.fma(wx, x, sums[1])]
+
+    return s.loop(fmt.GROUP, [s.zeros(f32, LANES)] * 2, some)
 
 
 def _over_block(s, v, op, span):
@@ -203,6 +260,27 @@ def _half(s, v):
     return s.from_half(s.to_half(bounded))
 
 
+def _unit(s, v):
+    """The same, but only zero becomes zero: that is a candidate by itself."""
+    zero = s.zeros(f32, LANES)
+    above, below = (
+        s.b.select(s.b.fcmp_ordered(op, v, zero), splat(s, at), zero) for op, at in ((">", HALF_MIN), ("<", -HALF_MIN))
+    )
+    return s.b.select(s.b.fcmp_ordered("<", s.fabs(v), splat(s, HALF_MIN)), s.b.fadd(above, below), _half(s, v))
+
+
+def _steps(s, h):
+    """A half float's neighbours, next to zero also zero's."""
+    step = s.fmax(s.b.fmul(s.fabs(h), splat(s, 0.75 * 2.0**-10)), splat(s, HALF_MIN))
+    return _half(s, s.b.fadd(h, step)), _half(s, s.b.fsub(h, step))
+
+
+def _any(s, lanes, count):
+    """`count` rounds if any of these lanes is true, else none."""
+    found = s.reduce_max(s.b.select(lanes, splat(s, 1.0), s.zeros(f32, LANES)))
+    return s.b.select(s.b.fcmp_ordered(">", found, f32(0.0)), i64(count), i64(0))
+
+
 def _whole(s, v, integers):
     return Uniform(*integers).level(s, v)
 
@@ -211,6 +289,43 @@ def _better(s, new, old, error, least):
     """Lane by lane the candidate of smaller error: (values, error)."""
     wins = s.b.fcmp_ordered("<", error, least)
     return [s.b.select(wins, a, b) for a, b in zip(new, old, strict=True)], s.b.select(wins, error, least)
+
+
+def _clearly_better(s, new, old, error, least):
+    """The same, but the first of equals stays, whatever rounding says: groups that are alike shall have scales that are alike."""
+    margin = s.b.fmul(s.fabs(least), splat(s, TIE))
+    values, _ = _better(s, [*new, error], [*old, least], error, s.b.fsub(least, margin))
+    return values[:-1], values[-1]
+
+
+def _exact_levels(s, fmt, span, least, most, best, attempt):
+    """Where the fit is all but exact, the half float decides: every level that `span` could be, for these lanes alone."""
+    exact = s.b.fcmp_ordered("<", least, s.b.fmul(most, splat(s, EXACT)))
+    levels = [v for v in getattr(fmt.LEVELS, "levels", range(fmt.LEVELS.low, fmt.LEVELS.high + 1)) if v]
+    inverses = ir.Constant(vec(f32, len(levels)), [1 / v for v in levels])
+
+    def one(i, best):
+        found = attempt(_unit(s, s.b.fmul(span, s.splat(s.b.extract_element(inverses, i), LANES))), best)
+        return [s.b.select(exact, new, old) for new, old in zip(found, best, strict=True)]
+
+    return s.loop(_any(s, exact, len(levels)), best, one)
+
+
+def _nearest_half(s, values, cost, furthest, fmt, total):
+    """The half float of which integers come nearest to `values` over a superblock, `furthest` at or near the integers' end."""
+    end = fmt.INTEGERS.low or fmt.INTEGERS.high
+    step = -0.5 if abs(end) <= 32 else -1.0
+    if end < 0:
+        step = -step
+    values_minus = s.b.fneg(values)
+
+    def one(i, best):
+        d = _unit(s, s.b.fdiv(furthest, _grid(s, i, end - step, step)))
+        off = s.fma(d, _whole(s, s.b.fmul(values, _inverse(s, d)), fmt.INTEGERS), values_minus)
+        (d,), error = _better(s, [d], best[:1], total(s.b.fmul(s.b.fmul(off, off), cost)), best[1])
+        return [d, error]
+
+    return s.loop(HALVES, [s.zeros(f32, LANES), splat(s, 3e38)], one)[0]
 
 
 def _grid(s, i, first, step):
@@ -235,100 +350,151 @@ def affine(s, fmt, room):
     """Scale and minimum of each lane; minimums at most 0 where a superblock stores their negatives as unsigned integers."""
     b, top = s.b, float(fmt.LEVELS.high)
     zero = s.zeros(f32, LANES)
-    low, high, sw, sx = _extremes(s, fmt, room)
+    low, high, sw, sx, sxx = _extremes(s, fmt, room, room.x)
+    mean = _ratio(s, sx, sw)
+    rest, spread = _centre(
+        s, fmt, room, mean
+    )  # from here on around the mean: a few heavy weights leave nothing of det otherwise
     unsigned = fmt.INTEGERS is not None
     if unsigned:
         low = s.fmin(low, zero)
-    span = b.fsub(high, low)
-    bound = (lambda v: s.fmin(v, zero)) if unsigned else (lambda v: v)
+    low, high = b.fsub(low, mean), b.fsub(high, mean)
+    most = b.fneg(mean)
 
     def solve(inverse, minimum):
-        """The best line through the codes that this inverse and minimum give, and minus what it takes off the error."""
-        sl, sl2, sxl = _pass(s, fmt, room, inverse, b.fneg(b.fmul(minimum, inverse)))
+        """The best line through the codes that this inverse and minimum give, minus what it takes off the error, det, l's mean."""
+        offset = b.fneg(b.fmul(minimum, inverse))
+        origin = fmt.LEVELS.level(s, offset)
+        sl, sl2, sxl = _pass(s, fmt, room, inverse, offset, b.fadd(origin, splat(s, ROUND)))
         det = s.fma(sw, sl2, b.fneg(b.fmul(sl, sl)))
-        varied = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-5), b.fmul(sw, sl2)))  # else rounding is all there is
-        scale = b.select(varied, _ratio(s, b.fsub(b.fmul(sw, sxl), b.fmul(sl, sx)), det), zero)
-        free = _ratio(s, b.fsub(sx, b.fmul(scale, sl)), sw)
+        varied = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-6), b.fmul(sw, sl2)))  # else rounding is all there is
+        scale = b.select(varied, _ratio(s, b.fsub(b.fmul(sw, sxl), b.fmul(sl, rest)), det), zero)
+        at_origin = _ratio(s, b.fsub(rest, b.fmul(scale, sl)), sw)
+        free = b.fsub(at_origin, b.fmul(scale, origin))
+        mean_level, curve = b.fadd(origin, _ratio(s, sl, sw)), _ratio(s, det, sw)
         if unsigned:
-            above = b.fcmp_ordered(">", free, zero)
-            scale, free = b.select(above, _ratio(s, sxl, sl2), scale), bound(free)
-        return scale, free, b.fneg(s.fma(scale, sxl, b.fmul(free, sx)))
+            above = b.fcmp_ordered(">", free, most)
+            two = b.fadd(sl, sl)
+            l2 = s.fma(origin, s.fma(origin, sw, two), sl2)
+            xl = b.fadd(s.fma(mean, sl, sxl), b.fmul(origin, s.fma(mean, sw, rest)))
+            scale, free = b.select(above, _ratio(s, xl, l2), scale), b.select(above, most, free)
+            at_origin = s.fma(scale, origin, free)
+            mean_level, curve = b.select(above, zero, mean_level), b.select(above, l2, curve)
+        ahead = b.fsub(b.fmul(scale, sl2), b.fsub(b.fadd(sxl, sxl), b.fmul(b.fadd(at_origin, at_origin), sl)))
+        error = s.fma(scale, ahead, b.fmul(at_origin, b.fsub(b.fmul(at_origin, sw), b.fadd(rest, rest))))
+        return scale, free, error, mean_level, curve
 
-    def try_grid(i, best):
-        shift, step = b.udiv(i, i64(fmt.GRID[2])), b.urem(i, i64(fmt.GRID[2]))
-        inverse = b.fmul(_grid(s, step, top + fmt.GRID[0], fmt.GRID[1]), _inverse(s, span))
-        scale, minimum, error = solve(inverse, s.fma(_grid(s, shift, 0.0, SHIFT / top), span, low))
-        new, error = _better(s, [scale, minimum], best[:2], error, best[2])
-        return [*new, error]
+    def try_grid(low, span, shifts, best):
+        inverse_span = _inverse(s, span)
+
+        def one(i, best):
+            shift, step = b.udiv(i, i64(fmt.GRID[2])), b.urem(i, i64(fmt.GRID[2]))
+            inverse = b.fmul(_grid(s, step, top + fmt.GRID[0], fmt.GRID[1]), inverse_span)
+            scale, minimum, error, _, _ = solve(inverse, s.fma(_grid(s, shift, 0.0, SHIFT / top), span, low))
+            new, error = _clearly_better(s, [scale, minimum], best[:2], error, best[2])
+            return [*new, error]
+
+        return s.loop(shifts if isinstance(shifts, ir.Value) else fmt.GRID[2] * shifts, best, one)
+
+    span = b.fsub(high, low)
+    best = [b.fmul(span, splat(s, 1 / top)), low, splat(s, 3e38)]
+    best = try_grid(low, span, SHIFTS if room.w is None else WEIGHTED_SHIFTS, best)
+    if room.w is not None:
+        near, far = _extremes(s, fmt, room, room.centred, b.fmul(spread, splat(s, SLIGHT / top**2)))[:2]
+        if unsigned:
+            near = s.fmin(near, most)
+        narrower = b.fcmp_ordered("<", b.fsub(far, near), b.fmul(span, splat(s, 0.9)))
+        best = try_grid(near, b.fsub(far, near), _any(s, narrower, fmt.GRID[2]), best)
 
     def polish(i, best):
-        scale, minimum, error = solve(_inverse(s, best[0]), best[1])
-        new, error = _better(s, [scale, minimum], best[:2], error, best[2])
+        scale, minimum, _, mean_level, curve = solve(_inverse(s, best[0]), best[1])
+        return [scale, minimum, mean_level, curve]
+
+    scale, minimum, mean_level, curve = s.loop(fmt.POLISH, [*best[:2], zero, zero], polish)
+    minus = b.fneg(b.fadd(minimum, mean))
+    if fmt.INTEGERS is None:
+        _affine_halves(s, fmt, room, scale, minus, b.fadd(low, mean), b.fadd(high, mean), sw, sxx)
+    else:
+        _affine_superblock(s, fmt, room, scale, s.fmax(minus, zero), mean_level, curve, sw, sxx)
+
+
+def _affine_halves(s, fmt, room, scale, minus, low, high, sw, sxx):
+    """The half floats near the scale and the minimum."""
+    b, zero = s.b, s.zeros(f32, LANES)
+
+    def attempt(d, m, best):
+        """This d with the half float that suits its codes best."""
+        left = _left(s, fmt, room, d, m)
+        other = _half(s, b.fsub(m, _ratio(s, left.e, sw)))
+        by = b.fsub(other, m)
+        error = s.fma(by, s.fma(by, sw, b.fadd(left.e, left.e)), left.e2)
+        new, error = _better(s, [d, other], best[:2], error, best[2])
         return [*new, error]
 
-    rounds = fmt.GRID[2] * (SHIFTS if room.w is None else WEIGHTED_SHIFTS)
-    best = s.loop(rounds, [b.fmul(span, splat(s, 1 / top)), low, splat(s, 3e38)], try_grid)
-    scale, minimum, _ = s.loop(fmt.POLISH, best, polish)
-    if fmt.INTEGERS is None:
-        d, m = _half(s, scale), _half(s, minimum)
-        _finish(s, room, d, m, d, m, zero, zero)
-        return
-    _affine_superblock(s, fmt, room, scale, minimum, sw, sx)
+    d, m = _unit(s, scale), _half(s, minus)
+    best = [zero, zero, sxx]
+    for one in (d, *_steps(s, d)):
+        best = attempt(one, m, best)
+    floor = s.fmax(_half(s, b.fneg(low)), _steps(s, b.fneg(low))[0])
+    reach = b.fmul(b.fadd(high, floor), splat(s, 1 / fmt.LEVELS.high))
+    best = attempt(zero, m, best)
+    best = attempt(_unit(s, reach), floor, best)
+    d, m, _ = _exact_levels(s, fmt, b.fsub(high, low), best[2], sxx, best, lambda d, best: attempt(d, b.fneg(low), best))
+    _finish(s, room, d, b.fneg(m), d, b.fneg(m), zero, zero)
 
 
-def _affine_superblock(s, fmt, room, scale, minimum, sw, sx):
+def _affine_superblock(s, fmt, room, scale, minus, mean_level, curve, sw, sxx):
     b, most = s.b, float(fmt.INTEGERS.high)
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: _over_block(s, v, b.fadd, per_block)  # noqa: E731
     largest = lambda v: _over_block(s, v, s.fmax, per_block)  # noqa: E731
     zero = s.zeros(f32, LANES)
-    minus = b.fneg(minimum)
 
-    def error_of(a, m, sl, sl2, sxl):
-        """Squared error of x ~ a l - m less the sum of x^2."""
-        linear = b.fsub(b.fmul(m, sx), b.fmul(a, sxl))
-        cross = b.fsub(b.fmul(b.fmul(m, m), sw), b.fmul(b.fmul(splat(s, 2.0), b.fmul(a, m)), sl))
-        return s.fma(b.fmul(a, a), sl2, s.fma(splat(s, 2.0), linear, cross))
+    def follow(sc, d):
+        """The minimum that suits this integer scale, by the curvature at the group's own optimum."""
+        return s.fmax(s.fma(mean_level, s.fma(d, sc, b.fneg(scale)), minus), zero)
 
     def neighbours(d, m, sc, mc, around):
-        """Integers near sc with their best mc: (sc, mc, error, sl, sl2, sxl) per lane; `around` (first, count) shifts sc."""
+        """Integers near sc with their best mc: (sc, mc, error, sums) per lane; `around` (first, count) shifts sc."""
         inverse_m = _inverse(s, m)
 
         def one(i, best):
             candidate = s.fmin(s.fmax(b.fadd(sc, _grid(s, i, around[0], 1.0)), zero), splat(s, most))
             a = b.fmul(d, candidate)
-            inverse = _inverse(s, a)
-            sums = _pass(s, fmt, room, inverse, b.fmul(b.fmul(m, mc), inverse))
-            wanted = b.fmul(_ratio(s, b.fsub(b.fmul(a, sums[0]), sx), sw), inverse_m)
-            other = _whole(s, wanted, fmt.INTEGERS)
-            error = error_of(a, b.fmul(m, other), *sums)
+            moved = b.fmul(mean_level, b.fmul(d, b.fsub(candidate, sc)))
+            now = b.fmul(m, _whole(s, b.fmul(s.fma(m, mc, moved), inverse_m), fmt.INTEGERS))
+            left = _left(s, fmt, room, a, now)
+            other = _whole(s, b.fmul(b.fsub(now, _ratio(s, left.e, sw)), inverse_m), fmt.INTEGERS)
+            by = s.fma(m, other, b.fneg(now))
+            error = s.fma(by, s.fma(by, sw, b.fadd(left.e, left.e)), left.e2)
+            sums = left.l, left.l2, s.fma(by, left.l, left.el), s.fma(by, sw, left.e)
             new, error = _better(s, [candidate, other, *sums], [best[0], best[1], *best[3:]], error, best[2])
             return [new[0], new[1], error, *new[2:]]
 
-        return s.loop(around[1], [sc, mc, splat(s, 3e38), zero, zero, zero], one)
+        return s.loop(around[1], [sc, mc, splat(s, 3e38), zero, zero, zero, zero], one)
 
     def refit(i, state):
-        """Another half float pair for the integers found, integers again; kept where the whole superblock gains."""
+        """Integers for a half float pair, kept where the whole superblock gains; another pair that suits these integers."""
         d, m, sc, mc, least, new_d, new_m = state
         guess = _whole(s, b.fmul(scale, _inverse(s, new_d)), fmt.INTEGERS)
-        guess_m = _whole(s, b.fmul(minus, _inverse(s, new_m)), fmt.INTEGERS)
+        guess_m = _whole(s, b.fmul(follow(guess, new_d), _inverse(s, new_m)), fmt.INTEGERS)
         for around in fmt.AROUND:
-            guess, guess_m, error, sl, sl2, sxl = neighbours(new_d, new_m, guess, guess_m, around)
-        block_error = total(error)
-        (d, m, sc, mc), least = _better(s, [new_d, new_m, guess, guess_m], [d, m, sc, mc], block_error, least)
+            guess, guess_m, error, sl, sl2, sel, se = neighbours(new_d, new_m, guess, guess_m, around)
+        (d, m, sc, mc), least = _better(s, [new_d, new_m, guess, guess_m], [d, m, sc, mc], total(error), least)
         aa, ab = total(b.fmul(b.fmul(guess, guess), sl2)), total(b.fmul(b.fmul(guess, guess_m), sl))
         bb = total(b.fmul(b.fmul(guess_m, guess_m), sw))
-        ax, bx = total(b.fmul(guess, sxl)), total(b.fmul(guess_m, sx))
+        ax, bx = total(b.fmul(guess, sel)), total(b.fmul(guess_m, se))
         det = b.fsub(b.fmul(aa, bb), b.fmul(ab, ab))
         both = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-6), b.fmul(aa, bb)))
-        next_d = b.select(both, _ratio(s, b.fsub(b.fmul(ax, bb), b.fmul(bx, ab)), det), _ratio(s, ax, aa))
-        next_m = b.select(both, _ratio(s, b.fsub(b.fmul(ax, ab), b.fmul(bx, aa)), det), zero)
-        return [d, m, sc, mc, least, _half(s, s.fmax(next_d, zero)), _half(s, s.fmax(next_m, zero))]
+        more_d = b.select(both, _ratio(s, b.fsub(b.fmul(ax, bb), b.fmul(bx, ab)), det), _ratio(s, ax, aa))
+        more_m = b.select(both, _ratio(s, b.fsub(b.fmul(ax, ab), b.fmul(bx, aa)), det), zero)
+        next_d, next_m = (_unit(s, s.fmax(b.fadd(v, more), zero)) for v, more in ((new_d, more_d), (new_m, more_m)))
+        return [d, m, sc, mc, least, next_d, next_m]
 
-    d = _half(s, b.fmul(largest(scale), splat(s, 1 / most)))
-    m = _half(s, b.fmul(largest(minus), splat(s, 1 / most)))
-    state = s.loop(fmt.REFITS, [d, m, zero, zero, splat(s, 3e38), d, m], refit)
-    d, m, sc, mc = state[:4]
+    d = _nearest_half(s, scale, curve, largest(scale), fmt, total)
+    wanted = follow(_whole(s, b.fmul(scale, _inverse(s, d)), fmt.INTEGERS), d)
+    m = _nearest_half(s, wanted, sw, largest(wanted), fmt, total)
+    d, m, sc, mc = s.loop(fmt.REFITS, [zero, zero, zero, zero, total(sxx), d, m], refit)[:4]
     _finish(s, room, b.fmul(d, sc), b.fneg(b.fmul(m, mc)), d, m, sc, mc)
 
 
@@ -339,41 +505,63 @@ def linear(s, fmt, room):
     """The scale of each lane, of either sign."""
     b, levels = s.b, fmt.LEVELS
     zero = s.zeros(f32, LANES)
-    low, high, _, _ = _extremes(s, fmt, room)
-    furthest = b.select(b.fcmp_ordered(">", b.fneg(low), high), low, high)
+    low, high, _, _, sxx = _extremes(s, fmt, room, room.x)
+    further = lambda low, high: b.select(b.fcmp_ordered(">", b.fneg(low), high), low, high)  # noqa: E731
+    furthest = further(low, high)
 
     def solve(inverse):
         _, sl2, sxl = _pass(s, fmt, room, inverse, zero)
         scale = _ratio(s, sxl, sl2)
-        return scale, b.fneg(b.fmul(scale, sxl))
+        return scale, b.fneg(b.fmul(scale, sxl)), sl2
 
-    def try_grid(side):
+    def try_grid(furthest, side, count, best):
         """The furthest weight at, or some way beyond, the level at one end."""
+        inverse = _inverse(s, furthest)
 
         def one(i, best):
-            scale, error = solve(b.fmul(_grid(s, i, side * (1 + fmt.GRID[0]), side * fmt.GRID[1]), _inverse(s, furthest)))
-            (scale,), error = _better(s, [scale], best[:1], error, best[1])
+            scale, error, _ = solve(b.fmul(_grid(s, i, side * (1 + fmt.GRID[0]), side * fmt.GRID[1]), inverse))
+            (scale,), error = _clearly_better(s, [scale], best[:1], error, best[1])
             return [scale, error]
 
-        return one
-
-    def polish(i, best):
-        scale, error = solve(_inverse(s, best[0]))
-        (scale,), error = _better(s, [scale], best[:1], error, best[1])
-        return [scale, error]
+        return s.loop(count, best, one)
 
     best = [b.fmul(furthest, splat(s, 1 / levels.low)), splat(s, 3e38)]
     for side in (levels.low, levels.high):
-        best = s.loop(fmt.GRID[2], best, try_grid(side))
-    scale, _ = s.loop(fmt.POLISH, best, polish)
+        best = try_grid(furthest, side, fmt.GRID[2], best)
+    if room.w is not None:
+        near = further(*_extremes(s, fmt, room, room.x, b.fmul(sxx, splat(s, SLIGHT / levels.low**2)))[:2])
+        narrower = b.fcmp_ordered("<", s.fabs(near), b.fmul(s.fabs(furthest), splat(s, 0.9)))
+        for side in (levels.low, levels.high):
+            best = try_grid(near, side, _any(s, narrower, fmt.GRID[2]), best)
+
+    def polish(i, best):
+        scale, _, sl2 = solve(_inverse(s, best[0]))
+        return [scale, sl2]
+
+    scale, sl2 = s.loop(fmt.POLISH, [best[0], zero], polish)
     if fmt.INTEGERS is None:
-        d = _half(s, scale)
-        _finish(s, room, d, zero, d, zero, zero, zero)
-        return
-    _linear_superblock(s, fmt, room, scale)
+        _linear_halves(s, fmt, room, scale, furthest, sxx)
+    else:
+        _linear_superblock(s, fmt, room, scale, sl2, sxx)
 
 
-def _linear_superblock(s, fmt, room, scale):
+def _linear_halves(s, fmt, room, scale, furthest, sxx):
+    """The half floats near the scale."""
+    zero = s.zeros(f32, LANES)
+
+    def attempt(d, best):
+        (d,), error = _better(s, [d], best[:1], _left(s, fmt, room, d, zero).e2, best[1])
+        return [d, error]
+
+    d = _unit(s, scale)
+    best = [zero, sxx]
+    for one in (d, *_steps(s, d)):
+        best = attempt(one, best)
+    d, _ = _exact_levels(s, fmt, furthest, best[1], sxx, best, attempt)
+    _finish(s, room, d, zero, d, zero, zero, zero)
+
+
+def _linear_superblock(s, fmt, room, scale, sl2, sxx):
     b, integers = s.b, fmt.INTEGERS
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: _over_block(s, v, b.fadd, per_block)  # noqa: E731
@@ -383,10 +571,8 @@ def _linear_superblock(s, fmt, room, scale):
         def one(i, best):
             candidate = b.fadd(sc, _grid(s, i, around[0], 1.0))
             candidate = s.fmin(s.fmax(candidate, splat(s, integers.low)), splat(s, integers.high))
-            a = b.fmul(d, candidate)
-            _, sl2, sxl = _pass(s, fmt, room, _inverse(s, a), zero)
-            error = b.fmul(a, b.fsub(b.fmul(a, sl2), b.fmul(splat(s, 2.0), sxl)))
-            new, error = _better(s, [candidate, sl2, sxl], [best[0], *best[2:]], error, best[1])
+            left = _left(s, fmt, room, b.fmul(d, candidate), zero)
+            new, error = _better(s, [candidate, left.l2, left.el], [best[0], *best[2:]], left.e2, best[1])
             return [new[0], error, *new[1:]]
 
         return s.loop(around[1], [sc, splat(s, 3e38), zero, zero], one)
@@ -395,14 +581,14 @@ def _linear_superblock(s, fmt, room, scale):
         d, sc, least, new_d = state
         guess = _whole(s, b.fmul(scale, _inverse(s, new_d)), integers)
         for around in fmt.AROUND:
-            guess, error, sl2, sxl = neighbours(new_d, guess, around)
+            guess, error, l2, el = neighbours(new_d, guess, around)
         (d, sc), least = _better(s, [new_d, guess], [d, sc], total(error), least)
-        next_d = _ratio(s, total(b.fmul(guess, sxl)), total(b.fmul(b.fmul(guess, guess), sl2)))
-        return [d, sc, least, _half(s, next_d)]
+        more = _ratio(s, total(b.fmul(guess, el)), total(b.fmul(b.fmul(guess, guess), l2)))
+        return [d, sc, least, _unit(s, b.fadd(new_d, more))]
 
     top, bottom = (_over_block(s, v, s.fmax, per_block) for v in (scale, b.fneg(scale)))
     furthest = b.select(b.fcmp_ordered(">", bottom, top), b.fneg(bottom), top)
-    d = _half(s, b.fmul(furthest, splat(s, 1 / integers.low)))
-    d, sc, _, _ = s.loop(fmt.REFITS, [d, zero, splat(s, 3e38), d], refit)
+    d = _nearest_half(s, scale, sl2, furthest, fmt, total)
+    d, sc, _, _ = s.loop(fmt.REFITS, [zero, zero, total(sxx), d], refit)
     stored = b.fadd(sc, splat(s, fmt.BIAS))
     _finish(s, room, b.fmul(d, sc), zero, d, zero, stored, zero)
