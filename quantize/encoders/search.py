@@ -29,7 +29,8 @@ SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
 SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
 TIE = 2e-7  # of the error taken off: less is rounding
 EXACT = 1e-5  # of the sum of w x^2: a fit so close that the half floats' rounding is what is left
-HALVES = 24  # half floats to begin a superblock from
+SPANS = 16  # of levels, tried where the fit is all but exact
+HALVES = 12  # half floats to begin a superblock from
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
 SYMBOLS = ("encode", "encode_weighted")
 
@@ -173,7 +174,7 @@ def _pass(s, fmt, room, inverse, offset, origin=None):
 class Left(NamedTuple):
     """What is left, e = x - a l + m, for the levels l that `_codes` would choose for a and m: sums."""
 
-    l: ir.Value  # w l
+    level: ir.Value  # w l
     l2: ir.Value  # w l^2
     el: ir.Value  # w e l
     e: ir.Value  # w e
@@ -291,9 +292,9 @@ def _better(s, new, old, error, least):
     return [s.b.select(wins, a, b) for a, b in zip(new, old, strict=True)], s.b.select(wins, error, least)
 
 
-def _clearly_better(s, new, old, error, least):
-    """The same, but the first of equals stays, whatever rounding says: groups that are alike shall have scales that are alike."""
-    margin = s.b.fmul(s.fabs(least), splat(s, TIE))
+def _clearly_better(s, new, old, error, least, slight):
+    """The same, but of equals the first stays, by more than rounding: groups that are alike get scales that are alike."""
+    margin = s.fma(s.fabs(least), splat(s, TIE), slight)
     values, _ = _better(s, [*new, error], [*old, least], error, s.b.fsub(least, margin))
     return values[:-1], values[-1]
 
@@ -311,21 +312,22 @@ def _exact_levels(s, fmt, span, least, most, best, attempt):
     return s.loop(_any(s, exact, len(levels)), best, one)
 
 
-def _nearest_half(s, values, cost, furthest, fmt, total):
+def _nearest_half(s, values, cost, furthest, fmt, total, count):
     """The half float of which integers come nearest to `values` over a superblock, `furthest` at or near the integers' end."""
     end = fmt.INTEGERS.low or fmt.INTEGERS.high
-    step = -0.5 if abs(end) <= 32 else -1.0
-    if end < 0:
-        step = -step
-    values_minus = s.b.fneg(values)
+    step = (0.5 if abs(end) <= 32 else 1.0) * (-1 if end > 0 else 1)
+    ends = [end + step * (i - 1) for i in range(count)]
+    inverses = ir.Constant(vec(f32, count), [1 / v for v in ends])
+    share, minus = s.b.fmul(values, _inverse(s, furthest)), s.b.fneg(values)
 
     def one(i, best):
-        d = _unit(s, s.b.fdiv(furthest, _grid(s, i, end - step, step)))
-        off = s.fma(d, _whole(s, s.b.fmul(values, _inverse(s, d)), fmt.INTEGERS), values_minus)
+        d = _unit(s, s.b.fmul(furthest, s.splat(s.b.extract_element(inverses, i), LANES)))
+        integer = _whole(s, s.b.fmul(share, _grid(s, i, ends[0], step)), fmt.INTEGERS)
+        off = s.fma(d, integer, minus)
         (d,), error = _better(s, [d], best[:1], total(s.b.fmul(s.b.fmul(off, off), cost)), best[1])
         return [d, error]
 
-    return s.loop(HALVES, [s.zeros(f32, LANES), splat(s, 3e38)], one)[0]
+    return s.loop(count, [s.zeros(f32, LANES), splat(s, 3e38)], one)[0]
 
 
 def _grid(s, i, first, step):
@@ -359,10 +361,10 @@ def affine(s, fmt, room):
     if unsigned:
         low = s.fmin(low, zero)
     low, high = b.fsub(low, mean), b.fsub(high, mean)
-    most = b.fneg(mean)
+    most, slight = b.fneg(mean), b.fmul(sxx, splat(s, 1e-12))
 
     def solve(inverse, minimum):
-        """The best line through the codes that this inverse and minimum give, minus what it takes off the error, det, l's mean."""
+        """The best line through the codes of this inverse and minimum, minus what it takes off the error, l's mean, curvature."""
         offset = b.fneg(b.fmul(minimum, inverse))
         origin = fmt.LEVELS.level(s, offset)
         sl, sl2, sxl = _pass(s, fmt, room, inverse, offset, b.fadd(origin, splat(s, ROUND)))
@@ -391,7 +393,7 @@ def affine(s, fmt, room):
             shift, step = b.udiv(i, i64(fmt.GRID[2])), b.urem(i, i64(fmt.GRID[2]))
             inverse = b.fmul(_grid(s, step, top + fmt.GRID[0], fmt.GRID[1]), inverse_span)
             scale, minimum, error, _, _ = solve(inverse, s.fma(_grid(s, shift, 0.0, SHIFT / top), span, low))
-            new, error = _clearly_better(s, [scale, minimum], best[:2], error, best[2])
+            new, error = _clearly_better(s, [scale, minimum], best[:2], error, best[2], slight)
             return [*new, error]
 
         return s.loop(shifts if isinstance(shifts, ir.Value) else fmt.GRID[2] * shifts, best, one)
@@ -415,7 +417,8 @@ def affine(s, fmt, room):
     if fmt.INTEGERS is None:
         _affine_halves(s, fmt, room, scale, minus, b.fadd(low, mean), b.fadd(high, mean), sw, sxx)
     else:
-        _affine_superblock(s, fmt, room, scale, s.fmax(minus, zero), mean_level, curve, sw, sxx)
+        found = Line(scale, s.fmax(minus, zero), mean_level, curve)
+        _affine_superblock(s, fmt, room, found, Line(span, b.fneg(b.fadd(low, mean)), b.fneg(low), spread), sw, sxx)
 
 
 def _affine_halves(s, fmt, room, scale, minus, low, high, sw, sxx):
@@ -443,58 +446,83 @@ def _affine_halves(s, fmt, room, scale, minus, low, high, sw, sxx):
     _finish(s, room, d, b.fneg(m), d, b.fneg(m), zero, zero)
 
 
-def _affine_superblock(s, fmt, room, scale, minus, mean_level, curve, sw, sxx):
+class Line(NamedTuple):
+    """A group's own optimum, and how the error grows around it."""
+
+    scale: ir.Value
+    minus: ir.Value
+    level: ir.Value  # mean of the levels
+    curve: ir.Value  # sum of w (level - mean)^2
+
+
+def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
     b, most = s.b, float(fmt.INTEGERS.high)
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: _over_block(s, v, b.fadd, per_block)  # noqa: E731
     largest = lambda v: _over_block(s, v, s.fmax, per_block)  # noqa: E731
     zero = s.zeros(f32, LANES)
 
-    def follow(sc, d):
-        """The minimum that suits this integer scale, by the curvature at the group's own optimum."""
-        return s.fmax(s.fma(mean_level, s.fma(d, sc, b.fneg(scale)), minus), zero)
+    def follow(line, sc, d):
+        """The minimum that suits this integer scale."""
+        return s.fmax(s.fma(line.level, s.fma(d, sc, b.fneg(line.scale)), line.minus), zero)
 
-    def neighbours(d, m, sc, mc, around):
+    def neighbours(line, d, m, sc, mc, around):
         """Integers near sc with their best mc: (sc, mc, error, sums) per lane; `around` (first, count) shifts sc."""
         inverse_m = _inverse(s, m)
 
         def one(i, best):
             candidate = s.fmin(s.fmax(b.fadd(sc, _grid(s, i, around[0], 1.0)), zero), splat(s, most))
             a = b.fmul(d, candidate)
-            moved = b.fmul(mean_level, b.fmul(d, b.fsub(candidate, sc)))
+            moved = b.fmul(line.level, b.fmul(d, b.fsub(candidate, sc)))
             now = b.fmul(m, _whole(s, b.fmul(s.fma(m, mc, moved), inverse_m), fmt.INTEGERS))
             left = _left(s, fmt, room, a, now)
             other = _whole(s, b.fmul(b.fsub(now, _ratio(s, left.e, sw)), inverse_m), fmt.INTEGERS)
             by = s.fma(m, other, b.fneg(now))
             error = s.fma(by, s.fma(by, sw, b.fadd(left.e, left.e)), left.e2)
-            sums = left.l, left.l2, s.fma(by, left.l, left.el), s.fma(by, sw, left.e)
+            sums = left.level, left.l2, s.fma(by, left.level, left.el), s.fma(by, sw, left.e)
             new, error = _better(s, [candidate, other, *sums], [best[0], best[1], *best[3:]], error, best[2])
             return [new[0], new[1], error, *new[2:]]
 
         return s.loop(around[1], [sc, mc, splat(s, 3e38), zero, zero, zero, zero], one)
 
-    def refit(i, state):
-        """Integers for a half float pair, kept where the whole superblock gains; another pair that suits these integers."""
-        d, m, sc, mc, least, new_d, new_m = state
-        guess = _whole(s, b.fmul(scale, _inverse(s, new_d)), fmt.INTEGERS)
-        guess_m = _whole(s, b.fmul(follow(guess, new_d), _inverse(s, new_m)), fmt.INTEGERS)
-        for around in fmt.AROUND:
-            guess, guess_m, error, sl, sl2, sel, se = neighbours(new_d, new_m, guess, guess_m, around)
-        (d, m, sc, mc), least = _better(s, [new_d, new_m, guess, guess_m], [d, m, sc, mc], total(error), least)
-        aa, ab = total(b.fmul(b.fmul(guess, guess), sl2)), total(b.fmul(b.fmul(guess, guess_m), sl))
-        bb = total(b.fmul(b.fmul(guess_m, guess_m), sw))
-        ax, bx = total(b.fmul(guess, sel)), total(b.fmul(guess_m, se))
-        det = b.fsub(b.fmul(aa, bb), b.fmul(ab, ab))
-        both = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-6), b.fmul(aa, bb)))
-        more_d = b.select(both, _ratio(s, b.fsub(b.fmul(ax, bb), b.fmul(bx, ab)), det), _ratio(s, ax, aa))
-        more_m = b.select(both, _ratio(s, b.fsub(b.fmul(ax, ab), b.fmul(bx, aa)), det), zero)
-        next_d, next_m = (_unit(s, s.fmax(b.fadd(v, more), zero)) for v, more in ((new_d, more_d), (new_m, more_m)))
-        return [d, m, sc, mc, least, next_d, next_m]
+    def descend(line, rounds, count, best):
+        """From the half floats nearest to the groups' own scales and minimums down, for some rounds."""
 
-    d = _nearest_half(s, scale, curve, largest(scale), fmt, total)
-    wanted = follow(_whole(s, b.fmul(scale, _inverse(s, d)), fmt.INTEGERS), d)
-    m = _nearest_half(s, wanted, sw, largest(wanted), fmt, total)
-    d, m, sc, mc = s.loop(fmt.REFITS, [zero, zero, zero, zero, total(sxx), d, m], refit)[:4]
+        def refit(i, state):
+            """Integers for a half float pair, kept where the whole superblock gains; another pair that suits these integers."""
+            d, m, sc, mc, least, new_d, new_m = state
+            guess = _whole(s, b.fmul(line.scale, _inverse(s, new_d)), fmt.INTEGERS)
+            guess_m = _whole(s, b.fmul(follow(line, guess, new_d), _inverse(s, new_m)), fmt.INTEGERS)
+            for around in fmt.AROUND:
+                guess, guess_m, error, sl, sl2, sel, se = neighbours(line, new_d, new_m, guess, guess_m, around)
+            (d, m, sc, mc), least = _better(s, [new_d, new_m, guess, guess_m], [d, m, sc, mc], total(error), least)
+            aa, ab = total(b.fmul(b.fmul(guess, guess), sl2)), total(b.fmul(b.fmul(guess, guess_m), sl))
+            bb = total(b.fmul(b.fmul(guess_m, guess_m), sw))
+            ax, bx = total(b.fmul(guess, sel)), total(b.fmul(guess_m, se))
+            det = b.fsub(b.fmul(aa, bb), b.fmul(ab, ab))
+            both = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-6), b.fmul(aa, bb)))
+            more_d = b.select(both, _ratio(s, b.fsub(b.fmul(ax, bb), b.fmul(bx, ab)), det), _ratio(s, ax, aa))
+            more_m = b.select(both, _ratio(s, b.fsub(b.fmul(ax, ab), b.fmul(bx, aa)), det), zero)
+            next_d, next_m = (_unit(s, s.fmax(b.fadd(v, more), zero)) for v, more in ((new_d, more_d), (new_m, more_m)))
+            return [d, m, sc, mc, least, next_d, next_m]
+
+        d = _nearest_half(s, line.scale, line.curve, largest(line.scale), fmt, total, count)
+        wanted = follow(line, _whole(s, b.fmul(line.scale, _inverse(s, d)), fmt.INTEGERS), d)
+        m = _nearest_half(s, wanted, sw, largest(wanted), fmt, total, count)
+        return s.loop(rounds, [*best, d, m], refit)[:5]
+
+    def exactly(i, best):
+        """All codes from 0 to top - i."""
+        scale = b.fmul(whole_span.scale, s.b.fdiv(splat(s, 1.0), _grid(s, i, most_level, -1.0)))
+        inverse = _inverse(s, scale)
+        level, curve = b.fmul(whole_span.level, inverse), b.fmul(whole_span.curve, b.fmul(inverse, inverse))
+        line = Line(scale, whole_span.minus, level, curve)
+        return [b.select(exact, new, old) for new, old in zip(descend(line, 1, 2 * HALVES, best), best, strict=True)]
+
+    everything, most_level = total(sxx), fmt.LEVELS.high
+    best = descend(found, fmt.REFITS, HALVES, [zero, zero, zero, zero, everything])
+    exact = b.fcmp_ordered("<", best[4], b.fmul(everything, splat(s, EXACT)))
+    d, m, sc, mc, _ = s.loop(_any(s, exact, min(most_level, SPANS)), best, exactly)
     _finish(s, room, b.fmul(d, sc), b.fneg(b.fmul(m, mc)), d, m, sc, mc)
 
 
@@ -520,7 +548,7 @@ def linear(s, fmt, room):
 
         def one(i, best):
             scale, error, _ = solve(b.fmul(_grid(s, i, side * (1 + fmt.GRID[0]), side * fmt.GRID[1]), inverse))
-            (scale,), error = _clearly_better(s, [scale], best[:1], error, best[1])
+            (scale,), error = _clearly_better(s, [scale], best[:1], error, best[1], zero)
             return [scale, error]
 
         return s.loop(count, best, one)
@@ -542,7 +570,7 @@ def linear(s, fmt, room):
     if fmt.INTEGERS is None:
         _linear_halves(s, fmt, room, scale, furthest, sxx)
     else:
-        _linear_superblock(s, fmt, room, scale, sl2, sxx)
+        _linear_superblock(s, fmt, room, scale, sl2, furthest, sxx)
 
 
 def _linear_halves(s, fmt, room, scale, furthest, sxx):
@@ -561,7 +589,7 @@ def _linear_halves(s, fmt, room, scale, furthest, sxx):
     _finish(s, room, d, zero, d, zero, zero, zero)
 
 
-def _linear_superblock(s, fmt, room, scale, sl2, sxx):
+def _linear_superblock(s, fmt, room, scale, sl2, reach, sxx):
     b, integers = s.b, fmt.INTEGERS
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: _over_block(s, v, b.fadd, per_block)  # noqa: E731
@@ -577,18 +605,33 @@ def _linear_superblock(s, fmt, room, scale, sl2, sxx):
 
         return s.loop(around[1], [sc, splat(s, 3e38), zero, zero], one)
 
-    def refit(i, state):
-        d, sc, least, new_d = state
-        guess = _whole(s, b.fmul(scale, _inverse(s, new_d)), integers)
-        for around in fmt.AROUND:
-            guess, error, l2, el = neighbours(new_d, guess, around)
-        (d, sc), least = _better(s, [new_d, guess], [d, sc], total(error), least)
-        more = _ratio(s, total(b.fmul(guess, el)), total(b.fmul(b.fmul(guess, guess), l2)))
-        return [d, sc, least, _unit(s, b.fadd(new_d, more))]
+    def descend(scale, sl2, rounds, count, best):
+        """From the half float nearest to the groups' own scales down, for some rounds."""
 
-    top, bottom = (_over_block(s, v, s.fmax, per_block) for v in (scale, b.fneg(scale)))
-    furthest = b.select(b.fcmp_ordered(">", bottom, top), b.fneg(bottom), top)
-    d = _nearest_half(s, scale, sl2, furthest, fmt, total)
-    d, sc, _, _ = s.loop(fmt.REFITS, [zero, zero, total(sxx), d], refit)
+        def refit(i, state):
+            d, sc, least, new_d = state
+            guess = _whole(s, b.fmul(scale, _inverse(s, new_d)), integers)
+            for around in fmt.AROUND:
+                guess, error, l2, el = neighbours(new_d, guess, around)
+            (d, sc), least = _better(s, [new_d, guess], [d, sc], total(error), least)
+            more = _ratio(s, total(b.fmul(guess, el)), total(b.fmul(b.fmul(guess, guess), l2)))
+            return [d, sc, least, _unit(s, b.fadd(new_d, more))]
+
+        top, bottom = (_over_block(s, v, s.fmax, per_block) for v in (scale, b.fneg(scale)))
+        furthest = b.select(b.fcmp_ordered(">", bottom, top), b.fneg(bottom), top)
+        d = _nearest_half(s, scale, sl2, furthest, fmt, total, count)
+        return s.loop(rounds, [*best, d], refit)[:3]
+
+    def exactly(i, best):
+        """The furthest weight at level low + i."""
+        scale = b.fdiv(reach, _grid(s, i, fmt.LEVELS.low, 1.0))
+        inverse = _inverse(s, scale)
+        found = descend(scale, b.fmul(sxx, b.fmul(inverse, inverse)), 1, 2 * HALVES, best)
+        return [b.select(exact, new, old) for new, old in zip(found, best, strict=True)]
+
+    everything = total(sxx)
+    best = descend(scale, sl2, fmt.REFITS, HALVES, [zero, zero, everything])
+    exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT)))
+    d, sc, _ = s.loop(_any(s, exact, min(-fmt.LEVELS.low, SPANS)), best, exactly)
     stored = b.fadd(sc, splat(s, fmt.BIAS))
     _finish(s, room, b.fmul(d, sc), zero, d, zero, stored, zero)
