@@ -570,7 +570,8 @@ def linear(s, fmt, room):
     if fmt.INTEGERS is None:
         _linear_halves(s, fmt, room, scale, furthest, sxx)
     else:
-        _linear_superblock(s, fmt, room, scale, sl2, furthest, sxx)
+        one_sided = b.or_(b.fcmp_ordered(">", low, zero), b.fcmp_ordered("<", high, zero))
+        _linear_superblock(s, fmt, room, scale, sl2, furthest, one_sided, sxx)
 
 
 def _linear_halves(s, fmt, room, scale, furthest, sxx):
@@ -589,7 +590,7 @@ def _linear_halves(s, fmt, room, scale, furthest, sxx):
     _finish(s, room, d, zero, d, zero, zero, zero)
 
 
-def _linear_superblock(s, fmt, room, scale, sl2, reach, sxx):
+def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
     b, integers = s.b, fmt.INTEGERS
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: _over_block(s, v, b.fadd, per_block)  # noqa: E731
@@ -633,5 +634,9 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, sxx):
     best = descend(scale, sl2, fmt.REFITS, HALVES, [zero, zero, everything])
     exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT)))
     d, sc, _ = s.loop(_any(s, exact, min(-fmt.LEVELS.low, SPANS)), best, exactly)
+    if integers.high <= 31:  # where few of few levels are in use, the best integers may lie far apart
+        one_sided = _over_block(s, one_sided, b.and_, per_block)
+        other = neighbours(d, splat(s, integers.low), (0, _any(s, one_sided, integers.high + 1 - integers.low)))[0]
+        sc = b.select(one_sided, other, sc)
     stored = b.fadd(sc, splat(s, fmt.BIAS))
     _finish(s, room, b.fmul(d, sc), zero, d, zero, stored, zero)
