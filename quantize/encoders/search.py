@@ -418,7 +418,9 @@ def affine(s, fmt, room):
         _affine_halves(s, fmt, room, scale, minus, b.fadd(low, mean), b.fadd(high, mean), sw, sxx)
     else:
         found = Line(scale, s.fmax(minus, zero), mean_level, curve)
-        _affine_superblock(s, fmt, room, found, Line(span, b.fneg(b.fadd(low, mean)), b.fneg(low), spread), sw, sxx)
+        pinned = b.fcmp_ordered(">=", low, most)  # the minimum is 0 and stays it
+        level, curve = b.select(pinned, zero, b.fneg(low)), b.select(pinned, sxx, spread)
+        _affine_superblock(s, fmt, room, found, Line(span, s.fmax(b.fneg(b.fadd(low, mean)), zero), level, curve), sw, sxx)
 
 
 def _affine_halves(s, fmt, room, scale, minus, low, high, sw, sxx):
