@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
+from golden.make_encoders import odd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,25 @@ def test_with_weights_no_row_is_further_in_the_weighted_sense(type_name):
     x, weights = GOLDEN["x"].astype(np.float32), GOLDEN["weights"]
     error = (np.square(decoded(type_name, x, weights) - x, dtype=np.float64) * weights).sum(1)
     assert (error <= GOLDEN[f"{type_name}.weighted"]).all()
+
+
+@pytest.mark.parametrize("type_name", (*SEARCHED, "Q4_0"))
+@pytest.mark.parametrize("kind", range(4), ids=("plain", "uneven", "heavy", "mask"))
+def test_odd_rows_are_not_further_off_either_nor_worse_than_zeros(type_name, kind):
+    """Gaps, outliers, few values, one sign, scales at the end of half precision. Plain Q4_0 is ggml's, zeros or not."""
+    families, kinds = odd(GOLDEN["x"], GOLDEN["weights"])
+    weights = list(kinds.values())[kind]
+    further = []
+    for x, ggml in zip(families.items(), GOLDEN[f"{type_name}.odd"][kind], strict=True):
+        name, x = x
+        factor = 1 if weights is None else weights.astype(np.float64)
+        zeros = (np.square(x, dtype=np.float64) * factor).sum(1)
+        error = (np.square(decoded(type_name, x, weights) - x, dtype=np.float64) * factor).sum(1)
+        if error.sum() > ggml + 1e-12 * zeros.sum():
+            further.append(f"{name}: {(error.sum() / ggml) ** 0.5:.4f} times ggml's")
+        if (error > zeros * (1 + 1e-6)).any() and (type_name, kind) != ("Q4_0", 0):
+            further.append(f"{name}: worse than zeros")
+    assert not further
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)

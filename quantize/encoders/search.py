@@ -364,7 +364,7 @@ def affine(s, fmt, room):
     most, slight = b.fneg(mean), b.fmul(sxx, splat(s, 1e-12))
 
     def solve(inverse, minimum):
-        """The best line through the codes of this inverse and minimum, minus what it takes off the error, l's mean, curvature."""
+        """The best line through the codes of this inverse and minimum; its error less that of 0; the mean level, curvature."""
         offset = b.fneg(b.fmul(minimum, inverse))
         origin = fmt.LEVELS.level(s, offset)
         sl, sl2, sxl = _pass(s, fmt, room, inverse, offset, b.fadd(origin, splat(s, ROUND)))
