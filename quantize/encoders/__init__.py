@@ -18,7 +18,7 @@ import numpy as np
 from llamacli.kernels import sources_digest  # the package decides where compiled code is cached, before Numba is imported
 from llamacli.kernels.jit import load
 
-LEAST_WEIGHT = 1e-6  # of the mean: a column that never mattered is still encoded sensibly
+LEAST_WEIGHT = 1e-12  # of the mean: a column that never mattered is still encoded sensibly
 
 
 class Encoder(NamedTuple):

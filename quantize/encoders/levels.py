@@ -22,10 +22,10 @@ class Uniform(NamedTuple):
     low: int
     high: int
 
-    def level(self, s, t):
-        """The level nearest to t, as float32."""
+    def level(self, s, t, origin=None):
+        """The level nearest to t, as float32; counted from `origin` - ROUND."""
         bounded = s.fmin(s.fmax(t, splat(s, self.low)), splat(s, self.high))
-        return s.b.fsub(s.b.fadd(bounded, splat(s, ROUND)), splat(s, ROUND))
+        return s.b.fsub(s.b.fadd(bounded, splat(s, ROUND)), splat(s, ROUND) if origin is None else origin)
 
     def code(self, s, t):
         """The code of that level, as int32."""
