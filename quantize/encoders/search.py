@@ -28,7 +28,7 @@ SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may 
 SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
 SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
 TIE = 2e-7  # of the error taken off: less is rounding
-EXACT = 1e-5  # of the sum of w x^2: a fit so close that the half floats' rounding is what is left
+EXACT = 0.1  # share of w x^2, times levels squared: ten times closer than usual, the half floats' rounding is what is left
 SPANS = 16  # of levels, tried where the fit is all but exact
 HALVES = 12  # half floats to begin a superblock from
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
@@ -301,8 +301,8 @@ def _clearly_better(s, new, old, error, least, slight):
 
 def _exact_levels(s, fmt, span, least, most, best, attempt):
     """Where the fit is all but exact, the half float decides: every level that `span` could be, for these lanes alone."""
-    exact = s.b.fcmp_ordered("<", least, s.b.fmul(most, splat(s, EXACT)))
-    levels = [v for v in getattr(fmt.LEVELS, "levels", range(fmt.LEVELS.low, fmt.LEVELS.high + 1)) if v]
+    exact = s.b.fcmp_ordered("<", least, s.b.fmul(most, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
+    levels = [v for v in fmt.LEVELS.values if v]
     inverses = ir.Constant(vec(f32, len(levels)), [1 / v for v in levels])
 
     def one(i, best):
@@ -485,7 +485,7 @@ def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
             new, error = _better(s, [candidate, other, *sums], [best[0], best[1], *best[3:]], error, best[2])
             return [new[0], new[1], error, *new[2:]]
 
-        return s.loop(around[1], [sc, mc, splat(s, 3e38), zero, zero, zero, zero], one)
+        return s.loop(around[1], [zero, zero, sxx, zero, zero, zero, zero], one)  # zeros, before any
 
     def descend(line, rounds, count, best):
         """From the half floats nearest to the groups' own scales and minimums down, for some rounds."""
@@ -523,7 +523,7 @@ def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
 
     everything, most_level = total(sxx), fmt.LEVELS.high
     best = descend(found, fmt.REFITS, HALVES, [zero, zero, zero, zero, everything])
-    exact = b.fcmp_ordered("<", best[4], b.fmul(everything, splat(s, EXACT)))
+    exact = b.fcmp_ordered("<", best[4], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, m, sc, mc, _ = s.loop(_any(s, exact, min(most_level, SPANS)), best, exactly)
     _finish(s, room, b.fmul(d, sc), b.fneg(b.fmul(m, mc)), d, m, sc, mc)
 
@@ -606,7 +606,7 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
             new, error = _better(s, [candidate, left.l2, left.el], [best[0], *best[2:]], left.e2, best[1])
             return [new[0], error, *new[1:]]
 
-        return s.loop(around[1], [sc, splat(s, 3e38), zero, zero], one)
+        return s.loop(around[1], [zero, sxx, zero, zero], one)  # zeros, before any
 
     def descend(scale, sl2, rounds, count, best):
         """From the half float nearest to the groups' own scales down, for some rounds."""
@@ -634,7 +634,7 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
 
     everything = total(sxx)
     best = descend(scale, sl2, fmt.REFITS, HALVES, [zero, zero, everything])
-    exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT)))
+    exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, sc, _ = s.loop(_any(s, exact, min(-fmt.LEVELS.low, SPANS)), best, exactly)
     if integers.high <= 31:  # where few of few levels are in use, the best integers may lie far apart
         one_sided = _over_block(s, one_sided, b.and_, per_block)
