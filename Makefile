@@ -8,7 +8,7 @@ MODEL ?= models/scout-tiny/scout-tiny.gguf
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: run setup test lint format bench clean help
+.PHONY: run setup test arm lint format bench clean help
 .DEFAULT_GOAL := help
 
 run: setup ## Answer PROMPT="..." with the small model; its speed goes to stderr
@@ -18,6 +18,10 @@ setup: $(VENV)/.warm ## Make .venv with .venv/bin/llamacli, and compile the kern
 
 test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, ARGS="-m slow" for the slow ones)
 	$(BIN)/python -m pytest $(ARGS)
+
+arm: $(VENV)/.installed-dev ## Run the ARM kernels under qemu, against the same references
+	@$(BIN)/python tests/arm.py
+	$(BIN)/python -m pytest -m arm tests/test_kernels.py tests/test_search.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style; changes nothing
 	$(BIN)/ruff check .

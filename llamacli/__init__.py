@@ -62,28 +62,41 @@ class Model:
         self.defaults = sampling_defaults(gguf.metadata)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], threads: int | None = None, ctx: int | None = None) -> Model:
+    def load(
+        cls,
+        path: str | PathLike[str],
+        threads: int | None = None,
+        ctx: int | None = None,
+        memory: int | None = None,
+        experts: str = "auto",
+    ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
+        `memory`: bytes that the process will stay below (None: what the machine has free, less a reserve). `experts`: "mapped",
+        used where they lie in the file; "slots", some of them kept in memory and the others read when they are needed; "auto",
+        slots if the model does not fit into the memory.
+
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
-        this engine.
+        this engine, MemoryLimitError if the memory does not even hold what every token needs.
         """
         from concurrent.futures import ThreadPoolExecutor
 
         from llamacli.config import Config
         from llamacli.gguf import open_gguf
 
-        for name, value in (("threads", threads), ("ctx", ctx)):
+        for name, value in (("threads", threads), ("ctx", ctx), ("memory", memory)):
             if value is not None and value < 1:
                 raise UsageError(f"{name}: expected at least 1, found {value}; None chooses for you")
         gguf = open_gguf(path)
         config = Config.from_gguf(gguf)
+        ctx = ctx or min(DEFAULT_CTX, config.context_length or DEFAULT_CTX)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
-            from llamacli.model import Engine
+            from llamacli.engine import Engine
+            from llamacli.placement import allot
 
-            engine = Engine(gguf, config, threads)
-            return cls(gguf, config, tokenizer.result(), engine, ctx or min(DEFAULT_CTX, config.context_length or DEFAULT_CTX))
+            slots, batch = allot(gguf, config, ctx, threads, memory, experts)
+            return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx)
 
     def session(self, ctx: int | None = None) -> Session:
         """A new, empty conversation of at most `ctx` tokens (default: the model's)."""

@@ -2,19 +2,22 @@
 
 In: where the experts lie in the file, and how many slots a layer may have. Out: addresses of their matrices, right when the
 caller is told so. Reads are direct: several pieces at a time go from the disk to where they are used, and no copy stays in the
-page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and up
-before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
+page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and
+up before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
 prompt neither waits for memory nor drives out what decoding keeps. Knows nothing of tokens or arithmetic.
 """
 
 import mmap
 import os
 import sys
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
 
@@ -22,10 +25,11 @@ import numpy as np
 
 from llamacli.errors import ModelFileError
 from llamacli.gguf import Tensor
+from llamacli.pages import lock
 
 GATE, UP, DOWN = range(3)
 BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
-PIECE = 2 << 20  # bytes of one read
+PIECE = 1 << 20  # bytes of one read
 LANES = 4  # reads at a time
 RING = 2  # buffers beside the slots: one is read while the other is multiplied
 _F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
@@ -33,13 +37,22 @@ _F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
 
 @dataclass
 class Traffic:
-    """What has been asked for and read since `began`."""
+    """What has been asked for and read."""
 
-    hits: int = 0
+    hits: int = 0  # experts that were in a slot when a layer's tokens asked for them
     misses: int = 0
     bytes_read: int = 0
+    guesses: int = 0  # experts that were read before they had been asked for, and those of them that then were
+    good_guesses: int = 0
     stall_s: float = 0.0  # waiting for reads with nothing else to do
-    began: float = field(default_factory=perf_counter)
+    reading_s: float = 0.0  # with at least one read under way
+
+    def __str__(self) -> str:
+        speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
+        asked = f"{self.hits} found in memory, {self.misses} not"
+        if self.guesses:
+            asked += f", {self.good_guesses} of {self.guesses} guesses were right"
+        return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
 
 
 class _Stack(NamedTuple):
@@ -73,6 +86,8 @@ class _Layer:
         self.free = list(range(n_slots))
         self.addresses = np.zeros((3, n_experts), np.int64)
         self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): what is under way into its slot
+        self.stale: dict[int, list[Future]] = {}  # free slots into which a read that nobody wants may still go on
+        self.guess: int | None = None  # an expert that is read before it has been asked for
 
 
 class Slots:
@@ -90,50 +105,70 @@ class Slots:
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
         self._ring = [_memory(largest) for _ in range(RING)]
-        self._in_ring: list[Future] = []
+        self._held: list[mmap.mmap] = []
         self._lanes = ThreadPoolExecutor(LANES, "read")
+        self._lock, self._reading, self._since = Lock(), 0, 0.0
+        weakref.finalize(self, _close, self._files)
 
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
         return self._layers[layer].addresses[part].ctypes.data
 
+    def expect(self, layer: int, expert: int) -> None:
+        """Begin to read an expert that the next visit to the layer will probably ask for."""
+        here = self._layers[layer]
+        if expert not in here.slots:
+            here.guess = expert
+            self._begin(here, expert, self._slot(here, {expert}))
+
+    def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
+        stacks = [self._stack(tensor, 1) for tensor in tensors]
+        memory = _memory(sum(stack.room for stack in stacks))
+        at, addresses, reads = 0, {}, []
+        for tensor, stack in zip(tensors, stacks, strict=True):
+            start, size, inside = stack.span(0)
+            addresses[tensor.name] = _address(memory) + at + inside
+            reads += self._pieces(stack, start, size, inside + stack.nbytes, memory, at)
+            at += stack.room
+        self._wait(reads)
+        self._held.append(memory)
+        lock(_address(memory), at)
+        self.traffic = Traffic()
+        return addresses
+
     def visit(self, layer: int, chosen: Sequence[int]) -> "Visit":
         """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs."""
-        self._settle()
         here = self._layers[layer]
         recent = list(dict.fromkeys(reversed(chosen)))
-        used = sorted(recent)
+        used, guess = sorted(recent), here.guess
+        if guess is not None:
+            here.guess = None
+            self.traffic.guesses += 1
+            self.traffic.good_guesses += guess in used
+            if guess not in used:
+                self._forget(here, guess)
         missing = [e for e in recent if e not in here.slots]
-        self.traffic.hits += len(used) - len(missing)
-        self.traffic.misses += len(missing)
+        misses = len(missing) + (guess in used)
+        self.traffic.hits += len(used) - misses
+        self.traffic.misses += misses
         for e in reversed(recent):
             if e in here.slots:
                 here.slots.move_to_end(e)
         few = len(used) <= self.n_slots
-        coming = []
-        for e in missing:
-            if here.free:
-                slot = here.free.pop()
-            elif few:
-                slot = self._evict(here, next(old for old in here.slots if old not in used))
-            else:
-                break
-            here.slots[e] = slot
-            coming.append(e)
-        for parts in ((GATE, UP), (DOWN,)):
-            for e in sorted(coming):
-                at = here.slots[e] * here.room
-                for part in parts:
-                    here.arriving[e, part] = self._read(
-                        here, e, part, here.memory, at + sum(s.room for s in here.stacks[:part])
-                    )
+        for e in sorted(missing if few else missing[: len(here.free)]):
+            self._begin(here, e, self._slot(here, used))
         return Visit(self, layer, used)
 
-    def close(self) -> None:
-        """Let go of threads and files."""
-        self._lanes.shutdown(cancel_futures=True)
-        while self._files:
-            os.close(self._files.popitem()[1])
+    def reset(self, layer: int) -> None:
+        """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
+        have the layer begin with empty slots.
+        """
+        self._lanes.shutdown(wait=True, cancel_futures=True)
+        self._lanes = ThreadPoolExecutor(LANES, "read")
+        here = self._layers[layer]
+        here.slots.clear()
+        here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(range(self.n_slots))
 
     # what a Visit does
 
@@ -149,7 +184,6 @@ class Slots:
                     futures += self._read(here, e, part, memory, at)
                     at += here.stacks[part].room
                 ahead[e] = memory, futures
-                self._in_ring += futures
 
         fill()
         yield -1
@@ -161,17 +195,11 @@ class Slots:
                 buffers.append(memory)
                 fill()
             else:
-                try:
-                    for part in parts:
-                        if (e, part) in here.arriving:
-                            self._wait(here.arriving[e, part])
-                            del here.arriving[e, part]
-                except BaseException:
-                    self._forget(here, e)
-                    raise
+                for part in parts:
+                    self._wait(here.arriving.pop((e, part), ()))
                 yield e
 
-    def _wait(self, futures: list[Future]) -> None:
+    def _wait(self, futures: Iterable[Future]) -> None:
         began = perf_counter()
         try:
             for future in futures:
@@ -179,27 +207,36 @@ class Slots:
         finally:
             self.traffic.stall_s += perf_counter() - began
 
-    def _evict(self, here: _Layer, expert: int) -> int:
-        """The slot of an expert that must go. What a visit that was broken off still reads into it comes first."""
+    def _slot(self, here: _Layer, used: Collection[int]) -> int:
+        """A slot for an expert: a free one, or that of the expert that was least recently used and is not in `used`."""
+        quiet = next((slot for slot in here.free if all(f.done() for f in here.stale.get(slot, ()))), None)
+        if quiet is None:
+            old = next((e for e in here.slots if e not in used), None)
+            if old is not None:
+                self._forget(here, old)
+            quiet = here.free[-1]
+            for future in here.stale.get(quiet, ()):
+                if not future.cancelled():
+                    future.exception()
+        here.free.remove(quiet)
+        here.stale.pop(quiet, None)
+        return quiet
+
+    def _begin(self, here: _Layer, expert: int, slot: int) -> None:
+        """Begin to read an expert into a slot, gate and up before down."""
+        here.slots[expert] = slot
+        at = slot * here.room
         for part in (GATE, UP, DOWN):
-            for future in here.arriving.pop((expert, part), ()):
-                future.exception()
-        return here.slots.pop(expert)
+            here.arriving[expert, part] = self._read(here, expert, part, here.memory, at)
+            at += here.stacks[part].room
 
     def _forget(self, here: _Layer, expert: int) -> None:
-        """What is being read for an expert is of no use: its slot is free once the reads are through."""
+        """Free an expert's slot; what is still being read into it is of no use."""
+        slot, futures = here.slots.pop(expert), []
         for part in (GATE, UP, DOWN):
-            for future in here.arriving.pop((expert, part), ()):
-                future.cancel()
-                self._in_ring.append(future)
-        here.free.append(here.slots.pop(expert))
-
-    def _settle(self) -> None:
-        """After a visit that was broken off: wait for its reads, whose memory is used again."""
-        for future in self._in_ring:
-            if not future.cancelled():
-                future.exception()
-        self._in_ring = []
+            futures += here.arriving.pop((expert, part), ())
+        here.stale[slot] = [future for future in futures if not future.cancel()]
+        here.free.append(slot)
 
     # reading
 
@@ -227,8 +264,11 @@ class Slots:
         stack = here.stacks[part]
         start, size, inside = stack.span(expert)
         here.addresses[part, expert] = _address(memory) + at + inside
-        self.traffic.bytes_read += size
-        view, needed = memoryview(memory), inside + stack.nbytes
+        return self._pieces(stack, start, size, inside + stack.nbytes, memory, at)
+
+    def _pieces(self, stack: _Stack, start: int, size: int, needed: int, memory: mmap.mmap, at: int) -> list[Future]:
+        """Begin to read `size` bytes of the file from `start` on; the first `needed` of them must be there."""
+        view = memoryview(memory)
         return [
             self._lanes.submit(
                 self._piece, stack, start + done, view[at + done : at + min(done + PIECE, size)], min(PIECE, needed - done)
@@ -239,22 +279,36 @@ class Slots:
 
     def _piece(self, stack: _Stack, offset: int, view: memoryview, needed: int) -> None:
         """Read until `needed` bytes are there; the file may end before the view does."""
-        done = 0
-        while done < needed:
-            try:
-                n = os.preadv(stack.file, [view[done:]], offset + done)
-            except OSError as error:
-                raise ModelFileError(
-                    f"{stack.path}: expected {needed} bytes at byte {offset}, found a read error ({error.strerror}); check the disk"
-                ) from None
-            if n == 0 or (n % BLOCK and n < needed - done):
-                raise ModelFileError(
-                    f"{stack.path}: expected {needed} bytes at byte {offset}, found {done + n}: the file has been cut while it was "
-                    "in use; put it back and load it again"
-                )
-            done += n
+        done, expected = 0, f"{stack.path}: expected {needed} bytes at byte {offset}"
+        with self._clock(len(view)):
+            while done < needed:
+                try:
+                    n = os.preadv(stack.file, [view[done:]], offset + done)
+                except OSError as error:
+                    raise ModelFileError(f"{expected}, found a read error ({error.strerror}); check the disk") from None
+                done += n
+                if done < needed and (n == 0 or n % BLOCK):
+                    raise ModelFileError(
+                        f"{expected}, found {done}: the file was cut while in use; put it back and load it again"
+                    )
         if not self._direct[stack.file] and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stack.file, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    @contextmanager
+    def _clock(self, nbytes: int) -> Iterator[None]:
+        """Counts bytes, and the time in which anything is being read."""
+        with self._lock:
+            self._reading += 1
+            if self._reading == 1:
+                self._since = perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+                self.traffic.bytes_read += nbytes
+                if not self._reading:
+                    self.traffic.reading_s += perf_counter() - self._since
 
 
 class Visit:
@@ -274,6 +328,11 @@ class Visit:
         return sweep
 
 
+def _close(files: dict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
+
+
 def _up(n: int) -> int:
     return -(-n // BLOCK) * BLOCK
 
@@ -282,10 +341,8 @@ def _memory(nbytes: int) -> mmap.mmap:
     """Memory of its own, on large pages where the system has them; none of it is held before it is written to."""
     memory = mmap.mmap(-1, max(nbytes, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # not compiled into this kernel
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # not compiled into this kernel
-            pass
     return memory
 
 

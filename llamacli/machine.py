@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-RESERVE_SHARE, RESERVE_MOST = 10, 2 << 30  # of free memory, one part in ten is left to others, 2 GiB at most
+RESERVE_SHARE, RESERVE_MOST = 20, 2 << 30  # of free memory, one part in twenty is left to others, 2 GiB at most
 PIECE = 4 << 20  # bytes of one read; an expert is read in pieces of this order
 LANES = 4  # reads in flight: a disk needs some to be at its best
 PAGE = 4096  # what direct reads are aligned to
@@ -43,6 +43,15 @@ def resident(root: Path = Path("/")) -> int:
     except (OSError, ValueError, IndexError):
         told = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True)
         return int(told.stdout) * 1024
+
+
+def private(root: Path = Path("/")) -> int:
+    """Of it, what is this process's alone; 0 where the system does not say."""
+    try:
+        held, shared = (root / "proc/self/statm").read_text().split()[1:3]
+        return (int(held) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | None:

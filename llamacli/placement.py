@@ -1,12 +1,12 @@
-"""Where a model's bytes go under a promise of memory, and how fast it then should be. Pure arithmetic, nothing is read.
+"""Where a model's bytes go under a promise of memory, and how fast it then should be. Arithmetic alone, nothing is read.
 
 In: a Config, the bytes of the tensors by kind, bytes of memory, a context. Out: a frozen `Placement`, or a MemoryLimitError
 that says what would fit; expected seconds by the speed of disk and memory. Knows nothing of files or processes.
 
 What every token passes (attention, shared experts, routers, norms, output) is resident, keys and values too. Routed experts are
 all mapped if everything fits; else each layer has a number of slots, the rest stays in the file. The embedding stays there
-as well: a token reads one row of it. A mapped file that does not fit would fit somehow, but then the kernel
-decides what is resident, and the promise would be its to break.
+as well: a token touches one row of it and the pages at its ends. A mapped file that does not fit would run, too, but then the
+kernel decides what is resident, and the promise would be its to break.
 """
 
 import re
@@ -15,15 +15,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llamacli import kvcache
+from llamacli import kvcache, machine
 from llamacli.config import Config
-from llamacli.errors import MemoryLimitError
+from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.kernels import attention, matmul
+from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.dots import ACT_BYTES
 
-PROGRAM = 260_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
+PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
-BATCH, LOGITS_BATCH = 2048, 64  # tokens, rows of logits that the engine makes room for
+BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
+LOGITS_BATCH = 64  # rows of logits that the engine makes room for
+PAGE = 4096  # bytes that a file is read by
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
 KINDS = {  # of tensors: a regular expression for their names; the first that matches counts
@@ -90,13 +93,15 @@ class Placement:
     kv: int  # at the full context
     working: int  # the engine's buffers and the program
     buffers: int  # for experts under way in prefill
+    rows: int  # pages of the embedding that tokens touched
+    batch: int  # tokens of a prompt that go through a layer together
     sizes: Sizes
     config: Config
 
     @property
     def resident(self) -> int:
         """Memory held at the full context."""
-        return self.weights + self.experts + self.kv + self.working + self.buffers
+        return self.weights + self.experts + self.kv + self.working + self.buffers + self.rows
 
     @property
     def miss(self) -> float:
@@ -110,41 +115,60 @@ class Placement:
 
 
 def place(
-    config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH, name: str = "the model"
+    config: Config,
+    sizes: Sizes,
+    memory: int,
+    ctx: int,
+    *,
+    threads: int = 1,
+    name: str = "the model",
+    slots: bool = False,
 ) -> Placement:
-    """Decide what is resident within `memory` bytes at a context of `ctx` tokens and prompts in batches of `batch`.
+    """Decide what is resident within `memory` bytes at a context of `ctx` tokens.
 
-    MemoryLimitError if that cannot hold the always-used weights, keys and values, and the experts of one token.
+    `slots`: even if everything would fit. MemoryLimitError if that cannot hold the always-used weights, keys and values, and
+    the experts of one token.
     """
+    batch = batch_within(config, memory, threads)
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
-    if everything + kv + working <= memory:
-        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, sizes, config)
-    least = sizes.always + kv + working + _least(config, sizes)
+    if everything + kv + working <= memory and not (slots and sizes.experts):
+        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, batch, sizes, config)
+    least = sizes.always + kv + working + _least(config, sizes, ctx, slots)
     if least > memory:
-        fits = fit_ctx(config, sizes, memory, ctx, threads=threads, batch=batch)
+        fits = fit_ctx(config, sizes, memory, ctx, threads=threads)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
         raise MemoryLimitError(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
-    buffers = PREFILL_EXPERTS * max(sizes.experts)
-    slots = min(sizes.n_experts, (memory - sizes.always - kv - working - buffers) // sizes.one_each)
-    return Placement(memory, ctx, "slots", slots, sizes.always, slots * sizes.one_each, kv, working, buffers, sizes, config)
+    buffers, rows = PREFILL_EXPERTS * max(sizes.experts), _rows(config, sizes, ctx)
+    n_slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
+    experts = n_slots * sizes.one_each
+    return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
-def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, batch: int = BATCH) -> int:
+def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
-    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes)
-    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
+    room = memory - PROGRAM - working_bytes(config, threads, batch_within(config, memory, threads)) - sizes.always
+    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n) + _least(config, sizes, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
 
 
-def _least(config: Config, sizes: Sizes) -> int:
-    """Bytes of the rest that must be held at least: the experts of one token and those under way, or else all of it."""
+def _rows(config: Config, sizes: Sizes, ctx: int) -> int:
+    """Bytes of the embedding's pages that `ctx` tokens touch at most: each a row, and the rest of the pages it lies on."""
+    return min(sizes.looked_up, ctx * (sizes.looked_up // config.n_vocab + PAGE))
+
+
+def _least(config: Config, sizes: Sizes, ctx: int, slots: bool = False) -> int:
+    """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
+    embedding; or else, unless there must be `slots`, all of it.
+    """
     rest = sizes.routed + sizes.looked_up
-    slots = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts, default=0)
-    return min(slots, rest) if sizes.experts else rest
+    if not sizes.experts:
+        return rest
+    few = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts) + _rows(config, sizes, ctx)
+    return few if slots else min(few, rest)
 
 
 def _gb(nbytes: int) -> str:
@@ -152,11 +176,11 @@ def _gb(nbytes: int) -> str:
 
 
 def working_bytes(config: Config, threads: int, batch: int) -> int:
-    """What the engine allocates for prompts in batches of up to `batch` tokens (Engine._reserve)."""
+    """What an engine whose `max_batch` is `batch` allocates for long prompts (model.Steps)."""
     c = config
     mixtures = [c.is_moe(i) for i in range(c.n_layers)]
     k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)
-    n = min(batch, BATCH // max(1, k))
+    n = max(SINGLE_BATCH, batch // max(1, k))
     pairs = n * max(1, k)
     n_ff = max(n_ff_exp if mixture else c.n_ff for mixture in mixtures)
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
@@ -167,7 +191,7 @@ def working_bytes(config: Config, threads: int, batch: int) -> int:
 
     token = row(c.n_embd) + row(c.n_embd, 1) + row(q) + 2 * row(kv) + row(q, 1) + row(n_ff, 1) + row(n_ff) + row(n_experts)
     token += 4 * c.head_dim + 8 + 8  # angles, ids, the table of tokens
-    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 8 + 4  # experts, the table of pairs, choices, scores
+    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 4 + 8 * c.n_layers  # experts, the table of pairs, scores, choices
     widest = max(n_ff, n_ff_exp, c.n_embd, q)
     scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest) + attention.scratch_bytes(c.head_dim)
     return n * token + pairs * pair + 4 * min(n, LOGITS_BATCH) * c.n_vocab + threads * scratch
@@ -192,15 +216,22 @@ def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) 
 
 
 def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | None) -> float:
-    """Expected seconds for a prompt of `tokens`: the longer of one pass over the experts that it touches and the arithmetic.
+    """Expected seconds for a prompt of `tokens`: the longer of reading the experts that it touches and the arithmetic.
 
-    `multiply` is the machine's limit in operations a second, a multiply-add being two; None: reading alone. Mapped experts
-    are in memory already. Products of attention with the context are left out, so a long prompt takes longer.
+    Each batch of it passes over them once. `multiply` is the machine's limit in operations a second, a multiply-add being two;
+    None: reading alone. Mapped experts are in memory already. Products of attention with the context are left out, so a
+    long prompt takes longer.
     """
-    touched = 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
+    passes, rest = divmod(tokens, p.batch)
+    touched = passes * _touched(p, p.batch) + _touched(p, rest)
     reading = touched * p.sizes.routed / disk if p.mode == "slots" else 0.0
     computing = 2 * tokens * products_per_token(p.config) / (REACHED_MULTIPLYING * multiply) if multiply else 0.0
     return max(reading, computing)
+
+
+def _touched(p: Placement, tokens: int) -> float:
+    """The share of a layer's experts that some of `tokens` choose."""
+    return 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
 
 
 def products_per_token(config: Config) -> int:
@@ -209,3 +240,32 @@ def products_per_token(config: Config) -> int:
     attended = c.n_embd * 2 * (c.n_heads + c.n_kv_heads) * c.head_dim
     mixture = c.n_experts + 3 * c.n_ff_exp * (1 + c.n_experts_used)
     return sum(attended + c.n_embd * (mixture if c.is_moe(i) else 3 * c.n_ff) for i in range(c.n_layers))
+
+
+# at load
+
+
+def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int]:
+    """For Engine: the slots of a layer, 0 if all experts are to be used where the file is mapped, and the largest batch.
+
+    `memory` None: what the machine has free, less a reserve. `experts`: "mapped", "slots" or "auto".
+    """
+    if experts not in ("mapped", "slots", "auto"):
+        raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
+    if experts == "mapped" or not config.n_experts:
+        return 0, BATCH
+    sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config.n_experts)
+    memory, threads = memory or machine.budget() + machine.private(), threads or default_threads()
+    placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
+    return placement.slots if placement.mode == "slots" else 0, placement.batch
+
+
+def batch_within(config: Config, memory: int, threads: int) -> int:
+    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, BATCH at most.
+
+    More of them read the experts less often, but what they take is missing for slots.
+    """
+    batch = BATCH
+    while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
+        batch //= 2
+    return batch

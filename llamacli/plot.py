@@ -1,10 +1,13 @@
-"""The picture of a benchmark: speed against the depth of the context, prefill and decode side by side, others beside ours.
+"""Pictures: of a benchmark, speed against the depth of the context, others beside ours; of a plan, speed against the disk's; of
+routing, which experts were used.
 
-In: records of measure.speed. Out: an image file. The only module that imports matplotlib, which is no run-time dependency.
-Knows nothing of how the numbers came about.
+In: records of measure.speed and of `llamacli plan`, numbers of routing.py. Out: an image file. The only module that imports
+matplotlib, which is no run-time dependency. Knows nothing of how the numbers came about.
 """
 
 from pathlib import Path
+
+import numpy as np
 
 from llamacli.errors import OutputError, UsageError
 
@@ -33,11 +36,75 @@ def draw(records: list[dict], title: str, path: Path) -> None:
         if panel.lines:
             panel.legend()
     figure.suptitle(title)
+    _save(figure, path, "bench.png")
+
+
+def draw_plan(plans: list[dict], title: str, path: Path) -> None:
+    """Write an image of expected tokens per second: a panel for each speed of memory, a line for each size. OutputError if it
+    cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plans = [plan for plan in plans if plan["mode"]]
+    bandwidths = sorted({plan["bandwidth_gbps"] for plan in plans})
+    figure, panels = pyplot.subplots(
+        1, len(bandwidths), figsize=(1 + 4 * len(bandwidths), 4), layout="constrained", squeeze=False
+    )
+    for panel, bandwidth in zip(panels[0], bandwidths, strict=True):
+        for memory in sorted({plan["memory_bytes"] for plan in plans}):
+            points = sorted(
+                (plan["disk_gbps"], plan["tokens_per_second"])
+                for plan in plans
+                if (plan["memory_bytes"], plan["bandwidth_gbps"]) == (memory, bandwidth)
+            )
+            panel.plot(*zip(*points, strict=True), "o-", label=f"{memory / 1e9:g} GB")
+        panel.set(title=f"memory of {bandwidth:g} GB/s", xlabel="disk, GB/s", xscale="log", ylim=(0, None))
+        panel.set_xticks(disks := sorted({plan["disk_gbps"] for plan in plans}), [f"{disk:g}" for disk in disks], minor=False)
+        panel.minorticks_off()
+    panels[0][0].set_ylabel("expected tokens/s")
+    panels[0][0].legend()
+    figure.suptitle(title)
+    _save(figure, path, "plan.png")
+
+
+def draw_routing(use: np.ndarray, hits: np.ndarray, layers: list[int], title: str, path: Path) -> None:
+    """Write an image of `use`, the share of tokens for which a layer chose an expert [n_layers, n_experts], beside `hits`, the
+    share of choices found in slots [n_layers, n_experts], column s - 1 for s slots. OutputError if it cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.5), layout="constrained", gridspec_kw={"width_ratios": [2, 1]})
+    shown = left.imshow(100 * use, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+    figure.colorbar(shown, ax=left, label="% of tokens")
+    step = max(1, len(layers) // 12)
+    left.set(title="experts used", xlabel="expert", ylabel="layer")
+    left.set_yticks(range(0, len(layers), step), [str(i) for i in layers[::step]])
+    n = hits.shape[1]
+    slots = range(1, n + 1)
+    right.fill_between(slots, 100 * hits.min(0), 100 * hits.max(0), alpha=0.25, label="least to most of the layers")
+    right.plot(slots, 100 * hits.mean(0), label="all layers")
+    right.plot(slots, [100 * s / n for s in slots], "--", color="grey", label="all experts equally likely")
+    right.set(title="found in slots, the last used kept", xlabel="slots a layer", ylabel="% of choices", ylim=(0, 100))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    right.legend()
+    figure.suptitle(title)
+    _save(figure, path, "routing.png")
+
+
+def _save(figure, path: Path, example: str) -> None:
+    from matplotlib import pyplot
+
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"{path}: expected to write an image, found: {error}; choose another name, such as bench.png"
+            f"{path}: expected to write an image, found: {error}; choose another name, such as {example}"
         ) from None
     finally:
         pyplot.close(figure)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.errors import ContextFullError, PromptError, UsageError
+from llamacli.experts import Traffic
 
 
 class Piece(NamedTuple):
@@ -37,6 +38,8 @@ class Stats:
     decoded: int = 0  # evaluations of one token; the first sampled token needs none
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    prefill_traffic: Traffic | None = None  # what was read for the prompt, and after it, if experts are in slots
+    decode_traffic: Traffic | None = None
 
     @property
     def prefill_tps(self) -> float | None:
@@ -129,6 +132,7 @@ class Session:
             began = perf_counter()
             logits = self.sync(prompt_ids)
             stats.prefill_s = perf_counter() - began
+            stats.prefill_traffic = self.engine.take_traffic()
             while True:
                 began = perf_counter()
                 token = sampler.pick(logits, self.ids)
@@ -149,6 +153,8 @@ class Session:
         except KeyboardInterrupt:
             yield Piece("" if stopped else watch.push(decoder.flush())[0] + watch.flush(), None, "interrupt")
             raise
+        finally:
+            stats.decode_traffic = self.engine.take_traffic()
         tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
         yield Piece(tail, None, reason)
 

@@ -57,6 +57,20 @@ class Weights(NamedTuple):
     notices: list[str]  # what a user should know about this file
     keep: list
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture."""
+        return any(isinstance(layer.ffn, Experts) for layer in self.layers)
+
+
+def moved(part, addresses: dict[str, int]):
+    """`part` of the weights (a tuple, a list or a Matrix) with the matrices of these names at other addresses."""
+    if isinstance(part, Matrix):
+        return part._replace(address=addresses.get(part.name, part.address))
+    if isinstance(part, list):
+        return [moved(one, addresses) for one in part]
+    return type(part)(*(moved(one, addresses) for one in part)) if isinstance(part, Layer | Experts | Dense) else part
+
 
 def bind(gguf: GGUF, config: Config) -> Weights:
     """Find, check and address every tensor of the model."""

@@ -20,27 +20,31 @@ from typing import TypedDict
 
 import numpy as np
 
-from llamacli.errors import CheckpointError, OutputError, UnsupportedModelError, UsageError
+from llamacli.config import Config
+from llamacli.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
 from llamacli.gguf import open_gguf
 from llamacli.kernels import sources_digest
 from quantize import names, sources
 from quantize.encoders import encoder, widen
 from quantize.general import read_general
-from quantize.hf_config import read_config
+from quantize.hf_config import HFConfig, read_config
 from quantize.imatrix import Imatrix, read_imatrix
-from quantize.journal import File, Maker, left_over, part_of, write_files
+from quantize.journal import File, Maker, left_over, log_of, part_of, write_files
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
-from quantize.safetensors import open_checkpoint
+from quantize.safetensors import INDEX, open_checkpoint, shard_paths
 from quantize.vocab import read_vocab
 from quantize.writer import check_output
 
 CHUNK = 1 << 19  # weights a thread takes at a time: its floats fit a core's second cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
 FIELDS = 20  # bytes in memory for one of metadata, measured
-RAW_CHUNK = 1 << 23  # bytes copied at a time where nothing changes
+LARGEST = float(np.finfo(np.float32).max)
 VISION = ("v.", "mm.")
-WRITTEN = (".gguf", ".part", ".log")  # names of what conversions leave in a folder end so
+DESCRIPTIONS = (  # what is read of a folder beside the weights
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "README.md"),
+    *("chat_template.jinja", "chat_template.json", INDEX),
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -53,7 +57,8 @@ class TensorReport(TypedDict):
     shape: list[int]
     weights: int
     nbytes: int
-    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None where it was not measured
+    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None where it was not measured, or all x are 0
+    energy: float | None  # sum x^2
 
 
 class Report(TypedDict):
@@ -100,8 +105,9 @@ def convert(
     start, src, out = time.perf_counter(), Path(src), Path(out)
     importance = None if imatrix is None else read_imatrix(imatrix)
     recipe = find_recipe(type_name)
-    metadata, rows, notices = _open_folder(src) if src.is_dir() else _open_gguf(src)
-    metadata.pop(RECIPE_KEY, None)
+    metadata, rows, notices, inputs = _open_folder(src) if src.is_dir() else _open_gguf(src)
+    for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
+        del metadata[key]  # of another conversion
     metadata |= recipe.metadata | {"general.quantization_version": 2}
     types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
     notices += more
@@ -109,7 +115,7 @@ def convert(
         notices += _weigh(importance, rows, metadata)
     plan = make_plan(metadata, rows, types, split_max_size)
     files = [
-        File(path, part.head, [(t.name, t.nbytes) for t in part.tensors])
+        File(_target(path), part.head, [(t.name, t.nbytes) for t in part.tensors])
         for path, part in zip(plan.paths(out), plan.parts, strict=True)
     ]
     n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or _cores()
@@ -130,17 +136,26 @@ def convert(
     )
     if dry_run:
         return report | {"seconds": round(time.perf_counter() - start, 3)}
-    inputs = _inputs(src, imatrix)
+    inputs += [imatrix] if imatrix else []
     job = _job(plan, inputs)
     _check_outputs(out, files, inputs, job, force, plan.nbytes)
+    notices += _orphans(out, files)
     if planned:
         planned(report)
     making = _Making(plan, importance, threads, progress)
     making.write(files, job, force)
     for tensor in report["tensors"]:
-        tensor["rmse"] = making.rmse(tensor["name"])
+        tensor["rmse"], tensor["energy"] = making.rmse(tensor["name"]), making.errors[tensor["name"]][1]
     seconds = round(time.perf_counter() - start, 3)
     return report | {"written": True, "seconds": seconds, "resumed_bytes": making.resumed}
+
+
+def _target(path: Path) -> Path:
+    """Where a file is to lie: a link is written through, not replaced."""
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError):
+        raise OutputError(f"{path}: expected a link to a file, found one that leads in a circle; choose another name") from None
 
 
 def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, force: bool, nbytes: int) -> None:
@@ -149,10 +164,20 @@ def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, f
     left = left_over(files, job)
     nbytes -= sum(path.stat().st_size for path in left)
     for file in files:
-        for path in (file.path, part_of(file.path)):
+        for path in (file.path, part_of(file.path), log_of(files)):
             if path.exists() and any(path.samefile(read) for read in inputs):
                 raise OutputError(f"{path}: expected another file than the source, found the source itself; choose a new name")
         check_output(file.path, nbytes, force or file.path in left)
+
+
+def _orphans(out: Path, files: list[File]) -> list[str]:
+    """A notice of what a conversion to `out` in another number of files was killed in and this one will not take up."""
+    names = {path.name for file in files for path in (part_of(file.path), log_of(files))}
+    ours = re.compile(re.escape(out.name.removesuffix(".gguf")) + r"(-\d{5}-of-\d{5})?\.gguf\.part(\.log)?")
+    found = sorted(path.name for path in out.parent.iterdir() if ours.fullmatch(path.name) and path.name not in names)
+    if not found:
+        return []
+    return [f"left by a conversion in another number of files, to be removed by hand: {', '.join(found)}"]
 
 
 def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -> list[str]:
@@ -166,15 +191,21 @@ def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -
         "quantize.imatrix.entries_count": len(known),
         "quantize.imatrix.chunks_count": importance.chunk_count,
     }
-    unseen = {name: experts for name, experts in importance.unseen.items() if name in rows}
-    if not unseen:
-        return []
-    count = max(map(len, unseen.values()))
-    return [f"{importance.path}: up to {count} experts a layer saw no text; they are weighed as the others of their layer are"]
+    notices, entries = [], importance.entries
+    if empty := [name for name in known if not (entries[name].sums.any() and entries[name].counts.any())]:
+        notices.append(f"{importance.path}: {len(empty)} of {len(known)} tensors saw no text; all their columns count alike")
+    unseen = {name: experts for name, experts in importance.unseen.items() if name in known and name not in empty}
+    if unseen:
+        count = max(map(len, unseen.values()))
+        notices.append(
+            f"{importance.path}: up to {count} experts a layer saw no text; they are weighed as the others of their layer are"
+        )
+    return notices
 
 
 def _row(t: Planned) -> TensorReport:
-    return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, rmse=None)
+    unknown = {"rmse": None, "energy": None}
+    return TensorReport(name=t.name, type=t.type.name, shape=list(t.shape), weights=t.n_weights, nbytes=t.nbytes, **unknown)
 
 
 def _memory(plan: Plan, threads: int) -> int:
@@ -188,19 +219,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_folder(folder: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
-    """A checkpoint's metadata, rows by GGUF name, and notices."""
+def _open_folder(folder: Path) -> tuple[dict, dict[str, sources.Rows], list[str], list[Path]]:
+    """A checkpoint's metadata, rows by GGUF name, notices, and the files that it is read from."""
     config = read_config(folder)
     rows, notices = names.match(folder, open_checkpoint(folder), config)
     if config.rope_freqs is not None:
         rows["rope_freqs.weight"] = sources.Made(config.rope_freqs)
     fields, more = read_vocab(folder, config.sizes["vocab"], config.raw)
     general, licence = read_general(folder, rows)
-    return general | config.metadata | fields, rows, config.notices + notices + more + licence
+    inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
+    return general | config.metadata | fields, rows, config.notices + notices + more + licence, inputs
 
 
-def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
-    """A GGUF's metadata without what only that file needs, rows by name, and notices."""
+def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str], list[Path]]:
+    """A GGUF's metadata without what only that file needs, rows by name, notices, and its files."""
     gguf = open_gguf(path)
     architecture = gguf.metadata.get("general.architecture")
     if architecture != "llama4":
@@ -209,14 +241,31 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str]]:
     kept = (key for key in gguf.metadata if not key.startswith("split.") and key != "general.alignment")
     metadata = {key: gguf.metadata.typed(key) for key in kept}
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if not name.startswith(VISION)}
-    if not rows:
-        raise CheckpointError(f"{path}: expected a model's tensors, found none; nothing to convert")
+    _check_tensors(path, {name: source.shape for name, source in rows.items()}, Config.from_gguf(gguf))
     notices = []
     if len(rows) < len(gguf.tensors):
         notices.append(f"{len(gguf.tensors) - len(rows)} vision tensors left out: the text model alone is converted")
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
-    return metadata, rows, notices
+    return metadata, rows, notices, gguf.paths
+
+
+def _check_tensors(path: Path, found: dict[str, tuple[int, ...]], c: Config) -> None:
+    """ModelFileError unless a GGUF holds the tensors that its metadata speak of, and none that llama.cpp would not take."""
+    q, kv, half = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, (c.head_dim // 2,)
+    sizes = {"vocab": c.n_vocab, "hidden": c.n_embd, "q": q, "kv": kv, "dense": c.n_ff}
+    sizes |= {"experts": c.n_experts, "expert": c.n_ff_exp, "two expert": 2 * c.n_ff_exp}
+    step = c.moe_step if c.n_experts and c.moe_step else c.n_layers + 1  # beyond the last layer: none is a mixture
+    wanted = names.shapes(HFConfig(c.n_layers, c.n_experts, step, "output.weight" not in found, sizes, {}, None, {}, []))
+    optional = dict.fromkeys(("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"), half)
+    for head in (f"blk.{layer}.attn_" for layer in range(c.n_layers)):
+        optional |= {f"{head}q.bias": (q,), f"{head}k.bias": (kv,), f"{head}v.bias": (kv,), f"{head}output.bias": (c.n_embd,)}
+    for name, shape in (wanted | {name: shape for name, shape in optional.items() if name in found}).items():
+        if found.get(name) != shape:
+            what = list(found[name]) if name in found else "none"
+            raise ModelFileError(f"{path}: expected tensor {name} {list(shape)}, found {what}; the file is damaged")
+    if more := sorted(found.keys() - wanted.keys() - optional.keys()):
+        raise ModelFileError(f"{path}: expected tensors of Llama 4, found {more[0][:80]!r}, which has no place in its GGUF")
 
 
 class _Making:
@@ -266,20 +315,6 @@ class _Making:
         return math.sqrt(wrong / whole) if whole > 0 else None
 
 
-def _inputs(src: Path, imatrix: Path | None) -> list[Path]:
-    """The files that a conversion reads: of a folder all but what conversions write."""
-    if src.is_dir():
-        found = [path for path in sorted(src.iterdir()) if path.is_file() and path.suffix not in WRITTEN]
-    else:
-        found = [src, *(path for path in sorted(src.parent.glob("*.gguf")) if path != src and _same_model(path, src))]
-    return [*found, imatrix] if imatrix else found
-
-
-def _same_model(path: Path, src: Path) -> bool:
-    """Whether `path` is `src` or another part of the same split model."""
-    return re.sub(r"-\d{5}-of-", "-", path.name) == re.sub(r"-\d{5}-of-", "-", src.name)
-
-
 def _job(plan: Plan, inputs: list[Path]) -> str:
     """What must be the same for a conversion to be taken up: the program, the plan and the files it reads."""
     digest = blake2b(digest_size=16)
@@ -297,10 +332,6 @@ def _encoded(
     tensor: Planned, imatrix: Imatrix | None, pool: ThreadPoolExecutor, threads: int
 ) -> Iterator[tuple[np.ndarray, tuple[float, float]]]:
     """The tensor's bytes in order, each piece with its error, encoded ahead of the writing by up to two pieces a thread."""
-    raw = tensor.source.raw(tensor.type.name)
-    if raw is not None:
-        yield from ((raw[i : i + RAW_CHUNK], (0.0, 0.0)) for i in range(0, len(raw), RAW_CHUNK))
-        return
     encode, waiting = _Task(tensor, imatrix.weights(tensor.name, tensor.shape) if imatrix else None), deque()
     for piece in _pieces(tensor):
         waiting.append(pool.submit(encode, *piece))
@@ -327,7 +358,9 @@ class _Task:
     """Read, check and encode one piece; runs in a thread of the pool."""
 
     def __init__(self, tensor: Planned, weights: np.ndarray | None):
-        self._tensor, self._weights, self._encoder = tensor, weights, encoder(tensor.type.name)
+        self._tensor, self._weights = tensor, weights
+        self._raw = tensor.source.raw(tensor.type.name)  # bytes that are right as they are, once their values are checked
+        self._encoder = encoder(tensor.type.name) if self._raw is None else None
 
     def __call__(self, group: int, first: int, count: int) -> tuple[np.ndarray, tuple[float, float]]:
         tensor, size = self._tensor, count * self._tensor.shape[-1]
@@ -335,6 +368,10 @@ class _Task:
             _scratch.floats = np.empty((2, size), np.float32)
         values, back = (floats[:size].reshape(count, -1) for floats in _scratch.floats)
         tensor.source.read(group, first, values)
-        sources.check(values, self._encoder.limit, tensor.name, tensor.type.name)
+        sources.check(values, self._encoder.limit if self._encoder else LARGEST, tensor.name, tensor.type.name)
+        if self._encoder is None:
+            row, n_rows = tensor.type.row_bytes(tensor.shape[-1]), sources.groups_and_rows(tensor.shape)[1]
+            start = (group * n_rows + first) * row
+            return self._raw[start : start + count * row], widen.squares(values, values)
         encoded = self._encoder.encode(values, None if self._weights is None else self._weights[group])
         return encoded, widen.error(tensor.type.name, encoded, values, back)

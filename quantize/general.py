@@ -19,8 +19,8 @@ ATTRIBUTION = (
     "Built with Llama. Llama 4 is licensed under the Llama 4 Community License, "
     "Copyright © Meta Platforms, Inc. All Rights Reserved."
 )
-_VERSION = re.compile(r"(v|iter)?\d+(\.\d+)*", re.IGNORECASE)
-_SIZE = re.compile(r"(a|\d+x)?\d+([._]\d+)?[kmbt]", re.IGNORECASE)
+_VERSION = re.compile(r"(v|iter)?\d+(\.\d+)*", re.IGNORECASE | re.ASCII)
+_SIZE = re.compile(r"(a|\d+x)?\d+([._]\d+)?[kmbt]", re.IGNORECASE | re.ASCII)
 _TUNED = re.compile(r"chat|instruct|vision|lora", re.IGNORECASE)
 _KEY = re.compile(r"([A-Za-z_]\w*):(?:\s+(.*))?")
 
@@ -29,7 +29,7 @@ def read_general(folder: Path, rows: dict[str, Rows]) -> tuple[dict[str, object]
     """The keys of `general.`, and notices."""
     card, total = read_card(folder / "README.md"), sum(math.prod(source.shape) for source in rows.values())
     source = optional_json(folder / "config.json").get("_name_or_path")
-    named = source if isinstance(source, str) and source.count("/") == 1 and source[0] not in "./" else ""
+    named = source if isinstance(source, str) and re.fullmatch(r"[^/.][^/]*/[^/]+", source) else ""
     parts = _components(_folder_name(folder), total)
     if named:
         organization, name = named.split("/")

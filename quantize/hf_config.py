@@ -56,6 +56,13 @@ class _Reader:
             raise self.refuse(key, f"a count from {least} to {most}")
         return value
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) is not bool:
+            raise self.refuse(key, "true or false")
+        return value
+
     def real(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key)
         value = default if value is None else value
@@ -112,7 +119,7 @@ def _translate(c: _Reader) -> HFConfig:
         "rope.dimension_count": head_dim,
         "interleave_moe_layer_step": step,
         "expert_feed_forward_length": expert,
-        "use_qk_norm": bool(c.values.get("use_qk_norm", True)),
+        "use_qk_norm": c.flag("use_qk_norm", True),
     }
     notices: list[str] = []
     metadata |= _attention(c, n_layers, notices)
@@ -128,7 +135,7 @@ def _translate(c: _Reader) -> HFConfig:
         "expert": expert,
         "two expert": 2 * expert,
     }
-    tied = bool(c.values.get("tie_word_embeddings", False))
+    tied = c.flag("tie_word_embeddings", False)
     return HFConfig(
         n_layers, n_experts, step, tied, sizes, {f"llama4.{k}": v for k, v in metadata.items()}, freqs, c.values, notices
     )

@@ -21,6 +21,7 @@ from quantize.writer import ALIGNMENT, header, write_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 _MAX_NAME, _LEAST_ENTRY = 1 << 12, 4 + 1 + 4 + 4 + 4  # bytes in a .dat: a name of one letter, one value
+MOST = 1e30  # mean square of an input; what is larger leaves float32 when it is put in relation to others
 _HINT = "make it again with llamacli imatrix"
 
 
@@ -62,11 +63,13 @@ class Imatrix(NamedTuple):
         sums = entry.sums.reshape(n_matrices, n_cols)
         counts = np.broadcast_to(entry.counts, n_matrices)
         seen = counts > 0
-        means = np.ones((n_matrices, n_cols), np.float32)
-        means[seen] = sums[seen] / counts[seen, None]
+        means = np.ones((n_matrices, n_cols))
+        means[seen] = sums[seen].astype(np.float64) / counts[seen, None]
         if seen.any():
             means[~seen] = means[seen].mean(0)
-        return means
+        if means.max() > MOST:
+            raise ModelFileError(f"{self.path}: expected mean squares up to {MOST:g} for {name!r:.80}, found larger; {_HINT}")
+        return means.astype(np.float32)
 
     @property
     def unseen(self) -> dict[str, list[int]]:

@@ -1,10 +1,10 @@
 """Write large files that survive being killed: complete under their names or not there at all, and taken up where they stopped.
 
 In: the files' heads and tensors, and a function that makes a tensor's bytes. Out: the files. Each grows as NAME.part; beside
-the first, NAME.part.log says which job this is and, for every finished tensor, its checksum and a note of the maker's. The same
-job started again checks the finished tensors against their checksums and goes on behind the last good one; another job begins
-anew. Killed or interrupted, parts and log stay; after any error nothing does. What cannot be written is an OutputError. Knows
-nothing of types or weights.
+the first, NAME.part.log says that it is one of ours, which job this is and, for every finished tensor, its checksum and a note
+of the maker's. The same job started again checks the finished tensors against their checksums and goes on behind the last good
+one; another job begins anew; what others left under these names stays. Killed or interrupted, parts and log stay; after any
+error nothing does. What cannot be written is an OutputError. Knows nothing of types or weights.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from llamacli.errors import OutputError
 from quantize.writer import ALIGNMENT, sync_folder
 
 PIECE = 1 << 23  # bytes read at a time to check what was written before
+MAGIC = b"llamacli conversion "  # a log's first bytes, before the job
 SYNC = 1 << 32  # bytes at most that a power cut may take from what the log calls finished
 
 
@@ -59,15 +60,16 @@ def left_over(files: Sequence[File], job: str) -> list[Path]:
     """What an earlier attempt left and this one goes on with or replaces: parts, and files that it had named already."""
     parts = [part for file in files if (part := part_of(file.path)).is_file()]
     try:
-        return parts + _named(files, _read(_log_of(files).read_bytes(), job))
+        return parts + _named(files, _read(log_of(files).read_bytes(), job)) if log_of(files).is_file() else parts
     except OSError:
         return parts
 
 
 def write_files(files: Sequence[File], job: str, maker: Maker, force: bool) -> None:
     """Write all files, or go on with them if `job` (one line) is what the log says; then give them their names."""
-    log = _log_of(files)
+    log = log_of(files)
     try:
+        _check_ours(files, log, force)
         with _locked(log, files[0].path) as journal:
             try:
                 _write(files, job, journal, maker, force)
@@ -82,7 +84,32 @@ def write_files(files: Sequence[File], job: str, maker: Maker, force: bool) -> N
         raise OutputError(f"{files[0].path}: expected to write it, found: {reason}; nothing was kept") from None
 
 
-def _log_of(files: Sequence[File]) -> Path:
+def _check_ours(files: Sequence[File], log: Path, force: bool) -> None:
+    """OutputError where the name of the log or of a part is another's: a file only without `force`, a link or a pipe always."""
+    parts = [part_of(file.path) for file in files]
+    for path in (log, *parts):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise OutputError(f"{path}: expected to write this file, found a link, a pipe or a folder; move it away")
+    if force:
+        return
+    head = _head(log)
+    if head not in (b"", MAGIC):
+        raise OutputError(f"{log}: expected the log of a conversion, found another file; move it away or add --force")
+    found = next((part for part in parts if part.exists()), None)
+    if found and not head:
+        raise OutputError(f"{found}: expected no such file, found one without its log; move it away or add --force")
+
+
+def _head(log: Path) -> bytes:
+    """Its first bytes; none where it is empty or not there."""
+    if not log.exists():
+        return b""
+    with log.open("rb") as file:
+        return file.read(len(MAGIC))
+
+
+def log_of(files: Sequence[File]) -> Path:
+    """Where it is written down how far they are."""
     part = part_of(files[0].path)
     return part.with_name(part.name + ".log")
 
@@ -91,7 +118,7 @@ def _log_of(files: Sequence[File]) -> Path:
 def _locked(log: Path, path: Path) -> Iterator[BinaryIO]:
     """The log, open. The system lets go of its lock when its holder ends, however that happens."""
     busy = OutputError(f"{path}: expected to write it alone, found another llamacli writing it; wait for that one")
-    with log.open("a+b") as journal:
+    with os.fdopen(os.open(log, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666), "a+b") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -106,11 +133,12 @@ def _locked(log: Path, path: Path) -> Iterator[BinaryIO]:
 def _write(files: Sequence[File], job: str, journal: BinaryIO, maker: Maker, force: bool) -> None:
     journal.seek(0)
     log = _read(journal.read(), job)
-    journal.truncate(log.nbytes)
-    if not log.nbytes:
+    if not log.nbytes:  # as long as a part is there, a log says whose it is
         for file in files:
             part_of(file.path).unlink(missing_ok=True)
-        journal.write(job.encode() + b"\n")
+    journal.truncate(log.nbytes)
+    if not log.nbytes:
+        journal.write(MAGIC + job.encode() + b"\n")
         journal.flush()
     for path in _named(files, log):
         path.replace(part_of(path))  # so that it is checked as every part is
@@ -130,7 +158,7 @@ def _read(raw: bytes, job: str) -> _Log:
     """What the log says of this job, up to the first line that is cut short or damaged; of another job nothing."""
     first, *lines = raw.split(b"\n")
     log = _Log(0, {}, [])
-    if first != job.encode() or not lines:
+    if first != MAGIC + job.encode() or not lines:
         return log
     log = log._replace(nbytes=len(first) + 1)
     for line in lines[:-1]:
@@ -167,7 +195,7 @@ def _identity(path: Path) -> list[int] | None:
 
 def _grow(file: File, journal: BinaryIO, finished: dict[str, tuple[int, str]], maker: Maker) -> None:
     """Make the part whole, keeping the sound tensors that it begins with."""
-    with os.fdopen(os.open(part_of(file.path), os.O_RDWR | os.O_CREAT, 0o666), "r+b") as out:
+    with os.fdopen(os.open(part_of(file.path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as out:
         left = deque(file.tensors)
         if out.read(len(file.head)) == file.head:
             while left and (known := finished.get(left[0][0])) and _sound(out, left[0][1], known[0]):

@@ -166,13 +166,14 @@ def choose_types(
     a norm or a router stays F32 whatever they say. UsageError: an expression or a type that is none.
     """
     patterns = [(_compiled(pattern), _type_named(kind, pattern)) for pattern, kind in overrides]
-    model, matched, wanted = _model(shapes, imatrix), set(), {}
+    model, matched, decided, wanted = _model(shapes, imatrix), set(), set(), {}
     for name, shape in shapes.items():
         if stays_full(name, shape):
             wanted[name] = "F32"
-        elif override := next((found for found in patterns if found[0].search(name)), None):
-            matched.add(override[0])
-            wanted[name] = override[1]
+        elif hits := [i for i, (pattern, _) in enumerate(patterns) if pattern.search(name)]:
+            matched.update(hits)
+            decided.add(hits[0])
+            wanted[name] = patterns[hits[0]][1]
         else:
             # The one matrix of tied ends is what an output would be.
             role = "output.weight" if name == "token_embd.weight" and "output.weight" not in shapes else name
@@ -180,7 +181,12 @@ def choose_types(
             rules = (kind for part, holds, kind in recipe.rules if re.search(part, role) and holds(place))
             wanted[name] = next(rules, recipe.base)
     types = {name: _fitting(BY_NAME[wanted[name]], shape[-1]) for name, shape in shapes.items()}
-    notices = [f"--tensor-type: nothing to be quantized matches {p.pattern!r}" for p, _ in patterns if p not in matched]
+    notices = []
+    for i, (pattern, kind) in enumerate(patterns):
+        if i not in matched:
+            notices.append(f"--tensor-type: nothing to be quantized matches {pattern.pattern!r}")
+        elif i not in decided:
+            notices.append(f"--tensor-type: all that {pattern.pattern!r} matches was given a type by one before it, not {kind}")
     if recipe.name in NEED_IMATRIX and not imatrix:
         notices.append(f"{recipe.name} without an importance matrix loses a lot; llama-quantize refuses it: use --imatrix")
     return types, notices + _fallbacks(wanted, types)

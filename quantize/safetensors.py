@@ -42,24 +42,38 @@ class Stored(NamedTuple):
 
 def open_checkpoint(folder: Path) -> dict[str, Stored]:
     """Map every shard; CheckpointError when one is missing, cut short or holds what cannot be read."""
+    shards = {path.name: _open_shard(path) for path in shard_paths(folder)}
     if (folder / SINGLE).exists():
-        return _open_shard(folder / SINGLE)
+        return shards[SINGLE]
+    weight_map = _weight_map(folder)
+    for name, file in weight_map.items():
+        if name not in shards[file]:
+            raise CheckpointError(f"{folder / file}: expected tensor {name} in this shard, found none; download it again")
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The files that hold the tensors, all of them there; else a CheckpointError."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    paths = [folder / file for file in sorted(set(_weight_map(folder).values()))]
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(f"{path}: expected this shard of the checkpoint, found none; finish the download")
+    return paths
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index: from a tensor's name to that of a file in the folder."""
     if not (folder / INDEX).exists():
         raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither; name a folder with safetensors")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: expected a weight_map from tensor to file, found none; download it again")
-    shards = {}
-    for file in sorted(set(weight_map.values())):
+    for file in weight_map.values():
         if not file or Path(file).name != file:
             raise CheckpointError(f"{folder / INDEX}: expected plain file names, found {file!r}; the index is damaged")
-        if not (folder / file).exists():
-            raise CheckpointError(f"{folder / file}: expected this shard of the checkpoint, found none; finish the download")
-        shards[file] = _open_shard(folder / file)
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise CheckpointError(f"{folder / file}: expected tensor {name} in this shard, found none; download it again")
-    return {name: shards[file][name] for name, file in weight_map.items()}
+    return weight_map
 
 
 def _open_shard(path: Path) -> dict[str, Stored]:

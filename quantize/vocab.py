@@ -24,9 +24,11 @@ PATTERN = (
 
 def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, object], list[str]]:
     """Every tokenizer field; CheckpointError when the tokenizer is no byte-level BPE or does not fit the vocabulary."""
-    path = folder / "tokenizer.json"
-    ranked = folder / "tokenizer.model"
-    tokenizer = _from_ranks(ranked, n_vocab) if ranked.exists() and not path.exists() else read_json(path)
+    path, ranked = folder / "tokenizer.json", folder / "tokenizer.model"
+    if ranked.exists() and not path.exists():
+        path, tokenizer = ranked, _from_ranks(ranked, n_vocab)
+    else:
+        tokenizer = read_json(path)
     settings, generation = optional_json(folder / "tokenizer_config.json"), optional_json(folder / "generation_config.json")
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
@@ -62,10 +64,14 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         fields["tokenizer.chat_template"] = template
     else:
         notices.append("no chat template in the checkpoint: Llama 4's own will be used")
-    for key, field in (("temperature", "temp"), ("top_p", "top_p"), ("top_k", "top_k")):
+    for key, (field, kind, most) in SAMPLING.items():
         value = generation.get(key)
-        if type(value) in (int, float) and generation.get("do_sample", True):
-            fields[f"general.sampling.{field}"] = int(value) if key == "top_k" else float(value)
+        if value is None or not generation.get("do_sample", True):
+            continue
+        if type(value) in (int, float) and 0 <= value <= most:  # NaN is not
+            fields[f"general.sampling.{field}"] = kind(value)
+        else:
+            notices.append(f"generation_config.json: {key} {str(value)[:20]} left out, which is no number from 0 to {most}")
     return fields, notices
 
 
@@ -73,6 +79,8 @@ def _reserved(name: str, first: int, stop: int) -> list[str]:
     return [f"{name}reserved_special_token_{i}" for i in range(first, stop)]
 
 
+# What this engine takes: field, its type, the most it may be.
+SAMPLING = {"temperature": ("temp", float, 5), "top_p": ("top_p", float, 1), "top_k": ("top_k", int, 1 << 20)}
 SPECIALS = [  # in the order of their ids, from the first one after the ranks
     *("begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"),
     *("header_start", "header_end", "eom", "eot", "step", *_reserved("text_post_train_", 0, 6)),

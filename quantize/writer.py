@@ -74,6 +74,8 @@ def check_output(path: Path, nbytes: int, force: bool) -> None:
     """OutputError unless a file of `nbytes` can be made at `path`."""
     if path.is_dir():
         raise OutputError(f"{path}: expected the name of a file to write, found a folder; add a file name")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: expected the name of a file to write, found a device or a pipe; choose another name")
     if path.exists() and not force:
         raise OutputError(f"{path}: expected no such file, found one; choose another name or add --force")
     if not path.parent.is_dir():

@@ -77,6 +77,9 @@ class FakeCache:
 class FakeEngine:
     threads, bytes_per_token, products_per_token = 1, 1000, 2000
 
+    def take_traffic(self):
+        return None
+
     def __init__(self, chunk=8, delay=0.0):
         self.chunk, self.delay = chunk, delay
         self.calls = []  # (position, ids) of every call
@@ -178,6 +181,6 @@ if __name__ == "__main__":
     from llamacli.cli import main, options
 
     reply, delay = sys.argv[1], float(sys.argv[2])
-    options.load_model = lambda path, threads, ctx, console: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
+    options.load_model = lambda path, threads, ctx, console, **more: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
     options.find_model = lambda name, console: name
     sys.exit(main(sys.argv[3:]))

@@ -52,7 +52,7 @@ def model(monkeypatch):
     """Commands in this process answer from a miniature model that a test may look into; stdin is empty."""
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
-    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console: made)
+    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console, **more: made)
     monkeypatch.setattr(run, "stdin_is_piped", lambda: False)
     return made
 
@@ -574,6 +574,7 @@ def folder(tmp_path_factory):
     """A checkpoint whose rows fit every type."""
     path = tmp_path_factory.mktemp("checkpoints") / "small-llama"
     checkpoint.write(path, hidden_size=256, intermediate_size=256, intermediate_size_mlp=256, num_attention_heads=8)
+    (path / "README.md").write_text("---\nlicense: mit\n---\n")  # without a licence there would be a warning
     return path
 
 
@@ -614,6 +615,7 @@ def test_quantize_dry_run_as_json_is_one_object_with_the_same(folder, capfd):
         "weights": 3 << 16,
         "nbytes": 3 * 256 * 144,
         "rmse": None,
+        "energy": None,
     }
     for parts in (report["by_type"], report["groups"]):
         assert sum(part["nbytes"] for part in parts) == sum(t["nbytes"] for t in tensors.values())
@@ -668,9 +670,37 @@ def test_sizes_that_are_none(text):
         options.byte_count(text, "--split-max-size")
 
 
-def test_quantize_is_quiet_in_a_pipe(folder, tmp_path, capfd):
-    assert main(["quantize", str(folder), str(tmp_path / "out.gguf"), "--type", "Q8_0"]) == 0
-    assert capfd.readouterr() == ("", "")
+def test_quantize_tells_in_a_pipe_no_more_than_warnings_and_the_table(folder, tmp_path, capfd):
+    command = ["quantize", str(folder), str(tmp_path / "out.gguf"), "--force"]
+    assert main([*command, "--type", "Q8_0"]) == 0
+    out, err = capfd.readouterr()
+    assert (out, "\x1b" in err, "%," in err) == ("", False, False)
+    first, *table, last = err.splitlines()
+    assert first.split() == ["tensors", "type", "size", "bits", "error"]
+    assert last.startswith("wrote ")
+    assert [line[2:].split("  ")[0] for line in table] == [*(g for g in quantize.GROUPS if g != "dense FFN"), "all"]
+    assert main([*command, "--type", "Q8_0", "--tensor-type", "attn_x=F16"]) == 0
+    assert capfd.readouterr().err.startswith("llamacli: --tensor-type: nothing to be quantized matches 'attn_x'\n  tensors ")
+
+
+def test_quantize_as_json_in_a_pipe_tells_warnings_alone_beside_it(folder, tmp_path, capfd):
+    command = ["quantize", str(folder), str(tmp_path / "out.gguf"), "--type", "Q8_0", "--tensor-type", "attn_x=F16", "--json"]
+    assert main(command) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out, parse_constant=lambda name: pytest.fail(name))
+    assert err == f"llamacli: {report['notices'][0]}\n"
+    energies = [t["energy"] for t in report["tensors"]]
+    assert all(energy > 0 for energy in energies)
+    assert sum(group["weights"] for group in report["groups"]) == report["n_weights"]
+
+
+def test_quantize_of_a_gguf_has_an_error_for_every_group_and_for_all(folder, tmp_path, capfd):
+    assert main(["quantize", str(folder), str(tmp_path / "f16.gguf"), "--type", "F16"]) == 0
+    capfd.readouterr()
+    assert main(["quantize", str(tmp_path / "f16.gguf"), str(tmp_path / "q.gguf"), "--type", "Q4_0"]) == 0
+    *groups, everything, _ = capfd.readouterr().err.splitlines()[1:]
+    assert all(re.search(r"(\d %|exact)$", line) for line in groups)
+    assert re.search(r"all .* \d+(\.\d+)? %$", everything)
 
 
 def test_quantize_verbose_tells_plain_lines_and_a_table_by_groups(folder, tmp_path, capfd):
@@ -741,16 +771,24 @@ def test_every_tensor_counts_in_one_group():
         assert quantize.group_of(name) == group
 
 
-def test_the_error_of_a_group_is_the_root_of_the_weighted_mean_square():
+def test_the_error_of_a_group_is_that_of_all_its_weights_in_one():
+    def tensor(name, kind, weights, nbytes, x, off):
+        wrong, whole = (sum(v * v for v in values) for values in (off, x))
+        rmse = (wrong / whole) ** 0.5 if whole else None
+        return {"name": name, "type": kind, "weights": weights, "nbytes": nbytes, "rmse": rmse, "energy": whole}
+
     tensors = [
-        {"name": "a", "type": "Q4_K", "weights": 300, "nbytes": 1, "rmse": 0.1},
-        {"name": "a", "type": "Q6_K", "weights": 100, "nbytes": 2, "rmse": 0.3},
-        {"name": "b", "type": "Q6_K", "weights": 100, "nbytes": 2, "rmse": None},
+        tensor("a", "Q4_K", 300, 1, [3.0, 4.0], [0.1, 0.2]),
+        tensor("a", "Q6_K", 100, 2, [300.0], [0.5]),  # few weights, and nearly all of the energy
+        tensor("a", "Q6_K", 7, 0, [0.0], [0.0]),
+        tensor("b", "Q6_K", 100, 2, [0.0], [0.0]),
+        tensor("c", "Q6_K", 100, 2, [1.0], [0.5]) | {"rmse": None, "energy": None},
     ]
-    a, b = quantize.summary(tensors, lambda t: t["name"])
-    assert a["rmse"] == pytest.approx(((300 * 0.01 + 100 * 0.09) / 400) ** 0.5)
-    assert (a["types"], a["count"], a["weights"], a["nbytes"]) == (["Q4_K", "Q6_K"], 2, 400, 3)
+    a, b, c = quantize.summary(tensors, lambda t: t["name"])
+    assert a["rmse"] == pytest.approx(((0.01 + 0.04 + 0.25) / (9 + 16 + 90000)) ** 0.5)
+    assert (a["types"], a["count"], a["weights"], a["nbytes"]) == (["Q4_K", "Q6_K"], 3, 407, 3)
     assert b["rmse"] is None
+    assert c["rmse"] is None
 
 
 # chat

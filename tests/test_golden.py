@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import LlamacliError, ModelFileError, OutputError, UsageError
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
 from quantize.imatrix import Imatrix, checked, collected, read_imatrix, write_imatrix
 
 GATE = "blk.0.ffn_gate_exps.weight"

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import fcntl
+import json
+import os
 import random
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from llamacli import Model
 from llamacli.errors import OutputError
 from llamacli.gguf import open_gguf
 from quantize.convert import convert
-from quantize.journal import File, Maker, write_files
+from quantize.journal import MAGIC, File, Maker, write_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOWLY = """
@@ -131,12 +133,53 @@ def opened(data, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"no log", b"\n\n\n", b"\xff\t\t\n", b"\0" * 100])
-def test_a_log_that_makes_no_sense_begins_anew(folder, whole, tmp_path, damage):
-    out = tmp_path / "out.gguf"
+def test_a_log_that_makes_no_sense_is_not_taken_for_ours_and_with_force_begins_anew(folder, whole, tmp_path, damage):
+    out, part, log = tmp_path / "out.gguf", tmp_path / "out.gguf.part", tmp_path / "out.gguf.part.log"
     interrupted(folder, out)
-    (tmp_path / "out.gguf.part.log").write_bytes(damage)
-    assert convert(folder, out, "Q8_0")["resumed_bytes"] == 0
+    log.write_bytes(damage)
+    before = part.read_bytes()
+    with pytest.raises(OutputError, match=r"out\.gguf\.part.*move it away or add --force"):
+        convert(folder, out, "Q8_0")
+    assert (part.read_bytes(), log.read_bytes()) == (before, damage)
+    assert convert(folder, out, "Q8_0", force=True)["resumed_bytes"] == 0
     assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("taken", [["out.gguf.part"], ["out.gguf.part.log"], ["out.gguf.part", "out.gguf.part.log"]])
+def test_files_of_others_with_the_names_of_part_and_log_stay_unless_forced(folder, whole, tmp_path, taken):
+    out = tmp_path / "out.gguf"
+    for name in taken:
+        (tmp_path / name).write_text("precious")
+    with pytest.raises(OutputError, match=r"out\.gguf\.part.*move it away or add --force"):
+        convert(folder, out, "Q8_0")
+    assert {name: (tmp_path / name).read_text() for name in names(tmp_path)} == dict.fromkeys(taken, "precious")
+    convert(folder, out, "Q8_0", force=True)
+    assert out.read_bytes() == whole
+    assert names(tmp_path) == {"out.gguf"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("name", ["out.gguf.part", "out.gguf.part.log"])
+def test_no_link_and_no_pipe_is_written_through_under_their_names(folder, tmp_path, name, force):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for make in (lambda path: path.symlink_to("precious"), os.mkfifo, os.mkdir):
+        make(tmp_path / name)
+        with pytest.raises(OutputError, match=f"{name}: .*move it away"):
+            convert(folder, tmp_path / "out.gguf", "Q8_0", force=force)
+        assert precious.read_text() == "precious"
+        assert names(tmp_path) == {"precious", name}
+        (tmp_path / name).rmdir() if (tmp_path / name).is_dir() else (tmp_path / name).unlink()
+
+
+def test_a_part_that_became_a_link_is_not_followed(folder, tmp_path):
+    interrupted(folder, tmp_path / "out.gguf")
+    part = (tmp_path / "out.gguf.part").rename(tmp_path / "elsewhere")
+    before = part.read_bytes()
+    (tmp_path / "out.gguf.part").symlink_to("elsewhere")
+    with pytest.raises(OutputError, match="found a link"):
+        convert(folder, tmp_path / "out.gguf", "Q8_0")
+    assert part.read_bytes() == before
 
 
 def test_a_log_is_believed_up_to_its_first_damaged_line(folder, whole, tmp_path):
@@ -177,6 +220,56 @@ def test_a_source_without_a_usual_name_is_noticed_when_it_changes(folder, tmp_pa
     data[-33] ^= 1
     source.write_bytes(data)
     assert convert(source, out, "Q8_0")["resumed_bytes"] == 0
+
+
+def test_files_beside_the_source_that_are_not_read_change_nothing(tmp_path):
+    source = tmp_path / "hf"
+    checkpoint.write(source)
+    (source / "nohup.out").write_text("a")
+    interrupted(source, source / "out.bin")
+    (source / "nohup.out").write_text("ab")
+    assert convert(source, source / "out.bin", "Q8_0")["resumed_bytes"] > 0
+    convert(source, source / "out.bin", "F16", force=True)  # an output, whatever its name, is no source
+    (source / "nohup.out").write_text("abc")
+    convert(source, source / "nohup.out", "F16", force=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "chat_template.jinja"],
+)
+def test_every_file_that_is_read_counts_as_source(tmp_path, name):
+    source = tmp_path / "hf"
+    checkpoint.write(source)
+    for text in ("README.md", "chat_template.jinja"):
+        (source / text).write_text("x")
+    with pytest.raises(OutputError, match="source itself"):
+        convert(source, source / name, "Q8_0", force=True)
+    interrupted(source, tmp_path / "out.gguf")
+    (source / name).write_text((source / name).read_text() + "\n")
+    assert convert(source, tmp_path / "out.gguf", "Q8_0")["resumed_bytes"] == 0
+
+
+@pytest.mark.parametrize("odd", ["w.gguf", "w.part", "w.log", "w"])
+def test_a_shard_counts_as_source_whatever_its_name(tmp_path, odd):
+    source = tmp_path / "hf"
+    weights = checkpoint.write(source)
+    (source / "model.safetensors").rename(source / odd)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(weights, odd)}))
+    before = (source / odd).read_bytes()
+    with pytest.raises(OutputError, match="source itself"):
+        convert(source, source / odd, "Q8_0", force=True)
+    assert (source / odd).read_bytes() == before
+    interrupted(source, tmp_path / "out.gguf")
+    (source / odd).touch()
+    assert convert(source, tmp_path / "out.gguf", "Q8_0")["resumed_bytes"] == 0
+
+
+def test_neither_part_of_a_split_source_is_written_over(folder, whole, tmp_path):
+    files = convert(folder, tmp_path / "src.gguf", "Q8_0", split_max_size=len(whole) // 2)["files"]
+    for file in files:
+        with pytest.raises(OutputError, match="source itself"):
+            convert(files[0], file, "Q8_0", force=True)
 
 
 def test_an_output_among_the_sources_files_is_taken_up_too(tmp_path):
@@ -274,6 +367,16 @@ def test_a_split_model_stopped_in_its_second_file_is_taken_up(folder, whole, tmp
         assert Path(ours).read_bytes() == Path(theirs).read_bytes()
 
 
+def test_parts_of_another_split_are_named_not_taken_up_and_not_removed(folder, whole, tmp_path):
+    interrupted(folder, tmp_path / "out.gguf", split_max_size=len(whole) // 3)
+    (tmp_path / "other-00001-of-00002.gguf.part").write_text("another's")
+    left = names(tmp_path)
+    report = convert(folder, tmp_path / "out.gguf", "Q8_0")
+    (notice,) = (notice for notice in report["notices"] if "another number of files" in notice)
+    assert set(notice.partition(": ")[2].split(", ")) == left - {"other-00001-of-00002.gguf.part"}
+    assert names(tmp_path) == left | {"out.gguf"}
+
+
 def test_a_folders_name_is_none_for_a_split_model(folder, tmp_path):
     with pytest.raises(OutputError, match="found a folder"):
         convert(folder, tmp_path, "Q8_0", split_max_size=1000)
@@ -335,7 +438,7 @@ def job(folder, seed):
     return files, data, expected
 
 
-def attempt(files, data, made=None, skipped=None, chunks=None):
+def attempt(files, data, made=None, skipped=None, chunks=None, force=False):
     """Write in chunks of 50 bytes, stop after `chunks` of them."""
 
     def make(name):
@@ -352,7 +455,7 @@ def attempt(files, data, made=None, skipped=None, chunks=None):
         if skipped is not None:
             skipped.append(name)
 
-    write_files(files, "job", Maker(make, lambda name: f"note of {name}", skip), force=False)
+    write_files(files, "job", Maker(make, lambda name: f"note of {name}", skip), force)
 
 
 @settings(max_examples=150, deadline=None)
@@ -374,8 +477,14 @@ def test_whatever_is_damaged_where_the_files_come_out_right(seed, chunks, damage
                 raw[int(place * len(raw))] ^= 4
             victims[-1].write_bytes(raw)
         if not files[0].path.exists():
-            made, skipped = [], []
-            attempt(files, data, made, skipped)
+            made, skipped, log = [], [], folder / "0.gguf.part.log"
+            ours = not log.exists() or log.read_bytes().startswith(MAGIC)
+            if not ours:  # as far as can be told
+                before = names(folder)
+                with pytest.raises(OutputError, match="--force"):
+                    attempt(files, data)
+                assert names(folder) == before
+            attempt(files, data, made, skipped, force=not ours)
             assert sorted(made + skipped) == sorted(data)
         assert [file.path.read_bytes() for file in files] == expected
         assert names(folder) == {"0.gguf", "1.gguf"}

@@ -1,8 +1,12 @@
-"""Every leaf, in every variant this CPU can run, against gguf-py's dequantization and NumPy."""
+"""Every leaf, in every variant this CPU can run, against gguf-py's dequantization and NumPy; with `-m arm` ARM's, emulated."""
 
+import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Barrier
 
+import arm
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -14,11 +18,19 @@ from llamacli.kernels import dots, jit, matmul, vectors, words
 from llamacli.kernels.jit import TARGET, assembly, host_targets, load, targets
 from llamacli.kernels.pool import Pool, Program
 
-TARGETS = {t.name: t for t in host_targets()}
+EMULATED = [pytest.mark.arm, pytest.mark.skipif(bool(arm.missing()), reason=f"needs {arm.missing()}")]
+VARIANTS = [pytest.param(target, id=target.name) for target in host_targets()]
+VARIANTS += [pytest.param(target, id=name, marks=EMULATED) for name, target in arm.TARGETS.items()]
 HEAD_DIM = 64
 
 
+def leaves(name, build, symbols, target):
+    return (arm.load if target.name in arm.TARGETS else load)(name, build, symbols, target)
+
+
 def run(address, *args):
+    if isinstance(address, arm.Leaf):
+        return address(*args)
     words.run(address, *(a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in args))
 
 
@@ -43,7 +55,7 @@ def activations(x, target):
     padded = np.zeros((n, supers * 256), np.float32)
     padded[:, :n_cols] = x
     codes = np.zeros((n, supers, dots.ACT_BYTES), np.int8)
-    quantize_leaf = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
+    quantize_leaf = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
     for t in range(n):
         run(quantize_leaf, padded[t], supers, codes[t])
     d = codes[..., dots.D : dots.D + 32].copy().view(np.float32)
@@ -51,7 +63,7 @@ def activations(x, target):
     return codes, (q * d[..., None]).reshape(n, -1)[:, :n_cols]
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("target", VARIANTS)
 class TestVariants:
     def test_activations_keep_seven_bits_and_their_sums(self, target):
         x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
@@ -71,20 +83,20 @@ class TestVariants:
         raw, meant = random_rows(name, n_rows, n_cols, rng)
         codes, x = activations(rng.standard_normal((n, n_cols)).astype(np.float32), target)
         want = x @ meant.T
-        f = load(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
         got = np.full((n, n_rows), 7, np.float32)
         run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
         size = 3 * dots.panel_bytes(name, target.lanes)
         panels = np.zeros((target.tile_vectors, size), np.uint8)
         got[:] = np.nan
-        xs = np.array([row.ctypes.data for row in codes])
-        outs = np.array([row.ctypes.data for row in got])
+        xs = arm.pointers(codes)
+        outs = arm.pointers(got)
         packed = np.zeros(3 * dots.packed_bytes(name, target.tile), np.uint8)
         run(f["pack"], xs, 3, packed)
         for r in range(0, n_rows - 1, step):
             for v, panel in enumerate(panels):
-                run(f["prepare"], raw.ctypes.data + (r + v * target.lanes) * raw.shape[1], raw.shape[1], 3, panel)
+                run(f["prepare"], raw[r + v * target.lanes :], raw.shape[1], 3, panel)
             run(f["tile"], panels, 3, packed, outs, 4 * r, 0)
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
@@ -94,7 +106,7 @@ class TestVariants:
         rng = np.random.default_rng(2)
         raw, meant = random_rows(name, 5, 352, rng)
         codes, x = activations(rng.standard_normal((1, 352)).astype(np.float32), target)
-        f = load(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
         got = np.zeros(5, np.float32)
         run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0)
         np.testing.assert_allclose(got, (x @ meant.T)[0], atol=2e-5 * np.abs(x @ meant.T).max())
@@ -104,9 +116,9 @@ class TestVariants:
         rng = np.random.default_rng(3)
         raw, meant = random_rows(name, 7, 203, rng)
         x = rng.standard_normal((4, 203)).astype(np.float32)
-        f = load(name, lambda t: dots.floats(name, t), dots.FLOAT_SYMBOLS, target)
+        f = leaves(name, lambda t: dots.floats(name, t), dots.FLOAT_SYMBOLS, target)
         got = np.zeros((4, 7), np.float32)
-        xs, outs = (np.array([row.ctypes.data for row in m]) for m in (x, got))
+        xs, outs = (arm.pointers(m) for m in (x, got))
         run(f["tile"], raw, raw.shape[1], 7, 203, xs, outs, 0, 0)
         np.testing.assert_allclose(got, x @ meant.T, atol=1e-4)
         run(f["matvec"], raw, raw.shape[1], 7, 203, x, got, 1)
@@ -116,14 +128,14 @@ class TestVariants:
     def test_a_row_dequantized(self, name, target):
         raw, meant = random_rows(name, 1, 512, np.random.default_rng(4))
         build, symbols = (dots.floats, dots.FLOAT_SYMBOLS) if name in dots.FLOATS else (dots.quantized, dots.SYMBOLS)
-        f = load(name, lambda t: build(name, t), symbols, target)
+        f = leaves(name, lambda t: build(name, t), symbols, target)
         got = np.zeros(512, np.float32)
         run(f["dequantize"], raw, 512, got)
         np.testing.assert_allclose(got, meant[0], rtol=1e-5, atol=1e-6 * np.abs(meant).max())
 
     def test_float_vectors(self, target):
         rng = np.random.default_rng(5)
-        f = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        f = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
         gate, up, factor = (rng.standard_normal(n).astype(np.float32) * 20 for n in (256, 256, 1))
         gate[0], gate[1] = 3000, -3000
         factor[0] = 0.7
@@ -139,9 +151,38 @@ class TestVariants:
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(half, x.astype(np.float16))
 
+    @pytest.mark.parametrize("n_keys", [1, 7, 32, 37, 100])
+    def test_a_product_with_keys_set_aside_is_the_product(self, target, n_keys):
+        f, rng = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
+        span, rows = vectors.span(HEAD_DIM, target), 2 * target.tile
+        keys = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
+        queries = rng.standard_normal((rows, HEAD_DIM)).astype(np.float32)
+        aside = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
+        run(f["keys_aside"], keys, n_keys, aside)
+        out = np.full((rows, aside.shape[0] * span), np.nan, np.float32)
+        for b in range(aside.shape[0]):
+            run(
+                f["product"], queries, 4 * HEAD_DIM, rows, aside[b], 4 * span, HEAD_DIM, out[:, b * span :], 4 * out.shape[1], 0
+            )
+        np.testing.assert_allclose(out[:, :n_keys], queries @ keys.astype(np.float32).T, atol=1e-4)
+
+    def test_a_product_adds_to_what_stands_times_its_factor(self, target):
+        f, rng = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
+        span, rows, n_keys = vectors.span(HEAD_DIM, target), 2 * target.tile, 21
+        half = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
+        values, p = np.empty((n_keys, HEAD_DIM), np.float32), rng.random((rows, n_keys)).astype(np.float32)
+        run(f["widen"], half, half.size, values)
+        np.testing.assert_array_equal(values, half.astype(np.float32))
+        out, state = (rng.standard_normal((rows, n)).astype(np.float32) for n in (HEAD_DIM, 3))
+        want = state[:, 2:] * out + p @ values
+        for c in range(0, HEAD_DIM, span):
+            args = p, 4 * n_keys, rows, values[:, c:], 4 * HEAD_DIM, n_keys, out[:, c:], 4 * HEAD_DIM, state
+            run(f["product"], *args)
+        np.testing.assert_allclose(out, want, atol=1e-4)
+
     def test_softmax_in_blocks_is_softmax(self, target):
         rng = np.random.default_rng(6)
-        f = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        f = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
         scores = (rng.standard_normal((2, 2, 64)) * 30).astype(np.float32)
         values = rng.standard_normal((2, 64, HEAD_DIM)).astype(np.float16)
         valid, scale = np.array([[64, 37], [5, 0]]), np.array([0.5], np.float32)
@@ -159,14 +200,40 @@ class TestVariants:
         np.testing.assert_allclose(out / state[:, 1:2], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("cpu", "features", "instruction"), [("apple-m1", ("dotprod",), "sdot"), ("apple-m4", ("dotprod", "i8mm"), "usdot")]
-)
-def test_apple_silicon_gets_its_dot_instruction(cpu, features, instruction):
-    best = targets("arm64-apple-macosx14.0.0", cpu, dict.fromkeys(features, True))[0]
-    text = assembly(lambda target: dots.quantized("Q4_K", target), best)
-    assert text.count(f"\t{instruction}") > 50
+DOTPROD, I8MM = ("dotprod",), ("dotprod", "i8mm")
+
+
+@cache
+def arm_products(name, cpu, features):
+    """How often each instruction that multiplies bytes stands in each leaf, for an ARM CPU."""
+    triple = "arm64-apple-macosx14.0.0" if cpu.startswith("apple") else "aarch64-unknown-linux-gnu"
+    text = assembly(lambda t: dots.quantized(name, t), targets(triple, cpu, dict.fromkeys(features, True))[0])
     assert "\tbl\t" not in text, "a leaf must not call the library"
+    parts = re.split(r"^_?([a-z]+):", text, flags=re.M)[1:]
+    return {
+        leaf: Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", code))
+        for leaf, code in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+@pytest.mark.parametrize(
+    ("cpu", "features", "row", "tile"),
+    [
+        ("apple-m1", DOTPROD, "sdot", "sdot"),
+        ("apple-m2", I8MM, "usdot", "usmmla"),
+        ("neoverse-v1", I8MM, "usdot", "usmmla"),
+    ],
+)
+def test_arm_multiplies_bytes_with_the_best_that_the_cpu_has(name, cpu, features, row, tile):
+    used = arm_products(name, cpu, features)
+    assert list(used["matvec"]) == [row]
+    assert list(used["tile"]) == [tile]
+    assert min(used["matvec"][row], used["tile"][tile]) >= 32
+
+
+def test_codes_above_127_cost_no_more_where_only_signed_bytes_are_multiplied():
+    assert arm_products("Q8_0", "apple-m1", DOTPROD)["tile"] == arm_products("Q4_K", "apple-m1", DOTPROD)["tile"]
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])

@@ -92,8 +92,8 @@ def test_macos_counts_pages_that_are_free_or_can_be_read_again(monkeypatch, tmp_
     assert memory_free(tmp_path) == 135 * 16384
 
 
-def test_the_budget_leaves_a_tenth_to_others_and_two_gigabytes_at_most(monkeypatch):
-    for free, left in ((10_000, 9_000), (100 << 30, 98 << 30)):
+def test_the_budget_leaves_a_twentieth_to_others_and_two_gigabytes_at_most(monkeypatch):
+    for free, left in ((10_000, 9_500), (100 << 30, 98 << 30)):
         monkeypatch.setattr(machine, "memory_free", lambda free=free: free)
         assert budget() == left
 

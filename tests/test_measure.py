@@ -11,11 +11,11 @@ from fakes import CONFIG, FakeEngine, FakeModel
 
 from llamacli import LlamacliError, Model, measure, peer, plot
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import OutputError, UsageError
 from llamacli.gguf import open_gguf
 from llamacli.kernels.limits import multiply_gops, read_gbps
 from llamacli.measure import Test, plan
-from llamacli.model import Engine
 from quantize.shapes import SHAPES, Shape, nbytes, write
 
 Test.__test__ = False  # no class of tests, whatever its name
@@ -125,9 +125,9 @@ def test_a_profile_names_every_step_and_its_layer(shape, n, tmp_path):
     engine = load(tmp_path, **shape)
     ids = list(range(n))
     expected = engine.forward(ids, engine.new_cache(n)).copy()
-    engine._logits[:] = 0
+    engine._steps.logits[:] = 0
     steps = engine.profile(ids, engine.new_cache(n))
-    np.testing.assert_allclose(engine._logits[0], expected, atol=1e-5)  # it has really been run
+    np.testing.assert_allclose(engine._steps.logits[0], expected, atol=1e-5)  # it has really been run
     assert all(seconds > 0 for _, _, seconds in steps)
     for i in range(engine.config.n_layers):
         names = [name for layer, name, _ in steps if layer == i]

@@ -8,13 +8,14 @@ import pytest
 import tiny
 
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import ContextFullError, ModelFileError, PromptError
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
+from llamacli.model import Steps
 
 EXACT = 1e-3  # float32 weights against float64 arithmetic; nearly all of it is the cache's float16
 ROUNDED = 2e-4  # the same against an oracle that rounds keys and values to float16 too
-SELF = 1e-5  # one pass against token by token
+SELF = 1e-4  # one pass against token by token: sums in another order, so now and then a key or value rounds the other way
 
 
 def engine(path, threads=2):
@@ -261,7 +262,7 @@ def test_an_interrupt_while_buffers_grow_leaves_the_engine_sound(tmp_path, monke
     ids = list(range(5, 15))
     want = model.forward(ids, model.new_cache(64)).copy()
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_compose", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Steps, "_compose", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             model.forward(ids * 5, model.new_cache(64))
     np.testing.assert_array_equal(model.forward(ids, model.new_cache(64)), want)

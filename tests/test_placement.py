@@ -8,10 +8,20 @@ from tiny import MAVERICK, SCOUT, tiny_gguf
 
 from llamacli import kvcache, placement
 from llamacli.config import Config
+from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError
 from llamacli.gguf import open_gguf
-from llamacli.model import Engine
-from llamacli.placement import decode_seconds, fit_ctx, place, prefill_seconds, products_per_token, weigh, working_bytes
+from llamacli.placement import (
+    allot,
+    batch_within,
+    decode_seconds,
+    fit_ctx,
+    place,
+    prefill_seconds,
+    products_per_token,
+    weigh,
+    working_bytes,
+)
 from quantize import shapes
 
 GB = 10**9
@@ -75,7 +85,7 @@ def test_slots_fill_the_memory_and_the_promise_holds(scout, memory):
     assert 1 <= p.slots <= 16
     assert p.resident <= memory * GB
     assert p.slots == 16 or p.resident + sizes.one_each > memory * GB
-    assert p.resident == p.weights + p.experts + p.kv + p.working + p.buffers
+    assert p.resident == p.weights + p.experts + p.kv + p.working + p.buffers + p.rows
     assert p.experts == p.slots * sizes.one_each
     assert p.miss == 1 - p.slots / 16
     assert p.read_per_token == pytest.approx(p.miss * 3.3974e9, rel=1e-3)
@@ -92,6 +102,13 @@ def test_keys_and_values_of_chunked_layers_stop_at_a_chunk(scout):
     config, sizes = scout
     per_layer = 2 * 8 * 128 * 2
     assert place(config, sizes, 128 * GB, 1 << 20).kv == per_layer * (36 * 8192 + 12 * (1 << 20))
+
+
+def test_tokens_bring_in_rows_of_the_embedding_all_of_it_at_most(scout):
+    config, sizes = scout
+    assert place(config, sizes, 32 * GB, 1000).rows == 1000 * (5120 * 210 // 256 + 4096)
+    assert place(config, sizes, 32 * GB, 1 << 18).rows == sizes.looked_up
+    assert place(config, sizes, 128 * GB, 8192).rows == 0  # it is resident with all else
 
 
 def test_what_does_not_fit_is_refused_with_what_is_needed_and_a_context_that_fits(scout):
@@ -124,6 +141,21 @@ def test_a_context_is_trimmed_only_where_it_must_be(scout):
     assert trimmed % 1024 == 0
 
 
+@pytest.mark.parametrize("n_experts", [1, 16])
+@pytest.mark.parametrize("memory", [1.0, 1.3, 2.0, 3.0])
+def test_the_context_that_fits_is_the_largest_that_is_accepted(scout, n_experts, memory):
+    """With 1 expert, one slot and two buffers would be more than all there are."""
+    config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=n_experts)
+    experts = [(f"blk.{i}.ffn_up_exps.weight", n_experts * 10_000_000) for i in range(4)]
+    sizes = weigh([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], n_experts)
+    fits = fit_ctx(config, sizes, int(memory * GB), 1 << 20)
+    assert fits > 0
+    assert place(config, sizes, int(memory * GB), fits).resident <= memory * GB
+    if fits < 1 << 20:
+        with pytest.raises(MemoryLimitError):
+            place(config, sizes, int(memory * GB), fits + placement.CTX_STEP)
+
+
 def test_a_model_that_uses_two_experts_needs_two_slots(scout):
     config, sizes = scout
     two = replace(config, n_experts_used=2)
@@ -132,6 +164,33 @@ def test_a_model_that_uses_two_experts_needs_two_slots(scout):
     assert place(config, sizes, memory, 8192).slots == 1
     with pytest.raises(MemoryLimitError):
         place(two, sizes, memory, 8192)
+
+
+def test_slots_may_be_wanted_where_all_would_fit(scout):
+    p = place(*scout, 128 * GB, 8192, slots=True)
+    assert (p.mode, p.slots, p.miss) == ("slots", 16, 0)
+
+
+def test_little_memory_means_small_batches_which_read_the_experts_more_often(scout):
+    config, sizes = scout
+    batches = [batch_within(config, memory, 1) for memory in (1 * GB, 4 * GB, 8 * GB, 64 * GB)]
+    assert batches == sorted(batches)
+    assert (batches[0], batches[-1]) == (64, 2048)
+    assert working_bytes(config, 1, batches[2]) <= GB / 2
+    assert place(config, sizes, 16 * GB, 8192).batch == batch_within(config, 16 * GB, 1)
+
+
+@pytest.mark.parametrize(
+    "experts, memory, slots", [("mapped", 1, 0), ("auto", 40 * GB, 0), ("slots", 40 * GB, 4), ("auto", 1, None)]
+)
+def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, slots):
+    gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf"))
+    config = Config.from_gguf(gguf)
+    if slots is None:
+        with pytest.raises(MemoryLimitError, match=r"tiny\.gguf"):
+            allot(gguf, config, 64, 1, memory, experts)
+    else:
+        assert allot(gguf, config, 64, 1, memory, experts) == (slots, 2048)
 
 
 def test_a_model_without_experts_is_mapped_or_refused():
@@ -151,11 +210,9 @@ def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
     config = Config.from_gguf(gguf)
     engine = Engine(gguf, config, 2)
     for tokens in (16, 100, 2048):
-        engine._reserve(tokens)
-        own = (engine._ids, engine._dense, engine._moe, engine._chosen, engine._scores, engine._rope, engine._logits)
-        allocated = sum(array.nbytes for array in (*own, *engine._keep, engine._scratch, engine._attn_scratch))
-        held = 1 << (tokens - 1).bit_length()
-        assert working_bytes(config, 2, held) == pytest.approx(allocated, abs=1024)
+        allocated = sum(array.nbytes for array in engine._reserve(tokens).arrays)
+        largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
+        assert working_bytes(config, 2, largest) == pytest.approx(allocated, abs=1024)
     assert products_per_token(config) == engine.products_per_token
 
 
@@ -189,13 +246,14 @@ def test_decode_is_between_the_longer_of_both_and_their_sum(p, scout):
     assert max(reading, computing) < decode_seconds(p, 3e9, 50e9) < reading + computing
 
 
-def test_a_long_prompt_reads_every_expert_once_a_short_one_those_it_touches(p):
+def test_a_long_prompt_reads_every_expert_once_a_batch_a_short_one_those_it_touches(p):
     whole = p.sizes.routed / 1e9
-    assert prefill_seconds(p, 4096, 1e9, None) == pytest.approx(whole)
+    assert prefill_seconds(p, 2048, 1e9, None) == pytest.approx(whole)
+    assert prefill_seconds(p, 3 * 2048, 1e9, None) == pytest.approx(3 * whole)  # a batch is a pass
     assert prefill_seconds(p, 1, 1e9, None) == pytest.approx(whole / 16)
 
 
 def test_a_prompt_long_enough_costs_arithmetic(p, scout):
-    seconds = prefill_seconds(p, 100_000, 1e9, 1e12)
+    seconds = prefill_seconds(p, 100_000, 1e10, 1e12)
     assert seconds == pytest.approx(2e5 * products_per_token(scout[0]) / (placement.REACHED_MULTIPLYING * 1e12))
     assert kvcache.nbytes(scout[0], 0) == 0

@@ -90,6 +90,15 @@ def test_several_memories_give_one_table_and_say_which_do_not_fit(folder, capfd)
     assert "disk 7 GB/s" in out
 
 
+def test_the_table_can_be_drawn(folder, capfd, tmp_path):
+    pytest.importorskip("matplotlib")
+    image = tmp_path / "plan.png"
+    args = ["--memory", "8G,32G,64G", "--disk", "1,7", "--bandwidth", "20,120", "--plot"]
+    run(capfd, folder(**REAL), *args, str(image))
+    assert image.read_bytes()[1:4] == b"PNG"
+    assert "plan.png" in run(capfd, folder(**REAL), *args, str(tmp_path / "plan.nonsense"), code=1).err
+
+
 def test_what_was_assumed_or_given_is_called_so(folder, capfd):
     out = run(capfd, folder(**REAL), "--memory", "32G", "--disk", "7").out
     assert "7.0 GB/s, given" in out

@@ -1,22 +1,29 @@
 """quantize: a checkpoint or a GGUF becomes a GGUF that says the same, whole or not at all."""
 
 import json
+import math
+import os
 import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import checkpoint
 import numpy as np
 import pytest
+import tiny
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf.quants import quantize as reference
 
 from llamacli.config import Config
 from llamacli.errors import CheckpointError, LlamacliError, ModelFileError, OutputError, UnsupportedModelError, UsageError
+from llamacli.ggml import BY_NAME
 from llamacli.gguf import open_gguf
 from quantize import convert as convert_module
 from quantize.convert import convert
 from quantize.hf_config import rope_divisors
+from quantize.imatrix import Imatrix, checked, write_imatrix
+from quantize.writer import header, write_file
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 GGUF_NAMES = {
@@ -149,7 +156,6 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_are_told(tmp_path):
 
 def test_tensors_larger_than_a_piece_are_put_together_rightly(tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "CHUNK", 1 << 11)
-    monkeypatch.setattr(convert_module, "RAW_CHUNK", 1000)
     gguf, _ = made(tmp_path / "hf", checkpoint.write(tmp_path / "hf"), "Q8_0")
     copy = tmp_path / "copy.gguf"
     convert(gguf.path, copy, "Q8_0")
@@ -298,6 +304,160 @@ def test_a_quantized_gguf_is_read_back_and_that_is_told(scout, tmp_path):
     assert any("quantized already" in notice for notice in report["notices"])
 
 
+@pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+def test_what_has_its_type_already_keeps_its_bytes_and_is_measured_all_the_same(scout, tmp_path, type_name):
+    source, _ = made(*scout, type_name)
+    report = convert(source.path, tmp_path / "copy.gguf", type_name)
+    copy = open_gguf(tmp_path / "copy.gguf")
+    for t in report["tensors"]:
+        np.testing.assert_array_equal(copy.tensors[t["name"]].data, source.tensors[t["name"]].data)
+        assert t["rmse"] == 0.0
+        assert t["energy"] == pytest.approx(np.square(values_of(source.tensors[t["name"]])).sum(), rel=1e-5)
+
+
+def values_of(tensor):
+    """A tensor as float64, by gguf-py."""
+    rows = tensor.data.reshape(-1, tensor.type.row_bytes(tensor.shape[-1]))
+    return dequantize(rows, GGMLQuantizationType[tensor.type.name]).astype(np.float64)
+
+
+@pytest.mark.parametrize(
+    "type_name, name, bad",
+    [
+        ("F16", "blk.0.attn_norm.weight", np.float32("nan")),  # a norm is F32 in every file
+        ("F16", "blk.1.attn_q.weight", np.float16("inf")),
+        ("BF16", "blk.1.attn_q.weight", np.uint16(0x7FC0)),
+        ("Q4_0", "blk.3.ffn_up_exps.weight", np.float16("nan")),  # a block's scale
+        ("Q8_0", "blk.3.ffn_up_exps.weight", np.float16("-inf")),
+    ],
+)
+def test_what_is_no_number_is_named_though_its_bytes_would_be_copied(scout, tmp_path, type_name, name, bad):
+    gguf, _ = made(*scout, type_name)
+    raw = bytearray(gguf.path.read_bytes())
+    at = gguf.tensors[name].offset
+    raw[at : at + bad.nbytes] = bad.tobytes()
+    (tmp_path / "bad.gguf").write_bytes(raw)
+    assert name in refusal(CheckpointError, tmp_path / "bad.gguf", tmp_path / "copy.gguf", type_name)
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.gguf"}
+
+
+def test_errors_of_weights_whose_squares_leave_float32_are_numbers_all_the_same(tmp_path):
+    with_entries(tmp_path / "hf", lambda e: e["lm_head.weight"][1].fill(checkpoint.to_bf16(np.float32([3e30]))[0]))
+    for type_name in ("BF16", "F32"):
+        report = convert(tmp_path / "hf", tmp_path / "out.gguf", type_name, force=True)
+        assert all(math.isfinite(t["rmse"]) and 0 < t["energy"] < math.inf for t in report["tensors"])
+        copied = convert(tmp_path / "out.gguf", tmp_path / "copy.gguf", type_name, force=True)
+        assert [t["energy"] for t in copied["tensors"]] == pytest.approx([t["energy"] for t in report["tensors"]], rel=1e-4)
+
+
+def rewritten(source, path, change):
+    """A GGUF with the metadata of `source`, and of its tensors what `change` leaves of {name: (type, shape, bytes)}."""
+    tensors = {name: (t.type, t.shape, t.data.tobytes()) for name, t in source.tensors.items()}
+    metadata = {key: source.metadata.typed(key) for key in source.metadata}
+    change(tensors, metadata)
+    infos, offset = [], 0
+    for name, (kind, shape, raw) in tensors.items():
+        infos.append((name, kind, shape, offset))
+        offset += -(-len(raw) // 32) * 32
+    write_file(path, header(metadata, infos), [(name, len(raw), [raw]) for name, (_, _, raw) in tensors.items()], True)
+    return path
+
+
+def ones(*shape):
+    return BY_NAME["F32"], shape, np.ones(shape, "<f4").tobytes()
+
+
+FOREIGN_TENSORS = {
+    "a missing matrix": (lambda t: t.pop("blk.1.attn_q.weight"), "blk.1.attn_q.weight", "none"),
+    "a missing norm": (lambda t: t.pop("output_norm.weight"), "output_norm.weight", "none"),
+    "a name in a layer": (lambda t: t.update({"blk.0.evil.weight": ones(4, 3, 32)}), "blk.0.evil.weight", "no place"),
+    "a name like that of a rotation": (lambda t: t.update({"rope_evil.weight": ones(16)}), "rope_evil.weight", "no place"),
+    "a layer too many": (lambda t: t.update({"blk.4.attn_norm.weight": ones(64)}), "blk.4.attn_norm.weight", "no place"),
+    "a wrong shape": (lambda t: t.update({"blk.2.ffn_norm.weight": ones(32)}), "blk.2.ffn_norm.weight", "[32]"),
+    "divisors of another size": (lambda t: t.update({"rope_freqs.weight": ones(17)}), "rope_freqs.weight", "[17]"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_TENSORS)
+def test_a_gguf_whose_tensors_are_not_those_of_its_metadata_is_refused_by_name(scout, tmp_path, case):
+    change, name, found = FOREIGN_TENSORS[case]
+    source = rewritten(made(*scout)[0], tmp_path / "source.gguf", lambda tensors, metadata: change(tensors))
+    message = refusal(ModelFileError, source, tmp_path / "out.gguf", "Q8_0")
+    assert name in message
+    assert found in message
+
+
+def test_tensors_that_llama_cpp_takes_or_leaves_pass(scout, tmp_path):
+    def without(tensors, metadata):
+        del tensors["rope_freqs.weight"]
+
+    def more(tensors, metadata):
+        tensors |= {"rope_factors_long.weight": ones(16), "blk.1.attn_k.bias": ones(64), "v.blk.0.attn_q.weight": ones(8, 8)}
+
+    for change in (without, more):
+        source = rewritten(made(*scout)[0], tmp_path / "source.gguf", change)
+        report = convert(source, tmp_path / "out.gguf", "Q8_0", force=True)
+        assert {t["name"] for t in report["tensors"]} == {n for n in open_gguf(source).tensors if not n.startswith("v.")}
+
+
+def test_a_gguf_without_mixtures_passes(tmp_path):
+    source = tiny.tiny_gguf(tmp_path / "dense.gguf", moe_step=9)  # beyond its last layer
+    convert(source, tmp_path / "out.gguf", "Q8_0")
+
+    def dense(tensors, metadata):
+        metadata |= {"llama4.expert_count": 0, "llama4.interleave_moe_layer_step": 0, "llama4.expert_used_count": 0}
+
+    source = rewritten(open_gguf(source), tmp_path / "none.gguf", dense)
+    convert(source, tmp_path / "out.gguf", "Q8_0", force=True)
+
+
+# --- importance
+
+
+def importance(path, gguf, sums, counts):
+    """An importance matrix of one matrix and one stack of a model."""
+    entries = {}
+    for name in ("blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"):
+        shape = gguf.tensors[name].shape
+        n = shape[0] if len(shape) == 3 else 1
+        entries[name] = checked(path, name, np.tile(np.linspace(0.1, 1, shape[-1]) * sums, (n, 1)), np.full(n, counts))
+    write_imatrix(Imatrix(path, entries, ["text"], 1, 512), force=True)
+    return path
+
+
+def test_importance_beyond_all_measure_is_refused_before_anything_is_written(scout, tmp_path):
+    path = importance(tmp_path / "im.gguf", made(*scout)[0], 3e38, 1e-3)
+    message = refusal(ModelFileError, scout[0], tmp_path / "out.gguf", "Q4_1", imatrix=path)
+    assert "im.gguf" in message
+    assert "blk.0.attn_q.weight" in message
+    assert {path.name for path in tmp_path.iterdir()} == {"im.gguf"}
+
+
+def test_importance_of_any_size_weighs_as_its_like_of_ordinary_size(scout, tmp_path):
+    gguf, files = made(*scout)[0], []
+    for i, (sums, counts) in enumerate(((1.0, 1.0), (2.0**127, 2.0**30), (2.0**-100, 2.0**10))):
+        path = importance(tmp_path / "im.gguf", gguf, sums, counts)
+        convert(scout[0], tmp_path / f"{i}.gguf", "Q4_1", imatrix=path)
+        files.append((tmp_path / f"{i}.gguf").read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.parametrize("sums, counts", [(0.0, 0.0), (0.0, 5.0)])
+def test_importance_of_no_text_at_all_is_called_that(scout, tmp_path, sums, counts):
+    path = importance(tmp_path / "im.gguf", made(*scout)[0], sums, counts)
+    notices = convert(scout[0], tmp_path / "out.gguf", "Q4_1", imatrix=path)["notices"]
+    assert any("2 of 2 tensors saw no text" in notice for notice in notices)
+    assert not any("as the others" in notice for notice in notices)
+
+
+def test_a_file_says_of_importance_only_what_its_own_conversion_used(scout, tmp_path):
+    path = importance(tmp_path / "im.gguf", made(*scout)[0], 1.0, 1.0)
+    convert(scout[0], tmp_path / "with.gguf", "Q4_1", imatrix=path)
+    assert open_gguf(tmp_path / "with.gguf").metadata["quantize.imatrix.entries_count"] == 2
+    convert(tmp_path / "with.gguf", tmp_path / "without.gguf", "Q8_0")
+    assert not [key for key in open_gguf(tmp_path / "without.gguf").metadata if "imatrix" in key]
+
+
 # --- planning and progress
 
 
@@ -307,7 +467,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(scout, tmp_path):
     assert not report["written"]
     gguf, done = made(*scout, "Q4_0")
     assert report["nbytes"] == gguf.nbytes
-    assert report["tensors"] == [t | {"rmse": None} for t in done["tensors"]]
+    assert report["tensors"] == [t | {"rmse": None, "energy": None} for t in done["tensors"]]
     nbytes = sum(t["nbytes"] for t in report["tensors"])
     assert nbytes == sum(t.nbytes for t in gguf.tensors.values())
     assert report["bits_per_weight"] == pytest.approx(8 * nbytes / report["n_weights"], abs=1e-3)
@@ -375,6 +535,8 @@ BAD_CONFIGS = {
     "another rhythm of NoPE layers": ({"no_rope_layers": [0, 1, 1, 1]}, "no_rope_layers"),
     "other kinds of layers": ({"layer_types": ["sliding_attention"] * 4}, "layer_types"),
     "another list of mixture layers": ({"moe_layers": [0, 2]}, "moe_layers"),
+    "text where true or false belongs": ({"use_qk_norm": "false"}, "use_qk_norm"),
+    "a number where true or false belongs": ({"tie_word_embeddings": 0}, "tie_word_embeddings"),
 }
 
 
@@ -485,6 +647,44 @@ def test_an_unknown_type_is_a_usage_error(scout, tmp_path):
     assert "Q4_0" in refusal(UsageError, scout[0], tmp_path / "out.gguf", "Q9_Z")
 
 
+HOSTILE_HINTS = [
+    '{"top_k": Infinity}',
+    '{"top_k": 1' + 30 * "0" + "}",
+    '{"top_k": -7}',
+    '{"top_k": true}',
+    '{"temperature": NaN}',
+    '{"temperature": 1e400}',
+    '{"temperature": 1' + 320 * "0" + "}",
+    '{"temperature": 99}',
+    '{"top_p": "0.9"}',
+    '{"top_p": 1.5}',
+]
+
+
+@pytest.mark.parametrize("hint", HOSTILE_HINTS, ids=lambda hint: hint[:20])
+def test_sampling_values_that_are_none_are_left_out_and_that_is_told(tmp_path, hint):
+    checkpoint.write(tmp_path / "hf")
+    spoil(tmp_path / "hf", "generation_config.json", hint)
+    report = convert(tmp_path / "hf", tmp_path / "out.gguf", "Q8_0")
+    assert not [key for key in open_gguf(tmp_path / "out.gguf").metadata if key.startswith("general.sampling")]
+    assert any("generation_config.json" in notice and "left out" in notice for notice in report["notices"])
+
+
+@pytest.mark.parametrize("name", ["x-7\u212a", "x-7\u0663b", "x-" + 200 * "9" + "b", "x-v\u0661"])
+def test_folders_of_any_name_convert(tmp_path, name):
+    checkpoint.write(tmp_path / name)
+    convert(tmp_path / name, tmp_path / "out.gguf", "F32", dry_run=True)
+
+
+@pytest.mark.parametrize("origin", ["a/", "/a", "a/b/c", "./a", "/", "", "a/my-b"])
+def test_an_origin_names_the_model_if_it_is_organization_and_name(tmp_path, origin):
+    checkpoint.write(tmp_path / "the-folder", _name_or_path=origin)
+    convert(tmp_path / "the-folder", tmp_path / "out.gguf", "Q8_0")
+    metadata = open_gguf(tmp_path / "out.gguf").metadata
+    assert metadata["general.name"] == ("My B" if origin == "a/my-b" else "The Folder")
+    assert metadata.get("general.organization") == ("A" if origin == "a/my-b" else None)
+
+
 def places(tree, path=()):
     """The path to every value of a JSON tree, of long lists and tables the first three."""
     yield path
@@ -528,6 +728,34 @@ def test_an_existing_file_is_never_replaced_without_force(scout, tmp_path):
     assert not work
     convert(scout[0], out, "F32", force=True)
     assert open_gguf(out).metadata["general.architecture"] == "llama4"
+
+
+def test_what_is_no_file_is_not_replaced_even_with_force(scout, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    refusal(OutputError, scout[0], tmp_path / "pipe", "F32", force=True)
+    assert (tmp_path / "pipe").is_fifo()
+    refusal(OutputError, scout[0], "/dev/null", "F32", force=True)
+    (tmp_path / "folder").mkdir()
+    refusal(OutputError, scout[0], tmp_path / "folder", "F32", force=True)
+    (tmp_path / "circle").symlink_to("circle")
+    refusal(OutputError, scout[0], tmp_path / "circle", "F32", force=True)
+
+
+@pytest.mark.parametrize("split", [None, 60_000])
+def test_a_link_is_written_through(scout, tmp_path, split):
+    (tmp_path / "disk").mkdir()
+    names = [Path(name).name for name in convert(scout[0], tmp_path / "out.gguf", "Q8_0", split_max_size=split)["files"]]
+    for name in names:
+        (tmp_path / name).replace(tmp_path / "disk" / name)
+        (tmp_path / name).symlink_to(f"disk/{name}")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    assert "--force" in refusal(OutputError, scout[0], tmp_path / "out.gguf", "Q8_0", split_max_size=split)
+    for name in names:
+        (tmp_path / "disk" / name).write_text("old")
+    (tmp_path / "disk" / names[0]).unlink()
+    convert(scout[0], tmp_path / "out.gguf", "Q8_0", force=True, split_max_size=split)
+    assert all((tmp_path / name).is_symlink() for name in names)
+    assert {name: (tmp_path / "disk" / name).read_bytes() for name in names} == before
 
 
 def test_places_that_cannot_be_written_are_refused(scout, tmp_path):

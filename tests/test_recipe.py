@@ -158,6 +158,17 @@ def test_an_expression_that_matches_nothing_is_told():
     assert len(notices) == 2
 
 
+def test_an_expression_in_the_shadow_of_those_before_it_is_told_as_that():
+    overrides = [("attn_(q|k)", "Q6_K"), ("attn_k", "Q4_K"), ("attn_(k|v)", "Q5_K"), ("attn_q", "Q6_K")]
+    types, notices = choose_types(find_recipe("Q8_0"), SCOUT, overrides)
+    assert [types[f"blk.0.attn_{name}.weight"].name for name in "qkv"] == ["Q6_K", "Q6_K", "Q5_K"]
+    assert len(notices) == 2
+    for notice, (pattern, kind) in zip(notices, overrides[1::2], strict=True):
+        assert f"{pattern!r}" in notice
+        assert kind in notice
+        assert "before it" in notice
+
+
 @pytest.mark.parametrize("pattern", ["(", "[", "*", "a{99999999999}", "(?P<a>)(?P<a>)"])
 def test_what_is_no_expression_is_a_usage_error(pattern):
     with pytest.raises(UsageError, match="--tensor-type") as caught:

@@ -117,6 +117,18 @@ def test_a_tiktoken_file_says_what_tokenizer_json_says(tmp_path):
     assert ranks["tokenizer.ggml.bos_token_id"] == 265
 
 
+@pytest.mark.parametrize("raw", [b"\xff\xfe", b"YQ== 0\nYQ== 1\n", b"".join(b"YQ%d= %d\n" % (i, i) for i in range(9)), b""])
+def test_what_is_wrong_with_a_tiktoken_file_is_said_of_that_file(tmp_path, raw):
+    checkpoint.write(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    many = b"".join(base64.b64encode(b"%d" % i) + b" %d\n" % i for i in range(3000))  # more than the vocabulary holds
+    for text in (raw, many):
+        (tmp_path / "hf" / "tokenizer.model").write_bytes(text)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.model: ") as caught:
+            convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
+        assert "\n" not in str(caught.value)
+
+
 BYTES = [*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173]
 
 

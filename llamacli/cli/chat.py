@@ -16,6 +16,7 @@ from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.options import Generation, Output, checked, decoded
 from llamacli.cli.run import describe
 from llamacli.errors import ContextFullError, PromptError, UsageError
+from llamacli.machine import resident
 
 TWICE = 1.0  # seconds between two Ctrl-C that mean it
 FENCE = '"""'
@@ -213,6 +214,10 @@ class Chat:
         memory = getattr(session.cache, "nbytes", 0)
         self.console.say(f"context: {len(session.ids)} of {session.ctx} tokens, {memory / 1e6:.1f} MB of keys and values")
         self.console.say(f"latest answer: {describe(session.stats, None)}")
+        for what, traffic in (("prompt", session.stats.prefill_traffic), ("answer", session.stats.decode_traffic)):
+            if traffic:
+                self.console.say(f"experts of the {what}: {traffic}")
+        self.console.say(f"resident: {resident() / 1e9:.2f} GB")
 
     def exit(self, rest: str) -> None:
         raise EOFError

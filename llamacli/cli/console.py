@@ -9,7 +9,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 
 from llamacli import environment
@@ -18,6 +18,9 @@ from llamacli.errors import OutputError
 
 DIM, RED, CYAN, BOLD, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[36m", "\x1b[1m", "\x1b[0m"
 CLEAR = "\x1b[K"  # the rest of the line
+SHADES, PLAIN_SHADES = " ░▒▓█", " .:+#"
+HEAT = (16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 227)
+MOST_CELLS = 128  # columns of a picture where the reader has no width
 DRAW_EVERY, TELL_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
 
 
@@ -137,10 +140,8 @@ class Console:
         """A result as aligned columns to stdout; the first is text, the others numbers or words.
 
         The columns `numbers` stand to the right; those in `spare` give way one after the other where a terminal is too narrow.
-        `aside`: no result but a note, to stderr where notes are shown.
+        `aside`: to stderr, and no result.
         """
-        if aside and not self.talks:
-            return
         to = sys.stderr if aside else sys.stdout
         lines = [tuple(one_line(cell) for cell in row) for row in ([head] if head else []) + [*rows]]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -176,6 +177,25 @@ class Console:
         rendered = io.StringIO()
         Rich(file=rendered, force_terminal=True, width=limit or 100).print(table)
         return "\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n"))
+
+    def shades(self, title: str, rows: Iterable[tuple[str, Sequence[float]]]) -> None:
+        """A picture to stdout: a row a label, a cell a number from 0 to 1, the larger the denser, or the brighter in colours.
+
+        Where a terminal is too narrow neighbours share a cell, which shows the largest of them.
+        """
+        rows = [(one_line(label), values) for label, values in rows]
+        margin, columns = 2 + max(len(label) for label, _ in rows), len(rows[0][1])
+        limit = (_width(1) if is_terminal(sys.stdout) else 2 * MOST_CELLS) - margin - 1
+        wide = 2 if 2 * columns <= min(limit, MOST_CELLS) else 1
+        group = -(-columns * wide // max(1, limit))
+        coloured = _coloured(sys.stdout, self._color)
+        signs = SHADES if "utf" in (getattr(sys.stdout, "encoding", None) or "").lower() else PLAIN_SHADES
+        lines = [one_line(title)]
+        for label, values in rows:
+            cells = [max(values[i : i + group]) for i in range(0, columns, group)]
+            drawn = [_painted(v, wide) if coloured else wide * signs[round(v * (len(signs) - 1))] for v in cells]
+            lines.append(f"  {label.rjust(margin - 2)} " + "".join(drawn).rstrip())
+        self.result("\n".join(lines))
 
     @contextmanager
     def progress(self, what: str):
@@ -222,6 +242,11 @@ class Console:
                 _to_stderr(f"\r{meter.bar(_width(2) - 1, *signs, paint)}{CLEAR}")  # a full line would wrap on some terminals
 
         return update
+
+
+def _painted(value: float, wide: int) -> str:
+    """A cell on a ground from black over blue and red to yellow, of the 216 colours that terminals share."""
+    return f"\x1b[48;5;{HEAT[round(value * (len(HEAT) - 1))]}m{' ' * wide}{PLAIN}"
 
 
 def _width(descriptor: int) -> int:

@@ -1,18 +1,20 @@
-"""`llamacli inspect`: what a GGUF holds and what it will need, without loading it.
+"""`llamacli inspect`: what a GGUF holds and what it will need, without loading it; or what a routing log tells.
 
 In: a path. Out: a table or one JSON object on stdout. `describe` gathers, `_show` lays out. A sound GGUF of another
-architecture is described too, with the reason why it cannot be run. Knows nothing of the engine.
+architecture is described too, with the reason why it cannot be run. A log goes to cli/routing.py. Knows nothing of the engine.
 """
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llamacli.cli.console import amount, count
-from llamacli.cli.options import Json, Output, find_model
-from llamacli.errors import LlamacliError
+from llamacli.cli.options import Json, Output, find_model, option
+from llamacli.cli.routing import show_routing
+from llamacli.errors import LlamacliError, UsageError
 from llamacli.machine import memory_free
 
 EXPERTS = "_exps.weight"  # the end of every routed tensor's name
@@ -23,6 +25,12 @@ def inspect(
     file: Annotated[
         str | None, typer.Argument(metavar="FILE", help="A GGUF file or a model's name.", show_default=False)
     ] = None,
+    routing: Annotated[
+        Path | None, option("--routing", metavar="LOG", help="Draw which experts were used, by a log of --routing-log.")
+    ] = None,
+    plot: Annotated[
+        Path | None, option("--plot", metavar="FILE", help="Draw that as an image, too (needs matplotlib).")
+    ] = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -30,6 +38,13 @@ def inspect(
     from llamacli.gguf import open_gguf
 
     console = output.console()
+    if routing is not None:
+        if file is not None:
+            raise UsageError("--routing: expected a log alone, found a model's file beside it; leave one of them out")
+        show_routing(routing, plot, as_json, console)
+        return
+    if plot is not None:
+        raise UsageError("--plot: expected --routing LOG with it, found none; there is nothing else to draw")
     record = describe(open_gguf(find_model(file, console)))
     if as_json:
         console.result(json.dumps(record, ensure_ascii=False))

@@ -34,6 +34,14 @@ class Color(StrEnum):
     never = "never"
 
 
+class Placing(StrEnum):
+    """Where routed experts are."""
+
+    auto = "auto"
+    mapped = "mapped"
+    slots = "slots"
+
+
 def _finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number.")
@@ -81,6 +89,12 @@ class Generation:
         int | None, option("-c", "--ctx", metavar="N", min=1, help="Context limit in tokens (default: 8192 at most).")
     ] = None
     threads: Threads = None
+    memory: Annotated[
+        str | None, option("--memory", metavar="SIZE", help="Memory to stay below, such as 24G (default: what is free).")
+    ] = None
+    experts: Annotated[
+        Placing, option("--experts", metavar="HOW", help="Routed experts: mapped, slots (read when needed), auto (default).")
+    ] = Placing.auto
     temp: Annotated[
         float | None, option("--temp", metavar="N", min=0, callback=_finite, help="Temperature; 0 takes the likeliest (0.6).")
     ] = None
@@ -101,6 +115,9 @@ class Generation:
     seed: Annotated[
         int | None, option("--seed", metavar="N", min=0, help="Same seed, same text (default: a new one each time).")
     ] = None
+    routing_log: Annotated[
+        Path | None, option("--routing-log", metavar="FILE", help="Write down which experts are chosen; see inspect --routing.")
+    ] = None
     stop: Annotated[list[str] | None, option("--stop", metavar="TEXT", help="End the answer before TEXT; repeatable.")] = None
 
     def __post_init__(self) -> None:
@@ -115,8 +132,18 @@ class Generation:
                 checked(text, name)
 
     def load(self, console: Console):
-        """The model, with a note when it takes long."""
-        return load_model(find_model(self.model, console), self.threads, self.ctx, console)
+        """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
+        from llamacli.routing import RoutingLog, check_new
+
+        if self.routing_log is not None:
+            check_new(self.routing_log)
+        memory = None if self.memory is None else byte_count(self.memory, "--memory")
+        model = load_model(
+            find_model(self.model, console), self.threads, self.ctx, console, memory=memory, experts=self.experts.value
+        )
+        if self.routing_log is not None:
+            model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
+        return model
 
     def sampler(self, model, console: Console):
         """The sampler that the options and the model's defaults ask for."""
@@ -176,13 +203,13 @@ def find_model(name: str | None, console: Console) -> Path:
     return found
 
 
-def load_model(path: Path, threads: int | None, ctx: int | None, console: Console):
+def load_model(path: Path, threads: int | None, ctx: int | None, console: Console, **more):
     """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
     from llamacli import Model
 
     words = "loading; the very first start compiles the kernels, which takes a while ..."
     with patience(console, words), leave_at_once():
-        model = Model.load(path, threads, ctx)
+        model = Model.load(path, threads, ctx, **more)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
     for notice in (getattr(model.tokenizer, "warning", None), *getattr(getattr(model.engine, "weights", None), "notices", ())):

@@ -52,6 +52,9 @@ def plan(
     type_name: Annotated[
         str | None, option("--type", metavar="TYPE", help="For a folder: what it will be quantized to (Q4_EXPERTS).")
     ] = None,
+    plot: Annotated[
+        Path | None, option("--plot", metavar="FILE", help="Draw the speeds as an image (needs matplotlib).")
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
     output: Output = None,
@@ -61,8 +64,12 @@ def plan(
     Several sizes or speeds, such as --memory 32G,64G --disk 1,3,7, give a table of tokens per second.
     """
     from llamacli import placement
-    from llamacli.kernels.pool import default_threads
+    from llamacli.kernels.cpu import default_threads
 
+    if plot:
+        from llamacli import plot as picture
+
+        picture.check()
     console = output.console()
     path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)
     model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name)
@@ -95,6 +102,8 @@ def plan(
         _show(model, plans[0], record, speeds, many, placement, console)
     else:
         _show_many(record, console)
+    if plot:  # last: if it cannot be written, the numbers have been shown
+        picture.draw_plan(record["plans"], model.title, plot)
 
 
 # what is asked for
@@ -236,7 +245,7 @@ def _planned(p, disk: float, bandwidth: float, compute: float | None, placement)
         "mode": p.mode,
         "slots": p.slots,
         "resident_bytes": p.resident,
-        **{f"{part}_bytes": getattr(p, part) for part in ("weights", "experts", "kv", "working", "buffers")},
+        **{f"{part}_bytes": getattr(p, part) for part in ("weights", "experts", "kv", "working", "buffers", "rows")},
         "miss": round(p.miss, 4),
         "read_per_token_bytes": round(p.read_per_token),
         "tokens_per_second": round(1 / seconds, 3),
@@ -267,6 +276,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     if p.mode == "slots":
         rows.append(("experts", f"{amount(p.experts)}, {_mode(p)} of {amount(max(sizes.experts))}"))
         rows.append(("buffers for prompts", amount(p.buffers)))
+        rows.append(("rows of the embedding", amount(p.rows)))
     rows += [("KV cache", amount(p.kv)), ("to work in", amount(p.working)), ("all", amount(p.resident))]
     console.table(f"\nResident with {p.ctx} tokens", rows)
     origins = {name: f"{values[0]:.1f} GB/s, {origin}" for name, (values, origin) in speeds.items() if name != "compute"}
@@ -274,7 +284,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     rows.append(("read from disk", f"{amount(planned['read_per_token_bytes'])} a token, {100 * p.miss:.0f} % of its experts"))
     rows.append(("decode", f"{planned['tokens_per_second']:.2f} tokens/s"))
     least = "" if speeds["compute"][0][0] else "at least "
-    rows += [(f"prompt of {n}", f"{least}{seconds:.1f} s") for n, seconds in planned["prefill_seconds"].items()]
+    rows += [(f"prompt of {n}", f"{least}{seconds:.1f} s") for n, seconds in planned["prefill_seconds"].items() if seconds]
     console.table("\nExpected, every expert being equally likely", rows)
 
 

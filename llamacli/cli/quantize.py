@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from llamacli.cli.console import amount, count
+from llamacli.cli.console import amount, count, one_line
 from llamacli.cli.options import Json, Output, Threads, byte_count, option
 from llamacli.cli.progress import clock_time
 from llamacli.errors import UsageError
@@ -128,18 +128,18 @@ def _show(report, path: Path, as_json: bool, console) -> None:
     groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: [*GROUPS].index(group["name"]))
     everything = {"name": "all", "count": len(tensors), "types": [], **_sums(tensors)}
     for notice in report["notices"]:
-        console.note(notice)
+        console.warn(notice)
     if as_json:
         sums = {"by_type": by_type, "groups": groups, "weights_nbytes": everything["nbytes"]}
         console.result(json.dumps(report | sums, ensure_ascii=False))
     elif not report["written"]:
         _show_plan(report, [*by_type, everything], console)
-    if report["written"]:
+    if report["written"] and (console.talks or not as_json):
         groups.append(everything)
         rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
         console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), aside=True)
-        console.note(f"wrote {path}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}")
-    else:
+        console.say(console.dim(one_line(f"wrote {path}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}")))
+    elif not report["written"]:
         console.note(f"would write {path}: {_size(report)}")
 
 
@@ -171,10 +171,11 @@ def summary(tensors: list[dict], key: Callable[[dict], str]) -> list[dict]:
 
 
 def _sums(tensors: Iterable[dict]) -> dict:
-    """Weights and bytes; the relative error of all of them, weighted by their numbers, if every one is known."""
+    """Weights and bytes; the relative error of all of them together, if every one is known."""
     weights, nbytes, errors = sum(t["weights"] for t in tensors), sum(t["nbytes"] for t in tensors), None
-    if all(t["rmse"] is not None for t in tensors):
-        errors = math.sqrt(sum(t["weights"] * t["rmse"] ** 2 for t in tensors) / max(1, weights))
+    whole = sum(t["energy"] or 0.0 for t in tensors)
+    if whole and all(t["energy"] is not None for t in tensors):
+        errors = math.sqrt(sum(t["energy"] * (t["rmse"] or 0.0) ** 2 for t in tensors) / whole)
     return {"weights": weights, "nbytes": nbytes, "rmse": errors}
 
 

@@ -13,6 +13,7 @@ import typer
 from llamacli.cli.console import Console
 from llamacli.cli.options import Generation, Json, Output, checked, option, read_file, read_stdin, stdin_is_piped
 from llamacli.errors import UsageError
+from llamacli.machine import resident
 
 
 def run(
@@ -100,8 +101,21 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     if stats.prefill_tps:
         parts[0] += f" at {stats.prefill_tps:.1f}/s"
     parts.append(f"{stats.completion_tokens} answered" + (f" at {stats.decode_tps:.1f}/s" if stats.decode_tps else ""))
+    if stats.decode_traffic and stats.decoded:
+        parts.append(describe_traffic(stats.decode_traffic, stats.decoded, stats.decode_s))
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     if reason:
         parts.append({"stop": "complete", "length": "stopped at the -n limit", "context": "context full"}.get(reason, reason))
     return "[" + ", ".join(parts) + "]"
+
+
+def describe_traffic(traffic, tokens: int, seconds: float) -> str:
+    """What the answer's tokens asked of the disk."""
+    asked = traffic.hits + traffic.misses
+    megabytes, wait = traffic.bytes_read / tokens / 1e6, 1000 * traffic.stall_s / tokens
+    speed = f" at {traffic.bytes_read / traffic.reading_s / 1e9:.1f} GB/s" if traffic.reading_s else ""
+    return (
+        f"{100 * traffic.hits / max(1, asked):.0f} % of experts in memory, {megabytes:.0f} MB a token read{speed}, "
+        f"{wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for it, {resident() / 1e9:.2f} GB resident"
+    )

@@ -34,7 +34,7 @@ def _files(folder) -> set[str]:
 
 
 def _compile_all() -> None:
-    import llamacli.model  # noqa: F401  with it come the drivers
+    import llamacli.engine  # noqa: F401  with it come the drivers
     from llamacli.kernels import dots, limits, matmul, strings, vectors  # noqa: F401
     from llamacli.kernels.jit import TARGET, load
     from llamacli.kernels.words import KERNELS

@@ -17,14 +17,16 @@ from llamacli.kernels.elementwise import CACHE, POS, N
 from llamacli.kernels.words import call, kernel, pointer, unpack
 
 KEYS = 256  # keys scored at a time
-QUERY_ROWS = 48  # most query rows (tokens x heads of one group) of one work item
+QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work item
+MANY = 16  # query rows from which on it pays to lay keys and values out anew
+FILL = 6  # rows that may be needed to fill up a tile
 ONE, EPS, ATTN_SCALE, TEMP_LENGTH, TEMP_SCALE = range(5)  # slots of the float constants
 
 
 def scratch_bytes(head_dim: int) -> int:
     """Scratch that one thread needs."""
-    rows = QUERY_ROWS + 4
-    return 4 * rows * (KEYS + head_dim + 3) + 4 * head_dim + 16 * 8 * 2 + 1024
+    rows = QUERY_ROWS + FILL
+    return 4 * rows * (KEYS + 2 * head_dim + 3) + 4 * head_dim + 8 * KEYS * head_dim + 16 * 8 * 2 + 1024
 
 
 @kernel
@@ -82,9 +84,14 @@ def prepare_heads(at, thread, threads):
 
 @kernel
 def attend(at, thread, threads):
-    """out[t] = softmax(scale * q k^T) v over the keys that token t may see; work items are (key-value head, some tokens)."""
+    """out[t] = softmax(scale * q k^T) v over the keys that token t may see; work items are (key-value head, some tokens).
+
+    Few rows are multiplied with keys and values as they lie in the cache, at memory speed; for many, a block of both is laid
+    out anew as float32.
+    """
     q, q_stride, out, out_stride, n_heads, n_kv, dim, chunk, layer = unpack(at, 9)
-    tile, softmax, weigh, floats_at, state_at, scratch, scratch_stride = unpack(at + 8 * 9, 7)
+    dots, softmax, weigh, keys_aside, widen, product, span, tall = unpack(at + 8 * 9, 8)
+    floats_at, state_at, scratch, scratch_stride = unpack(at + 8 * 17, 4)
     scratch += thread * scratch_stride
     state = pointer(state_at, int64)
     n, pos = state[N], state[POS]
@@ -94,15 +101,14 @@ def attend(at, thread, threads):
     blocks = (n + per_item - 1) // per_item
     first_slot = pos % chunk if chunk > 0 else pos
 
-    scores = scratch
-    sums = scores + 4 * (QUERY_ROWS + 4) * KEYS
-    states = sums + 4 * (QUERY_ROWS + 4) * dim
-    nothing = states + 12 * (QUERY_ROWS + 4)  # a query of zeros for rows that only fill up a tile
-    pointers = (nothing + 4 * dim + 7) // 8 * 8
+    wide_keys = (scratch + 63) // 64 * 64
+    wide_values = wide_keys + 4 * KEYS * dim
+    queries = wide_values + 4 * KEYS * dim
+    scores = queries + 4 * (QUERY_ROWS + FILL) * dim
+    sums = scores + 4 * (QUERY_ROWS + FILL) * KEYS
+    states = sums + 4 * (QUERY_ROWS + FILL) * dim
+    pointers = (states + 12 * (QUERY_ROWS + FILL) + 7) // 8 * 8
     xs, outs = pointer(pointers, int64), pointer(pointers + 64, int64)
-    filler = pointer(nothing, float32)
-    for j in range(dim):
-        filler[j] = float32(0.0)
 
     for item in range(thread, n_kv * blocks, threads):
         kv, block = item // blocks, item % blocks
@@ -111,29 +117,41 @@ def attend(at, thread, threads):
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
-            padded = (rows + 3) // 4 * 4
+            unit = tall if rows >= MANY else 4
+            padded = (rows + unit - 1) // unit * unit
             keys = cache[0] + 2 * dim * kv * cache[2]
             values = cache[1] + 2 * dim * kv * cache[2]
-            f = pointer(states, float32)
-            total = pointer(sums, float32)
+            f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)
             for r in range(padded):
                 f[3 * r], f[3 * r + 1], f[3 * r + 2] = float32(-3.0e38), float32(0.0), float32(0.0)
-            for j in range(padded * dim):
-                total[j] = float32(0.0)
+                t, h = r // in_part, r % in_part
+                row = pointer(q + (start + t) * q_stride + 4 * dim * (kv * group + head + h), float32)
+                for j in range(dim):
+                    total[r * dim + j] = float32(0.0)
+                    asked[r * dim + j] = row[j] if r < rows else float32(0.0)
             last_key = first_slot + start + tokens
             for key in range(0, last_key, KEYS):
                 n_keys = min(KEYS, last_key - key)
-                for r in range(0, padded, 4):
-                    for j in range(4):
-                        t, h = (r + j) // in_part, (r + j) % in_part
-                        where = q + (start + t) * q_stride + 4 * dim * (kv * group + head + h)
-                        xs[j] = where if r + j < rows else nothing
-                        outs[j] = scores + 4 * KEYS * (r + j)
-                    call(tile, (keys + 2 * dim * key, 2 * dim, n_keys, dim, pointers, pointers + 64, 0, 0))
+                if rows >= MANY:
+                    call(keys_aside, (keys + 2 * dim * key, n_keys, wide_keys))
+                    for k in range(0, n_keys, span):
+                        where = scores + 4 * k
+                        call(product, (queries, 4 * dim, padded, wide_keys + 4 * dim * k, 4 * span, dim, where, 4 * KEYS, 0))
+                else:
+                    for r in range(0, padded, 4):
+                        for j in range(4):
+                            xs[j], outs[j] = queries + 4 * dim * (r + j), scores + 4 * KEYS * (r + j)
+                        call(dots, (keys + 2 * dim * key, 2 * dim, n_keys, dim, pointers, pointers + 64, 0, 0))
                 for r in range(padded):
                     seen = min(n_keys, max(0, first_slot + start + r // in_part + 1 - key)) if r < rows else 0
                     call(softmax, (scores + 4 * KEYS * r, seen, n_keys, states + 12 * r, floats_at + 4 * ATTN_SCALE))
-                call(weigh, (scores, 4 * KEYS, padded, values + 2 * dim * key, n_keys, sums, states))
+                if rows >= MANY:
+                    call(widen, (values + 2 * dim * key, n_keys * dim, wide_values))
+                    for c in range(0, dim, span):
+                        where = sums + 4 * c
+                        call(product, (scores, 4 * KEYS, padded, wide_values + 4 * c, 4 * dim, n_keys, where, 4 * dim, states))
+                else:
+                    call(weigh, (scores, 4 * KEYS, padded, values + 2 * dim * key, n_keys, sums, states))
             for r in range(rows):
                 t, h = r // in_part, r % in_part
                 to = pointer(out + (start + t) * out_stride + 4 * dim * (kv * group + head + h), float32)

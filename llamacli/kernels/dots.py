@@ -7,16 +7,18 @@ minimum for each group), so that weight = scale * u - min, and
     dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x)).
 
 `matvec` does rows against one activation row, reading the weights once, front to back, at memory speed. `prepare` turns
-`lanes` rows into a panel whose dwords stand column by column, `pack` does the same to `target.tile` activation rows, and
-`tile` multiplies the two, one lane a row of weights, so that products of a whole group add up in integers before one
-conversion: the unpacking is paid once for all tokens. Panel superblock: [64][lanes] dwords of weights, [groups][lanes] scales,
-[groups][lanes] mins.
+`lanes` rows into a panel whose words of `target.step` bytes stand column by column, `pack` does the same to `target.tile`
+activation rows, and `tile` multiplies the two, one lane a row of weights, so that products of a whole group add up in integers
+before one conversion: the unpacking is paid once for all tokens. Panel superblock: [256 / step][lanes] words of weights,
+[groups][lanes] scales, [groups][lanes] mins.
 
 Float. `matvec` and `tile` read F32, F16 or BF16 rows as they are.
 
 All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out. They know nothing of threads, experts or
 tokens.
 """
+
+from types import SimpleNamespace
 
 from llvmlite import ir
 
@@ -47,6 +49,8 @@ def quantized(name, target):
     """The module of leaves for one block format."""
     fmt, module = QUANTIZED[name], ir.Module(name)
     _dequantize(module, target, fmt)
+    if fmt.wide and target.dot == "sdot":
+        fmt = _signed(fmt)
     _matvec(module, target, fmt)
     _prepare(module, target, fmt)
     _pack(module, target, fmt)
@@ -59,11 +63,18 @@ def floats(name, target):
     module = ir.Module(name)
     _float_dequantize(module, target, name)
     _float_dots(module, target, name, "matvec", FLOAT_ROWS, 1)
-    _float_dots(module, target, name, "tile", FLOAT_ROWS, FLOAT_TOKENS)
+    # sums of a tile are twice as many registers where a vector takes two of them
+    _float_dots(module, target, name, "tile", FLOAT_ROWS // 2 if target.neon else FLOAT_ROWS, FLOAT_TOKENS)
     return module
 
 
 # quantized
+
+
+def _signed(fmt):
+    """The format with codes 128 lower, so that they are signed bytes: some CPUs multiply no others."""
+    piece = lambda s, w, j: s.b.xor(fmt.piece(s, w, j), s.fill(i8, 32, -128))  # noqa: E731
+    return SimpleNamespace(**{**vars(fmt), "piece": piece, "offset": fmt.offset - 128, "wide": False})
 
 
 def _span(fmt, n=8):
@@ -72,6 +83,8 @@ def _span(fmt, n=8):
 
 def _chunk(s, fmt, w, c):
     """Weights c * width onwards, one register of them."""
+    if s.width == 64 and hasattr(fmt, "chunk"):
+        return fmt.chunk(s, w, c)
     return fmt.piece(s, w, c) if s.width == 32 else s.concat(fmt.piece(s, w, 2 * c), fmt.piece(s, w, 2 * c + 1))
 
 
@@ -108,9 +121,11 @@ def _matvec(module, target, fmt):
     supers = s.b.lshr(n_cols, i64(8))
     keep = s.b.icmp_signed("!=", acc, i64(0))
 
+    groups = 256 // fmt.group
+    joined = s.lanes == 2 * groups and hasattr(fmt, "both")  # scales and mins share a register, as d and sums of x do
+
     def rows(first, count):
         starts = [s.add(w0, s.mul(row_bytes, s.add(first, r))) for r in range(count)]
-        groups = 256 // fmt.group
 
         def superblock(i, sums):
             xs, new = s.add(x, s.mul(i, ACT_BYTES)), []
@@ -121,10 +136,14 @@ def _matvec(module, target, fmt):
             for r, start in enumerate(starts):
                 w = s.add(start, s.mul(i, _span(fmt)))
                 s.prefetch(w, AHEAD, _span(fmt))
-                scale, least = _scales_and_mins(s, fmt, w, 8)
-                scale = s.b.fmul(scale, d)
                 value, low = sums[2 * r : 2 * r + 2]
-                low = s.fma(least, total, low)
+                if joined:
+                    scale = s.b.fmul(fmt.both(s, w), s.load(vec(f32, s.lanes), xs, D))
+                    low = s.b.fadd(low, scale)  # of its upper half
+                else:
+                    scale, least = _scales_and_mins(s, fmt, w, 8)
+                    scale = s.b.fmul(scale, d)
+                    low = s.fma(least, total, low)
                 for c in range(256 // s.width):
                     dots = s.dot4(s.zeros(i32), _chunk(s, fmt, w, c), s.load(vec(i8, s.width), xs, c * s.width), fmt.wide)
                     spread = s.shuffle(scale, [(c * s.width + 4 * lane) // fmt.group for lane in range(s.lanes)])
@@ -132,8 +151,9 @@ def _matvec(module, target, fmt):
                 new += [value, low]
             return new
 
-        sums = s.loop(supers, [s.zeros(), s.zeros(f32, groups)] * count, superblock)
-        values = [s.b.fsub(s.sum(sums[2 * r]), s.sum(sums[2 * r + 1])) for r in range(count)]
+        sums = s.loop(supers, [s.zeros(), s.zeros(f32, s.lanes if joined else groups)] * count, superblock)
+        lows = [s.shuffle(low, list(range(groups, s.lanes))) if joined else low for low in sums[1::2]]
+        values = [s.b.fsub(s.sum(value), s.sum(low)) for value, low in zip(sums[::2], lows, strict=True)]
         if fmt.block == 32:
             values = _odd_blocks(s, fmt, starts, supers, n_cols, x, values)
         for r, value in enumerate(values):
@@ -171,15 +191,17 @@ def _prepare(module, target, fmt):
     """prepare(w, row_bytes, n_supers, panel): `lanes` rows into a panel."""
     s = Simd(module, target, "prepare", 4)
     w0, row_bytes, supers, panel0 = s.args
-    lanes, groups = s.lanes, 256 // fmt.group
-    size = (256 + 8 * groups) * lanes
+    lanes, groups, word = s.lanes, 256 // fmt.group, ir.IntType(8 * target.step)
+    size, across = (256 + 8 * groups) * lanes, s.width // target.step
 
     def superblock(i, _):
         panel = s.add(panel0, s.mul(i, size))
         rows = [s.add(s.add(w0, s.mul(row_bytes, r)), s.mul(i, _span(fmt))) for r in range(lanes)]
         for c in range(256 // s.width):
-            for k, column in enumerate(s.transpose([s.bits(_chunk(s, fmt, w, c), i32) for w in rows])):
-                s.store(column, panel, (c * lanes + k) * lanes * 4)
+            pieces = [s.bits(_chunk(s, fmt, w, c), word) for w in rows]
+            for r in range(0, lanes, across):
+                for k, column in enumerate(s.transpose(pieces[r : r + across])):
+                    s.store(column, panel, ((c * across + k) * lanes + r) * target.step)
         both = [_scales_and_mins(s, fmt, w, 8) for w in rows]
         both = [s.concat(scale, least) for scale, least in both]
         for part in range(2 * groups // lanes):
@@ -198,22 +220,23 @@ def packed_bytes(name, tokens):
 
 
 def _pack(module, target, fmt):
-    """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [64][tile] dwords, [8][tile]
-    scales, [groups][tile] sums, negated (and times the format's offset), so that `tile` walks through memory in one line.
+    """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [256 / step][tile] words,
+    [8][tile] scales, [groups][tile] sums, negated (and times the format's offset), so that `tile` walks through memory in one
+    line.
     """
     s = Simd(module, target, "pack", 3)
     xs0, supers, out0 = s.args
-    tokens, groups = target.tile, 256 // fmt.group
+    tokens, groups, step = target.tile, 256 // fmt.group, target.step
     factor = f32(-1.0 if fmt.offset is None else -float(fmt.offset))
 
     def token(t, _):
         x0 = s.load(i64, s.add(xs0, s.mul(t, 8)))
-        column = s.add(out0, s.mul(t, 4))
 
         def superblock(i, _):
-            x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(column, s.mul(i, (288 + 4 * groups) * tokens))
-            for k in range(64):
-                s.store(s.load(i32, x, 4 * k), out, 4 * tokens * k)
+            x, start = s.add(x0, s.mul(i, ACT_BYTES)), s.add(out0, s.mul(i, (288 + 4 * groups) * tokens))
+            words, out = s.add(start, s.mul(t, step)), s.add(start, s.mul(t, 4))
+            for k in range(256 // step):
+                s.store(s.load(ir.IntType(8 * step), x, step * k), words, step * tokens * k)
             for k in range(8):
                 s.store(s.load(i32, x, D + 4 * k), out, 4 * tokens * (64 + k))
             for g in range(groups):
@@ -237,7 +260,7 @@ def _tile(module, target, fmt):
     s = Simd(module, target, "tile", 6)
     panel0, supers, packed0, outs0, offset, acc = s.args
     lanes, groups, tokens, vectors = s.lanes, 256 // fmt.group, target.tile, target.tile_vectors
-    size, packed_size, line, steps = (256 + 8 * groups) * lanes, (288 + 4 * groups) * tokens, lanes * 4, fmt.group // 4
+    size, packed_size, line = (256 + 8 * groups) * lanes, (288 + 4 * groups) * tokens, lanes * 4
     per_scale = groups // 8  # groups that share one activation scale
     panels = [s.add(panel0, s.mul(s.mul(supers, v), size)) for v in range(vectors)]
     each = [(v, t) for v in range(vectors) for t in range(tokens)]
@@ -250,13 +273,7 @@ def _tile(module, target, fmt):
             w, x = [s.add(panel, s.mul(g, 8 * line)) for panel in here], s.add(packed, s.mul(g, 8 * 4 * tokens))
             d_at = s.add(packed, s.mul(g, 4 * tokens))
             for part in range(per_scale):
-                dots = dict.fromkeys(each, s.zeros(i32))
-                for k in range(part * steps, (part + 1) * steps):
-                    columns = [s.load(vec(i8, s.width), at, k * line) for at in w]
-                    for t in range(tokens):
-                        codes = s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8)
-                        for v in range(vectors):
-                            dots[v, t] = s.dot4(dots[v, t], columns[v], codes, fmt.wide)
+                dots = (_products if target.step == 4 else _products_of_pairs)(s, fmt, w, x, part, tokens)
                 at = [s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line)) for panel in here]
                 total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
                 for t in range(tokens):
@@ -280,6 +297,38 @@ def _tile(module, target, fmt):
         old = s.b.select(keep, s.load(vec(f32, lanes), at, v * s.width), s.zeros())
         s.store(s.b.fadd(value, old), at, v * s.width)
     s.done()
+
+
+def _products(s, fmt, w, x, part, tokens):
+    """{(panel, token): int32 lanes} of group `part` of the panels w and the packed tokens x."""
+    steps, dots = fmt.group // 4, {(v, t): s.zeros(i32) for v in range(len(w)) for t in range(tokens)}
+    for k in range(part * steps, (part + 1) * steps):
+        columns = [s.load(vec(i8, s.width), at, k * s.width) for at in w]
+        side = s.load(vec(i32, tokens), x, 4 * tokens * k) if s.target.dot == "sdot" else None  # it can read any one lane
+        for t in range(tokens):
+            codes = s.shuffle(side, [t] * s.lanes) if side else s.splat(s.load(i32, x, 4 * (tokens * k + t)))
+            for v, column in enumerate(columns):
+                dots[v, t] = s.dot4(dots[v, t], column, s.bits(codes, i8), fmt.wide)
+    return dots
+
+
+def _products_of_pairs(s, fmt, w, x, part, tokens):
+    """The same by products of two rows with two tokens, put in the order of rows at the group's end."""
+    steps, evens, panels, halves = fmt.group // 8, list(range(0, 2 * s.lanes, 2)), range(len(w)), (0, 1)
+    each = [(v, t) for v in panels for t in range(0, tokens, 2)]
+    squares = {(v, t, half): s.zeros(i32) for v, t in each for half in halves}
+    for k in range(part * steps, (part + 1) * steps):
+        columns = {(v, half): s.load(vec(i8, s.width), w[v], (2 * k + half) * s.width) for v in panels for half in halves}
+        for t in range(0, tokens, 2):
+            pair = s.load(vec(i8, 16), x, 8 * (tokens * k + t))
+            codes = s.concat(pair, pair)
+            for (v, half), column in columns.items():
+                squares[v, t, half] = s.dot8(squares[v, t, half], column, codes)
+    dots = {}
+    for v, t in each:
+        low, high = (squares[v, t, half] for half in halves)
+        dots[v, t], dots[v, t + 1] = (s.shuffle(low, [k + odd for k in evens], high) for odd in (0, 1))
+    return dots
 
 
 # float

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import signal
 import sys
+import weakref
 
 import numpy as np
 from llvmlite import ir
@@ -26,23 +27,28 @@ _installed: list = []  # the table of mappings, kept as long as the process live
 
 
 class Guard:
-    """Watches over mappings; one slot of the table for each."""
+    """Watches over mappings; a row of the table for each, as long as the guard lives."""
 
     def __init__(self, maps: list[mmap.mmap]):
         if not _installed:
             _install()
         state, table = _installed
-        count = int(state[0])
-        self._rows = table[count : count + len(maps)]
-        for row, mapped in zip(self._rows, maps, strict=False):  # past MOST, faults are what they always were
+        free = np.flatnonzero(table[:, 1] == 0)[: len(maps)]  # past MOST, faults are what they always were
+        self._table, self._rows = table, free
+        for row, mapped in zip(free, maps, strict=False):
             start = np.frombuffer(mapped, np.uint8).ctypes.data
-            row[:] = start, start + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE, 0
-        state[0] = count + len(self._rows)
+            table[row] = start, start + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE, 0
+        state[0] = np.flatnonzero(table[:, 1]).max(initial=-1) + 1
+        weakref.finalize(self, _release, table, free)
 
     @property
     def broken(self) -> int | None:
         """The number of the first mapping that could not be read, or None."""
-        return next((k for k, hit in enumerate(self._rows[:, 2]) if hit), None)
+        return next((k for k, hit in enumerate(self._table[self._rows, 2]) if hit), None)
+
+
+def _release(table: np.ndarray, rows: np.ndarray) -> None:
+    table[rows] = 0  # another mapping may get the same addresses
 
 
 def build(target):

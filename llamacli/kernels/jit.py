@@ -17,6 +17,7 @@ import llvmlite.binding as llvm
 
 from llamacli.errors import UsageError
 from llamacli.kernels import CACHE
+from llamacli.kernels.cpu import features
 
 
 class Target(NamedTuple):
@@ -36,6 +37,16 @@ class Target(NamedTuple):
     def lanes(self) -> int:
         """float32 or int32 lanes of a vector."""
         return self.width // 4
+
+    @property
+    def neon(self) -> bool:
+        """The CPU is an ARM one: a register has 16 bytes, and there are 32."""
+        return self.triple.startswith(("aarch64", "arm64"))
+
+    @property
+    def step(self) -> int:
+        """Bytes of each row that one instruction of a tile multiplies: 8 where it multiplies small matrices, else 4."""
+        return 8 if self.dot == "usdot" else 4
 
 
 def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
@@ -65,7 +76,7 @@ def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
 
 def host_targets() -> list[Target]:
     """The variants this machine can run, best first."""
-    return targets(llvm.get_process_triple(), llvm.get_host_cpu_name(), dict(llvm.get_host_cpu_features()))
+    return targets(llvm.get_process_triple(), llvm.get_host_cpu_name(), features())
 
 
 def chosen_target() -> Target:

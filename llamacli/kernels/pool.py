@@ -8,7 +8,6 @@ compiled call: a signal such as Ctrl-C is seen before or after it, never in betw
 """
 
 import ctypes
-import os
 import threading
 import weakref
 from time import perf_counter
@@ -70,7 +69,7 @@ def work(control, thread, threads):
             spins += 1
         else:
             call(pointer(control + 8 * LIBC, int64)[1], (nap,))
-            nap = min(LONGEST_NAP, nap + nap // 8)
+            nap = min(LONGEST_NAP, nap + nap // 64 + 1)
 
 
 @kernel
@@ -144,8 +143,3 @@ class Pool:
     def _lead(self, table: np.ndarray, first: int, last: int) -> None:
         self._control[JOB : JOB + 3] = table.ctypes.data, first, last
         lead(self._control.ctypes.data, 0, self.threads)
-
-
-def default_threads() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

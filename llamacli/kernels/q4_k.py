@@ -7,7 +7,7 @@ Layout: half d, half dmin, 12 bytes of packed scales and mins, 128 bytes of nibb
 from llvmlite import ir
 
 from llamacli.kernels.halves import splat_half
-from llamacli.kernels.simd import i8, i32, vec
+from llamacli.kernels.simd import f16, i8, i32, i64, vec
 
 block, nbytes, group, offset, wide = 256, 144, 32, None, False
 
@@ -27,18 +27,23 @@ def scales(s, w, n):
     return side(0, 0), side(8, 2)
 
 
+def chunk(s, w, c):
+    """Weights 64c..64c+63: both nibbles of 32 bytes, by a load that fills the register twice and a shift of one half."""
+    q = s.load(vec(i8, 32), w, 16 + 32 * c)
+    twice = s.bits(s.shuffle(q, [k % 32 for k in range(64)]), i64)
+    return s.b.and_(s.bits(s.b.lshr(twice, ir.Constant(vec(i64, 8), [0] * 4 + [4] * 4)), i8), s.fill(i8, 64, 15))
+
+
+def both(s, w):
+    """Scales and mins of the 8 groups in one register of 16 floats."""
+    d = s.from_half(s.load(vec(f16, 2), w))
+    return s.b.fmul(s.to_float(s.unsigned(six_bits(s, w))), s.shuffle(d, [0] * 8 + [1] * 8))
+
+
 def six_bits(s, w):
-    """8 scales, then 8 mins, as 16 bytes, unpacked in four 32-bit words at a time."""
-    b = s.b
-    u0, u1, u2 = (s.load(i32, w, at) for at in (4, 8, 12))
-    top = lambda u: b.shl(b.and_(b.lshr(u, i32(6)), i32(0x03030303)), i32(4))  # noqa: E731
-    words = (
-        b.and_(u0, i32(0x3F3F3F3F)),
-        b.or_(b.and_(u2, i32(0x0F0F0F0F)), top(u0)),
-        b.and_(u1, i32(0x3F3F3F3F)),
-        b.or_(b.and_(b.lshr(u2, i32(4)), i32(0x0F0F0F0F)), top(u1)),
-    )
-    v = ir.Constant(vec(i32, 4), ir.Undefined)
-    for k, word in enumerate(words):
-        v = b.insert_element(v, word, i32(k))
-    return s.bits(v, i8)
+    """8 scales, then 8 mins, as 16 bytes. A load of 16 takes four of the nibbles along."""
+    v = s.load(vec(i32, 4), w, 4)
+    low, wide = [0x3F3F3F3F, 0x0F0F0F0F] * 2, [0, 0x30303030] * 2
+    four = s.b.and_(s.b.lshr(s.shuffle(v, [0, 2, 1, 2]), ir.Constant(v.type, [0, 0, 0, 4])), ir.Constant(v.type, low))
+    two = s.b.and_(s.b.lshr(s.shuffle(v, [0, 0, 1, 1]), s.fill(i32, 4, 2)), ir.Constant(v.type, wide))
+    return s.bits(s.b.or_(four, two), i8)

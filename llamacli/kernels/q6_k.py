@@ -5,8 +5,10 @@ quarters of 32 in the low and high nibbles of 64 bytes, and their high bits in t
 common.h, block_q6_K.
 """
 
+from llvmlite import ir
+
 from llamacli.kernels.halves import splat_half
-from llamacli.kernels.simd import i8, vec
+from llamacli.kernels.simd import i8, i64, vec
 
 block, nbytes, group, offset, wide = 256, 210, 16, 32, False
 
@@ -19,6 +21,18 @@ def piece(s, w, j):
     low = s.b.lshr(q, c(4)) if quarter > 1 else s.b.and_(q, c(15))
     high = s.b.and_(s.b.lshr(s.load(vec(i8, 32), w, 128 + 32 * half), c(2 * quarter)), c(3))
     return s.b.or_(low, s.b.shl(high, c(4)))
+
+
+def chunk(s, w, c):
+    """Weights 64c..64c+63: 64 nibbles as they lie, and the bit pairs of 32 bytes loaded twice and shifted apart."""
+    half, high = divmod(c, 2)
+    q = s.load(vec(i8, 64), w, 64 * half)
+    low = s.b.and_(s.bits(s.b.lshr(s.bits(q, i64), s.fill(i64, 8, 4)), i8) if high else q, s.fill(i8, 64, 15))
+    pairs = s.load(vec(i8, 32), w, 128 + 32 * half)
+    twice = s.bits(s.shuffle(pairs, [k % 32 for k in range(64)]), i64)
+    to_bit_4 = s.b.lshr if high else s.b.shl
+    apart = to_bit_4(twice, ir.Constant(vec(i64, 8), [0] * 4 + [2] * 4 if high else [4] * 4 + [2] * 4))
+    return s.b.or_(low, s.b.and_(s.bits(apart, i8), s.fill(i8, 64, 0x30)))
 
 
 def scales(s, w, n):

@@ -1,7 +1,7 @@
 """Vector IR in words: a thin layer over llvmlite that the leaves are written in.
 
-`Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. The only operation
-that differs between CPUs is `dot4`; everything else is portable IR. Knows nothing of block formats or of Numba.
+`Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. What differs
+between CPUs are `dot4`, `dot8` and `lookup`; everything else is portable IR. Knows nothing of block formats or of Numba.
 """
 
 from llvmlite import ir
@@ -224,7 +224,7 @@ class Simd:
         if self.target.triple.startswith("x86_64") and self.target.dot != "plain" and n == 32:
             fn = self._intrinsic("llvm.x86.avx2.pshuf.b", index.type, index.type, index.type)
             return self.b.call(fn, [ir.Constant(vec(i8, 32), [*table, *table]), index])
-        if self.target.dot in ("usdot", "sdot"):
+        if self.target.neon:
             fn = self._intrinsic("llvm.aarch64.neon.tbl1.v16i8", vec(i8, 16), vec(i8, 16), vec(i8, 16))
             levels = ir.Constant(vec(i8, 16), list(table))
             halves = [self.b.call(fn, [levels, self.shuffle(index, list(range(k, k + 16)))]) for k in range(0, n, 16)]
@@ -237,7 +237,8 @@ class Simd:
     def dot4(self, acc, u, s, wide=False):
         """acc[l] + sum of u[4l+j] * s[4l+j] over j < 4: unsigned bytes times signed bytes into int32 lanes.
 
-        `wide` says that u may exceed 127; without it the cheaper saturating forms are safe.
+        `wide` says that u may exceed 127; without it the cheaper saturating forms are safe. Where the CPU multiplies signed
+        bytes only (sdot), u is taken as signed too, and must not be wide.
         """
         n, kind = u.type.count, self.target.dot
         if kind == "vnni":
@@ -255,36 +256,33 @@ class Simd:
             odd = self.b.lshr(u16, eight), self.b.ashr(s16, eight)
             return self.b.add(acc, self.b.add(self.b.call(madd, even), self.b.call(madd, odd)))
         if kind in ("usdot", "sdot"):
-            return self._each_quarter(self._neon_dot, acc, u, s, wide)
+            assert not wide or kind == "usdot", "sdot takes bytes as signed"
+            return self._neon(kind, acc, u, s)
         products = self.b.mul(self.unsigned(u), self.signed(s))
         for j in range(4):
             acc = self.b.add(acc, self.shuffle(products, list(range(j, n, 4))))
         return acc
 
+    def dot8(self, acc, u, s):
+        """Every 16 bytes are a matrix of 2 rows of 8: acc, matrices of 2 x 2 int32, plus u's times the transpose of s's.
+
+        Only where target.step is 8. u is unsigned, s signed; nothing saturates.
+        """
+        return self._neon("usmmla", acc, u, s)
+
     def _vpdpbusd(self, acc, u, s):
         fn = self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{u.type.count * 8}", acc.type, acc.type, u.type, s.type)
         return self.b.call(fn, [acc, u, s])
 
-    def _neon_dot(self, acc, u, s, wide):
-        dot = lambda op, acc, a, b: self.b.call(  # noqa: E731
-            self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", acc.type, acc.type, a.type, b.type), [acc, a, b]
-        )
-        if self.target.dot == "usdot":
-            return dot("usdot", acc, u, s)
-        if not wide:
-            return dot("sdot", acc, u, s)
-        # u = (u - 128) + 64 + 64: three signed dots, since this CPU has no mixed one
-        for a in (self.b.xor(u, self.fill(i8, 16, -128)), self.fill(i8, 16, 64), self.fill(i8, 16, 64)):
-            acc = dot("sdot", acc, a, s)
-        return acc
-
-    def _each_quarter(self, op, acc, u, s, wide):
+    def _neon(self, op, acc, u, s):
+        """NEON's `op` on 16 bytes at a time."""
+        four, sixteen = vec(i32, 4), vec(i8, 16)
+        fn = self._intrinsic(f"llvm.aarch64.neon.{op}.v4i32.v16i8", four, four, sixteen, sixteen)
         parts = []
         for k in range(0, u.type.count, 16):
             pick = list(range(k, k + 16))
-            parts.append(
-                op(self.shuffle(acc, list(range(k // 4, k // 4 + 4))), self.shuffle(u, pick), self.shuffle(s, pick), wide)
-            )
+            sums = self.shuffle(acc, list(range(k // 4, k // 4 + 4)))
+            parts.append(self.b.call(fn, [sums, self.shuffle(u, pick), self.shuffle(s, pick)]))
         while len(parts) > 1:
             parts = [self.concat(a, b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]

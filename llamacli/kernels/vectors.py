@@ -1,7 +1,8 @@
-"""Leaves on float rows: quantize activations, SwiGLU, one block of a softmax, weighted sums of values, conversion to half.
+"""Leaves on float rows: quantize activations, SwiGLU, one block of a softmax, products with keys and values, conversion to and
+from half.
 
-`build(head_dim)` gives the module builder for jit.load; `weigh` is compiled for one head size. Rows that `quantize` reads are
-padded to whole superblocks of 256. Knows nothing of heads, layers or threads.
+`build(head_dim)` gives the module builder for jit.load; what deals with keys and values is compiled for one head size. Rows
+that `quantize` reads are padded to whole superblocks of 256. Knows nothing of heads, layers or threads.
 """
 
 from math import gcd
@@ -11,7 +12,7 @@ from llvmlite import ir
 from llamacli.kernels.dots import ACT_BYTES, S16, S32, D
 from llamacli.kernels.simd import Simd, f16, f32, i8, i32, i64, vec
 
-SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half")
+SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half", "keys_aside", "widen", "product")
 WEIGH_ROWS = 2  # rows of probabilities that weigh takes side by side
 
 
@@ -25,9 +26,17 @@ def build(head_dim):
         _softmax(module, target)
         _weigh(module, target, head_dim)
         _to_half(module, target)
+        _keys_aside(module, target, head_dim)
+        _widen(module, target)
+        _product(module, target, head_dim)
         return module
 
     return module_for
+
+
+def span(head_dim, target):
+    """Columns that `product` makes at a time: as many registers as leave room for all sums, and whole ones of a head."""
+    return gcd(head_dim // target.lanes, 4 if target.width == 64 else 2) * target.lanes
 
 
 def _quantize(module, target):
@@ -172,4 +181,87 @@ def _to_half(module, target):
         return []
 
     s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
+    s.done()
+
+
+def _keys_aside(module, target, head_dim):
+    """keys_aside(keys, n_keys, out): half [n_keys, head_dim] as float32 [ceil(n_keys / span)][head_dim][span], so that the keys
+    stand side by side; the last one again where none is left.
+    """
+    s = Simd(module, target, "keys_aside", 3)
+    keys, n_keys, out = s.args
+    wide = span(head_dim, target)
+    last = s.b.sub(n_keys, i64(1))
+
+    def some(i, _):
+        first = s.mul(i, wide)
+        for part in range(0, wide, s.lanes):
+            numbers = [s.add(first, part + k) for k in range(s.lanes)]
+            rows = [s.add(keys, s.mul(s.b.select(s.b.icmp_signed("<", n, last), n, last), 2 * head_dim)) for n in numbers]
+            to = s.add(s.add(out, s.mul(first, 4 * head_dim)), 4 * part)
+
+            def columns(d, _, rows=rows, to=to):
+                at, here = s.mul(d, 2 * s.lanes), s.add(to, s.mul(d, 4 * s.lanes * wide))
+                for k, column in enumerate(s.transpose([s.from_half(s.load(vec(f16, s.lanes), s.add(r, at))) for r in rows])):
+                    s.store(column, here, 4 * wide * k)
+                return []
+
+            s.loop(i64(head_dim // s.lanes), [], columns)
+        return []
+
+    s.loop(s.b.sdiv(s.add(n_keys, wide - 1), i64(wide)), [], some)
+    s.done()
+
+
+def _widen(module, target):
+    """widen(x, n, out): half to float32, n a multiple of the lanes."""
+    s = Simd(module, target, "widen", 3)
+    x, n, out = s.args
+
+    def step(i, _):
+        s.store(s.from_half(s.load(vec(f16, s.lanes), s.add(x, s.mul(i, s.width // 2)))), s.add(out, s.mul(i, s.width)))
+        return []
+
+    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
+    s.done()
+
+
+def _product(module, target, head_dim):
+    """product(a, a_stride, n_rows, b, b_stride, depth, c, c_stride, state): c[r] = a[r] . b, `span` columns of it, all float32.
+
+    n_rows is a multiple of target.tile; a's columns and b's rows are `depth` many. With a state (as in softmax) for each row,
+    what stood in c times its factor comes on top; 0: nothing does.
+    """
+    s = Simd(module, target, "product", 9)
+    a0, a_stride, n_rows, b0, b_stride, depth, c0, c_stride, state0 = s.args
+    columns, tall = span(head_dim, target) // s.lanes, target.tile
+    keep = s.b.icmp_signed("!=", state0, i64(0))
+
+    def block(i, _):
+        first = s.mul(i, tall)
+        rows = [s.add(first, r) for r in range(tall)]
+        left = [s.add(a0, s.mul(a_stride, r)) for r in rows]
+        outs = [s.add(c0, s.mul(c_stride, r)) for r in rows]
+        sums = []
+        for r, out in zip(rows, outs, strict=True):
+            factor = s.splat(s.load(f32, s.b.select(keep, s.add(state0, s.mul(r, 12)), out), 8))
+            before = [s.b.fmul(s.load(vec(f32, s.lanes), out, s.width * c), factor) for c in range(columns)]
+            sums += [s.b.select(keep, v, s.zeros()) for v in before]
+
+        def step(k, sums):
+            right = s.add(b0, s.mul(b_stride, k))
+            row = [s.load(vec(f32, s.lanes), right, s.width * c) for c in range(columns)]
+            new = []
+            for r in range(tall):
+                value = s.splat(s.load(f32, s.add(left[r], s.mul(k, 4))))
+                new += [s.fma(value, row[c], sums[r * columns + c]) for c in range(columns)]
+            return new
+
+        sums = s.loop(depth, sums, step)
+        for r, out in enumerate(outs):
+            for c in range(columns):
+                s.store(sums[r * columns + c], out, s.width * c)
+        return []
+
+    s.loop(s.b.sdiv(n_rows, i64(tall)), [], block)
     s.done()

@@ -123,4 +123,13 @@ def _squares(x, y):
 def error(type_name: str, encoded: np.ndarray, x: np.ndarray, scratch: np.ndarray) -> tuple[float, float]:
     """The squared error of encoded rows against float32 rows `x`, and the sum of x^2; `scratch` is of the shape of x."""
     blocks(type_name, encoded, scratch)
-    return _squares(x, scratch)
+    return squares(x, scratch)
+
+
+def squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """The sums of (x - y)^2 and of x^2 over float32 (rows, cols); in float64 where a square leaves float32."""
+    wrong, whole = _squares(x, y)
+    if 0 < whole < np.inf and wrong < np.inf:
+        return wrong, whole
+    wide = x.astype(np.float64)
+    return float(np.square(wide - y).sum()), float(np.square(wide).sum())

@@ -163,8 +163,8 @@ def checksum(path):
 def engine_logits(path, sequences):
     """The engine's logits of every position of every sequence, [positions, n_vocab]."""
     from llamacli.config import Config
+    from llamacli.engine import Engine
     from llamacli.gguf import open_gguf
-    from llamacli.model import Engine
 
     file = open_gguf(path)
     engine = Engine(file, Config.from_gguf(file), threads=2)

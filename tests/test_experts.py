@@ -1,0 +1,154 @@
+"""Experts in slots: the same bytes come out as from a mapped file, whatever is read when, fails or is broken off."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+from tiny import MAVERICK, SCOUT, tiny_gguf
+
+from llamacli import Model, experts
+from llamacli.config import Config
+from llamacli.engine import Engine
+from llamacli.errors import ModelFileError, UsageError
+from llamacli.gguf import open_gguf
+
+SHAPES = {"scout": SCOUT, "maverick": MAVERICK, "two of eight": {"experts": 8, "used": 2}}
+IDS = np.random.RandomState(1).randint(0, 288, 40)
+
+
+@pytest.fixture(params=SHAPES)
+def path(request, tmp_path):
+    return tiny_gguf(tmp_path / "model.gguf", **SHAPES[request.param])
+
+
+def engine(path, slots):
+    gguf = open_gguf(path)
+    return Engine(gguf, Config.from_gguf(gguf), 2, slots)
+
+
+def conversation(engine, cache=None):
+    """Logits after a prompt, some tokens, another prompt and some tokens."""
+    cache = cache or engine.new_cache(64)
+    found = []
+    for part in (IDS[:17], *IDS[17:23, None], IDS[23:34], *IDS[34:, None]):
+        found.append(engine.forward(part, cache).copy())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+def test_the_same_bytes_come_out_as_from_a_mapped_file(path, slots):
+    assert np.array_equal(conversation(engine(path, slots)), conversation(engine(path, 0)))
+
+
+def test_what_a_layer_holds_is_not_read_again_and_the_oldest_goes_first(tmp_path):
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+
+    def ask(*chosen):
+        visit = slots.visit(0, chosen)
+        assert list(visit.gate_up) == list(visit.down()) == sorted(set(chosen))
+        taken, slots.traffic = slots.traffic, experts.Traffic()
+        return taken.hits, taken.misses
+
+    assert [ask(0), ask(1), ask(0), ask(2), ask(0), ask(1)] == [(0, 1), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
+    assert ask(0, 1, 2, 3) == (2, 2)  # more than fit pass by ...
+    assert [ask(0), ask(1)] == [(1, 0), (1, 0)]  # ... and leave what is held
+
+
+def test_empty_slots_take_what_the_last_tokens_chose(tmp_path):
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    visit = slots.visit(0, [3, 1, 0, 2, 0, 2])
+    assert [*visit.gate_up, *visit.down()] == [0, 1, 2, 3] * 2
+    assert sorted(slots._layers[0].slots) == [0, 2]
+
+
+def fail(monkeypatch, after, error):
+    """os.preadv goes wrong once, after so many calls."""
+    true, calls = os.preadv, []
+
+    def preadv(*how):
+        calls.append(how)
+        if len(calls) == after:
+            raise error
+        return true(*how)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 5, 8, 13, 21, 34])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_read_error_is_said_and_the_conversation_can_go_on(tmp_path, monkeypatch, after, slots):
+    path = tiny_gguf(tmp_path / "model.gguf")
+    wanted, here = conversation(engine(path, 0)), engine(path, slots)
+    fail(monkeypatch, after, OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(ModelFileError, match=r"model\.gguf: expected \d+ bytes at byte \d+, found a read error"):
+        conversation(here)
+    assert np.array_equal(conversation(here), wanted)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_an_interrupt_while_waiting_leaves_everything_sound(tmp_path, monkeypatch, after, slots):
+    path = tiny_gguf(tmp_path / "model.gguf")
+    wanted, here, true, calls = conversation(engine(path, 0)), engine(path, slots), experts.Slots._wait, []
+
+    def wait(self, futures):
+        calls.append(futures)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        true(self, futures)
+
+    monkeypatch.setattr(experts.Slots, "_wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        conversation(here)
+    assert np.array_equal(conversation(here), wanted)
+
+
+@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_pieces"])
+@pytest.mark.parametrize("after", [1, 2, 5, 9, 20])
+@pytest.mark.parametrize("before", [True, False])
+def test_an_interrupt_amid_the_bookkeeping_leaves_everything_sound(tmp_path, monkeypatch, method, after, before):
+    path = tiny_gguf(tmp_path / "model.gguf")
+    wanted, here, calls = conversation(engine(path, 0)), engine(path, 2), []
+    true = getattr(experts.Slots, method)
+
+    def broken(self, *how):
+        calls.append(how)
+        found = None if before and len(calls) == after else true(self, *how)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(experts.Slots, method, broken)
+    with pytest.raises(KeyboardInterrupt):
+        conversation(here)
+    assert np.array_equal(conversation(here), wanted)
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_a_file_that_is_cut_while_in_use_is_an_error_not_the_end_of_the_process(tmp_path, slots):
+    here = engine(tiny_gguf(tmp_path / "model.gguf"), slots)
+    cache = here.new_cache(64)
+    here.forward(IDS[:3], cache)
+    os.truncate(tmp_path / "model.gguf", 8192)
+    for _ in range(2):
+        with pytest.raises(ModelFileError, match=r"model\.gguf: .*cut"):
+            here.forward(IDS[3:20], cache)
+        assert cache.pos == 3
+
+
+def test_a_file_system_without_direct_reads_does(path, monkeypatch):
+    wanted, true = conversation(engine(path, 0)), os.open
+
+    def no_direct(name, flags, *more):
+        if flags & getattr(os, "O_DIRECT", 0):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return true(name, flags, *more)
+
+    monkeypatch.setattr(os, "open", no_direct)
+    assert np.array_equal(conversation(engine(path, 2)), wanted)
+
+
+def test_an_unknown_way_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="expected mapped, slots or auto, found some"):
+        Model.load("models/scout-tiny/scout-tiny.gguf", experts="some")
