@@ -175,7 +175,7 @@ def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
             new, error = better(s, [candidate, other, *sums], [best[0], best[1], *best[3:]], error, best[2])
             return [new[0], new[1], error, *new[2:]]
 
-        return s.loop(around[1], [sc, mc, splat(s, 3e38), zero, zero, zero, zero], one)
+        return s.loop(around[1], [zero, zero, sxx, zero, zero, zero, zero], one)  # zeros, before any
 
     def descend(line, rounds, count, best):
         """From the half floats nearest to the groups' own scales and minimums down, for some rounds."""
@@ -213,6 +213,6 @@ def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
 
     everything, most_level = total(sxx), fmt.LEVELS.high
     best = descend(found, fmt.REFITS, HALVES, [zero, zero, zero, zero, everything])
-    exact = b.fcmp_ordered("<", best[4], b.fmul(everything, splat(s, EXACT)))
+    exact = b.fcmp_ordered("<", best[4], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, m, sc, mc, _ = s.loop(any_of(s, exact, min(most_level, SPANS)), best, exactly)
     finish(s, room, b.fmul(d, sc), b.fneg(b.fmul(m, mc)), d, m, sc, mc)

@@ -22,6 +22,11 @@ class Uniform(NamedTuple):
     low: int
     high: int
 
+    @property
+    def values(self):
+        """All of them."""
+        return range(self.low, self.high + 1)
+
     def level(self, s, t, origin=None):
         """The level nearest to t, as float32; counted from `origin` - ROUND."""
         bounded = s.fmin(s.fmax(t, splat(s, self.low)), splat(s, self.high))
@@ -36,6 +41,11 @@ class Table(NamedTuple):
     """Any 16 rising levels."""
 
     levels: tuple[int, ...]
+
+    @property
+    def values(self):
+        """All of them."""
+        return self.levels
 
     @property
     def low(self):

@@ -104,7 +104,7 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
             new, error = better(s, [candidate, left.l2, left.el], [best[0], *best[2:]], left.e2, best[1])
             return [new[0], error, *new[1:]]
 
-        return s.loop(around[1], [sc, splat(s, 3e38), zero, zero], one)
+        return s.loop(around[1], [zero, sxx, zero, zero], one)  # zeros, before any
 
     def descend(scale, sl2, rounds, count, best):
         """From the half float nearest to the groups' own scales down, for some rounds."""
@@ -132,7 +132,7 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
 
     everything = total(sxx)
     best = descend(scale, sl2, fmt.REFITS, HALVES, [zero, zero, everything])
-    exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT)))
+    exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, sc, _ = s.loop(any_of(s, exact, min(-fmt.LEVELS.low, SPANS)), best, exactly)
     if integers.high <= 31:  # where few of few levels are in use, the best integers may lie far apart
         one_sided = over_block(s, one_sided, b.and_, per_block)

@@ -17,7 +17,7 @@ SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may 
 SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
 SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
 TIE = 2e-7  # of the error taken off: less is rounding
-EXACT = 1e-5  # of the sum of w x^2: a fit so close that the half floats' rounding is what is left
+EXACT = 0.1  # the same share: ten times closer than usual, where the half floats' rounding is what is left
 SPANS = 16  # of levels, tried where the fit is all but exact
 HALVES = 12  # half floats to begin a superblock from
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
@@ -172,8 +172,8 @@ def clearly_better(s, new, old, error, least, slight):
 
 def exact_levels(s, fmt, span, least, most, best, attempt):
     """Where the fit is all but exact, the half float decides: every level that `span` could be, for these lanes alone."""
-    exact = s.b.fcmp_ordered("<", least, s.b.fmul(most, splat(s, EXACT)))
-    levels = [v for v in getattr(fmt.LEVELS, "levels", range(fmt.LEVELS.low, fmt.LEVELS.high + 1)) if v]
+    exact = s.b.fcmp_ordered("<", least, s.b.fmul(most, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
+    levels = [v for v in fmt.LEVELS.values if v]
     inverses = ir.Constant(vec(f32, len(levels)), [1 / v for v in levels])
 
     def one(i, best):
