@@ -17,8 +17,8 @@ import numpy as np
 from llamacli.config import Config
 from llamacli.experts import DOWN, GATE, UP, Slots
 from llamacli.kernels import attention, elementwise, matmul
-from llamacli.kernels.dots import ACT_BYTES
 from llamacli.kernels.elementwise import CACHE, COUNT, POS, ROW, N
+from llamacli.kernels.formats import ACT_BYTES
 from llamacli.kernels.jit import TARGET, load
 from llamacli.kernels.matmul import Matrix, Rows
 from llamacli.kernels.pool import Program
@@ -283,7 +283,7 @@ class Steps:
         self._gate_up(p, self._gate_exps, self._up_exps, c.n_ff_exp, scores, k)
         self._inputs(p, (ffn.shexp.down,), self._gate)
         self._inputs(p, (ffn.exps.down,), self._gate_exps, self._moe)
-        self._matmul(p, ffn.shexp.down, self._gate, self._x, meet=False, add=True)
+        self._matmul(p, ffn.shexp.down, self._gate, self._x, add=True)
         self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k)
 
     def _guess(self, p: Program, i: int, layer: Layer) -> None:

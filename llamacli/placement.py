@@ -20,7 +20,7 @@ from llamacli.config import Config
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.kernels import attention, matmul
 from llamacli.kernels.cpu import default_threads
-from llamacli.kernels.dots import ACT_BYTES
+from llamacli.kernels.formats import ACT_BYTES
 
 PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied

@@ -12,7 +12,7 @@ import numpy as np
 from llamacli.config import Config
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.gguf import GGUF, Tensor
-from llamacli.kernels.dots import FLOATS, QUANTIZED
+from llamacli.kernels.formats import FLOATS, QUANTIZED
 from llamacli.kernels.matmul import Matrix
 
 LONG_FACTOR = 16.0  # Scout divides the frequencies of wavelengths beyond 8192 by this; early uploads had other numbers

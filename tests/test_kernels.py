@@ -14,12 +14,18 @@ from gguf.quants import dequantize, quantize
 
 from llamacli.errors import UsageError
 from llamacli.ggml import BY_NAME
-from llamacli.kernels import dots, jit, matmul, vectors, words
+from llamacli.kernels import dots, floats, formats, jit, matmul, tiles, vectors, words
 from llamacli.kernels.jit import TARGET, assembly, host_targets, load, targets
 from llamacli.kernels.pool import Pool, Program
 
 EMULATED = [pytest.mark.arm, pytest.mark.skipif(bool(arm.missing()), reason=f"needs {arm.missing()}")]
 VARIANTS = [pytest.param(target, id=target.name) for target in host_targets()]
+# the registers of 32 bytes of an AVX-VNNI machine, by AVX-512's encoding of the same instructions
+VARIANTS += [
+    pytest.param(t._replace(name="vnni256", width=32, tile=4, tile_vectors=1), id="vnni256")
+    for t in host_targets()
+    if t.name == "avx512vnni"
+]
 VARIANTS += [pytest.param(target, id=name, marks=EMULATED) for name, target in arm.TARGETS.items()]
 HEAD_DIM = 64
 
@@ -43,7 +49,7 @@ def random_rows(name, n_rows, n_cols, rng):
         scale = (rng.random(raw.shape[:2]) * 0.01 + 0.001).astype(np.float16)
         raw[..., at : at + 2] = scale[..., None].view(np.uint8).reshape(*scale.shape, 2)
     raw = raw.reshape(n_rows, -1)
-    if name in dots.FLOATS:
+    if name in formats.FLOATS:
         raw = quantize(rng.standard_normal((n_rows, n_cols)).astype(np.float32), GGMLQuantizationType[name]).view(np.uint8)
     return raw, dequantize(raw, GGMLQuantizationType[name]).astype(np.float32)
 
@@ -54,11 +60,11 @@ def activations(x, target):
     supers = -(-n_cols // 256)
     padded = np.zeros((n, supers * 256), np.float32)
     padded[:, :n_cols] = x
-    codes = np.zeros((n, supers, dots.ACT_BYTES), np.int8)
+    codes = np.zeros((n, supers, formats.ACT_BYTES), np.int8)
     quantize_leaf = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
     for t in range(n):
         run(quantize_leaf, padded[t], supers, codes[t])
-    d = codes[..., dots.D : dots.D + 32].copy().view(np.float32)
+    d = codes[..., formats.D : formats.D + 32].copy().view(np.float32)
     q = codes[..., :256].reshape(n, supers, 8, 32).astype(np.float32)
     return codes, (q * d[..., None]).reshape(n, -1)[:, :n_cols]
 
@@ -70,12 +76,12 @@ class TestVariants:
         x[1, 32:64] = 0
         codes, back = activations(x, target)
         assert np.abs(back - x).max() <= np.abs(x).max() / 127
-        s32 = codes[..., dots.S32 : dots.S32 + 32].copy().view(np.float32).reshape(3, -1)
-        s16 = codes[..., dots.S16 : dots.S16 + 64].copy().view(np.float32).reshape(3, -1)
+        s32 = codes[..., formats.S32 : formats.S32 + 32].copy().view(np.float32).reshape(3, -1)
+        s16 = codes[..., formats.S16 : formats.S16 + 64].copy().view(np.float32).reshape(3, -1)
         np.testing.assert_allclose(s32, back.reshape(3, -1, 32).sum(-1), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(s16, back.reshape(3, -1, 16).sum(-1), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("name", dots.QUANTIZED)
+    @pytest.mark.parametrize("name", formats.QUANTIZED)
     def test_block_rows_times_int8(self, name, target):
         rng = np.random.default_rng(1)
         step = target.lanes * target.tile_vectors
@@ -84,15 +90,15 @@ class TestVariants:
         codes, x = activations(rng.standard_normal((n, n_cols)).astype(np.float32), target)
         want = x @ meant.T
         f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
-        got = np.full((n, n_rows), 7, np.float32)
-        run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1)
+        got, aside = np.full((n, n_rows), 7, np.float32), np.zeros(codes[0].size, np.int8)
+        run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, aside)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
-        size = 3 * dots.panel_bytes(name, target.lanes)
+        size = 3 * tiles.panel_bytes(name, target.lanes)
         panels = np.zeros((target.tile_vectors, size), np.uint8)
         got[:] = np.nan
         xs = arm.pointers(codes)
         outs = arm.pointers(got)
-        packed = np.zeros(3 * dots.packed_bytes(name, target.tile), np.uint8)
+        packed = np.zeros(3 * tiles.packed_bytes(name, target.tile), np.uint8)
         run(f["pack"], xs, 3, packed)
         for r in range(0, n_rows - 1, step):
             for v, panel in enumerate(panels):
@@ -101,33 +107,33 @@ class TestVariants:
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
 
-    @pytest.mark.parametrize("name", [name for name, f in dots.QUANTIZED.items() if f.block == 32])
+    @pytest.mark.parametrize("name", [name for name, f in formats.QUANTIZED.items() if f.block == 32])
     def test_rows_that_end_within_a_superblock(self, name, target):
         rng = np.random.default_rng(2)
         raw, meant = random_rows(name, 5, 352, rng)
         codes, x = activations(rng.standard_normal((1, 352)).astype(np.float32), target)
         f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
-        got = np.zeros(5, np.float32)
-        run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0)
+        got, aside = np.zeros(5, np.float32), np.zeros(codes.size, np.int8)
+        run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0, aside)
         np.testing.assert_allclose(got, (x @ meant.T)[0], atol=2e-5 * np.abs(x @ meant.T).max())
 
-    @pytest.mark.parametrize("name", dots.FLOATS)
+    @pytest.mark.parametrize("name", formats.FLOATS)
     def test_float_rows(self, name, target):
         rng = np.random.default_rng(3)
         raw, meant = random_rows(name, 7, 203, rng)
         x = rng.standard_normal((4, 203)).astype(np.float32)
-        f = leaves(name, lambda t: dots.floats(name, t), dots.FLOAT_SYMBOLS, target)
+        f = leaves(name, lambda t: floats.floats(name, t), floats.SYMBOLS, target)
         got = np.zeros((4, 7), np.float32)
         xs, outs = (arm.pointers(m) for m in (x, got))
         run(f["tile"], raw, raw.shape[1], 7, 203, xs, outs, 0, 0)
         np.testing.assert_allclose(got, x @ meant.T, atol=1e-4)
-        run(f["matvec"], raw, raw.shape[1], 7, 203, x, got, 1)
+        run(f["matvec"], raw, raw.shape[1], 7, 203, x, got, 1, 0)
         np.testing.assert_allclose(got[0], 2 * (x @ meant.T)[0], atol=1e-4)
 
-    @pytest.mark.parametrize("name", [*dots.QUANTIZED, *dots.FLOATS])
+    @pytest.mark.parametrize("name", [*formats.QUANTIZED, *formats.FLOATS])
     def test_a_row_dequantized(self, name, target):
         raw, meant = random_rows(name, 1, 512, np.random.default_rng(4))
-        build, symbols = (dots.floats, dots.FLOAT_SYMBOLS) if name in dots.FLOATS else (dots.quantized, dots.SYMBOLS)
+        build, symbols = (floats.floats, floats.SYMBOLS) if name in formats.FLOATS else (dots.quantized, dots.SYMBOLS)
         f = leaves(name, lambda t: build(name, t), symbols, target)
         got = np.zeros(512, np.float32)
         run(f["dequantize"], raw, 512, got)
@@ -153,7 +159,7 @@ class TestVariants:
 
     @pytest.mark.parametrize("n_keys", [1, 7, 32, 37, 100])
     def test_a_product_with_keys_set_aside_is_the_product(self, target, n_keys):
-        f, rng = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
+        f, rng = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
         span, rows = vectors.span(HEAD_DIM, target), 2 * target.tile
         keys = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
         queries = rng.standard_normal((rows, HEAD_DIM)).astype(np.float32)
@@ -167,7 +173,7 @@ class TestVariants:
         np.testing.assert_allclose(out[:, :n_keys], queries @ keys.astype(np.float32).T, atol=1e-4)
 
     def test_a_product_adds_to_what_stands_times_its_factor(self, target):
-        f, rng = load(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
+        f, rng = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
         span, rows, n_keys = vectors.span(HEAD_DIM, target), 2 * target.tile, 21
         half = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
         values, p = np.empty((n_keys, HEAD_DIM), np.float32), rng.random((rows, n_keys)).astype(np.float32)
@@ -230,6 +236,16 @@ def test_arm_multiplies_bytes_with_the_best_that_the_cpu_has(name, cpu, features
     assert list(used["matvec"]) == [row]
     assert list(used["tile"]) == [tile]
     assert min(used["matvec"][row], used["tile"][tile]) >= 32
+
+
+def test_avx_vnni_is_used_where_there_are_no_registers_of_64_bytes():
+    has = dict.fromkeys(("avx2", "fma", "f16c", "avxvnni"), True)
+    best = targets("x86_64-unknown-linux-gnu", "alderlake", has)[0]
+    text = assembly(lambda t: dots.quantized("Q4_K", t), best)
+    assert best.name == "avxvnni"
+    assert "{vex}\tvpdpbusd" in text
+    assert "zmm" not in text
+    assert "vpmaddubsw" not in text
 
 
 def test_codes_above_127_cost_no_more_where_only_signed_bytes_are_multiplied():

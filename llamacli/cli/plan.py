@@ -112,7 +112,7 @@ def plan(
 def _from_file(path: Path, type_name: str | None) -> Model:
     from llamacli.config import Config
     from llamacli.gguf import open_gguf
-    from llamacli.kernels.dots import FLOATS, QUANTIZED
+    from llamacli.kernels.formats import FLOATS, QUANTIZED
     from llamacli.placement import weigh
 
     if type_name is not None:

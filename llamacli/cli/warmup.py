@@ -35,13 +35,13 @@ def _files(folder) -> set[str]:
 
 def _compile_all() -> None:
     import llamacli.engine  # noqa: F401  with it come the drivers
-    from llamacli.kernels import dots, limits, matmul, strings, vectors  # noqa: F401
+    from llamacli.kernels import formats, limits, matmul, strings, vectors  # noqa: F401
     from llamacli.kernels.jit import TARGET, load
     from llamacli.kernels.words import KERNELS
 
     for driver in KERNELS:
         _ = driver.address
-    for name in (*dots.QUANTIZED, *dots.FLOATS):
+    for name in (*formats.QUANTIZED, *formats.FLOATS):
         matmul.leaves(name)
     for size in HEAD_SIZES:
         if size % TARGET.lanes == 0:

@@ -1,9 +1,9 @@
 """Compiled code: everything that touches weights, activations or the KV cache element by element.
 
-Two kinds of code live here. Leaves (simd.py, q4_k.py, dots.py, vectors.py ...) are LLVM vector IR, compiled by jit.py for the
-CPU at hand; drivers (matmul.py, attention.py, elementwise.py, pool.py) are Numba functions that split work over threads and
-call the leaves by address. In: addresses and sizes. Out: numbers written to buffers that the caller owns. Nothing here knows
-of GGUF names, layers or text.
+Two kinds of code live here. Leaves (simd.py, q4_k.py, dots.py, tiles.py, vectors.py ...) are LLVM vector IR, compiled by jit.py
+for the CPU at hand; drivers (matmul.py, attention.py, elementwise.py, pool.py) are Numba functions that split work over threads
+and call the leaves by address. In: addresses and sizes. Out: numbers written to buffers that the caller owns. Nothing here
+knows of GGUF names, layers or text.
 
 Importing this package decides where compiled code is cached, so it comes before the first import of numba. The folder's name
 holds a hash of the sources: Numba watches only the file that holds a kernel, not the files it calls into, and would serve

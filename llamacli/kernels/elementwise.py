@@ -1,7 +1,7 @@
 """The steps between matrix products: norms, quantizing activations, SwiGLU, routing tokens to experts, sums of squares.
 
 Drivers; each unpacks its int64 arguments in its first line, and model.py packs them. `state` is the block that all steps of
-a run share. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (dots.py). Know
+a run share. Rows are float32 with a stride in bytes; `codes` are the int8 side of the same rows (formats.py). Know
 nothing of layers.
 """
 
@@ -9,7 +9,7 @@ import math
 
 from numpy import float32, float64, int64
 
-from llamacli.kernels.dots import ACT_BYTES
+from llamacli.kernels.formats import ACT_BYTES
 from llamacli.kernels.words import call, kernel, pointer, unpack
 
 N, POS, ROW, COUNT, CACHE = range(5)  # slots of the state block

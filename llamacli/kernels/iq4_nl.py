@@ -2,11 +2,12 @@
 common.h.
 """
 
-from llamacli.kernels.halves import half_scales, nibbles
+from llamacli.kernels.halves import NIBBLE_ORDER, half_pair, half_scales, nibble_codes, nibbles
 
 block, nbytes, group, offset, wide = 32, 18, 32, 128, True
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
 SHIFTED = tuple(level + 128 for level in LEVELS)  # dot4 wants unsigned bytes
+order = NIBBLE_ORDER
 
 
 def piece(s, w, j):
@@ -17,3 +18,13 @@ def piece(s, w, j):
 def scales(s, w, n):
     """The scales of n blocks; the mins follow from `offset`."""
     return half_scales(s, w, n, nbytes), None
+
+
+def codes(s, w):
+    """Weights as 4 registers in `order`."""
+    return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 2, nbytes)]
+
+
+def pair(s, ws):
+    """The scales of two rows."""
+    return [half_pair(s, ws, nbytes)], None

@@ -7,9 +7,10 @@ Layout: half d, half dmin, 12 bytes of packed scales and mins, 128 bytes of nibb
 from llvmlite import ir
 
 from llamacli.kernels.halves import splat_half
-from llamacli.kernels.simd import f16, i8, i32, i64, vec
+from llamacli.kernels.simd import f16, i8, i32, vec
 
 block, nbytes, group, offset, wide = 256, 144, 32, None, False
+order = (0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)  # of the pieces of 16 weights in `codes`
 
 
 def piece(s, w, j):
@@ -20,30 +21,51 @@ def piece(s, w, j):
 
 def scales(s, w, n):
     """(scales, mins) of the 8 groups."""
-    packed = six_bits(s, w)
+    packed = six_bits(s, s.load(vec(i32, 4), w, 4))
     side = lambda k, at: s.b.fmul(  # noqa: E731
         s.to_float(s.unsigned(s.shuffle(packed, list(range(k, k + 8))))), splat_half(s, w, at, 8)
     )
     return side(0, 0), side(8, 2)
 
 
-def chunk(s, w, c):
-    """Weights 64c..64c+63: both nibbles of 32 bytes, by a load that fills the register twice and a shift of one half."""
-    q = s.load(vec(i8, 32), w, 16 + 32 * c)
-    twice = s.bits(s.shuffle(q, [k % 32 for k in range(64)]), i64)
-    return s.b.and_(s.bits(s.b.lshr(twice, ir.Constant(vec(i64, 8), [0] * 4 + [4] * 4)), i8), s.fill(i8, 64, 15))
+def codes(s, w):
+    """The nibbles as 4 registers in `order`: two hold the two halves of the same 4 groups, so that their products add up before
+    they are scaled. High nibbles stay where they are, as 16 times the value, if the CPU multiplies such bytes.
+    """
+    halves = [s.load(vec(i8, 64), w, 16 + 64 * h) for h in range(2)]
+    quarters = [[k for q in (0, 2, 4, 6) for k in range(16 * (q + p), 16 * (q + p) + 16)] for p in range(2)]
+    q = [s.shuffle(halves[0], pick, halves[1]) for pick in quarters]
+    low = [s.b.and_(v, s.fill(i8, 64, 15)) for v in q]
+    high = [s.b.and_(v, s.fill(i8, 64, 0xF0)) if _in_place(s) else s.b.lshr(v, s.fill(i8, 64, 4)) for v in q]
+    return [*low, *high]
 
 
-def both(s, w):
-    """Scales and mins of the 8 groups in one register of 16 floats."""
-    d = s.from_half(s.load(vec(f16, 2), w))
-    return s.b.fmul(s.to_float(s.unsigned(six_bits(s, w))), s.shuffle(d, [0] * 8 + [1] * 8))
+def factors(s):
+    """What the sums of each group of `codes` are to be multiplied with."""
+    return [1.0, 1 / 16 if _in_place(s) else 1.0] * 4
 
 
-def six_bits(s, w):
-    """8 scales, then 8 mins, as 16 bytes. A load of 16 takes four of the nibbles along."""
-    v = s.load(vec(i32, 4), w, 4)
-    low, wide = [0x3F3F3F3F, 0x0F0F0F0F] * 2, [0, 0x30303030] * 2
-    four = s.b.and_(s.b.lshr(s.shuffle(v, [0, 2, 1, 2]), ir.Constant(v.type, [0, 0, 0, 4])), ir.Constant(v.type, low))
-    two = s.b.and_(s.b.lshr(s.shuffle(v, [0, 0, 1, 1]), s.fill(i32, 4, 2)), ir.Constant(v.type, wide))
+def _in_place(s):
+    return s.target.dot == "vnni"
+
+
+def pair(s, ws):
+    """Scales and mins of two rows, 16 floats each."""
+    packed = six_bits(s, s.concat(*(s.load(vec(i32, 4), w, 4) for w in ws)))
+    d = s.from_half(s.concat(*(s.load(vec(f16, 2), w) for w in ws)))
+    part = lambda at, k: s.b.fmul(  # noqa: E731
+        s.to_float(s.unsigned(s.shuffle(packed, [*range(at, at + 8), *range(16 + at, 24 + at)]))),
+        s.shuffle(d, [k] * 8 + [2 + k] * 8),
+    )
+    return [part(0, 0)], [part(8, 1)]
+
+
+def six_bits(s, v):
+    """8 scales, then 8 mins, as bytes, for each 4 words: the 12 bytes of the scales and four of the nibbles."""
+    n = v.type.count // 4
+    rows = lambda lanes: [4 * r + lane for r in range(n) for lane in lanes]  # noqa: E731
+    low, wide = [0x3F3F3F3F, 0x0F0F0F0F] * (2 * n), [0, 0x30303030] * (2 * n)
+    four = s.b.lshr(s.shuffle(v, rows([0, 2, 1, 2])), ir.Constant(v.type, [0, 0, 0, 4] * n))
+    four = s.b.and_(four, ir.Constant(v.type, low))
+    two = s.b.and_(s.b.lshr(s.shuffle(v, rows([0, 0, 1, 1])), s.fill(i32, 4 * n, 2)), ir.Constant(v.type, wide))
     return s.bits(s.b.or_(four, two), i8)

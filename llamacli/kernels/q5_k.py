@@ -4,7 +4,7 @@ Layout: half d, half dmin, 12 bytes of scales as in Q4_K, 32 bytes of high bits 
 g), 128 bytes of nibbles. Source: ggml-common.h, block_q5_K.
 """
 
-from llamacli.kernels.q4_k import both, scales
+from llamacli.kernels.q4_k import pair, scales
 from llamacli.kernels.simd import i8, vec
 
 block, nbytes, group, offset, wide = 256, 176, 32, None, False
@@ -19,4 +19,4 @@ def piece(s, w, j):
     return s.b.or_(low, s.b.shl(high, c(4)))
 
 
-__all__ = ["block", "both", "group", "nbytes", "offset", "piece", "scales", "wide"]
+__all__ = ["block", "group", "nbytes", "offset", "pair", "piece", "scales", "wide"]

@@ -23,16 +23,19 @@ def piece(s, w, j):
     return s.b.or_(low, s.b.shl(high, c(4)))
 
 
-def chunk(s, w, c):
-    """Weights 64c..64c+63: 64 nibbles as they lie, and the bit pairs of 32 bytes loaded twice and shifted apart."""
-    half, high = divmod(c, 2)
-    q = s.load(vec(i8, 64), w, 64 * half)
-    low = s.b.and_(s.bits(s.b.lshr(s.bits(q, i64), s.fill(i64, 8, 4)), i8) if high else q, s.fill(i8, 64, 15))
-    pairs = s.load(vec(i8, 32), w, 128 + 32 * half)
-    twice = s.bits(s.shuffle(pairs, [k % 32 for k in range(64)]), i64)
-    to_bit_4 = s.b.lshr if high else s.b.shl
-    apart = to_bit_4(twice, ir.Constant(vec(i64, 8), [0] * 4 + [2] * 4 if high else [4] * 4 + [2] * 4))
-    return s.b.or_(low, s.b.and_(s.bits(apart, i8), s.fill(i8, 64, 0x30)))
+def codes(s, w):
+    """Weights as 4 registers: 64 nibbles as they lie, and the bit pairs of 32 bytes loaded twice and shifted apart."""
+    found = []
+    for c in range(4):
+        half, high = divmod(c, 2)
+        q = s.load(vec(i8, 64), w, 64 * half)
+        low = s.b.and_(s.bits(s.b.lshr(s.bits(q, i64), s.fill(i64, 8, 4)), i8) if high else q, s.fill(i8, 64, 15))
+        pairs = s.load(vec(i8, 32), w, 128 + 32 * half)
+        twice = s.bits(s.shuffle(pairs, [k % 32 for k in range(64)]), i64)
+        to_bit_4 = s.b.lshr if high else s.b.shl
+        apart = to_bit_4(twice, ir.Constant(vec(i64, 8), [0] * 4 + [2] * 4 if high else [4] * 4 + [2] * 4))
+        found.append(s.b.or_(low, s.b.and_(s.bits(apart, i8), s.fill(i8, 64, 0x30))))
+    return found
 
 
 def scales(s, w, n):

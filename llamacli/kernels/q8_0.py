@@ -3,7 +3,7 @@
 The bytes are read as q + 128, since dot4 wants them unsigned. Source: ggml-common.h, block_q8_0.
 """
 
-from llamacli.kernels.halves import half_scales
+from llamacli.kernels.halves import half_pair, half_scales
 from llamacli.kernels.simd import i8, vec
 
 block, nbytes, group, offset, wide = 32, 34, 32, 128, True
@@ -17,3 +17,8 @@ def piece(s, w, j):
 def scales(s, w, n):
     """The scales of n blocks; the mins follow from `offset`."""
     return half_scales(s, w, n, nbytes), None
+
+
+def pair(s, ws):
+    """The scales of two rows."""
+    return [half_pair(s, ws, nbytes)], None

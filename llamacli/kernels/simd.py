@@ -153,6 +153,11 @@ class Simd:
         """Widen signed integers."""
         return self.b.sext(v, vec(element, v.type.count))
 
+    def rotate(self, v, counts):
+        """Each integer lane turned right by its count of bits."""
+        name = f"llvm.fshr.v{v.type.count}i{v.type.element.width}"
+        return self.b.call(self._intrinsic(name, *[v.type] * 4), [v, v, ir.Constant(v.type, counts)])
+
     def sum(self, v):
         """All lanes of a float vector added."""
         fn = self._intrinsic(f"llvm.vector.reduce.fadd.{_name(v.type)}", f32, f32, v.type)
@@ -221,9 +226,9 @@ class Simd:
     def lookup(self, table, index):
         """table[index] for 16 bytes and an <n x i8> index below 16."""
         n = index.type.count
-        if self.target.triple.startswith("x86_64") and self.target.dot != "plain" and n == 32:
-            fn = self._intrinsic("llvm.x86.avx2.pshuf.b", index.type, index.type, index.type)
-            return self.b.call(fn, [ir.Constant(vec(i8, 32), [*table, *table]), index])
+        if self.target.triple.startswith("x86_64") and self.target.dot != "plain":
+            fn = self._intrinsic({32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}[n], *[index.type] * 3)
+            return self.b.call(fn, [ir.Constant(index.type, [*table] * (n // 16)), index])
         if self.target.neon:
             fn = self._intrinsic("llvm.aarch64.neon.tbl1.v16i8", vec(i8, 16), vec(i8, 16), vec(i8, 16))
             levels = ir.Constant(vec(i8, 16), list(table))

@@ -9,7 +9,7 @@ from math import gcd
 
 from llvmlite import ir
 
-from llamacli.kernels.dots import ACT_BYTES, S16, S32, D
+from llamacli.kernels.formats import ACT_BYTES, S16, S32, D
 from llamacli.kernels.simd import Simd, f16, f32, i8, i32, i64, vec
 
 SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half", "keys_aside", "widen", "product")
@@ -40,7 +40,7 @@ def span(head_dim, target):
 
 
 def _quantize(module, target):
-    """quantize(x, n_supers, out): float32 to activation superblocks (dots.py), each 32 values with d = max|x| / 127."""
+    """quantize(x, n_supers, out): float32 to activation superblocks (formats.py), each 32 values with d = max|x| / 127."""
     s = Simd(module, target, "quantize", 3)
     x0, supers, out0 = s.args
 
