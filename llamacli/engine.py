@@ -216,7 +216,7 @@ class Engine:
                 else:
                     run(done, at.start)
                 run(at.guessed, at.routed)
-                visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist())
+                visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist(), in_order=self._choices > 1)
                 run(at.routed, at.shared)
                 for expert in visit.gate_up:
                     steps.window[:] = expert, expert + 1

@@ -31,7 +31,8 @@ GATE, UP, DOWN = range(3)
 BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
 PIECE = 1 << 20  # bytes of one read
 LANES = 4  # reads at a time
-RING = 2  # buffers beside the slots: one is read while the other is multiplied
+RING = 4  # buffers beside the slots: some are read while one is multiplied
+MANY = 4  # tokens for each expert, from which on nearly all experts will be asked for
 _F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
 
 
@@ -75,6 +76,14 @@ class _Stack(NamedTuple):
         return _up(self.nbytes) + BLOCK
 
 
+class _Pass(NamedTuple):
+    """Parts of an expert that pass through the ring."""
+
+    layer: int
+    expert: int
+    parts: tuple[int, ...]
+
+
 class _Layer:
     """One layer's slots: which expert is in which, least recently used first."""
 
@@ -105,6 +114,7 @@ class Slots:
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
         self._ring = [_memory(largest) for _ in range(RING)]
+        self._ahead: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # buffers of the ring that are in use
         self._held: list[mmap.mmap] = []
         self._lanes = ThreadPoolExecutor(LANES, "read")
         self._lock, self._reading, self._since = Lock(), 0, 0.0
@@ -137,8 +147,11 @@ class Slots:
         self.traffic = Traffic()
         return addresses
 
-    def visit(self, layer: int, chosen: Sequence[int]) -> "Visit":
-        """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs."""
+    def visit(self, layer: int, chosen: Sequence[int], in_order: bool = False) -> "Visit":
+        """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs.
+
+        Experts come as they are in memory; `in_order`: by their numbers.
+        """
         here = self._layers[layer]
         recent = list(dict.fromkeys(reversed(chosen)))
         used, guess = sorted(recent), here.guess
@@ -148,6 +161,9 @@ class Slots:
             self.traffic.good_guesses += guess in used
             if guess not in used:
                 self._forget(here, guess)
+        for ahead in [ahead for ahead in self._ahead if ahead.layer != layer or ahead.expert not in used]:
+            self._drop(ahead)
+        passing = {ahead.expert for ahead in self._ahead}
         missing = [e for e in recent if e not in here.slots]
         misses = len(missing) + (guess in used)
         self.traffic.hits += len(used) - misses
@@ -156,9 +172,12 @@ class Slots:
             if e in here.slots:
                 here.slots.move_to_end(e)
         few = len(used) <= self.n_slots
-        for e in sorted(missing if few else missing[: len(here.free)]):
+        fresh = [e for e in missing if e not in passing]
+        for e in sorted(fresh if few else fresh[: len(here.free)]):
             self._begin(here, e, self._slot(here, used))
-        return Visit(self, layer, used)
+        if not in_order:  # what is there, what is coming into the ring, into slots, and the rest
+            used.sort(key=lambda e: (e not in here.slots or (e, GATE) in here.arriving, e not in passing, e not in here.slots))
+        return Visit(self, layer, used, len(chosen) >= MANY * here.addresses.shape[1])
 
     def reset(self, layer: int) -> None:
         """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
@@ -167,37 +186,63 @@ class Slots:
         self._lanes.shutdown(wait=True, cancel_futures=True)
         self._lanes = ThreadPoolExecutor(LANES, "read")
         here = self._layers[layer]
+        for ahead in list(self._ahead):
+            self._drop(ahead)
         here.slots.clear()
         here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(range(self.n_slots))
 
     # what a Visit does
 
-    def _sweep(self, layer: int, experts: list[int], parts: tuple[int, ...]) -> Iterator[int]:
-        """Each expert when its parts are in memory. Begins to read on the first call of next()."""
-        here, buffers = self._layers[layer], list(self._ring)
-        passing, ahead = deque(e for e in experts if e not in here.slots), {}
+    def _sweep(self, layer: int, experts: list[int], parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
+        """Each expert when its parts are in memory. The first call of next() begins to read; what `then` needs comes last."""
+        here = self._layers[layer]
+        line = deque(
+            p for p in [*(_Pass(layer, e, parts) for e in experts if e not in here.slots), *then] if p not in self._ahead
+        )
 
         def fill() -> None:
-            while passing and buffers:
-                e, memory, at, futures = passing.popleft(), buffers.pop(), 0, []
-                for part in parts:
-                    futures += self._read(here, e, part, memory, at)
-                    at += here.stacks[part].room
-                ahead[e] = memory, futures
+            while line and self._ring:
+                self._pass(line.popleft())
 
         fill()
         yield -1
         for e in experts:
-            if e in ahead:
-                memory, futures = ahead.pop(e)
-                self._wait(futures)
-                yield e
-                buffers.append(memory)
-                fill()
-            else:
+            if e in here.slots:
                 for part in parts:
                     self._wait(here.arriving.pop((e, part), ()))
                 yield e
+            else:
+                one = _Pass(layer, e, parts)
+                self._wait(self._ahead[one][1])
+                yield e
+                self._drop(one)
+                fill()
+
+    def _following(self, layer: int) -> list[_Pass]:
+        """What a long prompt will ask for first in the next layer."""
+        after = [i for i in self._layers if i > layer][:1]
+        return [
+            _Pass(i, e, (GATE, UP))
+            for i in after
+            for e in range(self._layers[i].addresses.shape[1])
+            if e not in self._layers[i].slots
+        ][:RING]
+
+    def _pass(self, one: _Pass) -> None:
+        """Begin to read into a buffer of the ring."""
+        here, memory, at, futures = self._layers[one.layer], self._ring.pop(), 0, []
+        self._ahead[one] = memory, futures
+        for part in one.parts:
+            futures += self._read(here, one.expert, part, memory, at)
+            at += here.stacks[part].room
+
+    def _drop(self, one: _Pass) -> None:
+        """Give a buffer back to the ring, once nothing is read into it any more."""
+        memory, futures = self._ahead.pop(one)
+        for future in futures:
+            if not future.cancel():
+                future.exception()
+        self._ring.append(memory)
 
     def _wait(self, futures: Iterable[Future]) -> None:
         began = perf_counter()
@@ -312,18 +357,20 @@ class Slots:
 
 
 class Visit:
-    """One pass of some tokens over a layer's experts."""
+    """One pass of some tokens over a layer's experts; the next layer's may be read at its end."""
 
-    def __init__(self, slots: Slots, layer: int, experts: list[int]):
+    def __init__(self, slots: Slots, layer: int, experts: list[int], many: bool):
         self._slots, self._layer, self.experts = slots, layer, experts
-        self.gate_up = self._begun((GATE, UP))
+        self._then = slots._following(layer) if many else []
+        down = [_Pass(layer, e, (DOWN,)) for e in experts if e not in slots._layers[layer].slots]
+        self.gate_up = self._begun((GATE, UP), [*down, *self._then])
 
     def down(self) -> Iterator[int]:
         """Each expert when its down matrix is there; reads begin at once. After `gate_up` is through."""
-        return self._begun((DOWN,))
+        return self._begun((DOWN,), self._then)
 
-    def _begun(self, parts: tuple[int, ...]) -> Iterator[int]:
-        sweep = self._slots._sweep(self._layer, self.experts, parts)
+    def _begun(self, parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
+        sweep = self._slots._sweep(self._layer, self.experts, parts, then)
         next(sweep)
         return sweep
 

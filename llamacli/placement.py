@@ -23,7 +23,7 @@ from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.formats import ACT_BYTES
 
 PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
-PREFILL_EXPERTS = 2  # buffers beside the slots: one expert is read while the one before is multiplied
+PREFILL_EXPERTS = 3  # that the ring beside the slots has room for (experts.py): some are read while one is multiplied
 BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
 LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 PAGE = 4096  # bytes that a file is read by

@@ -58,8 +58,28 @@ def test_what_a_layer_holds_is_not_read_again_and_the_oldest_goes_first(tmp_path
 def test_empty_slots_take_what_the_last_tokens_chose(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
     visit = slots.visit(0, [3, 1, 0, 2, 0, 2])
-    assert [*visit.gate_up, *visit.down()] == [0, 1, 2, 3] * 2
+    assert [*visit.gate_up, *visit.down()] == [0, 2, 1, 3] * 2  # what passes by comes after what stays
     assert sorted(slots._layers[0].slots) == [0, 2]
+
+
+def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_not_need(tmp_path):
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 1).slots
+    n_experts = slots._layers[0].addresses.shape[1]
+    long, first, second = [*range(n_experts)] * experts.MANY, *sorted(slots._layers)[:2]
+
+    def through(layer, chosen):
+        visit = slots.visit(layer, chosen)
+        list(visit.gate_up)
+        list(visit.down())
+        return {(ahead.layer, ahead.expert) for ahead in slots._ahead}
+
+    assert through(first, long[:-1]) == set()
+    ahead = through(first, long)
+    assert ahead == {(second, e) for e in range(min(experts.RING, n_experts))}
+    read = slots.traffic.bytes_read
+    assert through(second, [n_experts - 1]) == set()
+    assert len(slots._ring) == experts.RING
+    assert slots.traffic.bytes_read > read
 
 
 def fail(monkeypatch, after, error):
