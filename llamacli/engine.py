@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from llamacli.config import Config
-from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
+from llamacli.errors import MemoryLimitError, ModelFileError, PromptError, UnsupportedModelError
 from llamacli.experts import Slots, Traffic
 from llamacli.gguf import GGUF
 from llamacli.kernels.cpu import default_threads
@@ -21,11 +21,13 @@ from llamacli.kernels.jit import TARGET
 from llamacli.kernels.matmul import Matrix
 from llamacli.kernels.pool import Pool, Program
 from llamacli.kvcache import KVCache
+from llamacli.machine import memory_short
 from llamacli.model import ALL_LOGITS_BATCH, Inputs, Steps
 from llamacli.pages import on_large_pages, populate, random_access
 from llamacli.weights import Experts, bind, moved
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
+LOOK_EVERY = 64  # tokens of an answer, after which the limits of memory are looked at again
 INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
 
 
@@ -132,6 +134,8 @@ class Engine:
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.n_vocab:
             raise PromptError(f"expected token ids from 0 to {self.config.n_vocab - 1}, at least one")
+        if self.slots and (len(ids) > 1 or cache.pos % LOOK_EVERY == 0):
+            self._make_room()
         cache.reserve(len(ids))
         result = np.empty((len(ids) - first, self.config.n_vocab), np.float32) if all_logits else None
         done = 0
@@ -151,6 +155,16 @@ class Engine:
             cache.pos += n
             done += n
         return result
+
+    def _make_room(self) -> None:
+        """Give slots back if the limit of memory has been lowered."""
+        short = memory_short()
+        if short and (left := short - self.slots.shrink(short)) > 0:
+            raise MemoryLimitError(
+                f"{self._paths[0]}: expected the memory that was free when it was loaded, found {left / 1e9:.2f} GB more in "
+                f"use than a limit now allows, by this program or others in its group; raise it, or start anew with a smaller "
+                f"context"
+            )
 
     def _check(self) -> None:
         """Throw away what was computed with a file that is no longer what it was."""

@@ -4,7 +4,8 @@ In: where the experts lie in the file, and how many slots a layer may have. Out:
 caller is told so. Reads are direct: several pieces at a time go from the disk to where they are used, and no copy stays in the
 page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and
 up before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
-prompt neither waits for memory nor drives out what decoding keeps. Knows nothing of tokens or arithmetic.
+prompt neither waits for memory nor drives out what decoding keeps; it reads ahead into the next layer. Slots can be given back.
+Knows nothing of tokens or arithmetic.
 """
 
 import mmap
@@ -32,7 +33,7 @@ BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and i
 PIECE = 1 << 20  # bytes of one read
 LANES = 4  # reads at a time
 RING = 4  # buffers beside the slots: some are read while one is multiplied
-MANY = 4  # tokens for each expert, from which on nearly all experts will be asked for
+MANY = 4  # choices for each expert, from which on nearly all experts will be asked for
 _F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
 
 
@@ -92,7 +93,8 @@ class _Layer:
         self.room = sum(stack.room for stack in stacks)
         self.memory = _memory(n_slots * self.room)
         self.slots: OrderedDict[int, int] = OrderedDict()
-        self.free = list(range(n_slots))
+        self.numbers = list(range(n_slots))  # of all slots
+        self.free = list(self.numbers)
         self.addresses = np.zeros((3, n_experts), np.int64)
         self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): what is under way into its slot
         self.stale: dict[int, list[Future]] = {}  # free slots into which a read that nobody wants may still go on
@@ -113,8 +115,9 @@ class Slots:
             for i, tensors in layers.items()
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
-        self._ring = [_memory(largest) for _ in range(RING)]
-        self._ahead: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # buffers of the ring that are in use
+        self._buffers = [_memory(largest) for _ in range(RING)]
+        self._ring = list(self._buffers)  # those that are free
+        self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # the others
         self._held: list[mmap.mmap] = []
         self._lanes = ThreadPoolExecutor(LANES, "read")
         self._lock, self._reading, self._since = Lock(), 0, 0.0
@@ -161,11 +164,11 @@ class Slots:
             self.traffic.good_guesses += guess in used
             if guess not in used:
                 self._forget(here, guess)
-        for ahead in [ahead for ahead in self._ahead if ahead.layer != layer or ahead.expert not in used]:
-            self._drop(ahead)
-        passing = {ahead.expert for ahead in self._ahead}
+        self._drop([one for one in self._passing if one.layer != layer or one.expert not in used])
+        passing = {one.expert for one in self._passing}
+        coming = {e for e in used if (e, GATE) in here.arriving}  # a good guess, and what was read ahead
         missing = [e for e in recent if e not in here.slots]
-        misses = len(missing) + (guess in used)
+        misses = len(missing) + len(coming)
         self.traffic.hits += len(used) - misses
         self.traffic.misses += misses
         for e in reversed(recent):
@@ -179,30 +182,53 @@ class Slots:
             used.sort(key=lambda e: (e not in here.slots or (e, GATE) in here.arriving, e not in passing, e not in here.slots))
         return Visit(self, layer, used, len(chosen) >= MANY * here.addresses.shape[1])
 
+    def shrink(self, nbytes: int) -> int:
+        """Give back so many bytes, in slots of every layer, of which one is left; returns how many, those of slots that were
+        never filled counted too. Between two visits only.
+        """
+        each = sum(here.room for here in self._layers.values())
+        n = min(self.n_slots - 1, -(-nbytes // each))
+        self.n_slots -= n
+        for here in self._layers.values():
+            for _ in range(n):
+                slot = self._slot(here, ())
+                here.numbers.remove(slot)
+                start, end = -(-slot * here.room // mmap.PAGESIZE), (slot + 1) * here.room // mmap.PAGESIZE
+                if hasattr(mmap, "MADV_DONTNEED") and start < end:
+                    here.memory.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
+        return n * each
+
     def reset(self, layer: int) -> None:
         """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
-        have the layer begin with empty slots.
+        have the layer, and the one that was read ahead, begin with empty slots.
         """
         self._lanes.shutdown(wait=True, cancel_futures=True)
         self._lanes = ThreadPoolExecutor(LANES, "read")
-        here = self._layers[layer]
-        for ahead in list(self._ahead):
-            self._drop(ahead)
-        here.slots.clear()
-        here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(range(self.n_slots))
+        self._passing.clear()
+        self._ring = list(self._buffers)
+        for i in (layer, *self._after(layer)):
+            here = self._layers[i]
+            here.slots.clear()
+            here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(here.numbers)
 
     # what a Visit does
 
     def _sweep(self, layer: int, experts: list[int], parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
         """Each expert when its parts are in memory. The first call of next() begins to read; what `then` needs comes last."""
         here = self._layers[layer]
-        line = deque(
-            p for p in [*(_Pass(layer, e, parts) for e in experts if e not in here.slots), *then] if p not in self._ahead
-        )
+        line = deque([*(_Pass(layer, e, parts) for e in experts if e not in here.slots), *then])
 
         def fill() -> None:
-            while line and self._ring:
-                self._pass(line.popleft())
+            while line:
+                there = self._layers[line[0].layer]
+                if line[0] in self._passing or line[0].expert in there.slots:
+                    line.popleft()
+                elif there is not here and there.free:
+                    self._begin(there, line[0].expert, self._slot(there, ()))
+                elif self._ring:
+                    self._pass(line[0])
+                else:
+                    return
 
         fill()
         yield -1
@@ -213,36 +239,39 @@ class Slots:
                 yield e
             else:
                 one = _Pass(layer, e, parts)
-                self._wait(self._ahead[one][1])
+                self._wait(self._passing[one][1])
                 yield e
-                self._drop(one)
-                fill()
+                self._drop([one])
+            fill()
+
+    def _after(self, layer: int) -> list[int]:
+        """The next layer with experts, if there is one."""
+        return [i for i in self._layers if i > layer][:1]
 
     def _following(self, layer: int) -> list[_Pass]:
-        """What a long prompt will ask for first in the next layer."""
-        after = [i for i in self._layers if i > layer][:1]
-        return [
-            _Pass(i, e, (GATE, UP))
-            for i in after
-            for e in range(self._layers[i].addresses.shape[1])
-            if e not in self._layers[i].slots
-        ][:RING]
+        """What a long prompt will ask for first in the next layer: as many as there is room for."""
+        ahead = [
+            [_Pass(i, e, (GATE, UP)) for e in range(there.addresses.shape[1]) if e not in there.slots][: len(there.free) + RING]
+            for i, there in ((i, self._layers[i]) for i in self._after(layer))
+        ]
+        return ahead[0] if ahead else []
 
     def _pass(self, one: _Pass) -> None:
         """Begin to read into a buffer of the ring."""
-        here, memory, at, futures = self._layers[one.layer], self._ring.pop(), 0, []
-        self._ahead[one] = memory, futures
+        here, memory, at, futures = self._layers[one.layer], self._ring[-1], 0, []
+        self._passing[one] = memory, futures
+        self._ring.pop()
         for part in one.parts:
             futures += self._read(here, one.expert, part, memory, at)
             at += here.stacks[part].room
 
-    def _drop(self, one: _Pass) -> None:
-        """Give a buffer back to the ring, once nothing is read into it any more."""
-        memory, futures = self._ahead.pop(one)
-        for future in futures:
-            if not future.cancel():
+    def _drop(self, passes: list[_Pass]) -> None:
+        """Give buffers back to the ring, once nothing is read into them any more."""
+        running = {one: [future for future in self._passing[one][1] if not future.cancel()] for one in passes}
+        for one, futures in running.items():
+            for future in futures:
                 future.exception()
-        self._ring.append(memory)
+            self._ring.append(self._passing.pop(one)[0])
 
     def _wait(self, futures: Iterable[Future]) -> None:
         began = perf_counter()

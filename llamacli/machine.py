@@ -36,6 +36,11 @@ def memory_free(root: Path = Path("/")) -> int:
     return max(0, min([machine, *_cgroups(root)]))
 
 
+def memory_short(root: Path = Path("/")) -> int:
+    """Bytes that are held beyond what a cgroup allows, because its limit was lowered; 0 as a rule."""
+    return max(0, -min(_cgroups(root), default=0))
+
+
 def resident(root: Path = Path("/")) -> int:
     """Bytes of memory that this process holds now, touched pages of mapped files included."""
     try:

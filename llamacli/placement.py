@@ -18,12 +18,12 @@ from typing import NamedTuple
 from llamacli import kvcache, machine
 from llamacli.config import Config
 from llamacli.errors import MemoryLimitError, UsageError
+from llamacli.experts import RING
 from llamacli.kernels import attention, matmul
 from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.formats import ACT_BYTES
 
 PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
-PREFILL_EXPERTS = 3  # that the ring beside the slots has room for (experts.py): some are read while one is multiplied
 BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
 LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 PAGE = 4096  # bytes that a file is read by
@@ -41,11 +41,14 @@ KINDS = {  # of tensors: a regular expression for their names; the first that ma
 
 
 class Sizes(NamedTuple):
-    """Bytes of a model's weights: `kinds` by KINDS, `experts` of one routed expert of each layer that has some."""
+    """Bytes of a model's weights: `kinds` by KINDS, `experts` of one routed expert of each layer that has some, `passing` of
+    the largest part of one that is read at a time in prompts.
+    """
 
     kinds: dict[str, int]
     experts: tuple[int, ...]
     n_experts: int
+    passing: int
 
     @property
     def routed(self) -> int:
@@ -70,14 +73,16 @@ class Sizes(NamedTuple):
 
 def weigh(tensors: Iterable[tuple[str, int]], n_experts: int) -> Sizes:
     """The sizes of a model from its tensors' GGUF names and bytes."""
-    kinds, layers = dict.fromkeys(KINDS, 0), {}
+    kinds, layers, parts = dict.fromkeys(KINDS, 0), {}, {}
     for name, nbytes in tensors:
         kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
         kinds[kind] += nbytes
         if kind == "routed experts":
             layer = name.rpartition(".ffn_")[0]
             layers[layer] = layers.get(layer, 0) + nbytes // max(1, n_experts)
-    return Sizes(kinds, tuple(layers.values()), n_experts)
+            part = layer, "ffn_down" in name
+            parts[part] = parts.get(part, 0) + nbytes // max(1, n_experts)
+    return Sizes(kinds, tuple(layers.values()), n_experts, max(parts.values(), default=0))
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ def place(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
-    buffers, rows = PREFILL_EXPERTS * max(sizes.experts), _rows(config, sizes, ctx)
+    buffers, rows = RING * sizes.passing, _rows(config, sizes, ctx)
     n_slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
     experts = n_slots * sizes.one_each
     return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
@@ -167,7 +172,7 @@ def _least(config: Config, sizes: Sizes, ctx: int, slots: bool = False) -> int:
     rest = sizes.routed + sizes.looked_up
     if not sizes.experts:
         return rest
-    few = config.n_experts_used * sizes.one_each + PREFILL_EXPERTS * max(sizes.experts) + _rows(config, sizes, ctx)
+    few = config.n_experts_used * sizes.one_each + RING * sizes.passing + _rows(config, sizes, ctx)
     return few if slots else min(few, rest)
 
 

@@ -10,7 +10,7 @@ from tiny import MAVERICK, SCOUT, tiny_gguf
 from llamacli import Model, experts
 from llamacli.config import Config
 from llamacli.engine import Engine
-from llamacli.errors import ModelFileError, UsageError
+from llamacli.errors import MemoryLimitError, ModelFileError, UsageError
 from llamacli.gguf import open_gguf
 
 SHAPES = {"scout": SCOUT, "maverick": MAVERICK, "two of eight": {"experts": 8, "used": 2}}
@@ -63,23 +63,45 @@ def test_empty_slots_take_what_the_last_tokens_chose(tmp_path):
 
 
 def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_not_need(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 1).slots
-    n_experts = slots._layers[0].addresses.shape[1]
-    long, first, second = [*range(n_experts)] * experts.MANY, *sorted(slots._layers)[:2]
+    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=8), 1).slots
+    n_experts, (first, second) = 8, sorted(slots._layers)[:2]
+    long = [*range(n_experts)] * experts.MANY
 
     def through(layer, chosen):
         visit = slots.visit(layer, chosen)
         list(visit.gate_up)
         list(visit.down())
-        return {(ahead.layer, ahead.expert) for ahead in slots._ahead}
+        return {(one.layer, one.expert) for one in slots._passing}
 
     assert through(first, long[:-1]) == set()
-    ahead = through(first, long)
-    assert ahead == {(second, e) for e in range(min(experts.RING, n_experts))}
-    read = slots.traffic.bytes_read
+    assert through(first, long) == {(second, e) for e in range(1, 1 + experts.RING)}
+    assert list(slots._layers[second].slots) == [0]  # a slot that is free is used for it
     assert through(second, [n_experts - 1]) == set()
     assert len(slots._ring) == experts.RING
-    assert slots.traffic.bytes_read > read
+
+
+def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypatch):
+    model, whole = engine(path, 3), conversation(engine(path, 0))
+    cache = model.new_cache(64)
+    assert np.array_equal(conversation(model, cache), whole)
+    short = [1, 0]
+    monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop(0) if short else 0)
+    assert np.array_equal(conversation(model), whole)
+    assert model.slots.n_slots == 2
+    assert {len(here.numbers) for here in model.slots._layers.values()} == {2}
+
+
+def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path, monkeypatch):
+    model = engine(path, 2)
+    cache = model.new_cache(64)
+    first = model.forward(IDS[:17], cache).copy()
+    short = [1 << 50]
+    monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop() if short else 0)
+    with pytest.raises(MemoryLimitError, match="than a limit now allows"):
+        model.forward(IDS[17:23], cache)
+    assert cache.pos == 17 and model.slots.n_slots == 1
+    cache.truncate(0)
+    assert np.array_equal(model.forward(IDS[:17], cache), first)
 
 
 def fail(monkeypatch, after, error):
@@ -124,11 +146,12 @@ def test_an_interrupt_while_waiting_leaves_everything_sound(tmp_path, monkeypatc
     assert np.array_equal(conversation(here), wanted)
 
 
-@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_pieces"])
+@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_pieces", "_pass", "_drop"])
 @pytest.mark.parametrize("after", [1, 2, 5, 9, 20])
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupt_amid_the_bookkeeping_leaves_everything_sound(tmp_path, monkeypatch, method, after, before):
-    path = tiny_gguf(tmp_path / "model.gguf")
+    path = tiny_gguf(tmp_path / "model.gguf", experts=6)
+    monkeypatch.setattr(experts, "MANY", 1)  # so that both prompts read ahead
     wanted, here, calls = conversation(engine(path, 0)), engine(path, 2), []
     true = getattr(experts.Slots, method)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llamacli import machine
-from llamacli.machine import budget, disk_read_speed, memory_free, resident
+from llamacli.machine import budget, disk_read_speed, memory_free, memory_short, resident
 
 
 @pytest.fixture
@@ -74,6 +74,17 @@ def test_a_full_group_leaves_nothing(linux, tmp_path, held):
     linux("proc/self/cgroup", "0::/a\n")
     group(linux, "sys/fs/cgroup/a", 1_000, held)
     assert memory_free(tmp_path) == 0
+
+
+def test_short_is_what_a_lowered_limit_no_longer_allows(linux, tmp_path):
+    assert memory_short(tmp_path) == 0
+    linux("proc/self/cgroup", "0::/a\n")
+    group(linux, "sys/fs/cgroup/a", "max", 2_000, active=300)
+    assert memory_short(tmp_path) == 0
+    linux("sys/fs/cgroup/a/memory.high", 1_500)
+    assert memory_short(tmp_path) == 200
+    linux("sys/fs/cgroup/a/memory.high", 1_700)
+    assert memory_short(tmp_path) == 0
 
 
 def test_files_of_nonsense_are_passed_over(linux, tmp_path):

@@ -144,7 +144,7 @@ def test_a_context_is_trimmed_only_where_it_must_be(scout):
 @pytest.mark.parametrize("n_experts", [1, 16])
 @pytest.mark.parametrize("memory", [1.0, 1.3, 2.0, 3.0])
 def test_the_context_that_fits_is_the_largest_that_is_accepted(scout, n_experts, memory):
-    """With 1 expert, one slot and two buffers would be more than all there are."""
+    """With 1 expert, one slot and the ring would be more than all there are."""
     config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=n_experts)
     experts = [(f"blk.{i}.ffn_up_exps.weight", n_experts * 10_000_000) for i in range(4)]
     sizes = weigh([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], n_experts)

@@ -12,7 +12,9 @@ from pathlib import Path
 import llvmlite.binding as llvm
 
 CORES = Path("/sys/devices/system/cpu")
-FAST = 3 / 4  # of the fastest core's speed: work is dealt out evenly, so slower ones would keep the others waiting
+FAST = (
+    3 / 4
+)  # of the fastest core's speed: products go to who is free, but all meet after each step, and slower ones would be waited for
 AT_HWCAP, AT_HWCAP2 = 16, 26  # linux/auxvec.h
 HWCAP_ASIMDDP, HWCAP2_I8MM = 1 << 20, 1 << 13  # asm/hwcap.h of aarch64
 

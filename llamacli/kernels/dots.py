@@ -2,8 +2,8 @@
 
     dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x))
 
-in the words of formats.py. `matvec` reads the weights once, front to back, at memory speed. All leaves take int64 addresses and
-sizes. They know nothing of threads, experts or tokens.
+in the words of formats.py. `matvec` reads the weights once, front to back, at memory speed; `acc` nonzero adds to what stands
+in out. All leaves take int64 addresses and sizes. They know nothing of threads, experts or tokens.
 """
 
 from llvmlite import ir

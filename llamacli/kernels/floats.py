@@ -52,7 +52,7 @@ def _dequantize(module, target, name):
 
 
 def _dots(module, target, name, symbol, n_rows_block, n_tokens):
-    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc) or tile(w, row_bytes, n_rows, n_cols, xs, outs, offset, acc).
+    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, unused) or tile(w, row_bytes, n_rows, n_cols, xs, outs, offset, acc).
 
     x rows are float32.
     """

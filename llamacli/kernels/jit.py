@@ -60,7 +60,7 @@ def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
             found.append(Target("avx512vnni", triple, cpu, flags, 64, "vnni", True, 6, 2))
         if avx512:
             found.append(Target("avx512", triple, "skylake-avx512", "", 64, "maddubs", True, 6, 2))
-        if {"avxvnni", "avx2", "fma", "f16c"} <= has and not avx512:
+        if {"avxvnni", "avx2", "fma", "f16c"} <= has and not avx512:  # where both are, AVX-512's registers are twice as wide
             found.append(Target("avxvnni", triple, cpu, flags, 32, "vnni", True, 4, 1))
         if {"avx2", "fma", "f16c"} <= has:
             found.append(Target("avx2", triple, "haswell", "", 32, "maddubs", True, 4, 1))

@@ -1,8 +1,8 @@
 """Matrix products of one activation matrix with one weight matrix or with one matrix per expert, in any tensor type.
 
-`Matrix` says where rows of weights are and which leaves read them. `matmul` is the driver: every thread takes a range of rows
-and does it for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed; more go through
-panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
+`Matrix` says where rows of weights are and which leaves read them. `matmul` is the driver: threads take ranges of rows, as
+they come free, and do them for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed; more
+go through panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
 
 Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and
 pair j is token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1
@@ -91,7 +91,7 @@ class Rows(NamedTuple):
 
 
 def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
-    """Scratch that one thread needs: addresses, a row to throw away, panels, packed tokens."""
+    """Scratch that one thread needs: addresses, a row to throw away, packed tokens, and panels or activations laid aside."""
     supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + 2 * TARGET.tile
     panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", TARGET.lanes) * TARGET.tile_vectors)
     return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * tiles.packed_bytes("Q6_K", tokens) + 256
@@ -197,7 +197,7 @@ def matmul(at, thread, threads):
             continue
         tiled = count >= FEW and tile != 0
         padded = (count + tile_tokens - 1) // tile_tokens * tile_tokens
-        tiles = padded // tile_tokens
+        n_tiles = padded // tile_tokens
         blocks = (padded + TOKENS - 1) // TOKENS
         items = blocks * row_blocks + 1 if tiled else sharing + SMALL * sharing
         if item >= before + items:
@@ -219,7 +219,7 @@ def matmul(at, thread, threads):
             elif item - before < items - 1:
                 block, row = (item - before) // row_blocks, low + (item - before) % row_blocks * block_rows
                 row_end = min(row + block_rows, low + whole)
-                token, token_end = tiles * block // blocks * tile_tokens, tiles * (block + 1) // blocks * tile_tokens
+                token, token_end = n_tiles * block // blocks * tile_tokens, n_tiles * (block + 1) // blocks * tile_tokens
                 if pack != 0 and at_hand != block:
                     for j in range(token, token_end, tile_tokens):
                         call(pack, (xs_at + 8 * j, supers, packed + (j - token) // tile_tokens * packed_bytes))
