@@ -27,14 +27,17 @@ def draw(records: list[dict], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for panel, kind, words in zip(panels, ("pp", "tg"), ("prefill", "decode"), strict=True):
-        for name, points in _lines([r for r in records if r["test"].startswith(kind)]).items():
+    measured = {
+        words: [r for r in records if r["test"].startswith(kind)] for kind, words in (("pp", "prefill"), ("tg", "decode"))
+    }
+    measured = {words: found for words, found in measured.items() if found}
+    figure, panels = pyplot.subplots(1, len(measured), figsize=(5 * len(measured), 4), layout="constrained", squeeze=False)
+    for panel, (words, found) in zip(panels[0], measured.items(), strict=True):
+        for name, points in _lines(found).items():
             depths, rates = zip(*sorted(points), strict=True)
             panel.plot(depths, rates, "o-", label=name)
         panel.set(title=words, xlabel="tokens in the context before", ylabel="tokens/s", ylim=(0, None))
-        if panel.lines:
-            panel.legend()
+        panel.legend()
     figure.suptitle(title)
     _save(figure, path, "bench.png")
 
