@@ -35,7 +35,7 @@ class Engine:
     """A bound model, its threads and its buffers. One caller at a time."""
 
     def __init__(self, gguf: GGUF, config: Config, threads: int | None = None, slots: int = 0, max_batch: int = MAX_BATCH):
-        """`slots`: how many routed experts of a layer are kept in memory, the others being read when they are needed; 0: all
+        """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: tokens that go through a layer together.
         """
         if config.head_dim % TARGET.lanes:

@@ -10,12 +10,11 @@ Knows nothing of tokens or arithmetic.
 
 import mmap
 import os
-import sys
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -24,17 +23,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llamacli import pages
 from llamacli.errors import ModelFileError
 from llamacli.gguf import Tensor
-from llamacli.pages import lock
+from llamacli.machine import LANES, PIECE, open_direct
 
 GATE, UP, DOWN = range(3)
 BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
-PIECE = 1 << 20  # bytes of one read
-LANES = 4  # reads at a time
 RING = 4  # buffers beside the slots: some are read while one is multiplied
 MANY = 4  # choices for each expert, from which on nearly all experts will be asked for
-_F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
 
 
 @dataclass
@@ -91,7 +88,7 @@ class _Layer:
     def __init__(self, stacks: Sequence[_Stack], n_experts: int, n_slots: int):
         self.stacks = stacks
         self.room = sum(stack.room for stack in stacks)
-        self.memory = _memory(n_slots * self.room)
+        self.memory = pages.memory(n_slots * self.room)
         self.slots: OrderedDict[int, int] = OrderedDict()
         self.numbers = list(range(n_slots))  # of all slots
         self.free = list(self.numbers)
@@ -99,23 +96,23 @@ class _Layer:
         self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): what is under way into its slot
         self.stale: dict[int, list[Future]] = {}  # free slots into which a read that nobody wants may still go on
         self.guess: int | None = None  # an expert that is read before it has been asked for
+        self.clearing: list[Future] = []  # of the memory, before it is needed
 
 
 class Slots:
     """The routed experts of a model. One caller at a time."""
 
     def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: int):
-        """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of a layer in memory."""
-        self.n_slots = n_slots
+        """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of all layers in memory."""
         self.traffic = Traffic()
         self._files: dict[Path, int] = {}
         self._direct: dict[int, bool] = {}
         self._layers = {
-            i: _Layer([self._stack(tensor, n_experts) for tensor in tensors], n_experts, n_slots)
-            for i, tensors in layers.items()
+            i: _Layer([self._stack(tensor, n_experts) for tensor in tensors], n_experts, n)
+            for (i, tensors), n in zip(layers.items(), spread(n_slots, len(layers)), strict=True)
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
-        self._buffers = [_memory(largest) for _ in range(RING)]
+        self._buffers = [pages.memory(largest) for _ in range(RING)]
         self._ring = list(self._buffers)  # those that are free
         self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # the others
         self._held: list[mmap.mmap] = []
@@ -137,7 +134,7 @@ class Slots:
     def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
         stacks = [self._stack(tensor, 1) for tensor in tensors]
-        memory = _memory(sum(stack.room for stack in stacks))
+        memory = pages.memory(sum(stack.room for stack in stacks))
         at, addresses, reads = 0, {}, []
         for tensor, stack in zip(tensors, stacks, strict=True):
             start, size, inside = stack.span(0)
@@ -146,7 +143,7 @@ class Slots:
             at += stack.room
         self._wait(reads)
         self._held.append(memory)
-        lock(_address(memory), at)
+        pages.lock(_address(memory), at)
         self.traffic = Traffic()
         return addresses
 
@@ -174,12 +171,14 @@ class Slots:
         for e in reversed(recent):
             if e in here.slots:
                 here.slots.move_to_end(e)
-        few = len(used) <= self.n_slots
+        few = len(used) <= len(here.numbers)
         fresh = [e for e in missing if e not in passing]
         for e in sorted(fresh if few else fresh[: len(here.free)]):
             self._begin(here, e, self._slot(here, used))
         if not in_order:  # what is there, what is coming into the ring, into slots, and the rest
             used.sort(key=lambda e: (e not in here.slots or (e, GATE) in here.arriving, e not in passing, e not in here.slots))
+        if not few:
+            self._clear(self._after(layer))
         return Visit(self, layer, used, len(chosen) >= MANY * here.addresses.shape[1])
 
     def shrink(self, nbytes: int) -> int:
@@ -187,9 +186,9 @@ class Slots:
         never filled counted too. Between two visits only.
         """
         each = sum(here.room for here in self._layers.values())
-        n = min(self.n_slots - 1, -(-nbytes // each))
-        self.n_slots -= n
+        n = min(min(len(here.numbers) for here in self._layers.values()) - 1, -(-nbytes // each))
         for here in self._layers.values():
+            _settle(here.clearing)
             for _ in range(n):
                 slot = self._slot(here, ())
                 here.numbers.remove(slot)
@@ -256,6 +255,12 @@ class Slots:
         ]
         return ahead[0] if ahead else []
 
+    def _clear(self, layers: list[int]) -> None:
+        """Have the memory of layers whose slots are about to be filled cleared meanwhile, once."""
+        for here in (self._layers[i] for i in layers):
+            if here.free and not here.clearing:
+                here.clearing = [self._lanes.submit(pages.clear, _address(here.memory), len(here.numbers) * here.room)]
+
     def _pass(self, one: _Pass) -> None:
         """Begin to read into a buffer of the ring."""
         here, memory, at, futures = self._layers[one.layer], self._ring[-1], 0, []
@@ -269,8 +274,7 @@ class Slots:
         """Give buffers back to the ring, once nothing is read into them any more."""
         running = {one: [future for future in self._passing[one][1] if not future.cancel()] for one in passes}
         for one, futures in running.items():
-            for future in futures:
-                future.exception()
+            _settle(futures)
             self._ring.append(self._passing.pop(one)[0])
 
     def _wait(self, futures: Iterable[Future]) -> None:
@@ -289,9 +293,7 @@ class Slots:
             if old is not None:
                 self._forget(here, old)
             quiet = here.free[-1]
-            for future in here.stale.get(quiet, ()):
-                if not future.cancelled():
-                    future.exception()
+            _settle(here.stale.get(quiet, ()))
         here.free.remove(quiet)
         here.stale.pop(quiet, None)
         return quiet
@@ -321,15 +323,9 @@ class Slots:
 
     def _open(self, path: Path) -> int:
         try:
-            file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
-            direct = True
+            file, direct = open_direct(path), True
         except OSError:  # a file system without direct reads
-            file = _opened(path)
-            direct = False
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(file, _F_NOCACHE, 1)
+            file, direct = _opened(path), False
         self._direct[file] = direct
         return file
 
@@ -342,14 +338,13 @@ class Slots:
 
     def _pieces(self, stack: _Stack, start: int, size: int, needed: int, memory: mmap.mmap, at: int) -> list[Future]:
         """Begin to read `size` bytes of the file from `start` on; the first `needed` of them must be there."""
-        view = memoryview(memory)
-        return [
-            self._lanes.submit(
-                self._piece, stack, start + done, view[at + done : at + min(done + PIECE, size)], min(PIECE, needed - done)
-            )
-            for done in range(0, size, PIECE)
-            if done < needed
-        ]
+        view, first, done, pieces = memoryview(memory), _address(memory) + at, 0, []
+        while done < needed:
+            n = min(PIECE - (first + done) % PIECE, size - done)  # no two reads into one large page: both would clear it
+            part = view[at + done : at + done + n]
+            pieces.append(self._lanes.submit(self._piece, stack, start + done, part, min(n, needed - done)))
+            done += n
+        return pieces
 
     def _piece(self, stack: _Stack, offset: int, view: memoryview, needed: int) -> None:
         """Read until `needed` bytes are there; the file may end before the view does."""
@@ -404,6 +399,19 @@ class Visit:
         return sweep
 
 
+def spread(n_slots: int, n_layers: int) -> list[int]:
+    """How many of all slots each layer gets: the same number, the first ones perhaps one more."""
+    each, more = divmod(n_slots, n_layers)
+    return [each + (i < more) for i in range(n_layers)]
+
+
+def _settle(futures: Iterable[Future]) -> None:
+    """Wait until none of them goes on any more, however they end."""
+    for future in futures:
+        if not future.cancelled():
+            future.exception()
+
+
 def _close(files: dict[Path, int]) -> None:
     while files:
         os.close(files.popitem()[1])
@@ -411,15 +419,6 @@ def _close(files: dict[Path, int]) -> None:
 
 def _up(n: int) -> int:
     return -(-n // BLOCK) * BLOCK
-
-
-def _memory(nbytes: int) -> mmap.mmap:
-    """Memory of its own, on large pages where the system has them; none of it is held before it is written to."""
-    memory = mmap.mmap(-1, max(nbytes, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # not compiled into this kernel
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
 
 
 def _address(memory: mmap.mmap) -> int:

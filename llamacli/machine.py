@@ -1,10 +1,9 @@
-"""What this machine has: memory that may still be taken, memory that this process holds, and how fast its disk reads.
+"""What this machine has: memory that may still be taken, memory that this process holds, and its disk: how to read, how fast.
 
 Out: bytes, bytes a second. Memory is what the machine has left and, inside a cgroup (v1, v2, nested), what every limit above
 this process still allows; page cache that would give way counts as free. Knows nothing of models.
 """
 
-import mmap
 import os
 import random
 import re
@@ -15,11 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llamacli import pages
+
 RESERVE_SHARE, RESERVE_MOST = 20, 2 << 30  # of free memory, one part in twenty is left to others, 2 GiB at most
-PIECE = 4 << 20  # bytes of one read; an expert is read in pieces of this order
-LANES = 4  # reads in flight: a disk needs some to be at its best
-PAGE = 4096  # what direct reads are aligned to
-F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
+PIECE = pages.LARGE  # bytes of one read from disk
+LANES = 8  # reads in flight: a disk needs some to be at its best
+_F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
 
 
 def budget() -> int:
@@ -59,39 +59,46 @@ def private(root: Path = Path("/")) -> int:
         return 0
 
 
+def open_direct(path: os.PathLike | str) -> int:
+    """A file, to be read past the page cache. OSError if there is none, or its file system has no such reads."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
+    if sys.platform == "darwin":
+        import fcntl
+
+        fcntl.fcntl(file, _F_NOCACHE, 1)
+    return file
+
+
 def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | None:
-    """Bytes a second at which pieces of 4 MB from anywhere in the file come from its disk, several in flight.
+    """Bytes a second at which pieces from anywhere in the file come from its disk, read as experts are.
 
     The page cache is passed by, nothing is left in it. None where the file is smaller than a few pieces or lies where direct
     reads are not possible (tmpfs).
     """
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        fd = open_direct(path)
     except OSError:
         return None
     try:
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(fd, F_NOCACHE, 1)
         offsets = [piece * PIECE for piece in range(os.fstat(fd).st_size // PIECE)]
         if len(offsets) < LANES:
             return None
         random.shuffle(offsets)
+        buffers = memoryview(pages.memory(LANES * PIECE))
+        buffers[:: os.sysconf("SC_PAGE_SIZE")] = bytes(-(-len(buffers) // os.sysconf("SC_PAGE_SIZE")))  # held from here on
         began = time.perf_counter()
 
-        def lane(mine: list[int]) -> int:
+        def lane(i: int) -> int:
             """Read one's own pieces, each once, until time is up; returns the bytes."""
-            done = 0
-            with mmap.mmap(-1, PIECE) as buffer:  # aligned to a page, as direct reads ask
-                for offset in mine:
-                    done += os.preadv(fd, [buffer], offset)
-                    if time.perf_counter() - began > seconds:
-                        break
+            done, buffer = 0, buffers[i * PIECE : (i + 1) * PIECE]
+            for offset in offsets[i::LANES]:
+                done += os.preadv(fd, [buffer], offset)
+                if time.perf_counter() - began > seconds:
+                    break
             return done
 
         with ThreadPoolExecutor(LANES) as pool:
-            nbytes = sum(pool.map(lane, [offsets[i::LANES] for i in range(LANES)]))
+            nbytes = sum(pool.map(lane, range(LANES)))
         return nbytes / (time.perf_counter() - began)
     except OSError:
         return None

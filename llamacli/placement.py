@@ -13,12 +13,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from llamacli import kvcache, machine
 from llamacli.config import Config
 from llamacli.errors import MemoryLimitError, UsageError
-from llamacli.experts import RING
+from llamacli.experts import RING, spread
 from llamacli.kernels import attention, matmul
 from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.formats import ACT_BYTES
@@ -91,8 +92,8 @@ class Placement:
 
     memory: int  # the promise
     ctx: int
-    mode: str  # "mapped": all weights in memory as they lie in the file; "slots": so many routed experts a layer
-    slots: int  # a layer; all of them if mapped
+    mode: str  # "mapped": all weights in memory as they lie in the file; "slots": some routed experts, the rest in the file
+    n_slots: int  # of all layers; all experts if mapped
     weights: int  # always used; if mapped, all
     experts: int  # in slots
     kv: int  # at the full context
@@ -107,6 +108,11 @@ class Placement:
     def resident(self) -> int:
         """Memory held at the full context."""
         return self.weights + self.experts + self.kv + self.working + self.buffers + self.rows
+
+    @property
+    def slots(self) -> float:
+        """Of a layer, on average."""
+        return self.n_slots / max(1, len(self.sizes.experts))
 
     @property
     def miss(self) -> float:
@@ -138,7 +144,8 @@ def place(
     kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
     if everything + kv + working <= memory and not (slots and sizes.experts):
-        return Placement(memory, ctx, "mapped", sizes.n_experts, everything, 0, kv, working, 0, 0, batch, sizes, config)
+        n_slots = sizes.n_experts * len(sizes.experts)
+        return Placement(memory, ctx, "mapped", n_slots, everything, 0, kv, working, 0, 0, batch, sizes, config)
     least = sizes.always + kv + working + _least(config, sizes, ctx, slots)
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads)
@@ -148,8 +155,10 @@ def place(
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
     buffers, rows = RING * sizes.passing, _rows(config, sizes, ctx)
-    n_slots = min(sizes.n_experts, (memory - sizes.always - kv - working - rows - buffers) // sizes.one_each)
-    experts = n_slots * sizes.one_each
+    each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_each)
+    more = bisect_right(list(accumulate(sizes.experts)), rest)
+    n_slots = min(sizes.n_experts * len(sizes.experts), each * len(sizes.experts) + more)
+    experts = sum(n * nbytes for n, nbytes in zip(spread(n_slots, len(sizes.experts)), sizes.experts, strict=True))
     return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
@@ -251,7 +260,7 @@ def products_per_token(config: Config) -> int:
 
 
 def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int]:
-    """For Engine: the slots of a layer, 0 if all experts are to be used where the file is mapped, and the largest batch.
+    """For Engine: the slots of all layers, 0 if all experts are to be used where the file is mapped, and the largest batch.
 
     `memory` None: what the machine has free, less a reserve. `experts`: "mapped", "slots" or "auto".
     """
@@ -262,7 +271,7 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
     sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config.n_experts)
     memory, threads = memory or machine.budget() + machine.private(), threads or default_threads()
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
-    return placement.slots if placement.mode == "slots" else 0, placement.batch
+    return placement.n_slots if placement.mode == "slots" else 0, placement.batch
 
 
 def batch_within(config: Config, memory: int, threads: int) -> int:

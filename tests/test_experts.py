@@ -23,8 +23,10 @@ def path(request, tmp_path):
 
 
 def engine(path, slots):
+    """`slots`: of each layer."""
     gguf = open_gguf(path)
-    return Engine(gguf, Config.from_gguf(gguf), 2, slots)
+    config = Config.from_gguf(gguf)
+    return Engine(gguf, config, 2, slots * sum(map(config.is_moe, range(config.n_layers))))
 
 
 def conversation(engine, cache=None):
@@ -87,7 +89,6 @@ def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypa
     short = [1, 0]
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop(0) if short else 0)
     assert np.array_equal(conversation(model), whole)
-    assert model.slots.n_slots == 2
     assert {len(here.numbers) for here in model.slots._layers.values()} == {2}
 
 
@@ -99,7 +100,7 @@ def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop() if short else 0)
     with pytest.raises(MemoryLimitError, match="than a limit now allows"):
         model.forward(IDS[17:23], cache)
-    assert cache.pos == 17 and model.slots.n_slots == 1
+    assert cache.pos == 17 and {len(here.numbers) for here in model.slots._layers.values()} == {1}
     cache.truncate(0)
     assert np.array_equal(model.forward(IDS[:17], cache), first)
 

@@ -18,8 +18,9 @@ HEAVY = {
     "typer": ("llamacli/cli/",),
 }
 FLOORS = [
-    "errors ggml environment machine",
-    "gguf pages kernels",
+    "errors ggml environment pages",
+    "machine",
+    "gguf kernels",
     "config weights kvcache placement routing experts tokenizer sampler",
     "model engine template",
     "session",

@@ -47,7 +47,7 @@ def oracles_choice(path, ids, monkeypatch):
     return np.stack(seen, 1)
 
 
-@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("slots", [0, 5])
 @pytest.mark.parametrize("shape", [SCOUT, MAVERICK, SCOUT | {"used": 2}])
 def test_every_layers_choice_is_logged_prompt_and_single_tokens_alike(tmp_path, monkeypatch, shape, slots):
     path, ids = tiny_gguf(tmp_path / "tiny.gguf", **shape), [int(i) for i in np.random.RandomState(0).randint(0, 256, 24)]

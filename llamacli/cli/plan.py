@@ -243,7 +243,7 @@ def _planned(p, disk: float, bandwidth: float, compute: float | None, placement)
     return {
         "ctx": p.ctx,
         "mode": p.mode,
-        "slots": p.slots,
+        "slots": round(p.slots, 2),
         "resident_bytes": p.resident,
         **{f"{part}_bytes": getattr(p, part) for part in ("weights", "experts", "kv", "working", "buffers", "rows")},
         "miss": round(p.miss, 4),
@@ -295,7 +295,7 @@ def _kv(config, ctx: int) -> int:
 
 
 def _mode(p) -> str:
-    return "all" if p.mode == "mapped" else f"{p.slots} of {p.sizes.n_experts} a layer"
+    return "all" if p.mode == "mapped" else f"{p.slots:.1f} of {p.sizes.n_experts} a layer"
 
 
 def _show_many(record: dict, console) -> None:
@@ -304,7 +304,7 @@ def _show_many(record: dict, console) -> None:
     rows, cells = [], iter(record["plans"])
     for first in cells:
         line = [first, *(next(cells) for _ in disks[1:])]
-        where = {"mapped": "all", None: "does not fit"}.get(first["mode"], f"{first.get('slots')} a layer")
+        where = {"mapped": "all", None: "does not fit"}.get(first["mode"], f"{first.get('slots', 0):.1f} a layer")
         rates = [f"{c['tokens_per_second']:.2f}" if c["mode"] else "" for c in line]
         rows.append((amount(first["memory_bytes"]), f"{first['bandwidth_gbps']:g} GB/s", where, *rates))
     head = ("memory", "its speed", "experts held", *(f"disk {disk:g} GB/s" for disk in disks))
