@@ -11,7 +11,7 @@ Knows nothing of tokens or arithmetic.
 import mmap
 import os
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from llamacli.machine import LANES, PIECE, open_direct
 GATE, UP, DOWN = range(3)
 BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
 RING = 4  # buffers beside the slots: some are read while one is multiplied
+HALF_LIFE = 100  # choices: an expert asked for often stays in its slot, though others were asked for since
 MANY = 4  # choices for each expert, from which on nearly all experts will be asked for
 
 
@@ -83,13 +84,14 @@ class _Pass(NamedTuple):
 
 
 class _Layer:
-    """One layer's slots: which expert is in which, least recently used first."""
+    """One layer's slots: which expert is in which, and how often each was asked for of late."""
 
     def __init__(self, stacks: Sequence[_Stack], n_experts: int, n_slots: int):
         self.stacks = stacks
         self.room = sum(stack.room for stack in stacks)
         self.memory = pages.memory(n_slots * self.room)
-        self.slots: OrderedDict[int, int] = OrderedDict()
+        self.slots: dict[int, int] = {}
+        self.uses = np.zeros(n_experts)  # choices, each counting half as much HALF_LIFE choices later
         self.numbers = list(range(n_slots))  # of all slots
         self.free = list(self.numbers)
         self.addresses = np.zeros((3, n_experts), np.int64)
@@ -153,8 +155,10 @@ class Slots:
         Experts come as they are in memory; `in_order`: by their numbers.
         """
         here = self._layers[layer]
-        recent = list(dict.fromkeys(reversed(chosen)))
-        used, guess = sorted(recent), here.guess
+        ages = np.arange(len(chosen) - 1, -1, -1)
+        here.uses *= 0.5 ** (len(chosen) / HALF_LIFE)
+        here.uses += np.bincount(chosen, 0.5 ** (ages / HALF_LIFE), len(here.uses))
+        used, guess = sorted(set(chosen)), here.guess
         if guess is not None:
             here.guess = None
             self.traffic.guesses += 1
@@ -164,15 +168,12 @@ class Slots:
         self._drop([one for one in self._passing if one.layer != layer or one.expert not in used])
         passing = {one.expert for one in self._passing}
         coming = {e for e in used if (e, GATE) in here.arriving}  # a good guess, and what was read ahead
-        missing = [e for e in recent if e not in here.slots]
+        missing = [e for e in used if e not in here.slots]
         misses = len(missing) + len(coming)
         self.traffic.hits += len(used) - misses
         self.traffic.misses += misses
-        for e in reversed(recent):
-            if e in here.slots:
-                here.slots.move_to_end(e)
         few = len(used) <= len(here.numbers)
-        fresh = [e for e in missing if e not in passing]
+        fresh = sorted((e for e in missing if e not in passing), key=lambda e: -here.uses[e])
         for e in sorted(fresh if few else fresh[: len(here.free)]):
             self._begin(here, e, self._slot(here, used))
         if not in_order:  # what is there, what is coming into the ring, into slots, and the rest
@@ -286,10 +287,10 @@ class Slots:
             self.traffic.stall_s += perf_counter() - began
 
     def _slot(self, here: _Layer, used: Collection[int]) -> int:
-        """A slot for an expert: a free one, or that of the expert that was least recently used and is not in `used`."""
+        """A slot for an expert: a free one, or that of the expert that was least used of late and is not in `used`."""
         quiet = next((slot for slot in here.free if all(f.done() for f in here.stale.get(slot, ()))), None)
         if quiet is None:
-            old = next((e for e in here.slots if e not in used), None)
+            old = min((e for e in here.slots if e not in used), key=here.uses.__getitem__, default=None)
             if old is not None:
                 self._forget(here, old)
             quiet = here.free[-1]

@@ -93,7 +93,7 @@ def draw_routing(use: np.ndarray, hits: np.ndarray, layers: list[int], title: st
     right.fill_between(slots, 100 * hits.min(0), 100 * hits.max(0), alpha=0.25, label="least to most of the layers")
     right.plot(slots, 100 * hits.mean(0), label="all layers")
     right.plot(slots, [100 * s / n for s in slots], "--", color="grey", label="all experts equally likely")
-    right.set(title="found in slots, the last used kept", xlabel="slots a layer", ylabel="% of choices", ylim=(0, 100))
+    right.set(title="found in slots, the most used of late kept", xlabel="slots a layer", ylabel="% of choices", ylim=(0, 100))
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     figure.suptitle(title)

@@ -17,11 +17,11 @@ import numpy as np
 
 from llamacli.config import Config
 from llamacli.errors import OutputError, PromptError, UsageError
+from llamacli.experts import HALF_LIFE
 
 VERSION = 1
 MAX_LOG = 1 << 30  # bytes of a log that is read
 MAX_LAYERS, MAX_EXPERTS = 1 << 10, 1 << 12  # what config.py allows
-COLD = -1  # a distance: never seen before
 
 
 class Routing(NamedTuple):
@@ -144,16 +144,24 @@ def repeats(routing: Routing) -> np.ndarray:
 def hit_rates(routing: Routing) -> np.ndarray:
     """What slots would bring: float64 [n_layers, n_experts], in column s - 1 the share of choices found among s slots.
 
-    A layer's slots hold the experts used last; all start empty, and every token counts, as if each had been decoded. A choice
-    is found by s slots if fewer than s others were used since its last use, so one pass tells for every s.
+    A layer's slots are filled as experts.Slots fills them: the least used of late gives way. All start empty, and every token
+    counts, as if each had been decoded. Fewer slots always hold a part of what more slots hold, so each layer has one list of
+    experts, the first s of which are in s slots (Mattson et al. 1970): who is asked for comes first, and each place after it,
+    down to where that one was, keeps the more used of who was there and who was pushed out above.
     """
     n_tokens, n_layers, used = routing.chosen.shape
-    hits = np.zeros((n_layers, routing.n_experts), np.int64)
-    last, rows = np.full((n_layers, routing.n_experts), COLD, np.int64), np.arange(n_layers)
-    for clock, experts in enumerate(routing.chosen.transpose(0, 2, 1).reshape(n_tokens * used, n_layers)):
-        seen = last[rows, experts]
-        others = (last > seen[:, None]).sum(1)
-        warm = seen != COLD
-        hits[rows[warm], others[warm]] += 1
-        last[rows, experts] = clock
+    hits, rows, places = np.zeros((n_layers, routing.n_experts), np.int64), np.arange(n_layers), np.arange(routing.n_experts)
+    uses, order = np.zeros(hits.shape), np.tile(places, (n_layers, 1))
+    for experts in routing.chosen.transpose(0, 2, 1).reshape(n_tokens * used, n_layers):
+        place = (order == experts[:, None]).argmax(1)
+        warm = uses[rows, experts] > 0
+        hits[rows[warm], place[warm]] += 1
+        uses *= 0.5 ** (1 / HALF_LIFE)
+        uses[rows, experts] += 1
+        here = np.take_along_axis(uses, order, 1)
+        moved = here < np.minimum.accumulate(np.pad(here, ((0, 0), (1, 0)), constant_values=np.inf), 1)[:, :-1]
+        moved[rows, place] = True
+        from_above = np.pad(np.maximum.accumulate(np.where(moved, places, 0), 1), ((0, 0), (1, 0)))[:, :-1]
+        order = np.where(moved & (places <= place[:, None]), np.take_along_axis(order, from_above, 1), order)
+        order[:, 0] = experts
     return hits.cumsum(1) / (n_tokens * used)

@@ -43,7 +43,7 @@ def test_the_same_bytes_come_out_as_from_a_mapped_file(path, slots):
     assert np.array_equal(conversation(engine(path, slots)), conversation(engine(path, 0)))
 
 
-def test_what_a_layer_holds_is_not_read_again_and_the_oldest_goes_first(tmp_path):
+def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
 
     def ask(*chosen):
@@ -55,11 +55,18 @@ def test_what_a_layer_holds_is_not_read_again_and_the_oldest_goes_first(tmp_path
     assert [ask(0), ask(1), ask(0), ask(2), ask(0), ask(1)] == [(0, 1), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
     assert ask(0, 1, 2, 3) == (2, 2)  # more than fit pass by ...
     assert [ask(0), ask(1)] == [(1, 0), (1, 0)]  # ... and leave what is held
+    for _ in range(5):
+        ask(0)
+    assert [ask(2), ask(3), ask(0)] == [(0, 1), (0, 1), (1, 0)]  # used often, though not last
+    for i in range(2 * experts.HALF_LIFE):
+        ask(2 + i % 2)
+    ask(1)
+    assert ask(0) == (0, 1)  # but not for ever
 
 
-def test_empty_slots_take_what_the_last_tokens_chose(tmp_path):
+def test_empty_slots_take_what_a_prompt_used_most(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
-    visit = slots.visit(0, [3, 1, 0, 2, 0, 2])
+    visit = slots.visit(0, [2, 0, 2, 0, 3, 1])
     assert [*visit.gate_up, *visit.down()] == [0, 2, 1, 3] * 2  # what passes by comes after what stays
     assert sorted(slots._layers[0].slots) == [0, 2]
 

@@ -2,7 +2,7 @@
 cache would do, and how `inspect --routing` shows it."""
 
 import json
-from collections import OrderedDict
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from llamacli.cli.console import Console
 from llamacli.config import Config
 from llamacli.engine import Engine
 from llamacli.errors import OutputError, PromptError, UsageError
+from llamacli.experts import HALF_LIFE
 from llamacli.gguf import open_gguf
 from llamacli.routing import Routing, RoutingLog
 
@@ -173,14 +174,14 @@ def test_of_two_experts_one_may_repeat():
 
 
 def cached(choices, slots):
-    """The share of hits of a cache that is played through, the one used longest ago leaving."""
-    held, hits = OrderedDict(), 0
-    for expert in choices:
+    """The share of hits of a cache that is played through, the one used least of late leaving."""
+    held, uses, hits = set(), Counter(), 0
+    for now, expert in enumerate(choices):
         hits += expert in held
-        held[expert] = None
-        held.move_to_end(expert)
-        if len(held) > slots:
-            held.popitem(last=False)
+        uses[expert] += 2 ** (now / HALF_LIFE)
+        if expert not in held and len(held) == slots:
+            held.remove(min(held, key=uses.__getitem__))
+        held.add(expert)
     return hits / len(choices)
 
 

@@ -57,7 +57,7 @@ def _show(log, share, repeats, hits, console) -> None:
         for s in slots
     ]
     console.table(
-        "\nChoices found in slots, each layer keeping the experts it used last",
+        "\nChoices found in slots, each layer keeping the experts it used most of late",
         rows,
         ("slots a layer", "found", "worst layer", "best layer", "were all equally likely"),
     )
