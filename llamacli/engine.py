@@ -224,11 +224,9 @@ class Engine:
 
         for i, at in steps.visits.items():
             try:
-                if n == 1:
-                    run(done, at.guessed)
-                    self.slots.expect(i, int(steps.guess[0]))
-                else:
-                    run(done, at.start)
+                run(done, at.guessed)
+                if n == 1 or self._choices == 1:  # of several choices, sums are made in the experts' order, not as they come
+                    self.slots.expect(i, steps.guess[:n].tolist())
                 run(at.guessed, at.routed)
                 visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist(), in_order=self._choices > 1)
                 run(at.routed, at.shared)

@@ -11,7 +11,7 @@ Knows nothing of tokens or arithmetic.
 import mmap
 import os
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -126,12 +126,14 @@ class Slots:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
         return self._layers[layer].addresses[part].ctypes.data
 
-    def expect(self, layer: int, expert: int) -> None:
-        """Begin to read an expert that the next visit to the layer will probably ask for."""
-        here = self._layers[layer]
-        if expert not in here.slots:
-            here.guess = expert
-            self._begin(here, expert, self._slot(here, {expert}))
+    def expect(self, layer: int, chosen: Sequence[int]) -> None:
+        """Begin to read what the next visit to the layer will probably ask for: of many what there is room for."""
+        here, wanted = self._layers[layer], [e for e, _ in Counter(chosen).most_common()]
+        if len(chosen) > 1:
+            all(self._ahead(_Pass(layer, e, (GATE, UP))) for e in wanted)
+        elif wanted[0] not in here.slots:
+            here.guess = wanted[0]
+            self._begin(here, wanted[0], self._slot(here, wanted))
 
     def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
@@ -200,16 +202,19 @@ class Slots:
 
     def reset(self, layer: int) -> None:
         """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
-        have the layer, and the one that was read ahead, begin with empty slots.
+        have the layer, and the one that was read ahead, begin with empty slots, the others without what was not read well.
         """
         self._lanes.shutdown(wait=True, cancel_futures=True)
         self._lanes = ThreadPoolExecutor(LANES, "read")
         self._passing.clear()
         self._ring = list(self._buffers)
-        for i in (layer, *self._after(layer)):
-            here = self._layers[i]
-            here.slots.clear()
-            here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(here.numbers)
+        for i, here in self._layers.items():
+            if i in (layer, *self._after(layer)):
+                here.slots.clear()
+                here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(here.numbers)
+            lost = {e for (e, _), reads in here.arriving.items() if any(read.cancelled() or read.exception() for read in reads)}
+            for e in lost:
+                self._forget(here, e)
 
     # what a Visit does
 
@@ -219,16 +224,8 @@ class Slots:
         line = deque([*(_Pass(layer, e, parts) for e in experts if e not in here.slots), *then])
 
         def fill() -> None:
-            while line:
-                there = self._layers[line[0].layer]
-                if line[0] in self._passing or line[0].expert in there.slots:
-                    line.popleft()
-                elif there is not here and there.free:
-                    self._begin(there, line[0].expert, self._slot(there, ()))
-                elif self._ring:
-                    self._pass(line[0])
-                else:
-                    return
+            while line and self._ahead(line[0], line[0].layer != layer):
+                line.popleft()
 
         fill()
         yield -1
@@ -261,6 +258,18 @@ class Slots:
         for here in (self._layers[i] for i in layers):
             if here.free and not here.clearing:
                 here.clearing = [self._lanes.submit(pages.clear, _address(here.memory), len(here.numbers) * here.room)]
+
+    def _ahead(self, one: _Pass, free_slots: bool = True) -> bool:
+        """Begin to read what is not there yet, into a free slot if one may be used, or into the ring; False if that is full."""
+        there = self._layers[one.layer]
+        if one not in self._passing and one.expert not in there.slots:
+            if free_slots and there.free:
+                self._begin(there, one.expert, self._slot(there, ()))
+            elif self._ring:
+                self._pass(one)
+            else:
+                return False
+        return True
 
     def _pass(self, one: _Pass) -> None:
         """Begin to read into a buffer of the ring."""

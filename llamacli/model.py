@@ -40,7 +40,6 @@ class Inputs(NamedTuple):
 class Stops(NamedTuple):
     """Steps of a layer with experts in slots, each number the step after the last."""
 
-    start: int
     guessed: int  # the router has been asked before attention, with what it will see but for attention's part
     routed: int  # the experts are chosen
     shared: int  # the shared expert's gate and up are done
@@ -53,8 +52,8 @@ class Steps:
     """The program for up to `capacity` tokens, its buffers, and where it can be cut.
 
     `cuts`: the step after each layer's last. `visits`: by layer, if there are `slots`. `window`: int64 [2], the experts that
-    the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]; `guess`: int64 [n_experts_used], what
-    one token will probably choose. `logits`: float32 [rows, n_vocab].
+    the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]; `guess`: what a
+    layer's tokens will probably choose. `logits`: float32 [rows, n_vocab].
     """
 
     def __init__(
@@ -88,8 +87,8 @@ class Steps:
         self.window = self._array(2, np.int64)
         self._moe = self._array(n_experts + 1 + pairs, np.int64)
         self.chosen, self._scores = self._array((c.n_layers, pairs), np.int64), self._array(pairs)
-        self._guess_table = self._array(n_experts + 1 + self.choices if slots else 0, np.int64)
-        self.guess = self._array(self.choices if slots else 0, np.int64)
+        self._guess_table = self._array(n_experts + 1 + pairs if slots else 0, np.int64)
+        self.guess = self._array(pairs if slots else 0, np.int64)
         self._rope = self._array((n, c.head_dim))
         widest = max(n_ff, n_ff_exp, c.n_embd, c.n_heads * c.head_dim)
         scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest)
@@ -287,19 +286,18 @@ class Steps:
         self._matmul(p, ffn.exps.down, self._gate_exps, self._x, self._moe, add=True, out_div=k)
 
     def _guess(self, p: Program, i: int, layer: Layer) -> None:
-        """For one token: which experts would be chosen if attention added nothing; so they can be read meanwhile."""
-        start = len(p)
+        """Which experts would be chosen if attention added nothing; so they can be read meanwhile."""
         self._norm(p, layer.ffn_norm)
         self._matmul(p, layer.ffn.gate_inp, self._xn, self._router)
         choice = [a.ctypes.data for a in (self._scores, self.guess, self._guess_table, self._state)]
         p.add(elementwise.route, [*self._router[:2], self.config.n_experts, self.choices, *choice])
-        self.visits[i] = Stops(start, len(p), 0, 0, 0, 0, 0)
+        self.visits[i] = Stops(len(p), 0, 0, 0, 0, 0)
 
     def _visited_experts(self, p: Program, i: int, ffn: Experts) -> None:
         """The same sums, cut where experts may have to be waited for; the products of routed experts are run one by one."""
         c, k, scores = self.config, self.config.n_experts_used, self._scores.ctypes.data
         at = lambda part: {"where": self._slots.addresses(i, part), "window": self.window.ctypes.data}  # noqa: E731
-        stops = [*self.visits[i][:2]]
+        stops = [self.visits[i].guessed]
         self._route(p, i, ffn, meet=True)
         stops.append(len(p))
         self._inputs(p, (ffn.exps.gate, ffn.exps.up), self._xn, self._moe, k, scores)
