@@ -94,10 +94,7 @@ class Engine:
 
     def take_traffic(self) -> Traffic | None:
         """What was read since the last call, None if all experts are mapped."""
-        if not self.slots:
-            return None
-        taken, self.slots.traffic = self.slots.traffic, Traffic()
-        return taken
+        return self.slots.take_traffic() if self.slots else None
 
     @property
     def bytes_per_token(self) -> int:

@@ -1,35 +1,27 @@
 """Routed experts of a model that is larger than memory: some stay in slots, the others are read when the router asks for them.
 
 In: where the experts lie in the file, and how many slots a layer may have. Out: addresses of their matrices, right when the
-caller is told so. Reads are direct: several pieces at a time go from the disk to where they are used, and no copy stays in the
-page cache, which would count against the promise of memory. `Slots.visit` begins to read what a layer's tokens need, gate and
-up before down, while the caller computes; experts past the number of slots pass through a ring of buffers, so that a long
-prompt neither waits for memory nor drives out what decoding keeps; it reads ahead into the next layer. Slots can be given back.
-Knows nothing of tokens or arithmetic.
+caller is told so. `Slots.visit` begins to read what a layer's tokens need, gate and up before down, while the caller computes;
+experts past the number of slots pass through a ring of buffers, so that a long prompt neither waits for memory nor drives out
+what decoding keeps; it reads ahead into the next layer. Slots keep what was used most of late, and can be given back. How the
+disk is read is reads.py. Knows nothing of tokens or arithmetic.
 """
 
 import mmap
-import os
-import weakref
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Lock
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
 from llamacli import pages
-from llamacli.errors import ModelFileError
 from llamacli.gguf import Tensor
-from llamacli.machine import LANES, PIECE, open_direct
+from llamacli.reads import Reads, Stack, address, failed, settle
 
 GATE, UP, DOWN = range(3)
-BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
 RING = 4  # buffers beside the slots: some are read while one is multiplied
 HALF_LIFE = 100  # choices: an expert asked for often stays in its slot, though others were asked for since
 MANY = 4  # choices for each expert, from which on nearly all experts will be asked for
@@ -55,26 +47,6 @@ class Traffic:
         return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
 
 
-class _Stack(NamedTuple):
-    """A layer's gate, up or down matrices in the file."""
-
-    path: Path
-    file: int
-    offset: int
-    nbytes: int  # of one expert
-
-    def span(self, expert: int) -> tuple[int, int, int]:
-        """The aligned part of the file around an expert: offset, bytes; and where in it the expert begins."""
-        first = self.offset + expert * self.nbytes
-        start = first // BLOCK * BLOCK
-        return start, _up(first + self.nbytes) - start, first - start
-
-    @property
-    def room(self) -> int:
-        """Bytes that hold any expert's span."""
-        return _up(self.nbytes) + BLOCK
-
-
 class _Pass(NamedTuple):
     """Parts of an expert that pass through the ring."""
 
@@ -86,12 +58,12 @@ class _Pass(NamedTuple):
 class _Layer:
     """One layer's slots: which expert is in which, and how often each was asked for of late."""
 
-    def __init__(self, stacks: Sequence[_Stack], n_experts: int, n_slots: int):
+    def __init__(self, stacks: Sequence[Stack], n_experts: int, n_slots: int):
         self.stacks = stacks
         self.room = sum(stack.room for stack in stacks)
         self.memory = pages.memory(n_slots * self.room)
         self.slots: dict[int, int] = {}
-        self.uses = np.zeros(n_experts)  # choices, each counting half as much HALF_LIFE choices later
+        self.uses, self._worth = np.zeros(n_experts), 1.0  # choices, each worth twice as much as one HALF_LIFE choices ago
         self.numbers = list(range(n_slots))  # of all slots
         self.free = list(self.numbers)
         self.addresses = np.zeros((3, n_experts), np.int64)
@@ -100,17 +72,26 @@ class _Layer:
         self.guess: int | None = None  # an expert that is read before it has been asked for
         self.clearing: list[Future] = []  # of the memory, before it is needed
 
+    def count(self, chosen: Sequence[int]) -> None:
+        """Remember how often experts are asked for."""
+        if len(chosen) == 1:
+            self.uses[chosen[0]] += self._worth
+        else:
+            self.uses += np.bincount(chosen, self._worth * 2 ** (np.arange(len(chosen)) / HALF_LIFE), len(self.uses))
+        self._worth *= 2 ** (len(chosen) / HALF_LIFE)
+        if self._worth > 1e100:
+            self.uses /= self._worth
+            self._worth = 1.0
+
 
 class Slots:
     """The routed experts of a model. One caller at a time."""
 
     def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: int):
         """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of all layers in memory."""
-        self.traffic = Traffic()
-        self._files: dict[Path, int] = {}
-        self._direct: dict[int, bool] = {}
+        self._traffic, self._reads = Traffic(), Reads()
         self._layers = {
-            i: _Layer([self._stack(tensor, n_experts) for tensor in tensors], n_experts, n)
+            i: _Layer([self._reads.stack(tensor, n_experts) for tensor in tensors], n_experts, n)
             for (i, tensors), n in zip(layers.items(), spread(n_slots, len(layers)), strict=True)
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
@@ -118,9 +99,6 @@ class Slots:
         self._ring = list(self._buffers)  # those that are free
         self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # the others
         self._held: list[mmap.mmap] = []
-        self._lanes = ThreadPoolExecutor(LANES, "read")
-        self._lock, self._reading, self._since = Lock(), 0, 0.0
-        weakref.finalize(self, _close, self._files)
 
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
@@ -137,18 +115,17 @@ class Slots:
 
     def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
-        stacks = [self._stack(tensor, 1) for tensor in tensors]
+        stacks = [self._reads.stack(tensor, 1) for tensor in tensors]
         memory = pages.memory(sum(stack.room for stack in stacks))
         at, addresses, reads = 0, {}, []
         for tensor, stack in zip(tensors, stacks, strict=True):
-            start, size, inside = stack.span(0)
-            addresses[tensor.name] = _address(memory) + at + inside
-            reads += self._pieces(stack, start, size, inside + stack.nbytes, memory, at)
+            begun, addresses[tensor.name] = self._reads.begin(stack, 0, memory, at)
+            reads += begun
             at += stack.room
         self._wait(reads)
         self._held.append(memory)
-        pages.lock(_address(memory), at)
-        self.traffic = Traffic()
+        pages.lock(address(memory), at)
+        self.take_traffic()
         return addresses
 
     def visit(self, layer: int, chosen: Sequence[int], in_order: bool = False) -> "Visit":
@@ -157,14 +134,12 @@ class Slots:
         Experts come as they are in memory; `in_order`: by their numbers.
         """
         here = self._layers[layer]
-        ages = np.arange(len(chosen) - 1, -1, -1)
-        here.uses *= 0.5 ** (len(chosen) / HALF_LIFE)
-        here.uses += np.bincount(chosen, 0.5 ** (ages / HALF_LIFE), len(here.uses))
+        here.count(chosen)
         used, guess = sorted(set(chosen)), here.guess
         if guess is not None:
             here.guess = None
-            self.traffic.guesses += 1
-            self.traffic.good_guesses += guess in used
+            self._traffic.guesses += 1
+            self._traffic.good_guesses += guess in used
             if guess not in used:
                 self._forget(here, guess)
         self._drop([one for one in self._passing if one.layer != layer or one.expert not in used])
@@ -172,8 +147,8 @@ class Slots:
         coming = {e for e in used if (e, GATE) in here.arriving}  # a good guess, and what was read ahead
         missing = [e for e in used if e not in here.slots]
         misses = len(missing) + len(coming)
-        self.traffic.hits += len(used) - misses
-        self.traffic.misses += misses
+        self._traffic.hits += len(used) - misses
+        self._traffic.misses += misses
         few = len(used) <= len(here.numbers)
         fresh = sorted((e for e in missing if e not in passing), key=lambda e: -here.uses[e])
         for e in sorted(fresh if few else fresh[: len(here.free)]):
@@ -184,6 +159,12 @@ class Slots:
             self._clear(self._after(layer))
         return Visit(self, layer, used, len(chosen) >= MANY * here.addresses.shape[1])
 
+    def take_traffic(self) -> Traffic:
+        """What was asked for and read since the last call."""
+        taken, self._traffic = self._traffic, Traffic()
+        taken.bytes_read, taken.reading_s = self._reads.take()
+        return taken
+
     def shrink(self, nbytes: int) -> int:
         """Give back so many bytes, in slots of every layer, of which one is left; returns how many, those of slots that were
         never filled counted too. Between two visits only.
@@ -191,7 +172,7 @@ class Slots:
         each = sum(here.room for here in self._layers.values())
         n = min(min(len(here.numbers) for here in self._layers.values()) - 1, -(-nbytes // each))
         for here in self._layers.values():
-            _settle(here.clearing)
+            settle(here.clearing)
             for _ in range(n):
                 slot = self._slot(here, ())
                 here.numbers.remove(slot)
@@ -204,16 +185,14 @@ class Slots:
         """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
         have the layer, and the one that was read ahead, begin with empty slots, the others without what was not read well.
         """
-        self._lanes.shutdown(wait=True, cancel_futures=True)
-        self._lanes = ThreadPoolExecutor(LANES, "read")
+        self._reads.stop()
         self._passing.clear()
         self._ring = list(self._buffers)
         for i, here in self._layers.items():
             if i in (layer, *self._after(layer)):
                 here.slots.clear()
                 here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(here.numbers)
-            lost = {e for (e, _), reads in here.arriving.items() if any(read.cancelled() or read.exception() for read in reads)}
-            for e in lost:
+            for e in {e for (e, _), reads in here.arriving.items() if failed(reads)}:
                 self._forget(here, e)
 
     # what a Visit does
@@ -257,7 +236,7 @@ class Slots:
         """Have the memory of layers whose slots are about to be filled cleared meanwhile, once."""
         for here in (self._layers[i] for i in layers):
             if here.free and not here.clearing:
-                here.clearing = [self._lanes.submit(pages.clear, _address(here.memory), len(here.numbers) * here.room)]
+                here.clearing = [self._reads.clear(here.memory)]
 
     def _ahead(self, one: _Pass, free_slots: bool = True) -> bool:
         """Begin to read what is not there yet, into a free slot if one may be used, or into the ring; False if that is full."""
@@ -284,7 +263,7 @@ class Slots:
         """Give buffers back to the ring, once nothing is read into them any more."""
         running = {one: [future for future in self._passing[one][1] if not future.cancel()] for one in passes}
         for one, futures in running.items():
-            _settle(futures)
+            settle(futures)
             self._ring.append(self._passing.pop(one)[0])
 
     def _wait(self, futures: Iterable[Future]) -> None:
@@ -293,7 +272,7 @@ class Slots:
             for future in futures:
                 future.result()
         finally:
-            self.traffic.stall_s += perf_counter() - began
+            self._traffic.stall_s += perf_counter() - began
 
     def _slot(self, here: _Layer, used: Collection[int]) -> int:
         """A slot for an expert: a free one, or that of the expert that was least used of late and is not in `used`."""
@@ -303,7 +282,7 @@ class Slots:
             if old is not None:
                 self._forget(here, old)
             quiet = here.free[-1]
-            _settle(here.stale.get(quiet, ()))
+            settle(here.stale.get(quiet, ()))
         here.free.remove(quiet)
         here.stale.pop(quiet, None)
         return quiet
@@ -324,70 +303,10 @@ class Slots:
         here.stale[slot] = [future for future in futures if not future.cancel()]
         here.free.append(slot)
 
-    # reading
-
-    def _stack(self, tensor: Tensor, n_experts: int) -> _Stack:
-        if tensor.path not in self._files:
-            self._files[tensor.path] = self._open(tensor.path)
-        return _Stack(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n_experts)
-
-    def _open(self, path: Path) -> int:
-        try:
-            file, direct = open_direct(path), True
-        except OSError:  # a file system without direct reads
-            file, direct = _opened(path), False
-        self._direct[file] = direct
-        return file
-
     def _read(self, here: _Layer, expert: int, part: int, memory: mmap.mmap, at: int) -> list[Future]:
         """Begin to read one matrix into `memory` from byte `at` on; its address is right when the reads are through."""
-        stack = here.stacks[part]
-        start, size, inside = stack.span(expert)
-        here.addresses[part, expert] = _address(memory) + at + inside
-        return self._pieces(stack, start, size, inside + stack.nbytes, memory, at)
-
-    def _pieces(self, stack: _Stack, start: int, size: int, needed: int, memory: mmap.mmap, at: int) -> list[Future]:
-        """Begin to read `size` bytes of the file from `start` on; the first `needed` of them must be there."""
-        view, first, done, pieces = memoryview(memory), _address(memory) + at, 0, []
-        while done < needed:
-            n = min(PIECE - (first + done) % PIECE, size - done)  # no two reads into one large page: both would clear it
-            part = view[at + done : at + done + n]
-            pieces.append(self._lanes.submit(self._piece, stack, start + done, part, min(n, needed - done)))
-            done += n
-        return pieces
-
-    def _piece(self, stack: _Stack, offset: int, view: memoryview, needed: int) -> None:
-        """Read until `needed` bytes are there; the file may end before the view does."""
-        done, expected = 0, f"{stack.path}: expected {needed} bytes at byte {offset}"
-        with self._clock(len(view)):
-            while done < needed:
-                try:
-                    n = os.preadv(stack.file, [view[done:]], offset + done)
-                except OSError as error:
-                    raise ModelFileError(f"{expected}, found a read error ({error.strerror}); check the disk") from None
-                done += n
-                if done < needed and (n == 0 or n % BLOCK):
-                    raise ModelFileError(
-                        f"{expected}, found {done}: the file was cut while in use; put it back and load it again"
-                    )
-        if not self._direct[stack.file] and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stack.file, offset, len(view), os.POSIX_FADV_DONTNEED)
-
-    @contextmanager
-    def _clock(self, nbytes: int) -> Iterator[None]:
-        """Counts bytes, and the time in which anything is being read."""
-        with self._lock:
-            self._reading += 1
-            if self._reading == 1:
-                self._since = perf_counter()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._reading -= 1
-                self.traffic.bytes_read += nbytes
-                if not self._reading:
-                    self.traffic.reading_s += perf_counter() - self._since
+        reads, here.addresses[part, expert] = self._reads.begin(here.stacks[part], expert, memory, at)
+        return reads
 
 
 class Visit:
@@ -413,32 +332,3 @@ def spread(n_slots: int, n_layers: int) -> list[int]:
     """How many of all slots each layer gets: the same number, the first ones perhaps one more."""
     each, more = divmod(n_slots, n_layers)
     return [each + (i < more) for i in range(n_layers)]
-
-
-def _settle(futures: Iterable[Future]) -> None:
-    """Wait until none of them goes on any more, however they end."""
-    for future in futures:
-        if not future.cancelled():
-            future.exception()
-
-
-def _close(files: dict[Path, int]) -> None:
-    while files:
-        os.close(files.popitem()[1])
-
-
-def _up(n: int) -> int:
-    return -(-n // BLOCK) * BLOCK
-
-
-def _address(memory: mmap.mmap) -> int:
-    return np.frombuffer(memory, np.uint8).ctypes.data
-
-
-def _opened(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ModelFileError(
-            f"{path}: expected a GGUF file, found one that cannot be read ({error.strerror}); check it"
-        ) from None

@@ -49,7 +49,7 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
     def ask(*chosen):
         visit = slots.visit(0, chosen)
         assert list(visit.gate_up) == list(visit.down()) == sorted(set(chosen))
-        taken, slots.traffic = slots.traffic, experts.Traffic()
+        taken = slots.take_traffic()
         return taken.hits, taken.misses
 
     assert [ask(0), ask(1), ask(0), ask(2), ask(0), ask(1)] == [(0, 1), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
@@ -155,7 +155,7 @@ def test_an_interrupt_while_waiting_leaves_everything_sound(tmp_path, monkeypatc
     assert np.array_equal(conversation(here), wanted)
 
 
-@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_pieces", "_pass", "_drop"])
+@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_read", "_pass", "_drop"])
 @pytest.mark.parametrize("after", [1, 2, 5, 9, 20])
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupt_amid_the_bookkeeping_leaves_everything_sound(tmp_path, monkeypatch, method, after, before):

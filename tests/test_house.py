@@ -21,6 +21,7 @@ FLOORS = [
     "errors ggml environment pages",
     "machine",
     "gguf kernels",
+    "reads",
     "config weights kvcache placement routing experts tokenizer sampler",
     "model engine template",
     "session",
