@@ -1,4 +1,6 @@
-"""What every test gets: the signals as they were, and no model, colour or debugging from the user's environment."""
+"""What every test gets: the signals as they were, and no model, colour or debugging from the user's environment. What some ask
+for: commands over a miniature model.
+"""
 
 import signal
 
@@ -14,3 +16,17 @@ def untouched_surroundings(monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Commands in this process answer from a miniature model that a test may look into; stdin is empty."""
+    from fakes import REPLY, FakeModel, Scripted
+
+    from llamacli.cli import options, run
+
+    made = FakeModel(Scripted(REPLY, chunk=64))
+    monkeypatch.setattr(options, "find_model", lambda name, console: name)
+    monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console, **more: made)
+    monkeypatch.setattr(run, "stdin_is_piped", lambda: False)
+    return made

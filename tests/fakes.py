@@ -5,6 +5,7 @@ let it see, so a wrong cache shows as a wrong next token; `Scripted` says a text
 is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
 """
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from llamacli import Model
 from llamacli.errors import ContextFullError
 
+REPLY = "first line\nsecond line"
 BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
 N_VOCAB = 261
 CONFIG = SimpleNamespace(
@@ -175,6 +177,23 @@ def write_gguf(path, architecture, rows=4):
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return str(path)
+
+
+def fake(*args, reply=REPLY, delay="0"):
+    """The command line of a process over the miniature model."""
+    return [sys.executable, __file__, reply, delay, *args]
+
+
+def start(*args, **how):
+    """Such a process, its output piped."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    fakes = {name: how.pop(name) for name in ("reply", "delay") if name in how}
+    return subprocess.Popen(fake(*args, **fakes), **{**pipes, **how})
+
+
+def prompt_of(model):
+    """The prompt that the engine saw, as text."""
+    return bytes(t for t in model.engine.calls[0][1] if t < 256).decode()
 
 
 if __name__ == "__main__":
