@@ -1,6 +1,6 @@
 """Routed experts of a model that is larger than memory: some stay in slots, the others are read when the router asks for them.
 
-In: where the experts lie in the file, and how many slots a layer may have. Out: addresses of their matrices, right when the
+In: where the experts lie in the file, and how many slots there may be. Out: addresses of their matrices, right when the
 caller is told so. `Slots.visit` begins to read what a layer's tokens need, gate and up before down, while the caller computes;
 experts past the number of slots pass through a ring of buffers, so that a long prompt neither waits for memory nor drives out
 what decoding keeps; it reads ahead into the next layer. Slots keep what was used most of late, and can be given back. How the
@@ -34,7 +34,7 @@ class Traffic:
     hits: int = 0  # experts that were in a slot when a layer's tokens asked for them
     misses: int = 0
     bytes_read: int = 0
-    guesses: int = 0  # experts that were read before they had been asked for, and those of them that then were
+    guesses: int = 0  # experts read before a single token had asked for them, and those of them that it then did
     good_guesses: int = 0
     stall_s: float = 0.0  # waiting for reads with nothing else to do
     reading_s: float = 0.0  # with at least one read under way
@@ -91,7 +91,7 @@ class Slots:
         """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of all layers in memory."""
         self._traffic, self._reads = Traffic(), Reads()
         self._layers = {
-            i: _Layer([self._reads.stack(tensor, n_experts) for tensor in tensors], n_experts, n)
+            i: _Layer([self._reads.stack(tensor, n_experts) for tensor in tensors], n_experts, min(n, n_experts))
             for (i, tensors), n in zip(layers.items(), spread(n_slots, len(layers)), strict=True)
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
@@ -107,11 +107,13 @@ class Slots:
     def expect(self, layer: int, chosen: Sequence[int]) -> None:
         """Begin to read what the next visit to the layer will probably ask for: of many what there is room for."""
         here, wanted = self._layers[layer], [e for e, _ in Counter(chosen).most_common()]
-        if len(chosen) > 1:
-            all(self._ahead(_Pass(layer, e, (GATE, UP))) for e in wanted)
-        elif wanted[0] not in here.slots:
-            here.guess = wanted[0]
-            self._begin(here, wanted[0], self._slot(here, wanted))
+        for e in wanted:
+            if len(wanted) > len(here.numbers):
+                if not self._ahead(_Pass(layer, e, (GATE, UP))):
+                    return
+            elif e not in here.slots:
+                here.guess = e if len(chosen) == 1 else None
+                self._begin(here, e, self._slot(here, wanted))
 
     def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
@@ -135,6 +137,7 @@ class Slots:
         """
         here = self._layers[layer]
         here.count(chosen)
+        self._arrived(here)
         used, guess = sorted(set(chosen)), here.guess
         if guess is not None:
             here.guess = None
@@ -166,20 +169,22 @@ class Slots:
         return taken
 
     def shrink(self, nbytes: int) -> int:
-        """Give back so many bytes, in slots of every layer, of which one is left; returns how many, those of slots that were
-        never filled counted too. Between two visits only.
+        """Give back so many bytes, in slots of whichever layer has most, until one is left in each; returns how many, those of
+        slots that were never filled counted too. Between two visits only.
         """
-        each = sum(here.room for here in self._layers.values())
-        n = min(min(len(here.numbers) for here in self._layers.values()) - 1, -(-nbytes // each))
-        for here in self._layers.values():
+        given = 0
+        while given < nbytes:
+            here = max(self._layers.values(), key=lambda here: len(here.numbers))
+            if len(here.numbers) == 1:
+                break
             settle(here.clearing)
-            for _ in range(n):
-                slot = self._slot(here, ())
-                here.numbers.remove(slot)
-                start, end = -(-slot * here.room // mmap.PAGESIZE), (slot + 1) * here.room // mmap.PAGESIZE
-                if hasattr(mmap, "MADV_DONTNEED") and start < end:
-                    here.memory.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
-        return n * each
+            slot = self._slot(here, ())
+            here.numbers.remove(slot)
+            start, end = -(-slot * here.room // mmap.PAGESIZE), (slot + 1) * here.room // mmap.PAGESIZE
+            if hasattr(mmap, "MADV_DONTNEED") and start < end:
+                here.memory.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
+            given += here.room
+        return given
 
     def reset(self, layer: int) -> None:
         """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
@@ -236,7 +241,7 @@ class Slots:
         """Have the memory of layers whose slots are about to be filled cleared meanwhile, once."""
         for here in (self._layers[i] for i in layers):
             if here.free and not here.clearing:
-                here.clearing = [self._reads.clear(here.memory)]
+                here.clearing = [self._reads.clear(here.memory, here.room, list(here.free))]
 
     def _ahead(self, one: _Pass, free_slots: bool = True) -> bool:
         """Begin to read what is not there yet, into a free slot if one may be used, or into the ring; False if that is full."""
@@ -294,6 +299,15 @@ class Slots:
         for part in (GATE, UP, DOWN):
             here.arriving[expert, part] = self._read(here, expert, part, here.memory, at)
             at += here.stacks[part].room
+
+    def _arrived(self, here: _Layer) -> None:
+        """Experts whose reads are through are in memory, if they were read well; nobody may have asked for them yet."""
+        for (e, part), reads in list(here.arriving.items()):
+            if e in here.slots and all(read.done() for read in reads):
+                if failed(reads):
+                    self._forget(here, e)
+                else:
+                    here.arriving.pop((e, part), None)
 
     def _forget(self, here: _Layer, expert: int) -> None:
         """Free an expert's slot; what is still being read into it is of no use."""

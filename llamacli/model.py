@@ -52,8 +52,8 @@ class Steps:
     """The program for up to `capacity` tokens, its buffers, and where it can be cut.
 
     `cuts`: the step after each layer's last. `visits`: by layer, if there are `slots`. `window`: int64 [2], the experts that
-    the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]; `guess`: what a
-    layer's tokens will probably choose. `logits`: float32 [rows, n_vocab].
+    the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]; `guess`, int64
+    [tokens * n_experts_used]: what a layer's tokens will probably choose. `logits`: float32 [rows, n_vocab].
     """
 
     def __init__(

@@ -11,6 +11,7 @@ kernel decides what is resident, and the promise would be its to break.
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -39,6 +40,7 @@ KINDS = {  # of tensors: a regular expression for their names; the first that ma
     "output": r"^output\.",
     "norms and routers": r"",
 }
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 
 
 class Sizes(NamedTuple):
@@ -72,18 +74,22 @@ class Sizes(NamedTuple):
         return sum(self.kinds.values()) - self.routed - self.looked_up
 
 
-def weigh(tensors: Iterable[tuple[str, int]], n_experts: int) -> Sizes:
-    """The sizes of a model from its tensors' GGUF names and bytes."""
-    kinds, layers, parts = dict.fromkeys(KINDS, 0), {}, {}
+def weigh(tensors: Iterable[tuple[str, int]], config: Config) -> Sizes:
+    """The sizes of a model from its tensors' GGUF names and bytes; experts of layers that it does not have are passed over."""
+    kinds, n = dict.fromkeys(KINDS, 0), max(1, config.n_experts)
+    layers = {i: 0 for i in range(config.n_layers) if config.is_moe(i)}
+    parts: Counter[tuple[int, bool]] = Counter()
     for name, nbytes in tensors:
         kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
-        kinds[kind] += nbytes
         if kind == "routed experts":
-            layer = name.rpartition(".ffn_")[0]
-            layers[layer] = layers.get(layer, 0) + nbytes // max(1, n_experts)
-            part = layer, "ffn_down" in name
-            parts[part] = parts.get(part, 0) + nbytes // max(1, n_experts)
-    return Sizes(kinds, tuple(layers.values()), n_experts, max(parts.values(), default=0))
+            i = int(_BLOCK.match(name)[1]) if _BLOCK.match(name) else -1
+            if i not in layers:
+                continue
+            layers[i] += nbytes // n
+            parts[i, "ffn_down" in name] += nbytes // n
+        kinds[kind] += nbytes
+    experts = tuple(layers.values()) if any(layers.values()) else ()
+    return Sizes(kinds, experts, config.n_experts, max(parts.values(), default=0))
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ def working_bytes(config: Config, threads: int, batch: int) -> int:
     token = row(c.n_embd) + row(c.n_embd, 1) + row(q) + 2 * row(kv) + row(q, 1) + row(n_ff, 1) + row(n_ff) + row(n_experts)
     token += 4 * c.head_dim + 8 + 8  # angles, ids, the table of tokens
     pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 4 + 8 * c.n_layers  # experts, the table of pairs, scores, choices
+    pair += 16 if k else 0  # the guess and its table, with slots
     widest = max(n_ff, n_ff_exp, c.n_embd, q)
     scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest) + attention.scratch_bytes(c.head_dim)
     return n * token + pairs * pair + 4 * min(n, LOGITS_BATCH) * c.n_vocab + threads * scratch
@@ -268,7 +275,7 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
     if experts == "mapped" or not config.n_experts:
         return 0, BATCH
-    sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config.n_experts)
+    sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config)
     memory, threads = memory or machine.budget() + machine.private(), threads or default_threads()
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
     return placement.n_slots if placement.mode == "slots" else 0, placement.batch

@@ -8,7 +8,7 @@ slots.
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,9 +73,16 @@ class Reads:
             done += n
         return reads, first + inside
 
-    def clear(self, memory: mmap.mmap) -> Future:
-        """Begin to have memory cleared that will be read into."""
-        return self._lanes.submit(pages.clear, address(memory), len(memory))
+    def clear(self, memory: mmap.mmap, size: int, slots: Sequence[int]) -> Future:
+        """Begin to have memory cleared that will be read into, given as numbers of stretches of `size` bytes."""
+        lanes = self._lanes
+
+        def work() -> None:
+            for slot in slots:
+                if self._lanes is lanes:  # or else it was told to stop
+                    pages.clear(address(memory) + slot * size, size)
+
+        return lanes.submit(work)
 
     def take(self) -> tuple[int, float]:
         """Bytes read since the last call, and the seconds in which anything was being read."""
@@ -84,9 +91,13 @@ class Reads:
         return taken
 
     def stop(self) -> None:
-        """Return when nothing is being read any more; what had not begun is cancelled."""
-        self._lanes.shutdown(wait=True, cancel_futures=True)
-        self._lanes = ThreadPoolExecutor(LANES, "read")
+        """Return when nothing is being read any more, Ctrl-C or not; what had not begun is cancelled."""
+        old, self._lanes = self._lanes, ThreadPoolExecutor(LANES, "read")
+        while True:
+            try:
+                return old.shutdown(wait=True, cancel_futures=True)
+            except KeyboardInterrupt:
+                continue
 
     def _open(self, path: Path) -> int:
         try:

@@ -144,20 +144,21 @@ def repeats(routing: Routing) -> np.ndarray:
 def hit_rates(routing: Routing) -> np.ndarray:
     """What slots would bring: float64 [n_layers, n_experts], in column s - 1 the share of choices found among s slots.
 
-    A layer's slots are filled as experts.Slots fills them: the least used of late gives way. All start empty, and every token
-    counts, as if each had been decoded. Fewer slots always hold a part of what more slots hold, so each layer has one list of
-    experts, the first s of which are in s slots (Mattson et al. 1970): who is asked for comes first, and each place after it,
-    down to where that one was, keeps the more used of who was there and who was pushed out above.
+    A layer's slots are filled as experts.Slots fills them, wrong guesses apart: the least used of late gives way. All start
+    empty, and every token counts, as if each had been decoded. Fewer slots always hold a part of what more slots hold, so each
+    layer has one list of experts, the first s of which are in s slots (Mattson et al. 1970): who is asked for comes first, and
+    each place after it, down to where that one was, keeps the more used of who was there and who was pushed out above.
     """
     n_tokens, n_layers, used = routing.chosen.shape
     hits, rows, places = np.zeros((n_layers, routing.n_experts), np.int64), np.arange(n_layers), np.arange(routing.n_experts)
-    uses, order = np.zeros(hits.shape), np.tile(places, (n_layers, 1))
+    uses, order, seen = np.zeros(hits.shape), np.tile(places, (n_layers, 1)), np.zeros(hits.shape, bool)
     for experts in routing.chosen.transpose(0, 2, 1).reshape(n_tokens * used, n_layers):
         place = (order == experts[:, None]).argmax(1)
-        warm = uses[rows, experts] > 0
+        warm = seen[rows, experts]
         hits[rows[warm], place[warm]] += 1
         uses *= 0.5 ** (1 / HALF_LIFE)
         uses[rows, experts] += 1
+        seen[rows, experts] = True
         here = np.take_along_axis(uses, order, 1)
         moved = here < np.minimum.accumulate(np.pad(here, ((0, 0), (1, 0)), constant_values=np.inf), 1)[:, :-1]
         moved[rows, place] = True

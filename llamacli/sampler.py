@@ -12,8 +12,8 @@ import numpy as np
 from llamacli.errors import LlamacliError, UsageError
 
 PENALTY_WINDOW = 64  # tokens that the repeat penalty looks back
-_NOTHING = 30  # a logit so many temperatures below the best has a weight of e^-30, in all a millionth of a percent at most
-_LEAST_TEMP = 1e-30  # that a float32 holds
+_NOTHING = 30  # a logit so many temperatures below the best has a weight of e^-30, a whole vocabulary of them 2e-8
+_LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
 _FEW = 256  # weights that are sorted rather than halved
 
 
@@ -82,12 +82,11 @@ class Sampler:
 
     def _candidates(self, logits: np.ndarray, best: np.float32) -> tuple[np.ndarray, np.ndarray]:
         """The ids left after top-k, top-p and min-p, and their weights, float32: exp((logit - best) / temp), 1 for the best."""
-        if 0 < self.top_k < len(logits):
-            ids = _largest(logits, self.top_k)
-        else:
-            ids = np.flatnonzero(logits >= best - self.temp * _NOTHING)
+        temp = min(max(self.temp, _LEAST_TEMP), _MOST_TEMP)
+        few = 0 < self.top_k < len(logits)
+        ids = _largest(logits, self.top_k) if few else np.flatnonzero(logits >= best - temp * _NOTHING)
         with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best minus infinity, as it should
-            weights = np.exp((logits[ids] - best) / max(self.temp, _LEAST_TEMP))
+            weights = np.exp((logits[ids] - best) / temp)
         if self.top_p < 1.0:
             stay = _fewest(weights, self.top_p * weights.sum(dtype=np.float64))
             ids, weights = ids[stay], weights[stay]

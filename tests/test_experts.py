@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import MAVERICK, SCOUT, tiny_gguf
 
-from llamacli import Model, experts
+from llamacli import Model, experts, reads
 from llamacli.config import Config
 from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError, ModelFileError, UsageError
@@ -41,6 +41,11 @@ def conversation(engine, cache=None):
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 def test_the_same_bytes_come_out_as_from_a_mapped_file(path, slots):
     assert np.array_equal(conversation(engine(path, slots)), conversation(engine(path, 0)))
+
+
+def test_experts_of_many_pieces_are_put_together_right(path, monkeypatch):
+    monkeypatch.setattr(reads, "PIECE", 8192)
+    assert np.array_equal(conversation(engine(path, 2)), conversation(engine(path, 0)))
 
 
 def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_path):
@@ -89,6 +94,38 @@ def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_n
     assert len(slots._ring) == experts.RING
 
 
+def test_a_short_prompts_experts_stay_as_guessed(tmp_path):
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    slots.expect(0, [3, 1])
+    assert sorted(slots._layers[0].slots) == [1, 3]
+    assert len(slots._ring) == experts.RING
+
+
+def test_a_read_that_failed_for_nobody_is_tried_again(tmp_path, monkeypatch):
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    with monkeypatch.context() as disk:
+        fail(disk, 1, OSError(errno.EIO, "Input/output error"))
+        slots.expect(0, [3, 1])
+        reads.settle(read for some in slots._layers[0].arriving.values() for read in some)
+    visit = slots.visit(0, [1])
+    assert list(visit.gate_up) == list(visit.down()) == [1]
+
+
+def test_only_free_slots_are_cleared_ahead(tmp_path, monkeypatch):
+    """What was given back is not held again."""
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 3).slots
+    first, second = sorted(slots._layers)[:2]
+    rooms = {i: here.room for i, here in slots._layers.items()}
+    assert slots.shrink(2 * sum(rooms.values())) == 2 * sum(rooms.values())
+    cleared, there = [], slots._layers[second]
+    monkeypatch.setattr(experts.pages, "clear", lambda at, size: cleared.append((at, size)))
+    visit = slots.visit(first, [0, 1, 2, 3])
+    for sweep in (visit.gate_up, visit.down()):
+        list(sweep)
+    reads.settle(there.clearing)
+    assert cleared == [(reads.address(there.memory) + there.numbers[0] * there.room, there.room)]
+
+
 def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypatch):
     model, whole = engine(path, 3), conversation(engine(path, 0))
     cache = model.new_cache(64)
@@ -96,7 +133,7 @@ def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypa
     short = [1, 0]
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop(0) if short else 0)
     assert np.array_equal(conversation(model), whole)
-    assert {len(here.numbers) for here in model.slots._layers.values()} == {2}
+    assert sum(3 - len(here.numbers) for here in model.slots._layers.values()) == 1
 
 
 def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path, monkeypatch):

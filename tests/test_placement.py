@@ -36,7 +36,7 @@ def real(name):
         *(shape.n_layers, shape.n_embd, shape.heads, shape.kv_heads, shape.head_dim, shape.n_ff, shape.n_ff_exp),
         *(shape.experts, 1, shape.moe_step, shape.vocab, 10485760, 5e5, 1e-5, 8192, 4, 8192.0, 0.1, shape.use_qk_norm),
     )
-    return config, weigh(tensors, shape.experts)
+    return config, weigh(tensors, config)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,9 @@ def test_half_of_mavericks_layers_have_experts(maverick):
     assert sizes.one_each == pytest.approx(1.7 * GB, rel=1e-2)
 
 
-def test_an_embedding_that_is_also_the_output_is_always_used():
-    sizes = weigh([("token_embd.weight", 100), ("blk.0.ffn_up_exps.weight", 40)], 4)
+def test_an_embedding_that_is_also_the_output_is_always_used(scout):
+    config = replace(scout[0], n_layers=1, n_experts=4)
+    sizes = weigh([("token_embd.weight", 100), ("blk.0.ffn_up_exps.weight", 40)], config)
     assert (sizes.looked_up, sizes.always, sizes.experts) == (0, 100, (10,))
 
 
@@ -98,6 +99,21 @@ def test_what_is_left_is_one_slot_more_for_some_layers(scout):
     more = place(config, sizes, 32 * GB + sizes.one_each // 2, 8192)
     assert 20 <= more.n_slots - p.n_slots <= 28
     assert spread(more.n_slots, 48).count(int(more.slots) + 1) == more.n_slots % 48
+
+
+def test_layers_of_unequal_size_hold_what_was_planned_in_whatever_order_the_file_has_them(scout):
+    """Slots gives the first layers one more; experts of layers that the model does not have change nothing."""
+    config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=8)
+    nbytes = {2: GB, 3: GB, 0: 2 * GB, 1: 2 * GB, 77: 8}
+    tensors = [("output.weight", 10**6), *((f"blk.{i}.ffn_up_exps.weight", 8 * n) for i, n in nbytes.items())]
+    sizes = weigh(tensors, config)
+    assert sizes.experts == (2 * GB, 2 * GB, GB, GB)
+    for memory in range(15, 60):
+        p = place(config, sizes, memory * GB, 1024)
+        if p.mode == "slots":
+            held = sum(n * each for n, each in zip(spread(p.n_slots, 4), sizes.experts, strict=True))
+            assert held == p.experts
+            assert p.resident <= memory * GB
 
 
 def test_more_context_takes_slots_away_first(scout):
@@ -156,7 +172,7 @@ def test_the_context_that_fits_is_the_largest_that_is_accepted(scout, n_experts,
     """With 1 expert, one slot and the ring would be more than all there are."""
     config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=n_experts)
     experts = [(f"blk.{i}.ffn_up_exps.weight", n_experts * 10_000_000) for i in range(4)]
-    sizes = weigh([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], n_experts)
+    sizes = weigh([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], config)
     fits = fit_ctx(config, sizes, int(memory * GB), 1 << 20)
     assert fits > 0
     assert place(config, sizes, int(memory * GB), fits).resident <= memory * GB
@@ -204,7 +220,7 @@ def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, s
 
 def test_a_model_without_experts_is_mapped_or_refused():
     config = replace(real("scout")[0], n_experts=0, n_experts_used=0, moe_step=0)
-    sizes = weigh([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], 0)
+    sizes = weigh([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], config)
     p = place(config, sizes, 10 * GB, 1024)
     assert (p.mode, p.weights) == ("mapped", 3 * GB)
     assert decode_seconds(p, 1, 1e9) == pytest.approx(2 / placement.REACHED_READING)
@@ -217,7 +233,7 @@ def test_a_model_without_experts_is_mapped_or_refused():
 def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
     gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf", **shape))
     config = Config.from_gguf(gguf)
-    engine = Engine(gguf, config, 2)
+    engine = Engine(gguf, config, 2, slots=16)  # of a model without experts: none
     for tokens in (16, 100, 2048):
         allocated = sum(array.nbytes for array in engine._reserve(tokens).arrays)
         largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))

@@ -150,5 +150,14 @@ def test_senseless_settings_are_refused(settings):
 
 
 @pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temp", [1e20, 1e39, 1e300])
+def test_at_a_temperature_past_all_measure_all_but_the_hidden_are_alike(temp):
+    sampler = Sampler(temp=temp, top_p=1.0, seed=1, hidden_ids=np.array([3]))
+    logits = np.array([0.0, 3.0, -1e30, 5.0], np.float32)
+    assert {sampler.pick(logits) for _ in range(100)} == {0, 1, 2} if temp > 1e30 else {0, 1}
+    assert Sampler(temp=temp, seed=1).pick(logits) in range(4)
+
+
+@pytest.mark.filterwarnings("error")
 def test_a_temperature_next_to_zero_is_greedy_without_a_word():
     assert Sampler(temp=1e-320).pick(np.array([0.0, 3.0, 2.0], np.float32)) == 1

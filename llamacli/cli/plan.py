@@ -125,7 +125,7 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     if slow:
         notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
     total = sum(_weights(t.shape) for t in gguf.tensors.values())
-    return Model(str(gguf.path), config, weigh(held, config.n_experts), total, notices)
+    return Model(str(gguf.path), config, weigh(held, config), total, notices)
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
@@ -144,7 +144,7 @@ def _from_folder(folder: Path, type_name: str | None) -> Model:
     said = SimpleNamespace(path=folder / "config.json", metadata=metadata, tensors={"token_embd.weight": embedding})
     config = Config.from_gguf(said)  # what a GGUF of it would say
     title = f"{folder} as {recipe.name}"
-    return Model(title, config, weigh(held, config.n_experts), sum(map(_weights, dims.values())), notices)
+    return Model(title, config, weigh(held, config), sum(map(_weights, dims.values())), notices)
 
 
 def _weights(shape: tuple[int, ...]) -> int:
@@ -295,7 +295,7 @@ def _kv(config, ctx: int) -> int:
 
 
 def _mode(p) -> str:
-    return "all" if p.mode == "mapped" else f"{p.slots:.1f} of {p.sizes.n_experts} a layer"
+    return "all" if p.mode == "mapped" else f"{int(10 * p.slots) / 10} of {p.sizes.n_experts} a layer"
 
 
 def _show_many(record: dict, console) -> None:
