@@ -2,6 +2,7 @@
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,6 +125,20 @@ def test_only_free_slots_are_cleared_ahead(tmp_path, monkeypatch):
         list(sweep)
     reads.settle(there.clearing)
     assert cleared == [(reads.address(there.memory) + there.numbers[0] * there.room, there.room)]
+
+
+def test_a_second_interrupt_does_not_spoil_what_the_first_one_mends(path, monkeypatch):
+    here, again, true = engine(path, 2), [KeyboardInterrupt], ThreadPoolExecutor.shutdown
+
+    def shutdown(self, **how):
+        if again:
+            raise again.pop()
+        true(self, **how)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
+    here.slots.reset(min(here.slots._layers))
+    assert not again
+    assert np.array_equal(conversation(here), conversation(engine(path, 0)))
 
 
 def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypatch):
