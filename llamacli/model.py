@@ -53,7 +53,8 @@ class Steps:
 
     `cuts`: the step after each layer's last. `visits`: by layer, if there are `slots`. `window`: int64 [2], the experts that
     the products of a visit are for. `chosen`: int64 [n_layers, tokens * n_experts_used]; `guess`, int64
-    [tokens * n_experts_used]: what a layer's tokens will probably choose. `logits`: float32 [rows, n_vocab].
+    [tokens * n_experts_used]: what a layer's tokens will probably choose; `router`: the scores that were last given, float32
+    [tokens, n_experts, padded]. `logits`: float32 [rows, n_vocab].
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Steps:
         self._att = self._rows(n, c.n_heads * c.head_dim, codes=True)
         self._gate, self._up = self._rows(n, n_ff, codes=True), self._rows(n, n_ff)
         self._gate_exps, self._up_exps = self._rows(pairs, n_ff_exp, codes=True), self._rows(pairs, n_ff_exp)
-        self._router = self._rows(n, n_experts)
+        self.router = self._array((n, -(-n_experts // 256) * 256))
+        self._router = Rows(self.router.ctypes.data, self.router.strides[0])
         self.logits = self._array((min(n, ALL_LOGITS_BATCH), c.n_vocab))
         self.cuts: list[int] = []
         self.visits: dict[int, Stops] = {}

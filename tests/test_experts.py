@@ -44,6 +44,19 @@ def test_the_same_bytes_come_out_as_from_a_mapped_file(path, slots):
     assert np.array_equal(conversation(engine(path, slots)), conversation(engine(path, 0)))
 
 
+def test_only_guesses_that_are_clear_are_read_and_none_changes_a_byte(tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / "model.gguf", experts=8)
+    wanted = conversation(engine(path, 0))
+
+    def guesses(sure):
+        monkeypatch.setattr("llamacli.engine.SURE", sure)
+        here = engine(path, 1)
+        assert np.array_equal(conversation(here), wanted)
+        return here.take_traffic().guesses
+
+    assert guesses(-1) > guesses(0.3) > guesses(2) == 0
+
+
 def test_experts_of_many_pieces_are_put_together_right(path, monkeypatch):
     monkeypatch.setattr(reads, "PIECE", 8192)
     assert np.array_equal(conversation(engine(path, 2)), conversation(engine(path, 0)))
