@@ -23,11 +23,11 @@ from llamacli.kernels.pool import Pool, Program
 from llamacli.kvcache import KVCache
 from llamacli.machine import memory_short
 from llamacli.model import ALL_LOGITS_BATCH, Inputs, Steps
-from llamacli.pages import on_large_pages, populate, random_access
+from llamacli.pages import let_go, on_large_pages, populate, random_access
 from llamacli.weights import Experts, bind, moved
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
-LOOK_EVERY = 64  # tokens of an answer, after which the limits of memory are looked at again
+LOOK_EVERY = 64  # tokens of an answer, after which memory is looked at: its limits, and what need not be held
 SURE = 0.08  # of the scores' range the best must be ahead of the next: then more than nine guesses in ten are right
 INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
 
@@ -150,6 +150,8 @@ class Engine:
             elif done + n == len(ids):
                 result = self._head(n - 1, 1)[0]
             self._check()
+            if self.slots and (n > 1 or cache.pos % LOOK_EVERY == 0):
+                let_go(self.weights.token_embd.address, self.weights.token_embd.nbytes)
             cache.pos += n
             done += n
         return result

@@ -14,7 +14,7 @@ from contextlib import suppress
 LARGE = 2 << 20  # bytes of a large page
 _POPULATE_READ = 22  # Linux 5.14 and newer: read the pages and enter them into the page table, many at a time
 _POPULATE_WRITE = 23  # the same for pages that will be written to
-_RANDOM, _WILLNEED = 1, 3
+_RANDOM, _WILLNEED, _DONTNEED = 1, 3, 4
 _PIECE = 64 << 20  # bytes of one call, which cannot be broken off
 
 
@@ -68,6 +68,13 @@ def random_access(address: int, size: int) -> None:
     """A range of which single pages are needed: bring no neighbours with them."""
     start = address // mmap.PAGESIZE * mmap.PAGESIZE
     _libc().madvise(start, address + size - start, _RANDOM)
+
+
+def let_go(address: int, size: int) -> None:
+    """Pages of a file that are not needed for now: they no longer count as this process's; touched again, they come back."""
+    if sys.platform == "linux":
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        _libc().madvise(start, address + size - start, _DONTNEED)
 
 
 def _libc() -> ctypes.CDLL:

@@ -25,10 +25,10 @@ from llamacli.kernels import attention, matmul
 from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.formats import ACT_BYTES
 
-PROGRAM = 200_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
+PROGRAM = 220_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
 BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
 LOGITS_BATCH = 64  # rows of logits that the engine makes room for
-PAGE = 4096  # bytes that a file is read by
+AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
 KINDS = {  # of tensors: a regular expression for their names; the first that matches counts
@@ -152,7 +152,7 @@ def place(
     if everything + kv + working <= memory and not (slots and sizes.experts):
         n_slots = sizes.n_experts * len(sizes.experts)
         return Placement(memory, ctx, "mapped", n_slots, everything, 0, kv, working, 0, 0, batch, sizes, config)
-    least = sizes.always + kv + working + _least(config, sizes, ctx, slots)
+    least = sizes.always + kv + working + _least(config, sizes, batch, slots)
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
@@ -160,7 +160,7 @@ def place(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
-    buffers, rows = RING * sizes.passing, _rows(config, sizes, ctx)
+    buffers, rows = RING * sizes.passing, _rows(config, sizes, batch)
     each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_each)
     more = bisect_right(list(accumulate(sizes.experts)), rest)
     n_slots = min(sizes.n_experts * len(sizes.experts), each * len(sizes.experts) + more)
@@ -170,24 +170,25 @@ def place(
 
 def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
-    room = memory - PROGRAM - working_bytes(config, threads, batch_within(config, memory, threads)) - sizes.always
-    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n) + _least(config, sizes, n)) - 1
+    batch = batch_within(config, memory, threads)
+    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch)
+    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
 
 
-def _rows(config: Config, sizes: Sizes, ctx: int) -> int:
-    """Bytes of the embedding's pages that `ctx` tokens touch at most: each a row, and the rest of the pages it lies on."""
-    return min(sizes.looked_up, ctx * (sizes.looked_up // config.n_vocab + PAGE))
+def _rows(config: Config, sizes: Sizes, batch: int) -> int:
+    """Bytes of the embedding that a batch brings in, before they are let go: for each token a row and what is around it."""
+    return min(sizes.looked_up, batch * (sizes.looked_up // config.n_vocab + AROUND))
 
 
-def _least(config: Config, sizes: Sizes, ctx: int, slots: bool = False) -> int:
+def _least(config: Config, sizes: Sizes, batch: int, slots: bool = False) -> int:
     """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
     embedding; or else, unless there must be `slots`, all of it.
     """
     rest = sizes.routed + sizes.looked_up
     if not sizes.experts:
         return rest
-    few = config.n_experts_used * sizes.one_each + RING * sizes.passing + _rows(config, sizes, ctx)
+    few = config.n_experts_used * sizes.one_each + RING * sizes.passing + _rows(config, sizes, batch)
     return few if slots else min(few, rest)
 
 

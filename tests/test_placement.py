@@ -129,10 +129,10 @@ def test_keys_and_values_of_chunked_layers_stop_at_a_chunk(scout):
     assert place(config, sizes, 128 * GB, 1 << 20).kv == per_layer * (36 * 8192 + 12 * (1 << 20))
 
 
-def test_tokens_bring_in_rows_of_the_embedding_all_of_it_at_most(scout):
+def test_tokens_bring_in_rows_of_the_embedding_and_what_is_around_them(scout):
     config, sizes = scout
-    assert place(config, sizes, 32 * GB, 1000).rows == 1000 * (5120 * 210 // 256 + 4096)
-    assert place(config, sizes, 32 * GB, 1 << 18).rows == sizes.looked_up
+    p = place(config, sizes, 32 * GB, 1 << 18)
+    assert p.rows == p.batch * (5120 * 210 // 256 + 65536)
     assert place(config, sizes, 128 * GB, 8192).rows == 0  # it is resident with all else
 
 
