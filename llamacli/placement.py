@@ -25,7 +25,7 @@ from llamacli.kernels import attention, matmul
 from llamacli.kernels.cpu import default_threads
 from llamacli.kernels.formats import ACT_BYTES
 
-PROGRAM = 220_000_000  # bytes of Python, NumPy, compiled code and a vocabulary of 200,000, measured
+PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
 BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
 LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
@@ -147,7 +147,7 @@ def place(
     the experts of one token.
     """
     batch = batch_within(config, memory, threads)
-    kv, working = kvcache.nbytes(config, ctx), PROGRAM + working_bytes(config, threads, batch)
+    kv, working = kvcache.nbytes(config, ctx), _program(config) + working_bytes(config, threads, batch)
     everything = sizes.always + sizes.looked_up + sizes.routed
     if everything + kv + working <= memory and not (slots and sizes.experts):
         n_slots = sizes.n_experts * len(sizes.experts)
@@ -171,9 +171,13 @@ def place(
 def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
     batch = batch_within(config, memory, threads)
-    room = memory - PROGRAM - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch)
+    room = memory - _program(config) - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch)
     fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
+
+
+def _program(config: Config) -> int:
+    return PROGRAM + TOKEN * config.n_vocab
 
 
 def _rows(config: Config, sizes: Sizes, batch: int) -> int:
