@@ -53,6 +53,7 @@ class Reads:
         self._files: dict[Path, int] = {}
         self._direct: dict[int, bool] = {}
         self._lanes = ThreadPoolExecutor(LANES, "read")
+        self._clearer = ThreadPoolExecutor(1, "clear")  # in a lane it would wait behind reads that are to come into that memory
         self._lock, self._reading, self._since, self._nbytes, self._seconds = Lock(), 0, 0.0, 0, 0.0
         weakref.finalize(self, _close, self._files)
 
@@ -82,7 +83,7 @@ class Reads:
                 if self._lanes is lanes:  # or else it was told to stop
                     pages.clear(address(memory) + slot * size, size)
 
-        return lanes.submit(work)
+        return self._clearer.submit(work)
 
     def take(self) -> tuple[int, float]:
         """Bytes read since the last call, and the seconds in which anything was being read."""
