@@ -49,6 +49,7 @@ class Engine:
         self._pool = Pool(self.threads)
         self._choices = config.n_experts_used if self.weights.has_experts else 0
         self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, self._choices))
+        self._looked_up: Matrix | None = None  # the embedding, if single rows of it are read from the file
         self.slots = self._open_slots(gguf, slots) if slots and self._choices else None
         self._watched: dict[tuple[str, ...], Inputs] | None = None
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
@@ -76,7 +77,9 @@ class Engine:
         self.weights = self.weights._replace(
             layers=moved(self.weights.layers, addresses), output=moved(self.weights.output, addresses)
         )
-        random_access(embedding.address, embedding.nbytes)
+        if embedding.type_name == gguf.tensors[embedding.name].type.name:  # or else it is a copy, which lies in no file
+            random_access(embedding.address, embedding.nbytes)
+            self._looked_up = embedding
         return slots
 
     def new_cache(self, ctx: int) -> KVCache:
@@ -150,8 +153,8 @@ class Engine:
             elif done + n == len(ids):
                 result = self._head(n - 1, 1)[0]
             self._check()
-            if self.slots and (n > 1 or cache.pos % LOOK_EVERY == 0):
-                let_go(self.weights.token_embd.address, self.weights.token_embd.nbytes)
+            if self._looked_up and (n > 1 or cache.pos % LOOK_EVERY == 0):
+                let_go(self._looked_up.address, self._looked_up.nbytes)
             cache.pos += n
             done += n
         return result

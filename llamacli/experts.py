@@ -111,7 +111,7 @@ class Slots:
             if len(wanted) > len(here.numbers):
                 if not self._ahead(_Pass(layer, e, (GATE, UP))):
                     return
-            elif e not in here.slots:
+            elif e not in here.slots and _Pass(layer, e, (GATE, UP)) not in self._passing:
                 here.guess = e if len(chosen) == 1 else None
                 self._begin(here, e, self._slot(here, wanted))
 
@@ -143,9 +143,9 @@ class Slots:
             here.guess = None
             self._traffic.guesses += 1
             self._traffic.good_guesses += guess in used
-            if guess not in used:
+            if guess not in used and guess in here.slots:
                 self._forget(here, guess)
-        self._drop([one for one in self._passing if one.layer != layer or one.expert not in used])
+        self._drop([one for one in self._passing if one.layer != layer or one.expert not in used or one.expert in here.slots])
         passing = {one.expert for one in self._passing}
         coming = {e for e in used if (e, GATE) in here.arriving}  # a good guess, and what was read ahead
         missing = [e for e in used if e not in here.slots]
@@ -160,7 +160,7 @@ class Slots:
             used.sort(key=lambda e: (e not in here.slots or (e, GATE) in here.arriving, e not in passing, e not in here.slots))
         if not few:
             self._clear(self._after(layer))
-        return Visit(self, layer, used, len(chosen) >= MANY * here.addresses.shape[1])
+        return Visit(self, layer, used, not in_order and len(chosen) >= MANY * here.addresses.shape[1])
 
     def take_traffic(self) -> Traffic:
         """What was asked for and read since the last call."""

@@ -71,7 +71,10 @@ def random_access(address: int, size: int) -> None:
 
 
 def let_go(address: int, size: int) -> None:
-    """Pages of a file that are not needed for now: they no longer count as this process's; touched again, they come back."""
+    """Pages of a mapped file that are not needed for now: they do not count as held; touched again, they come back.
+
+    Of other memory the contents would be lost.
+    """
     if sys.platform == "linux":
         start = address // mmap.PAGESIZE * mmap.PAGESIZE
         _libc().madvise(start, address + size - start, _DONTNEED)

@@ -154,7 +154,7 @@ def place(
         return Placement(memory, ctx, "mapped", n_slots, everything, 0, kv, working, 0, 0, batch, sizes, config)
     least = sizes.always + kv + working + _least(config, sizes, batch, slots)
     if least > memory:
-        fits = fit_ctx(config, sizes, memory, ctx, threads=threads)
+        fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
         raise MemoryLimitError(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
@@ -168,10 +168,12 @@ def place(
     return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
-def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1) -> int:
+def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, slots: bool = False) -> int:
     """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
     batch = batch_within(config, memory, threads)
-    room = memory - _program(config) - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch)
+    room = (
+        memory - _program(config) - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch, slots)
+    )
     fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
 
@@ -182,7 +184,8 @@ def _program(config: Config) -> int:
 
 def _rows(config: Config, sizes: Sizes, batch: int) -> int:
     """Bytes of the embedding that a batch brings in, before they are let go: for each token a row and what is around it."""
-    return min(sizes.looked_up, batch * (sizes.looked_up // config.n_vocab + AROUND))
+    embedding = sizes.kinds["embedding"]
+    return min(embedding, batch * (embedding // config.n_vocab + AROUND))
 
 
 def _least(config: Config, sizes: Sizes, batch: int, slots: bool = False) -> int:

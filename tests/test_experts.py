@@ -125,6 +125,39 @@ def test_a_read_that_failed_for_nobody_is_tried_again(tmp_path, monkeypatch):
     assert list(visit.gate_up) == list(visit.down()) == [1]
 
 
+def test_a_guess_that_failed_and_was_wrong_is_nobodys_error(tmp_path, monkeypatch):
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    with monkeypatch.context() as disk:
+        fail(disk, 1, OSError(errno.EIO, "Input/output error"))
+        slots.expect(0, [3])
+        reads.settle(read for some in slots._layers[0].arriving.values() for read in some)
+    visit = slots.visit(0, [1])
+    assert list(visit.gate_up) == list(visit.down()) == [1]
+
+
+def test_what_was_read_ahead_and_then_guessed_too_is_read_once(tmp_path):
+    """The ring is full of the next layer's experts, its slots hold others, and more are used than it has slots."""
+    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=12), 7).slots
+    first, second = sorted(slots._layers)[:2]
+    for layer, chosen in ((second, range(5, 12)), (first, [*range(12)] * experts.MANY)):
+        visit = slots.visit(layer, [*chosen])
+        for sweep in (visit.gate_up, visit.down()):
+            list(sweep)
+    assert {one.expert for one in slots._passing} == {0, 1, 2, 3}
+    slots.expect(second, [*range(7)])
+    visit = slots.visit(second, [*range(8)])
+    assert sorted(visit.gate_up) == sorted(visit.down()) == [*range(8)]
+
+
+def test_an_embedding_that_had_to_be_converted_stays(tmp_path):
+    """Only pages of the file are let go between batches; a copy in another type has nowhere to come back from."""
+    kinds = {"token_embd.weight": "IQ3_S"}
+    path = tiny_gguf(tmp_path / "model.gguf", types=lambda name: kinds.get(name, "F32"), n_embd=256, heads=8, head_dim=32)
+    here, wanted = engine(path, 2), conversation(engine(path, 0))
+    assert np.isfinite(wanted).all()
+    assert np.array_equal(conversation(here), wanted)
+
+
 def test_only_free_slots_are_cleared_ahead(tmp_path, monkeypatch):
     """What was given back is not held again."""
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 3).slots
