@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, ARGS="-m
 
 arm: $(VENV)/.installed-dev ## Run the ARM kernels under qemu, against the same references
 	@$(BIN)/python tests/arm.py
-	$(BIN)/python -m pytest -m arm tests/test_kernels.py tests/test_search.py $(ARGS)
+	$(BIN)/python -m pytest -m arm tests/cpu/test_kernels.py tests/quantizer/test_search.py $(ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style; changes nothing
 	$(BIN)/ruff check .
@@ -58,7 +58,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 # again whenever the kernels change
-$(VENV)/.warm: $(VENV)/.installed $(wildcard llamacli/kernels/*.py quantize/encoders/*.py)
+$(VENV)/.warm: $(VENV)/.installed $(shell find llamacli/cpu/kernels quantize/encoders -name "*.py")
 	@$(BIN)/llamacli warmup >&2
 	@touch $@
 

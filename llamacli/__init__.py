@@ -81,8 +81,8 @@ class Model:
         """
         from concurrent.futures import ThreadPoolExecutor
 
-        from llamacli.config import Config
-        from llamacli.gguf import open_gguf
+        from llamacli.files.gguf import open_gguf
+        from llamacli.llama4.config import Config
 
         for name, value in (("threads", threads), ("ctx", ctx), ("memory", memory)):
             if value is not None and value < 1:
@@ -93,7 +93,7 @@ class Model:
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.engine import Engine
-            from llamacli.placement import allot
+            from llamacli.plan.placement import allot
 
             slots, batch = allot(gguf, config, ctx, threads, memory, experts)
             return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx)
@@ -110,13 +110,13 @@ class Model:
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins."""
-        from llamacli.template import render
+        from llamacli.text.template import render
 
         return render(self.tokenizer, list(messages), self.gguf.metadata.get("tokenizer.chat_template"))
 
     def sampler(self, **settings):
         """A Sampler; `settings`: temp, top_k, top_p, min_p, repeat_penalty, seed. None means the model's default."""
-        from llamacli.sampler import Sampler
+        from llamacli.text.sampler import Sampler
 
         chosen = {name: value for name, value in settings.items() if value is not None}
         return Sampler(**{**self.defaults, **chosen}, hidden_ids=self.tokenizer.hidden_ids)
@@ -140,6 +140,6 @@ def sampling_defaults(metadata) -> dict[str, float]:
 
 
 def _tokenizer(gguf):
-    from llamacli.tokenizer import Tokenizer
+    from llamacli.text.tokenizer import Tokenizer
 
     return Tokenizer.from_gguf(gguf)

@@ -11,20 +11,20 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from llamacli.config import Config
+from llamacli.cpu.experts import Slots, Traffic
+from llamacli.cpu.kernels.jit.features import default_threads
+from llamacli.cpu.kernels.jit.loader import TARGET
+from llamacli.cpu.kernels.ops.matmul import Matrix
+from llamacli.cpu.kernels.runtime.faults import Guard
+from llamacli.cpu.kernels.runtime.pool import Pool, Program
+from llamacli.cpu.kvcache import KVCache
+from llamacli.cpu.program import ALL_LOGITS_BATCH, Inputs, Steps
+from llamacli.cpu.weights import Experts, bind, moved
 from llamacli.errors import MemoryLimitError, ModelFileError, PromptError, UnsupportedModelError
-from llamacli.experts import Slots, Traffic
-from llamacli.gguf import GGUF
-from llamacli.kernels.cpu import default_threads
-from llamacli.kernels.faults import Guard
-from llamacli.kernels.jit import TARGET
-from llamacli.kernels.matmul import Matrix
-from llamacli.kernels.pool import Pool, Program
-from llamacli.kvcache import KVCache
-from llamacli.machine import memory_short
-from llamacli.model import ALL_LOGITS_BATCH, Inputs, Steps
-from llamacli.pages import let_go, on_large_pages, populate, random_access
-from llamacli.weights import Experts, bind, moved
+from llamacli.files.gguf import GGUF
+from llamacli.files.pages import let_go, on_large_pages, populate, random_access
+from llamacli.llama4.config import Config
+from llamacli.plan.machine import memory_short
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 LOOK_EVERY = 64  # tokens of an answer, after which memory is looked at: its limits, and what need not be held

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llamacli.cpu.experts import Traffic
 from llamacli.errors import ContextFullError, PromptError, UsageError
-from llamacli.experts import Traffic
 
 
 class Piece(NamedTuple):

@@ -20,10 +20,10 @@ from typing import TypedDict
 
 import numpy as np
 
-from llamacli.config import Config
+from llamacli.cpu.kernels import sources_digest
 from llamacli.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
-from llamacli.gguf import open_gguf
-from llamacli.kernels import sources_digest
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
 from quantize import names, sources
 from quantize.encoders import encoder, widen
 from quantize.general import read_general

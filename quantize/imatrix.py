@@ -15,8 +15,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llamacli.errors import ModelFileError, UsageError
-from llamacli.ggml import BY_NAME
-from llamacli.gguf import open_gguf
+from llamacli.files.ggml import BY_NAME
+from llamacli.files.gguf import open_gguf
 from quantize.writer import ALIGNMENT, header, write_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"

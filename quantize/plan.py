@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.errors import UsageError
-from llamacli.ggml import TensorType
+from llamacli.files.ggml import TensorType
 from quantize.sources import Rows
 from quantize.writer import ALIGNMENT, header
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llamacli.errors import UsageError
-from llamacli.ggml import BY_NAME, TensorType
+from llamacli.files.ggml import BY_NAME, TensorType
 
 DEFAULT = "Q4_EXPERTS"
 RECIPE_KEY = "llamacli.recipe"  # the metadata field that names a recipe which general.file_type has no number for

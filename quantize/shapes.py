@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.errors import UsageError
-from llamacli.ggml import BY_NAME, TensorType
+from llamacli.files.ggml import BY_NAME, TensorType
 from quantize.writer import ALIGNMENT, check_output, header, write_file
 
 CHUNK = 16 << 20  # bytes made at a time

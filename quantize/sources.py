@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from llamacli.errors import CheckpointError, UnsupportedModelError
-from llamacli.gguf import Tensor
+from llamacli.files.gguf import Tensor
 from quantize.encoders import widen
 from quantize.safetensors import Stored
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from llamacli.errors import OutputError
-from llamacli.ggml import TensorType
+from llamacli.files.ggml import TensorType
 
 ALIGNMENT = 32
 _CODES = {"u1": 0, "i1": 1, "u2": 2, "i2": 3, "u4": 4, "i4": 5, "f4": 6, "b1": 7, "u8": 10, "i8": 11, "f8": 12}  # value types

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.kernels import jit
+from llamacli.cpu.kernels.jit import loader as jit
 
 COMPILER, QEMU = "aarch64-linux-gnu-gcc", ("qemu-aarch64-static", "qemu-aarch64")
 BASE = 0x10_0000_0000  # where the emulated program has nothing else

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from llamacli.gguf import open_gguf
+from llamacli.files.gguf import open_gguf
 
 # As Meta publishes it, written out, so that a slip in tokenizer.py shows.
 LLAMA4_PATTERN = (

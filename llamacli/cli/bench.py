@@ -17,7 +17,7 @@ import typer
 from llamacli.cli.console import amount
 from llamacli.cli.options import Json, ModelName, Output, Threads, find_model, load_model, option
 from llamacli.errors import UsageError
-from llamacli.machine import memory_free
+from llamacli.plan.machine import memory_free
 
 LONGEST = 1 << 24  # tokens
 
@@ -70,7 +70,7 @@ def bench(
     GB/s counts the weights, keys and values that must be read, Gop/s two for each multiply-add. The limits are what the same
     threads read and multiply at best, measured here; decode is held against the first, prefill against the second.
     """
-    from llamacli import measure
+    from llamacli.bench import measure
 
     console = output.console()
     tests = measure.plan(*(sorted({int(n) for n in text.split(",")}) for text in (prompt, generate, depth)))
@@ -82,11 +82,11 @@ def bench(
         raise UsageError("--shape with --compare: expected --layers 4 or more, llama.cpp stops if no layer sees everything")
     earlier = _earlier(against) if against else {}
     if compare:
-        from llamacli import peer
+        from llamacli.bench import peer
 
         peer.check()
     if plot:
-        from llamacli import plot as picture
+        from llamacli.bench import plot as picture
 
         picture.check()
     with ExitStack() as stack:
@@ -138,7 +138,7 @@ def _value(record: dict) -> float:
 
 
 def _check_room(config, longest: int) -> None:
-    from llamacli.kvcache import nbytes
+    from llamacli.cpu.kvcache import nbytes
 
     need, free = nbytes(config, longest), memory_free()
     if need > free:
@@ -150,7 +150,7 @@ def _check_room(config, longest: int) -> None:
 
 def _peers(model, measure, longest: int):
     """llama.cpp as it is, which keeps a rearranged copy of the weights, where memory holds one; and without that."""
-    from llamacli.peer import Peer
+    from llamacli.bench.peer import Peer
 
     ids = measure.tokens(model, longest)
     for repack in (True, False) if memory_free() > 2 * model.gguf.nbytes else (False,):
@@ -160,7 +160,7 @@ def _peers(model, measure, longest: int):
 @contextmanager
 def _random_file(name: str, layers: int, tests, keep: bool, console):
     """The file of a shape in the cache folder, made if it is not there, removed afterwards unless it is to be kept."""
-    from llamacli.kernels import CACHE
+    from llamacli.cpu.kernels import CACHE
     from quantize.shapes import SHAPES, write
 
     shape = SHAPES[name]

@@ -16,7 +16,7 @@ from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.options import Generation, Output, checked, decoded
 from llamacli.cli.run import describe
 from llamacli.errors import ContextFullError, PromptError, UsageError
-from llamacli.machine import resident
+from llamacli.plan.machine import resident
 
 TWICE = 1.0  # seconds between two Ctrl-C that mean it
 FENCE = '"""'

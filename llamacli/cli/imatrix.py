@@ -25,7 +25,7 @@ def imatrix(
 
     The text should be varied and long enough for every expert to see some of it.
     """
-    from llamacli.quality import windows
+    from llamacli.bench.quality import windows
     from quantize.imatrix import collected, write_imatrix
     from quantize.writer import check_output
 

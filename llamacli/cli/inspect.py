@@ -15,7 +15,7 @@ from llamacli.cli.console import amount, count
 from llamacli.cli.options import Json, Output, find_model, option
 from llamacli.cli.routing import show_routing
 from llamacli.errors import LlamacliError, UsageError
-from llamacli.machine import memory_free
+from llamacli.plan.machine import memory_free
 
 EXPERTS = "_exps.weight"  # the end of every routed tensor's name
 CONTEXTS = (4096, 8192, 32768, 131072, 1048576)
@@ -35,7 +35,7 @@ def inspect(
     output: Output = None,
 ) -> None:
     """Say what is inside a GGUF and how much memory it will need."""
-    from llamacli.gguf import open_gguf
+    from llamacli.files.gguf import open_gguf
 
     console = output.console()
     if routing is not None:
@@ -68,7 +68,7 @@ def describe(gguf) -> dict:
         "tokenizer": _tokenizer(meta),
     }
     try:
-        from llamacli.config import Config
+        from llamacli.llama4.config import Config
 
         config = Config.from_gguf(gguf)
     except LlamacliError as error:
@@ -95,7 +95,7 @@ def describe(gguf) -> dict:
 
 
 def _memory(config, gguf) -> dict:
-    from llamacli.kvcache import nbytes
+    from llamacli.cpu.kvcache import nbytes
 
     longest = config.context_length or CONTEXTS[0]
     contexts = [ctx for ctx in CONTEXTS if ctx < longest] + [longest]

@@ -133,7 +133,7 @@ class Generation:
 
     def load(self, console: Console):
         """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
-        from llamacli.routing import RoutingLog, check_new
+        from llamacli.bench.routing import RoutingLog, check_new
 
         if self.routing_log is not None:
             check_new(self.routing_log)

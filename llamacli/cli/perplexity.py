@@ -33,7 +33,7 @@ def perplexity(
 
     The text is cut into windows; the second half of each is scored. Less is better. KL divergence is in nats.
     """
-    from llamacli import quality
+    from llamacli.bench import quality
 
     console = output.console()
     text = read_file(file, console)

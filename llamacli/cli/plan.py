@@ -63,11 +63,11 @@ def plan(
 
     Several sizes or speeds, such as --memory 32G,64G --disk 1,3,7, give a table of tokens per second.
     """
-    from llamacli import placement
-    from llamacli.kernels.cpu import default_threads
+    from llamacli.cpu.kernels.jit.features import default_threads
+    from llamacli.plan import placement
 
     if plot:
-        from llamacli import plot as picture
+        from llamacli.bench import plot as picture
 
         picture.check()
     console = output.console()
@@ -110,10 +110,10 @@ def plan(
 
 
 def _from_file(path: Path, type_name: str | None) -> Model:
-    from llamacli.config import Config
-    from llamacli.gguf import open_gguf
-    from llamacli.kernels.formats import FLOATS, QUANTIZED
-    from llamacli.placement import weigh
+    from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
+    from llamacli.files.gguf import open_gguf
+    from llamacli.llama4.config import Config
+    from llamacli.plan.placement import weigh
 
     if type_name is not None:
         raise UsageError("--type: expected a Hugging Face folder with it, found a file, whose types are what they are")
@@ -129,8 +129,8 @@ def _from_file(path: Path, type_name: str | None) -> Model:
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
-    from llamacli.config import Config
-    from llamacli.placement import weigh
+    from llamacli.llama4.config import Config
+    from llamacli.plan.placement import weigh
     from quantize.hf_config import read_config
     from quantize.names import shapes
     from quantize.recipe import DEFAULT, choose_types, find_recipe
@@ -155,14 +155,14 @@ def _weights(shape: tuple[int, ...]) -> int:
 
 
 def _memories(text: str | None) -> list[int]:
-    from llamacli.machine import budget
+    from llamacli.plan.machine import budget
 
     return [budget()] if text is None else [byte_count(size, "--memory") for size in _listed(text, "--memory")]
 
 
 def _speeds(path: Path, disk: str | None, bandwidth: str | None, threads: int) -> dict:
     """{"disk", "bandwidth", "compute": (values in GB/s or Gop/s, where from)}; measured only beside a file that is here."""
-    from llamacli.machine import disk_read_speed
+    from llamacli.plan.machine import disk_read_speed
 
     found, here = {}, path.is_file()
     if disk:
@@ -187,7 +187,7 @@ def _speeds(path: Path, disk: str | None, bandwidth: str | None, threads: int) -
 
 def _limits(threads: int) -> tuple[float, float]:
     """GB/s and Gop/s of this machine, from a look that is short and takes little memory."""
-    from llamacli.kernels.limits import multiply_gops, read_gbps
+    from llamacli.bench.limits import multiply_gops, read_gbps
 
     return read_gbps(threads, megabytes=256, rounds=3), multiply_gops(threads, steps=1_000_000, rounds=3)
 
@@ -215,7 +215,7 @@ def _numbers(text: str, where: str) -> list[float]:
 
 def _record(model: Model, speeds: dict, plans: list, memories: list[int], placement) -> dict:
     """Everything as one object fit for JSON; sizes in bytes, a plan for each memory, disk and bandwidth."""
-    from llamacli.kvcache import nbytes
+    from llamacli.cpu.kvcache import nbytes
 
     config, sizes = model.config, model.sizes
     return {
@@ -289,7 +289,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
 
 
 def _kv(config, ctx: int) -> int:
-    from llamacli.kvcache import nbytes
+    from llamacli.cpu.kvcache import nbytes
 
     return nbytes(config, ctx)
 

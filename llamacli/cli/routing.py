@@ -12,10 +12,10 @@ SLOTS_SHOWN = 16  # rows of the table of slots at most; of more experts those th
 
 def show_routing(path: Path, plot: Path | None, as_json: bool, console) -> None:
     """Read a log and show what it tells."""
-    from llamacli import routing
+    from llamacli.bench import routing
 
     if plot:
-        from llamacli import plot as picture
+        from llamacli.bench import plot as picture
 
         picture.check()
     log = routing.read(path)

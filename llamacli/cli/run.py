@@ -13,7 +13,7 @@ import typer
 from llamacli.cli.console import Console
 from llamacli.cli.options import Generation, Json, Output, checked, option, read_file, read_stdin, stdin_is_piped
 from llamacli.errors import UsageError
-from llamacli.machine import resident
+from llamacli.plan.machine import resident
 
 
 def run(

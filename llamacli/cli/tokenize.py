@@ -16,8 +16,8 @@ def tokenize(
     output: Output = None,
 ) -> None:
     """Print the token ids of a text as a JSON list."""
-    from llamacli.gguf import open_gguf
-    from llamacli.tokenizer import Tokenizer
+    from llamacli.files.gguf import open_gguf
+    from llamacli.text.tokenizer import Tokenizer
 
     console = output.console()
     text = read_stdin(console) if text is None else checked(text, "text")

@@ -18,7 +18,7 @@ def warmup(output: Output = None) -> None:
     console = output.console()
     began = time.perf_counter()
     with patience(console, "compiling kernels; this is done once ..."), leave_at_once():
-        from llamacli.kernels import CACHE
+        from llamacli.cpu.kernels import CACHE
 
         before = _files(CACHE)
         _compile_all()
@@ -35,9 +35,11 @@ def _files(folder) -> set[str]:
 
 def _compile_all() -> None:
     import llamacli.engine  # noqa: F401  with it come the drivers
-    from llamacli.kernels import formats, limits, matmul, strings, vectors  # noqa: F401
-    from llamacli.kernels.jit import TARGET, load
-    from llamacli.kernels.words import KERNELS
+    from llamacli.bench import limits
+    from llamacli.cpu.kernels.formats import layout as formats
+    from llamacli.cpu.kernels.jit.intrinsics import KERNELS
+    from llamacli.cpu.kernels.jit.loader import TARGET, load
+    from llamacli.cpu.kernels.ops import matmul, vectors
 
     for driver in KERNELS:
         _ = driver.address

@@ -15,7 +15,8 @@ from pathlib import Path
 import data
 import numpy as np
 
-from llamacli import Model, quality
+from llamacli import Model
+from llamacli.bench import quality
 from quantize.convert import convert
 
 HERE = Path(__file__).parent

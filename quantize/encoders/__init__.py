@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.kernels import sources_digest  # the package decides where compiled code is cached, before Numba is imported
-from llamacli.kernels.jit import load
+from llamacli.cpu.kernels import sources_digest  # the package decides where compiled code is cached, before Numba is imported
+from llamacli.cpu.kernels.jit.loader import load
 
 LEAST_WEIGHT = 1e-12  # of the mean: a column that never mattered is still encoded sensibly
 

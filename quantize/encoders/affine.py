@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from llamacli.kernels.simd import f32, i64
+from llamacli.cpu.kernels.jit.simd import f32, i64
 from quantize.encoders.levels import LANES, ROUND, splat
 from quantize.encoders.parts import (
     EXACT,

@@ -1,6 +1,6 @@
 """Bytes that the formats of 32 weights share: nibbles, and a word of fifth bits."""
 
-from llamacli.kernels.simd import i8, i32
+from llamacli.cpu.kernels.jit.simd import i8, i32
 
 
 def nibbles(s, p, at=0):

@@ -1,6 +1,6 @@
 """IQ4_NL: 32 weights in 18 bytes, a half and nibbles that index a table of 16 levels; weight = d * level."""
 
-from llamacli.kernels.iq4_nl import LEVELS as TABLE
+from llamacli.cpu.kernels.formats.iq4_nl import LEVELS as TABLE
 from quantize.encoders.blocks import nibbles
 from quantize.encoders.levels import Table
 

@@ -1,12 +1,12 @@
 """IQ4_XS: 256 weights in 136 bytes, 8 groups of 32 with 6-bit signed scales; weight = d * scale * level of IQ4_NL's table.
 
-Layout: llamacli/kernels/iq4_xs.py.
+Layout: llamacli/cpu/kernels/formats/iq4_xs.py.
 """
 
 from llvmlite import ir
 
-from llamacli.kernels.iq4_nl import LEVELS as TABLE
-from llamacli.kernels.simd import i8, i16, vec
+from llamacli.cpu.kernels.formats.iq4_nl import LEVELS as TABLE
+from llamacli.cpu.kernels.jit.simd import i8, i16, vec
 from quantize.encoders.blocks import nibbles
 from quantize.encoders.levels import Integers, Table
 

@@ -5,7 +5,7 @@ In: float32 lanes in units of the scale. Out: the nearest level as float32, or i
 
 from typing import NamedTuple
 
-from llamacli.kernels.simd import f32, i32, vec
+from llamacli.cpu.kernels.jit.simd import f32, i32, vec
 
 LANES = 16
 ROUND = 12582912.0  # 1.5 * 2**23: adding and taking it away rounds a small float32 to a whole number

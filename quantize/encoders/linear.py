@@ -3,7 +3,7 @@
 In: groups lane by lane (search.py). Out: what `pack` reads. Knows nothing of bytes.
 """
 
-from llamacli.kernels.simd import f32
+from llamacli.cpu.kernels.jit.simd import f32
 from quantize.encoders.levels import LANES, splat
 from quantize.encoders.parts import (
     EXACT,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from llamacli.kernels.simd import f32, i8, i32, i64, vec
+from llamacli.cpu.kernels.jit.simd import f32, i8, i32, i64, vec
 from quantize.encoders.levels import LANES, Uniform, splat
 
 UNROLL = 4

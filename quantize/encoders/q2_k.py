@@ -1,9 +1,9 @@
 """Q2_K: 256 weights in 84 bytes, 16 groups of 16 with 4-bit scales and minimums; weight = d * scale * q - dmin * min.
 
-Layout: llamacli/kernels/q2_k.py.
+Layout: llamacli/cpu/kernels/formats/q2_k.py.
 """
 
-from llamacli.kernels.simd import i8
+from llamacli.cpu.kernels.jit.simd import i8
 from quantize.encoders.levels import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 84, 16, 2

@@ -1,9 +1,9 @@
 """Q3_K: 256 weights in 110 bytes, 16 groups of 16 with 6-bit signed scales; weight = d * scale * (q - 4).
 
-Layout: llamacli/kernels/q3_k.py.
+Layout: llamacli/cpu/kernels/formats/q3_k.py.
 """
 
-from llamacli.kernels.simd import i8
+from llamacli.cpu.kernels.jit.simd import i8
 from quantize.encoders.levels import Integers, Uniform
 from quantize.encoders.q2_k import bit_pairs
 

@@ -7,7 +7,7 @@ nibbles are zero. That is ggml's encoding without weights; with weights the scal
 
 from llvmlite import ir
 
-from llamacli.kernels.simd import f32, i8, i32, i64, vec
+from llamacli.cpu.kernels.jit.simd import f32, i8, i32, i64, vec
 from quantize.encoders.blocks import interleaved, nibbles
 from quantize.encoders.levels import Uniform
 

@@ -1,9 +1,9 @@
 """Q4_K: 256 weights in 144 bytes, 8 groups of 32 with 6-bit scales and minimums; weight = d * scale * q - dmin * min.
 
-Layout: llamacli/kernels/q4_k.py.
+Layout: llamacli/cpu/kernels/formats/q4_k.py.
 """
 
-from llamacli.kernels.simd import i8
+from llamacli.cpu.kernels.jit.simd import i8
 from quantize.encoders.levels import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 144, 32, 2

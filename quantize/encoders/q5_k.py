@@ -1,9 +1,9 @@
 """Q5_K: 256 weights in 176 bytes, 8 groups of 32 with 6-bit scales and minimums; weight = d * scale * q - dmin * min.
 
-Layout: llamacli/kernels/q5_k.py.
+Layout: llamacli/cpu/kernels/formats/q5_k.py.
 """
 
-from llamacli.kernels.simd import i8
+from llamacli.cpu.kernels.jit.simd import i8
 from quantize.encoders.levels import Integers, Uniform
 from quantize.encoders.q4_k import six_bits
 

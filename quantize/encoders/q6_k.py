@@ -1,9 +1,9 @@
 """Q6_K: 256 weights in 210 bytes, 16 groups of 16 with signed 8-bit scales; weight = d * scale * (q - 32).
 
-Layout: llamacli/kernels/q6_k.py.
+Layout: llamacli/cpu/kernels/formats/q6_k.py.
 """
 
-from llamacli.kernels.simd import i8
+from llamacli.cpu.kernels.jit.simd import i8
 from quantize.encoders.levels import Integers, Uniform
 
 BLOCK, NBYTES, GROUP, SIDES = 256, 210, 16, 1

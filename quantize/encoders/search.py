@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from llamacli.kernels.simd import Simd, f16, f32, i8, vec
+from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, vec
 from quantize.encoders.affine import affine
 from quantize.encoders.levels import LANES
 from quantize.encoders.linear import linear

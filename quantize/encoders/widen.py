@@ -7,8 +7,8 @@ Quantized rows go through the engine's own leaves. Knows nothing of files.
 import numpy as np
 from numba import njit
 
-from llamacli.kernels.compiler import call
-from llamacli.kernels.matmul import leaves
+from llamacli.cpu.kernels.jit.compiler import call
+from llamacli.cpu.kernels.ops.matmul import leaves
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none
 _TILE = 16  # source rows of a tile: its 16 x 32 values stay in the nearest cache

@@ -71,8 +71,8 @@ def float_model(folder):
 
 def conversations(path, at_least=512):
     """Held-out questions with their answers in the chat format, as ids."""
-    from llamacli.gguf import open_gguf
-    from llamacli.tokenizer import Tokenizer
+    from llamacli.files.gguf import open_gguf
+    from llamacli.text.tokenizer import Tokenizer
 
     tokenizer, found = Tokenizer.from_gguf(open_gguf(path)), []
     for line in (TRAINED / "questions.jsonl").read_text().splitlines():
@@ -162,9 +162,9 @@ def checksum(path):
 
 def engine_logits(path, sequences):
     """The engine's logits of every position of every sequence, [positions, n_vocab]."""
-    from llamacli.config import Config
     from llamacli.engine import Engine
-    from llamacli.gguf import open_gguf
+    from llamacli.files.gguf import open_gguf
+    from llamacli.llama4.config import Config
 
     file = open_gguf(path)
     engine = Engine(file, Config.from_gguf(file), threads=2)

@@ -1,0 +1,109 @@
+"""What this machine can do at best: reading memory, the yardstick for decode, and multiplying bytes, the one for prefill.
+
+Out: numbers in GB/s (1e9 bytes) and Gop/s (1e9 operations; a multiply-add is two). Knows nothing of models.
+"""
+
+import time
+
+import numpy as np
+from llvmlite import ir
+
+from llamacli.cpu.kernels.jit.intrinsics import call, kernel, unpack
+from llamacli.cpu.kernels.jit.loader import TARGET, load
+from llamacli.cpu.kernels.jit.simd import Simd, i8, i32, i64, vec
+from llamacli.cpu.kernels.runtime.pool import Pool, Program
+
+STREAMS = 8  # vectors read at a time, enough to keep the core's line-fill buffers busy
+SYMBOLS = ("read", "multiply")
+LINES = 16  # vectors of first-level cache that `multiply` takes its left sides from
+
+
+def sums(target) -> int:
+    """Accumulators of `multiply`: enough to hide the instruction's latency, few enough for the registers."""
+    return 12 if target.width == 64 else 6
+
+
+def build(target):
+    """The module of both leaves."""
+    module = ir.Module("limits")
+    _read(module, target)
+    _multiply(module, target)
+    return module
+
+
+def _read(module, target):
+    """read(start, nbytes, out): xor of all vectors."""
+    s = Simd(module, target, "read", 3)
+    start, nbytes, out = s.args
+    span = STREAMS * s.width
+
+    def step(i, sums):
+        at = s.add(start, s.mul(i, span))
+        s.prefetch(at, 4096, span)
+        return [s.b.xor(v, s.load(vec(i32, s.lanes), at, k * s.width)) for k, v in enumerate(sums)]
+
+    _finish(s, s.loop(s.b.sdiv(nbytes, i64(span)), [s.zeros(i32)] * STREAMS, step), out)
+
+
+def _multiply(module, target):
+    """multiply(x, rounds, out): in each round one vector of x times every one of as many right sides as there are sums.
+
+    The left side comes from the nearest cache, as in a matrix product: a constant one would let the compiler take the
+    multiplication out of the loop. Loads have ports of their own, so they cost the products nothing.
+    """
+    s = Simd(module, target, "multiply", 3)
+    x, rounds, out = s.args
+    n, bytes_, multiply = sums(target), vec(i8, target.width), s.dot8 if target.step == 8 else s.dot4
+    right = [s.load(bytes_, x, (LINES + k) * s.width) for k in range(n)]
+
+    def step(i, totals):
+        left = s.load(bytes_, s.add(x, s.mul(s.b.and_(i, i64(LINES - 1)), s.width)))
+        return [multiply(total, left, r) for total, r in zip(totals, right, strict=True)]
+
+    _finish(s, s.loop(rounds, [s.zeros(i32)] * n, step), out)
+
+
+def _finish(s, totals, out):
+    """Write something that depends on every sum."""
+    for v in totals[1:]:
+        totals[0] = s.b.xor(totals[0], v)
+    s.store(totals[0], out)
+    s.done()
+
+
+@kernel
+def _share(at, thread, threads):
+    """One leaf on every thread, each with its own part of the data and its own line of the result."""
+    leaf, start, stride, count, out = unpack(at, 5)
+    call(leaf, (start + thread * stride, count, out + 64 * thread))
+
+
+def _median_seconds(threads: int, rounds: int, leaf: int, data: np.ndarray, stride: int, count: int) -> float:
+    out = np.zeros((threads, 64), np.uint8)
+    program, pool, seconds = Program(), Pool(threads), []
+    program.add(_share, [leaf, data.ctypes.data, stride, count, out.ctypes.data])
+    program.seal()
+    for _ in range(rounds + 1):  # the first touches the pages and wakes the threads
+        start = time.perf_counter()
+        pool.run(program)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[1:])[rounds // 2]
+
+
+def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
+    """Bytes per second, in GB/s, at which `threads` threads read a buffer too large for any cache; the median round."""
+    data = np.ones(megabytes << 20, np.uint8)
+    share = data.nbytes // threads
+    return data.nbytes / _median_seconds(threads, rounds, leaves()["read"], data, share, share) / 1e9
+
+
+def multiply_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> float:
+    """Operations per second, in Gop/s, of int8 products (what `tile` uses: dot4 or dot8) from registers; the median round."""
+    data = np.ones(((LINES + sums(TARGET)) * TARGET.width,), np.uint8)
+    seconds = _median_seconds(threads, rounds, leaves()["multiply"], data, 0, steps)
+    return 2 * TARGET.width * TARGET.step // 4 * sums(TARGET) * steps * threads / seconds / 1e9
+
+
+def leaves() -> dict[str, int]:
+    """Addresses of both leaves, compiled or read from the cache on first use."""
+    return load("limits", build, SYMBOLS)

@@ -1,0 +1,199 @@
+"""Measurements: speed of prefill and decode at several depths of context, what limits them, and where the time goes.
+
+In: a loaded model, a list of `Test`s. Out: plain records, ready for JSON; nothing is printed. Work is counted, not sampled:
+bytes of weights and of keys and values that a token must read, multiply-adds of weights and attention. Beside it stands what
+this machine reads and multiplies at best, measured afterwards in the same process. Knows nothing of options or tables.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+HALF = 2  # bytes of a number in the KV cache
+PROFILED = 16  # tokens decoded for a profile: one alone is too short to trust
+COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
+
+
+class Test(NamedTuple):
+    """`n` tokens after `depth` others: as one prompt, or decoded one by one."""
+
+    n: int
+    depth: int
+    decode: bool
+
+    @property
+    def name(self) -> str:
+        """pp512, tg128, pp512@d8192 ..."""
+        return f"{'tg' if self.decode else 'pp'}{self.n}" + (f"@d{self.depth}" if self.depth else "")
+
+
+def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Test]:
+    """Every length at every depth; lengths of 0 are left out."""
+    return [
+        Test(n, depth, decode)
+        for depth in depths
+        for decode, lengths in ((False, prompts), (True, generates))
+        for n in lengths
+        if n
+    ]
+
+
+def speed(
+    model,
+    tests: Sequence[Test],
+    repetitions: int,
+    progress: Callable[[int, int, str], None] = lambda *_: None,
+    peers: Sequence = (),
+    profile: bool = False,
+) -> list[dict]:
+    """Run every test `repetitions` times, after one run that does not count; `peers` (peer.Peer) take turns with the model.
+
+    A record: test, n, depth, tokens_per_second (the median), min, max, runs; gbytes_per_second (bytes that must be read over
+    time: for decode weights of the active experts, keys and values, for a prompt every weight once), gops_per_second (two a
+    multiply-add), bandwidth_limit and compute_limit (what these threads reach at best), share_of_limit (decode: of the
+    bandwidth, prefill: of the arithmetic); peak_memory_bytes of this process up to then; with peers `peers` (name:
+    tokens_per_second, runs) and `ratio` to the fastest; with `profile` see `_profile`.
+    """
+    engine, most = model.engine, max(test.depth + test.n for test in tests)
+    ids = tokens(model, most)
+    records, done, total = [], 0, len(tests) * (repetitions + 1)
+    cache, depth = None, None
+    for test in tests:
+        if test.depth != depth:
+            depth, cache = test.depth, engine.new_cache(most)
+        runners = {"llamacli": lambda test, cache=cache: _seconds(engine, cache, ids, test)}
+        runners |= {peer.name: peer.seconds for peer in peers}
+        rates = {name: [] for name in runners}
+        for _ in range(repetitions + 1):
+            progress(done, total, test.name)
+            for name, seconds in runners.items():
+                rates[name].append(test.n / seconds(test))
+            done += 1
+        records.append(_record(model, test, rates.pop("llamacli")[1:]))
+        if peers:
+            others = {
+                name: {"tokens_per_second": _rounded(median(r[1:])), "runs": _rounded(r[1:])} for name, r in rates.items()
+            }
+            best = max(other["tokens_per_second"] for other in others.values())
+            records[-1] |= {"peers": others, "ratio": _rounded(records[-1]["tokens_per_second"] / best)}
+        if profile:
+            records[-1]["profile"] = _profile(engine, cache, ids, test)
+    read, multiply = limits(engine.threads)  # last: its buffer would count as the model's memory
+    for test, record in zip(tests, records, strict=True):
+        share = record["gbytes_per_second"] / read if test.decode else record["gops_per_second"] / multiply
+        record |= {"bandwidth_limit": _rounded(read), "compute_limit": _rounded(multiply), "share_of_limit": _rounded(share)}
+    return records
+
+
+def limits(threads: int) -> tuple[float, float]:
+    """GB/s that `threads` threads read from memory, and Gop/s of their int8 dot products."""
+    from llamacli.bench.limits import multiply_gops, read_gbps
+
+    return read_gbps(threads), multiply_gops(threads)
+
+
+def startup(path: os.PathLike, threads: int, repetitions: int) -> dict:
+    """Seconds of whole processes, `llamacli run -n 1` on the file, its pages and the compiled kernels being in memory."""
+    args = ["run", "--raw", "--no-stdin", "-m", str(path), "-n", "1", "-c", "4096", "-t", str(threads), "--temp", "0", "Hello"]
+    runs = []
+    for _ in range(repetitions + 1):
+        began = perf_counter()
+        subprocess.run([*COMMAND, *args], check=True, stdout=subprocess.DEVNULL)
+        runs.append(perf_counter() - began)
+    runs = _rounded(runs[1:])
+    return {"test": "startup", "seconds": median(runs), "min": min(runs), "max": max(runs), "runs": runs}
+
+
+def whole(record: dict, held: int, layers: int) -> float:
+    """Tokens per second of a model of `layers` layers by the record, with profile, of one that holds `held` of them.
+
+    What a profile shows outside the layers (embedding, last norm, output) happens once, the rest grows with the layers.
+    """
+    profile = record["profile"]
+    inside = sum(profile["layers"]) / sum(profile["operations"].values())
+    return record["tokens_per_second"] / (1 - inside + inside * layers / held)
+
+
+def tokens(model, n: int) -> list[int]:
+    """A fixed random text: random tokens spread over the experts as a varied text does."""
+    hidden = set(np.asarray(model.tokenizer.hidden_ids).tolist()) | set(model.tokenizer.stop_ids)
+    usable = [i for i in range(model.config.n_vocab) if i not in hidden]
+    return [int(i) for i in np.random.default_rng(0).choice(usable, n)]
+
+
+def seen(config, test: Test) -> int:
+    """Pairs of a token and one that it attends to, all layers together."""
+    at = np.arange(test.depth, test.depth + test.n)
+    everything, chunk = int((at + 1).sum()), config.chunk_size
+    in_chunk = int((at % chunk + 1).sum()) if chunk else everything
+    return sum(in_chunk if config.uses_rope(i) else everything for i in range(config.n_layers))
+
+
+def _record(model, test: Test, rates: list[float]) -> dict:
+    config, engine, rate = model.config, model.engine, median(rates)
+    pairs, last = seen(config, test), config.n_vocab * config.n_embd
+    products = engine.products_per_token * test.n + last * (test.n if test.decode else 1)
+    products += 2 * config.n_heads * config.head_dim * pairs
+    if test.decode:
+        nbytes = engine.bytes_per_token * test.n + 2 * HALF * config.n_kv_heads * config.head_dim * pairs
+    else:
+        nbytes = sum(t.nbytes for t in model.gguf.tensors.values() if t.name != "token_embd.weight")
+    return {
+        "test": test.name,
+        "n": test.n,
+        "depth": test.depth,
+        "tokens_per_second": _rounded(rate),
+        "min": _rounded(min(rates)),
+        "max": _rounded(max(rates)),
+        "runs": _rounded(rates),
+        "gbytes_per_second": _rounded(nbytes / test.n * rate / 1e9),
+        "gops_per_second": _rounded(2 * products / test.n * rate / 1e9),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+def _rounded(value):
+    return [round(v, 4) for v in value] if isinstance(value, list) else round(value, 4)
+
+
+def _go_to(engine, cache, ids: list[int], depth: int) -> None:
+    """Make `cache` hold the first `depth` of `ids`; going back may cost the tokens since the chunk's start."""
+    reached = cache.truncate(depth)
+    if reached < depth:
+        engine.forward(ids[reached:depth], cache)
+
+
+def _seconds(engine, cache, ids: list[int], test: Test) -> float:
+    _go_to(engine, cache, ids, test.depth)
+    following = ids[test.depth : test.depth + test.n]
+    began = perf_counter()
+    for part in [[token] for token in following] if test.decode else [following]:
+        engine.forward(part, cache)
+    return perf_counter() - began
+
+
+def _profile(engine, cache, ids: list[int], test: Test) -> dict:
+    """Seconds of one prompt or of one decoded token: {"operations": {name: seconds}, "layers": [seconds, ...]}.
+
+    Steps are timed one by one, each with the meeting of all threads after it, which the fused run partly saves.
+    """
+    _go_to(engine, cache, ids, test.depth)
+    following = ids[test.depth : test.depth + min(test.n, PROFILED if test.decode else test.n)]
+    operations, layers = {}, {}
+    for part in [[token] for token in following] if test.decode else [following]:
+        for layer, operation, seconds in engine.profile(part, cache):
+            operations[operation] = operations.get(operation, 0.0) + seconds
+            if layer is not None:
+                layers[layer] = layers.get(layer, 0.0) + seconds
+    n = len(following) if test.decode else 1
+    return {
+        "operations": {name: round(s / n, 9) for name, s in sorted(operations.items(), key=lambda item: -item[1])},
+        "layers": [round(s / n, 9) for s in layers.values()],
+    }

@@ -1,0 +1,1 @@
+"""Block formats: how each GGUF tensor type is unpacked, and the dot products and tiles built on that."""

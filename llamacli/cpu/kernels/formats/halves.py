@@ -1,0 +1,71 @@
+"""What the 32-weight formats share: half-float heads, nibbles with the low ones first, a fifth bit for each weight."""
+
+from llvmlite import ir
+
+from llamacli.cpu.kernels.jit.simd import f16, i1, i8, i16, i32, vec
+
+
+def half_scales(s, w, n, stride, at=0):
+    """n half floats, `stride` bytes apart from w + at on, as a float32 vector."""
+    v = ir.Constant(vec(f16, n), ir.Undefined)
+    for k in range(n):
+        v = s.b.insert_element(v, s.load(f16, w, k * stride + at), i32(k))
+    return s.from_half(v)
+
+
+def splat_half(s, w, at, n):
+    """One half float at w + at in n float32 lanes."""
+    return s.splat(s.from_half(s.load(f16, w, at)), n)
+
+
+def nibbles(s, w, at):
+    """16 bytes at w + at as 32 values: the low nibbles, then the high ones."""
+    q = s.load(vec(i8, 16), w, at)
+    return s.concat(s.b.and_(q, s.fill(i8, 16, 15)), s.b.lshr(q, s.fill(i8, 16, 4)))
+
+
+def with_fifth_bits(s, low, w, at):
+    """`low` with bit k of the word at w + at as bit 4 of value k."""
+    bits = s.b.bitcast(s.load(i32, w, at), vec(i1, 32))
+    return s.b.select(bits, s.b.or_(low, s.fill(i8, 32, 16)), low)
+
+
+NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)  # of the pieces of 16 weights in `nibble_codes`
+
+
+def nibble_codes(s, w, at, stride):
+    """A superblock of nibbles, 16 bytes of each 32 weights `stride` bytes apart, as 4 registers of 64 in NIBBLE_ORDER."""
+    codes = []
+    for half in range(2):
+        if stride == 16:
+            q = s.load(vec(i8, 64), w, at + 64 * half)
+        else:
+            a, b, c, d = (s.load(vec(i8, 16), w, at + stride * (4 * half + k)) for k in range(4))
+            q = s.concat(s.concat(a, b), s.concat(c, d))
+        codes += [s.b.and_(q, s.fill(i8, 64, 15)), s.b.lshr(q, s.fill(i8, 64, 4))]
+    return codes
+
+
+def half_pair(s, ws, stride, at=0):
+    """The half scales of 8 blocks of two rows as 16 floats.
+
+    Each row's come from a few wide loads, blended so that no two scales fall on one lane, which takes far fewer instructions
+    than a load for each.
+    """
+    step, size = stride // 2, (8 * stride - at) // 2
+    rows, lanes = [], {}
+    for w in ws:
+        row, lanes, k = None, {}, 0
+        while k < 8:
+            start = min(k * step, size - 32)
+            held = [b for b in range(k, 8) if b * step < start + 32]
+            shift = next(m for m in range(32) if m <= start and all(b * step - start + m not in lanes.values() for b in held))
+            here = {b: b * step - start + shift for b in held if b * step - start + shift < 32}
+            v = s.load(vec(i16, 32), w, at + 2 * (start - shift))
+            row = row or v
+            row = s.shuffle(row, [32 + lane if lane in here.values() else lane for lane in range(32)], v)
+            lanes |= here
+            k += len(here)
+        rows.append(row)
+    pick = [lanes[b] for b in range(8)]
+    return s.from_half(s.bits(s.shuffle(rows[0], pick + [32 + lane for lane in pick], rows[1]), f16))

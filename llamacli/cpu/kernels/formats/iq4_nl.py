@@ -1,0 +1,30 @@
+"""IQ4_NL: 32 weights in 18 bytes, half d and nibbles that index a table of 16 levels; weight = d * level. Source: ggml-
+common.h.
+"""
+
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, half_pair, half_scales, nibble_codes, nibbles
+
+block, nbytes, group, offset, wide = 32, 18, 32, 128, True
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
+SHIFTED = tuple(level + 128 for level in LEVELS)  # dot4 wants unsigned bytes
+order = NIBBLE_ORDER
+
+
+def piece(s, w, j):
+    """Weights 32j..32j+31 as unsigned bytes."""
+    return s.lookup(SHIFTED, nibbles(s, w, 18 * j + 2))
+
+
+def scales(s, w, n):
+    """The scales of n blocks; the mins follow from `offset`."""
+    return half_scales(s, w, n, nbytes), None
+
+
+def codes(s, w):
+    """Weights as 4 registers in `order`."""
+    return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 2, nbytes)]
+
+
+def pair(s, ws):
+    """The scales of two rows."""
+    return [half_pair(s, ws, nbytes)], None

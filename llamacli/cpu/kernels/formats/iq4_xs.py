@@ -1,0 +1,44 @@
+"""IQ4_XS: 256 weights in 136 bytes, 8 groups of 32 with 6-bit scales; weight = d * (scale - 32) * level of IQ4_NL's table.
+
+Layout: half d, 16 bits with the high two bits of each scale, 4 bytes of low nibbles, 8 times 16 bytes of nibbles.
+Source: ggml-common.h, block_iq4_xs.
+"""
+
+from llvmlite import ir
+
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, nibble_codes, nibbles, splat_half
+from llamacli.cpu.kernels.formats.iq4_nl import SHIFTED
+from llamacli.cpu.kernels.jit.simd import f16, i8, i16, i32, vec
+
+block, nbytes, group, offset, wide = 256, 136, 32, 128, True
+order = NIBBLE_ORDER
+
+
+def piece(s, w, j):
+    """Weights 32j..32j+31 as unsigned bytes."""
+    return s.lookup(SHIFTED, nibbles(s, w, 8 + 16 * j))
+
+
+def scales(s, w, n):
+    """The 8 scales; the mins follow from `offset`."""
+    low = s.unsigned(s.shuffle(s.load(vec(i8, 4), w, 4), [i // 2 for i in range(8)]), i16)
+    low = s.b.and_(s.b.lshr(low, ir.Constant(vec(i16, 8), [4 * (i % 2) for i in range(8)])), s.fill(i16, 8, 15))
+    high = s.b.lshr(s.splat(s.load(i16, w, 2), 8), ir.Constant(vec(i16, 8), [2 * i for i in range(8)]))
+    high = s.b.shl(s.b.and_(high, s.fill(i16, 8, 3)), s.fill(i16, 8, 4))
+    six = s.b.sub(s.b.or_(low, high), s.fill(i16, 8, 32))
+    return s.b.fmul(s.to_float(s.signed(six)), splat_half(s, w, 0, 8)), None
+
+
+def codes(s, w):
+    """Weights as 4 registers in `order`."""
+    return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 8, 16)]
+
+
+def pair(s, ws):
+    """The scales of two rows: words that hold a scale's bits somewhere are turned until they lie right."""
+    word = lambda at: s.concat(*(s.splat(s.load(i32, w, at), 8) for w in ws))  # noqa: E731
+    low = s.b.and_(s.b.lshr(word(4), ir.Constant(vec(i32, 16), [4 * (i % 8) for i in range(16)])), s.fill(i32, 16, 15))
+    high = s.b.and_(s.rotate(word(0), [12 + 2 * (i % 8) for i in range(16)]), s.fill(i32, 16, 0x30))
+    six = s.to_float(s.b.sub(s.b.or_(low, high), s.fill(i32, 16, 32)))
+    d = s.from_half(s.concat(*(s.load(vec(f16, 1), w) for w in ws)))
+    return [s.b.fmul(six, s.shuffle(d, [0] * 8 + [1] * 8))], None

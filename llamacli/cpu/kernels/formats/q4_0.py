@@ -1,0 +1,29 @@
+"""Q4_0: 32 weights in 18 bytes, a half scale and 16 bytes of nibbles (low nibbles first); weight = d * (q - 8).
+
+`piece` and `scales` are the two questions formats.py asks of every block format. Source: ggml-common.h, block_q4_0.
+"""
+
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, half_pair, half_scales, nibble_codes, nibbles
+
+block, nbytes, group, offset, wide = 32, 18, 32, 8, False
+order = NIBBLE_ORDER
+
+
+def piece(s, w, j):
+    """Weights 32j..32j+31 as unsigned bytes."""
+    return nibbles(s, w, 18 * j + 2)
+
+
+def scales(s, w, n):
+    """The scales of n blocks; the mins follow from `offset`."""
+    return half_scales(s, w, n, nbytes), None
+
+
+def codes(s, w):
+    """Weights as 4 registers in `order`."""
+    return nibble_codes(s, w, 2, nbytes)
+
+
+def pair(s, ws):
+    """The scales of two rows."""
+    return [half_pair(s, ws, nbytes)], None

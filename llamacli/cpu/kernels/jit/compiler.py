@@ -1,0 +1,147 @@
+"""Drivers to LLVM IR, through Numba, and what their words mean. Imported only when something must be compiled.
+
+In: a Python function of `words`. Out: the text of an LLVM module with one function of three int64, named like the driver.
+Numba's own function returns a status and takes places for a result and an exception; drivers have neither, so a wrapper drops
+them, and nothing of Python is left in the code. Knows nothing of what drivers do.
+"""
+
+from types import FunctionType
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from llamacli.cpu.kernels.jit import intrinsics as words
+from llamacli.cpu.kernels.jit.loader import TARGET
+
+_i64 = ir.IntType(64)
+_FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
+
+
+def driver_ir(function: FunctionType) -> str:
+    """The LLVM module of a driver."""
+    signature = types.void(types.int64, types.int64, types.int64)
+    compiled = njit(signature, error_model="numpy", fastmath=_FAST)(_with_meaning(function)).overloads[signature.args]
+    module = llvm.parse_assembly(compiled.library.get_llvm_str())
+    module.link_in(llvm.parse_assembly(str(_wrapper(function.__name__, compiled.fndesc.llvm_func_name, module.triple))))
+    for other in module.functions:
+        if not other.is_declaration and other.name != function.__name__:
+            other.linkage = "internal"  # so that what is not called is dropped
+    return str(module)
+
+
+def _wrapper(name: str, native: str, triple: str) -> ir.Module:
+    module, byte = ir.Module("driver"), ir.IntType(8).as_pointer()
+    module.triple = triple
+    callee = ir.Function(
+        module, ir.FunctionType(ir.IntType(32), [byte.as_pointer(), byte.as_pointer(), _i64, _i64, _i64]), native
+    )
+    fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [_i64] * 3), name)
+    builder = ir.IRBuilder(fn.append_basic_block())
+    builder.call(callee, [builder.alloca(byte), builder.alloca(byte), *fn.args])
+    builder.ret_void()
+    return module
+
+
+def _with_meaning(function: FunctionType) -> FunctionType:
+    """The function with its global names meaning compiled things."""
+    known = function.__globals__
+    names = {name: _meaning(known[name]) for name in function.__code__.co_names if name in known}
+    return FunctionType(function.__code__, {**known, **names}, function.__name__, function.__defaults__)
+
+
+def _meaning(value):
+    try:
+        if value in _WORDS:
+            return _WORDS[value]
+    except TypeError:  # no word: words can be hashed
+        return value
+    return njit(error_model="numpy", fastmath=_FAST)(_with_meaning(value)) if getattr(value, "part", False) else value
+
+
+@intrinsic
+def call(typingctx, address, arguments):
+    """words.call, also for Numba functions elsewhere."""
+    sig = types.void(types.int64, arguments)
+
+    def codegen(context, builder, signature, values):
+        n = len(arguments)
+        unpacked = [builder.extract_value(values[1], k) for k in range(n)]
+        fn = builder.inttoptr(values[0], ir.FunctionType(ir.VoidType(), [_i64] * n).as_pointer())
+        builder.call(fn, unpacked)
+        return context.get_dummy_value()
+
+    return sig, codegen
+
+
+@intrinsic
+def _atomic_load(typingctx, address):
+    def codegen(context, builder, signature, values):
+        return builder.load_atomic(builder.inttoptr(values[0], _i64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _atomic_store(typingctx, address, value):
+    def codegen(context, builder, signature, values):
+        builder.store_atomic(values[1], builder.inttoptr(values[0], _i64.as_pointer()), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _atomic_add(typingctx, address, value):
+    def codegen(context, builder, signature, values):
+        return builder.atomic_rmw("add", builder.inttoptr(values[0], _i64.as_pointer()), values[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _pause(typingctx):
+    def codegen(context, builder, signature, values):
+        if TARGET.triple.startswith("x86_64"):
+            fn = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), []))
+            builder.call(fn, [])
+        elif TARGET.triple.startswith(("aarch64", "arm64")):
+            fn = builder.module.declare_intrinsic("llvm.aarch64.hint", (), ir.FunctionType(ir.VoidType(), [ir.IntType(32)]))
+            builder.call(fn, [ir.IntType(32)(1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _pointer(typingctx, address, dtype):
+    target = types.CPointer(dtype.dtype if isinstance(dtype, types.NumberClass) else dtype)
+
+    def codegen(context, builder, signature, values):
+        return builder.inttoptr(values[0], context.get_value_type(target))
+
+    return target(types.int64, dtype), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _unpack(typingctx, address, count):
+    result = types.UniTuple(types.int64, count.literal_value)
+
+    def codegen(context, builder, signature, values):
+        base = builder.inttoptr(values[0], _i64.as_pointer())
+        loaded = [builder.load(builder.gep(base, [_i64(k)])) for k in range(len(result))]
+        return context.make_tuple(builder, result, loaded)
+
+    return result(types.int64, count), codegen
+
+
+_WORDS = {
+    words.call: call,
+    words.atomic_load: _atomic_load,
+    words.atomic_store: _atomic_store,
+    words.atomic_add: _atomic_add,
+    words.pause: _pause,
+    words.pointer: _pointer,
+    words.unpack: _unpack,
+}

@@ -1,0 +1,267 @@
+"""Leaves on float rows: quantize activations, SwiGLU, one block of a softmax, products with keys and values, conversion to and
+from half.
+
+`build(head_dim)` gives the module builder for jit.load; what deals with keys and values is compiled for one head size. Rows
+that `quantize` reads are padded to whole superblocks of 256. Knows nothing of heads, layers or threads.
+"""
+
+from math import gcd
+
+from llvmlite import ir
+
+from llamacli.cpu.kernels.formats.layout import ACT_BYTES, S16, S32, D
+from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, i32, i64, vec
+
+SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half", "keys_aside", "widen", "product")
+WEIGH_ROWS = 2  # rows of probabilities that weigh takes side by side
+
+
+def build(head_dim):
+    """The builder of the module for this head size."""
+
+    def module_for(target):
+        module = ir.Module("vectors")
+        _quantize(module, target)
+        _swiglu(module, target)
+        _softmax(module, target)
+        _weigh(module, target, head_dim)
+        _to_half(module, target)
+        _keys_aside(module, target, head_dim)
+        _widen(module, target)
+        _product(module, target, head_dim)
+        return module
+
+    return module_for
+
+
+def span(head_dim, target):
+    """Columns that `product` makes at a time: as many registers as leave room for all sums, and whole ones of a head."""
+    return gcd(head_dim // target.lanes, 4 if target.width == 64 else 2) * target.lanes
+
+
+def _quantize(module, target):
+    """quantize(x, n_supers, out): float32 to activation superblocks (formats.py), each 32 values with d = max|x| / 127."""
+    s = Simd(module, target, "quantize", 3)
+    x0, supers, out0 = s.args
+
+    def group(i, _):
+        x, out, g = s.add(x0, s.mul(i, 128)), s.add(out0, s.mul(s.b.lshr(i, i64(3)), ACT_BYTES)), s.b.and_(i, i64(7))
+        v = s.load(vec(f32, 32), x)
+        largest = s.reduce_max(s.fabs(v))
+        inverse = s.b.select(s.b.fcmp_ordered(">", largest, f32(0.0)), s.b.fdiv(f32(127.0), largest), f32(0.0))
+        d = s.b.fmul(largest, f32(1 / 127))
+        q = s.round(s.b.fmul(v, s.splat(inverse, 32)))
+        s.store(s.b.trunc(q, vec(i8, 32)), s.add(out, s.mul(g, 32)))
+        total = s.to_float(q)
+        low, high = (s.b.fmul(s.sum(s.shuffle(total, list(range(k, k + 16)))), d) for k in (0, 16))
+        at = s.add(out, s.mul(g, 4))
+        s.store(d, at, D)
+        s.store(s.b.fadd(low, high), at, S32)
+        at = s.add(out, s.mul(g, 8))
+        s.store(low, at, S16)
+        s.store(high, at, S16 + 4)
+        return []
+
+    s.loop(s.mul(supers, 8), [], group)
+    s.done()
+
+
+def _swiglu(module, target):
+    """swiglu(gate, up, factor, n): gate = silu(factor * gate) * factor * up for n values, a multiple of the lanes; factor:
+    float32.
+    """
+    s = Simd(module, target, "swiglu", 4)
+    gate, up, factor_at, n = s.args
+    factor = s.splat(s.load(f32, factor_at))
+
+    def step(i, _):
+        at = s.mul(i, s.width)
+        g = s.b.fmul(s.load(vec(f32, s.lanes), s.add(gate, at)), factor)
+        u = s.b.fmul(s.load(vec(f32, s.lanes), s.add(up, at)), factor)
+        # past 80 the sigmoid is 0 or 1 in float32; beyond 88 the exponential would overflow
+        bounded = s.b.select(s.b.fcmp_ordered("<", g, s.fill(f32, s.lanes, -80.0)), s.fill(f32, s.lanes, -80.0), g)
+        one = s.fill(f32, s.lanes, 1.0)
+        sigmoid = s.b.fdiv(one, s.b.fadd(one, s.exp(s.b.fneg(bounded))))
+        s.store(s.b.fmul(s.b.fmul(g, sigmoid), u), s.add(gate, at))
+        return []
+
+    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
+    s.done()
+
+
+def _softmax(module, target):
+    """softmax(scores, n_valid, n, state, scale): one block of an online softmax (Milakov and Gimelshein, arXiv 1805.02867).
+
+    scores[:n_valid] become exp(scale * score - max so far), the rest up to n (rounded up to a register) 0. state is float32
+    [max, sum, factor]: factor is what earlier sums and outputs must be multiplied with. scale: address of a float32.
+    """
+    s = Simd(module, target, "softmax", 5)
+    scores, n_valid, n, state, scale_at = s.args
+    lowest = s.fill(f32, s.lanes, -3.0e38)
+    scale = s.splat(s.load(f32, scale_at))
+    rounds = s.b.sdiv(s.add(n, s.lanes - 1), i64(s.lanes))
+    lane = ir.Constant(vec(i32, s.lanes), list(range(s.lanes)))
+
+    def valid(i):
+        left = s.b.trunc(s.b.sub(n_valid, s.mul(i, s.lanes)), i32)
+        return s.b.icmp_signed("<", lane, s.splat(left))
+
+    def scaled(i):
+        v = s.b.fmul(s.load(vec(f32, s.lanes), s.add(scores, s.mul(i, s.width))), scale)
+        return s.b.select(valid(i), v, lowest)
+
+    (top,) = s.loop(rounds, [lowest], lambda i, v: [s.fmax(v[0], scaled(i))])
+    before = s.load(f32, state)
+    now = s.b.select(s.b.fcmp_ordered(">", s.reduce_max(top), before), s.reduce_max(top), before)
+    factor = s.b.extract_element(s.exp(s.splat(s.b.fsub(before, now))), i32(0))
+    spread = s.splat(now)
+
+    def weights(i, total):
+        v = s.b.select(valid(i), s.exp(s.b.fsub(scaled(i), spread)), s.zeros())
+        s.store(v, s.add(scores, s.mul(i, s.width)))
+        return [s.b.fadd(total[0], v)]
+
+    (total,) = s.loop(rounds, [s.zeros()], weights)
+    s.store(now, state)
+    s.store(s.b.fadd(s.b.fmul(s.load(f32, state, 4), factor), s.sum(total)), state, 4)
+    s.store(factor, state, 8)
+    s.done()
+
+
+def _weigh(module, target, head_dim):
+    """weigh(p, p_stride, n_rows, v, n_keys, out, state): out[r] = factor[r] * out[r] + sum over keys of p[r, k] * v[k].
+
+    p and out rows are float32, v is half [n_keys, head_dim]; out is [n_rows, head_dim], state [n_rows, 3] as in softmax;
+    n_rows even.
+    """
+    s = Simd(module, target, "weigh", 7)
+    p0, p_stride, n_rows, v0, n_keys, out0, state0 = s.args
+    columns = gcd(head_dim // s.lanes, 8 if s.width == 64 else 4)
+    span = columns * s.lanes
+
+    def pair(i, _):
+        first = s.mul(i, WEIGH_ROWS)
+        ps = [s.add(p0, s.mul(p_stride, s.add(first, r))) for r in range(WEIGH_ROWS)]
+        states = [s.add(state0, s.mul(s.add(first, r), 12)) for r in range(WEIGH_ROWS)]
+        factors = [s.splat(s.load(f32, at, 8)) for at in states]
+        for block in range(head_dim // span):
+            outs = [s.add(s.add(out0, s.mul(s.add(first, r), 4 * head_dim)), 4 * span * block) for r in range(WEIGH_ROWS)]
+            sums = [
+                s.b.fmul(s.load(vec(f32, s.lanes), outs[r], s.width * c), factors[r])
+                for r in range(WEIGH_ROWS)
+                for c in range(columns)
+            ]
+
+            def key(k, sums, block=block):
+                v = s.add(v0, s.mul(k, 2 * head_dim))
+                row = [s.from_half(s.load(vec(f16, s.lanes), v, 2 * (span * block + s.lanes * c))) for c in range(columns)]
+                new = []
+                for r in range(WEIGH_ROWS):
+                    p = s.splat(s.load(f32, s.add(ps[r], s.mul(k, 4))))
+                    new += [s.fma(p, row[c], sums[r * columns + c]) for c in range(columns)]
+                return new
+
+            sums = s.loop(n_keys, sums, key)
+            for r in range(WEIGH_ROWS):
+                for c in range(columns):
+                    s.store(sums[r * columns + c], outs[r], s.width * c)
+        return []
+
+    s.loop(s.b.sdiv(n_rows, i64(WEIGH_ROWS)), [], pair)
+    s.done()
+
+
+def _to_half(module, target):
+    """to_half(x, n, out): float32 to half, n a multiple of the lanes."""
+    s = Simd(module, target, "to_half", 3)
+    x, n, out = s.args
+
+    def step(i, _):
+        s.store(s.to_half(s.load(vec(f32, s.lanes), s.add(x, s.mul(i, s.width)))), s.add(out, s.mul(i, s.width // 2)))
+        return []
+
+    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
+    s.done()
+
+
+def _keys_aside(module, target, head_dim):
+    """keys_aside(keys, n_keys, out): half [n_keys, head_dim] as float32 [ceil(n_keys / span)][head_dim][span], so that the keys
+    stand side by side; the last one again where none is left.
+    """
+    s = Simd(module, target, "keys_aside", 3)
+    keys, n_keys, out = s.args
+    wide = span(head_dim, target)
+    last = s.b.sub(n_keys, i64(1))
+
+    def some(i, _):
+        first = s.mul(i, wide)
+        for part in range(0, wide, s.lanes):
+            numbers = [s.add(first, part + k) for k in range(s.lanes)]
+            rows = [s.add(keys, s.mul(s.b.select(s.b.icmp_signed("<", n, last), n, last), 2 * head_dim)) for n in numbers]
+            to = s.add(s.add(out, s.mul(first, 4 * head_dim)), 4 * part)
+
+            def columns(d, _, rows=rows, to=to):
+                at, here = s.mul(d, 2 * s.lanes), s.add(to, s.mul(d, 4 * s.lanes * wide))
+                for k, column in enumerate(s.transpose([s.from_half(s.load(vec(f16, s.lanes), s.add(r, at))) for r in rows])):
+                    s.store(column, here, 4 * wide * k)
+                return []
+
+            s.loop(i64(head_dim // s.lanes), [], columns)
+        return []
+
+    s.loop(s.b.sdiv(s.add(n_keys, wide - 1), i64(wide)), [], some)
+    s.done()
+
+
+def _widen(module, target):
+    """widen(x, n, out): half to float32, n a multiple of the lanes."""
+    s = Simd(module, target, "widen", 3)
+    x, n, out = s.args
+
+    def step(i, _):
+        s.store(s.from_half(s.load(vec(f16, s.lanes), s.add(x, s.mul(i, s.width // 2)))), s.add(out, s.mul(i, s.width)))
+        return []
+
+    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
+    s.done()
+
+
+def _product(module, target, head_dim):
+    """product(a, a_stride, n_rows, b, b_stride, depth, c, c_stride, state): c[r] = a[r] . b, `span` columns of it, all float32.
+
+    n_rows is a multiple of target.tile; a's columns and b's rows are `depth` many. With a state (as in softmax) for each row,
+    what stood in c times its factor comes on top; 0: nothing does.
+    """
+    s = Simd(module, target, "product", 9)
+    a0, a_stride, n_rows, b0, b_stride, depth, c0, c_stride, state0 = s.args
+    columns, tall = span(head_dim, target) // s.lanes, target.tile
+    keep = s.b.icmp_signed("!=", state0, i64(0))
+
+    def block(i, _):
+        first = s.mul(i, tall)
+        rows = [s.add(first, r) for r in range(tall)]
+        left = [s.add(a0, s.mul(a_stride, r)) for r in rows]
+        outs = [s.add(c0, s.mul(c_stride, r)) for r in rows]
+        sums = []
+        for r, out in zip(rows, outs, strict=True):
+            factor = s.splat(s.load(f32, s.b.select(keep, s.add(state0, s.mul(r, 12)), out), 8))
+            before = [s.b.fmul(s.load(vec(f32, s.lanes), out, s.width * c), factor) for c in range(columns)]
+            sums += [s.b.select(keep, v, s.zeros()) for v in before]
+
+        def step(k, sums):
+            right = s.add(b0, s.mul(b_stride, k))
+            row = [s.load(vec(f32, s.lanes), right, s.width * c) for c in range(columns)]
+            new = []
+            for r in range(tall):
+                value = s.splat(s.load(f32, s.add(left[r], s.mul(k, 4))))
+                new += [s.fma(value, row[c], sums[r * columns + c]) for c in range(columns)]
+            return new
+
+        sums = s.loop(depth, sums, step)
+        for r, out in enumerate(outs):
+            for c in range(columns):
+                s.store(sums[r * columns + c], out, s.width * c)
+        return []
+
+    s.loop(s.b.sdiv(n_rows, i64(tall)), [], block)
+    s.done()

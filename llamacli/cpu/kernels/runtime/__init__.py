@@ -1,0 +1,1 @@
+"""What runs compiled programs: the thread pool, and the guard against mapped files that are cut."""

@@ -1,0 +1,76 @@
+"""The KV cache: what attention remembers of the tokens so far.
+
+A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by
+doubling, so memory follows the conversation, never the file's context length. Halves, head-major: keys [n_kv_heads, capacity,
+head_dim], values alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity. Knows nothing
+of tokens or weights.
+"""
+
+import numpy as np
+
+from llamacli.errors import ContextFullError
+from llamacli.llama4.config import Config
+
+
+def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
+    """Bytes that a cache of `ctx` tokens holds when it is full; `chunked` False: as if no layer were capped at a chunk."""
+    per_token = 2 * config.n_kv_heads * config.head_dim * np.dtype(np.float16).itemsize
+    chunk = config.chunk_size if chunked else 0
+    return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
+
+
+class KVCache:
+    """Holds `pos` tokens, at most `ctx`."""
+
+    def __init__(self, config: Config, ctx: int):
+        self.ctx, self.pos = ctx, 0
+        self._newest = -1  # the position that the rings were last meant to reach; survives truncation and interrupts
+        self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in range(config.n_layers)]
+        self._shape = config.n_kv_heads, config.head_dim
+        self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
+        self.table = np.zeros((config.n_layers, 3), np.int64)
+        self._room = 0  # positions for which every layer has room and the table is right
+
+    def _empty(self, capacity: int) -> np.ndarray:
+        heads, dim = self._shape
+        return np.empty((heads, capacity, dim), np.float16)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(side.nbytes for layer in self._layers for side in layer)
+
+    def reserve(self, n: int) -> None:
+        """Make room for `n` more tokens; ContextFullError past ctx."""
+        need = self.pos + n
+        if need > self.ctx:
+            raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
+        self._newest = need - 1
+        if need <= self._room:
+            return
+        self._room = 0  # an interrupt from here on leaves table and layers at odds: the next call must go through all of them
+        for i, (layer, chunk) in enumerate(zip(self._layers, self._chunks, strict=True)):
+            held = layer[0].shape[1]
+            if held < need and not (chunk and held == chunk):
+                capacity = min(max(need, 2 * held, 256), chunk or self.ctx, self.ctx)
+                grown = tuple(self._empty(capacity) for _ in layer)
+                for old, new in zip(layer, grown, strict=True):
+                    new[:, :held] = old
+                self._layers[i] = grown
+            keys, values = self._layers[i]
+            self.table[i] = keys.ctypes.data, values.ctypes.data, keys.shape[1]
+        growing = (keys.shape[1] for (keys, _), chunk in zip(self._layers, self._chunks, strict=True) if keys.shape[1] != chunk)
+        self._room = min([self.ctx, *growing])
+
+    def truncate(self, pos: int) -> int:
+        """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
+
+        A ring holds only the chunk that was last written to, even if its tokens have been forgotten since. To go back into an
+        older one, its tokens must be evaluated again from its start.
+        """
+        pos = max(0, min(pos, self.pos))
+        chunk = max(self._chunks, default=0)
+        if chunk and pos < self.pos and max(self.pos - 1, self._newest) // chunk != pos // chunk:
+            pos = pos // chunk * chunk
+        self.pos = pos
+        return pos

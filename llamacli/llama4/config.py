@@ -1,0 +1,161 @@
+"""Metadata to a frozen, bounds-checked Config: what kind of Llama 4 this file holds.
+
+In: a GGUF of llama.cpp's or of Ollama's dialect. Out: `Config`, or an UnsupportedModelError for another architecture and a
+ModelFileError for numbers that make no sense. Knows nothing of weights beyond the embedding's height.
+
+Chunk size, temperature and QK norm come from the file where it says so, else they are Meta's. A chunk size of 0 (MobileLLM)
+turns chunks, layers without rotation and temperature off together. That is what llama.cpp means by `sliding_window` 0; its
+code at the time of writing leaves the last layer unrotated and then stops at an assertion.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.files.gguf import GGUF
+
+CHUNK, NO_ROPE_STEP, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 8192, 4, 8192.0, 0.1  # Meta's
+WITHOUT_QK_NORM = 128  # Maverick is told from Scout by its count of experts where the file does not say
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and switches of one model."""
+
+    n_layers: int
+    n_embd: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_ff: int  # of dense layers
+    n_ff_exp: int  # of routed and shared experts
+    n_experts: int
+    n_experts_used: int
+    moe_step: int  # every moe_step-th layer is a mixture; 0: none is
+    n_vocab: int
+    context_length: int  # what the file claims; nothing is sized from it
+    rope_theta: float
+    rms_eps: float
+    chunk_size: int  # 0: no chunks
+    no_rope_step: int  # every no_rope_step-th layer has no rotation and sees everything; 0: all layers rotate
+    temperature_length: float  # 0: no temperature
+    temperature_scale: float
+    use_qk_norm: bool
+
+    def is_moe(self, i: int) -> bool:
+        """Whether layer i has experts."""
+        return self.n_experts > 0 and self.moe_step > 0 and (i + 1) % self.moe_step == 0
+
+    def uses_rope(self, i: int) -> bool:
+        """Whether layer i rotates q and k (and is chunked)."""
+        return self.no_rope_step == 0 or (i + 1) % self.no_rope_step != 0
+
+    @classmethod
+    def from_gguf(cls, gguf: GGUF) -> "Config":
+        """Read and check the metadata; raises UnsupportedModelError or ModelFileError."""
+        arch = gguf.metadata.get("general.architecture")
+        if arch != "llama4":
+            found = f"{str(arch)[:40]!r}" if arch is not None else "none"
+            raise UnsupportedModelError(f"{gguf.path}: expected architecture llama4, found {found}; use a Llama 4 file")
+        read = _Reader(gguf)
+        n_embd, n_heads = read.count("embedding_length", 1, 1 << 17), read.count("attention.head_count", 1, 1 << 10)
+        head_dim = read.count("attention.key_length", 2, 1 << 10, default=n_embd // n_heads)
+        n_experts, n_ff = read.count("expert_count", 0, 1 << 12, default=0), read.count("feed_forward_length", 1, 1 << 20)
+        needed = None if n_experts else 0
+        chunk = read.count("attention.sliding_window", "attention.chunk_size", 0, 1 << 31, default=CHUNK)
+        config = cls(
+            n_layers=read.count("block_count", 1, 1 << 10),
+            n_embd=n_embd,
+            n_heads=n_heads,
+            n_kv_heads=read.count("attention.head_count_kv", 1, n_heads, default=n_heads),
+            head_dim=head_dim,
+            n_ff=n_ff,
+            n_ff_exp=read.count("expert_feed_forward_length", min(1, n_experts), 1 << 20, default=needed),
+            n_experts=n_experts,
+            n_experts_used=read.count("expert_used_count", min(1, n_experts), n_experts, default=min(1, n_experts)),
+            moe_step=read.count("interleave_moe_layer_step", 0, 1 << 10, default=needed),
+            n_vocab=_vocabulary(gguf, read),
+            context_length=read.count("context_length", 1, 1 << 40, default=CHUNK),
+            rope_theta=read.real("rope.freq_base", 1.0, 1e12, default=500_000.0),
+            rms_eps=read.real("attention.layer_norm_rms_epsilon", 1e-12, 0.1),
+            chunk_size=chunk,
+            no_rope_step=NO_ROPE_STEP if chunk else 0,
+            temperature_length=_temperature(read, "length", 1e12, TEMPERATURE_LENGTH) if chunk else 0.0,
+            temperature_scale=_temperature(read, "scale", 100.0, TEMPERATURE_SCALE),
+            use_qk_norm=read.flag("use_qk_norm", "attention.use_qk_norm", default=n_experts != WITHOUT_QK_NORM),
+        )
+        read.same("attention.value_length", head_dim, "key_length")
+        read.same("rope.dimension_count", head_dim, "key_length")
+        if n_heads % config.n_kv_heads:
+            raise read.wrong("attention.head_count", f"a multiple of head_count_kv ({config.n_kv_heads})", n_heads)
+        if head_dim % 2:
+            raise read.wrong("attention.key_length", "even", head_dim)
+        return config
+
+
+def _temperature(read: "_Reader", what: str, most: float, default: float) -> float:
+    value = read.real(f"attention.temperature_{what}", f"temperature_{what}", 0.0, most, default=default)
+    if what == "length" and 0.0 < value < 1.0:  # positions are divided by it
+        raise read.wrong("attention.temperature_length", "0 or a number from 1", value)
+    return value
+
+
+def _vocabulary(gguf: GGUF, read: "_Reader") -> int:
+    """The embedding's height, which `vocab_size` must confirm where it is given."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelFileError(f"{gguf.path}: expected a matrix token_embd.weight, found none; the file holds no model")
+    read.same("vocab_size", embedding.shape[0], "the height of token_embd.weight")
+    return embedding.shape[0]
+
+
+class _Reader:
+    """Values under `llama4.`, the first of several possible keys that is there."""
+
+    def __init__(self, gguf: GGUF):
+        self._gguf = gguf
+
+    def count(self, *keys_least_most, default: int | None = None) -> int:
+        """`count(key, ..., least, most)`: a whole number in bounds; a list of equal numbers, one a layer, is one too."""
+        *keys, least, most = keys_least_most
+        key, value = self._find(keys, default)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value) and (value == value[0]).all():
+            value = int(value[0])
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(key, f"a whole number from {least} to {most}", value)
+        return value
+
+    def real(self, *keys_least_most, default: float | None = None) -> float:
+        """`real(key, ..., least, most)`: a finite number in bounds."""
+        *keys, least, most = keys_least_most
+        key, value = self._find(keys, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+            raise self.wrong(key, f"a number from {least:g} to {most:g}", value)
+        return float(value)
+
+    def flag(self, *keys, default: bool) -> bool:
+        """A boolean, or a number that stands for one."""
+        key, value = self._find(keys, default)
+        if not isinstance(value, (bool, int)) or value not in (0, 1):
+            raise self.wrong(key, "true or false", value)
+        return bool(value)
+
+    def same(self, key: str, value: int, what: str) -> None:
+        """Refuse a key that is there and says something else."""
+        found = self._gguf.metadata.get("llama4." + key, value)
+        if type(found) is not int or found != value:
+            raise self.wrong(key, f"equal to {what} ({value})", found)
+
+    def _find(self, keys: list[str], default) -> tuple[str, object]:
+        for key in keys:
+            if (value := self._gguf.metadata.get("llama4." + key)) is not None:
+                return key, value
+        if default is None:
+            raise self.wrong(keys[0], "there", None)
+        return keys[0], default
+
+    def wrong(self, key: str, expected: str, found: object) -> ModelFileError:
+        shown = "no such key" if found is None else repr(found)[:60]
+        return ModelFileError(f"{self._gguf.path}: expected llama4.{key} to be {expected}, found {shown}; the file is damaged")

@@ -1,0 +1,154 @@
+"""What this machine has: memory that may still be taken, memory that this process holds, and its disk: how to read, how fast.
+
+Out: bytes, bytes a second. Memory is what the machine has left and, inside a cgroup (v1, v2, nested), what every limit above
+this process still allows; page cache that would give way counts as free. Knows nothing of models.
+"""
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from llamacli.files import pages
+
+RESERVE_SHARE, RESERVE_MOST = 20, 2 << 30  # of free memory, one part in twenty is left to others, 2 GiB at most
+
+
+def budget() -> int:
+    """Bytes that a process may plan with where nobody says how many: what is free, less a reserve for everyone else."""
+    free = memory_free()
+    return free - min(free // RESERVE_SHARE, RESERVE_MOST)
+
+
+def memory_free(root: Path = Path("/")) -> int:
+    """Bytes that the machine and every cgroup around this process can still give. `root` is where /proc and /sys lie."""
+    machine = _vm_stat() if sys.platform == "darwin" else _meminfo(root)
+    if machine is None:  # neither told: all there is
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min([machine, *_cgroups(root)]))
+
+
+def memory_short(root: Path = Path("/")) -> int:
+    """Bytes that are held beyond what a cgroup allows, because its limit was lowered; 0 as a rule."""
+    return max(0, -min(_cgroups(root), default=0))
+
+
+def resident(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process holds now, touched pages of mapped files included."""
+    try:
+        return int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        told = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True)
+        return int(told.stdout) * 1024
+
+
+def private(root: Path = Path("/")) -> int:
+    """Of it, what is this process's alone; 0 where the system does not say."""
+    try:
+        held, shared = (root / "proc/self/statm").read_text().split()[1:3]
+        return (int(held) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | None:
+    """Bytes a second at which pieces from anywhere in the file come from its disk, read as experts are.
+
+    The page cache is passed by, nothing is left in it. None where the file is smaller than a few pieces or lies where direct
+    reads are not possible (tmpfs).
+    """
+    from llamacli.files.reads import LANES, PIECE, open_direct  # it loads NumPy, which help does without
+
+    try:
+        fd = open_direct(path)
+    except OSError:
+        return None
+    try:
+        offsets = [piece * PIECE for piece in range(os.fstat(fd).st_size // PIECE)]
+        if len(offsets) < LANES:
+            return None
+        random.shuffle(offsets)
+        buffers = memoryview(pages.memory(LANES * PIECE))
+        buffers[:: os.sysconf("SC_PAGE_SIZE")] = bytes(-(-len(buffers) // os.sysconf("SC_PAGE_SIZE")))  # held from here on
+        began = time.perf_counter()
+
+        def lane(i: int) -> int:
+            """Read one's own pieces, each once, until time is up; returns the bytes."""
+            done, buffer = 0, buffers[i * PIECE : (i + 1) * PIECE]
+            for offset in offsets[i::LANES]:
+                done += os.preadv(fd, [buffer], offset)
+                if time.perf_counter() - began > seconds:
+                    break
+            return done
+
+        with ThreadPoolExecutor(LANES) as pool:
+            nbytes = sum(pool.map(lane, range(LANES)))
+        return nbytes / (time.perf_counter() - began)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _meminfo(root: Path) -> int | None:
+    return _field(root / "proc/meminfo", "MemAvailable:", 1024)
+
+
+def _field(path: Path, name: str, unit: int = 1) -> int | None:
+    """The number after `name` in a file of lines."""
+    try:
+        return next(int(line.split()[1]) * unit for line in path.read_text().splitlines() if line.split()[:1] == [name])
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _vm_stat() -> int | None:
+    """macOS: pages that are free, or hold a file's bytes that can be read again."""
+    try:
+        told = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
+        page = int(re.search(r"page size of (\d+)", told)[1])
+        pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable): +(\d+)", told, re.M)
+        return page * sum(map(int, pages)) if pages else None
+    except (OSError, subprocess.SubprocessError, TypeError):
+        return None
+
+
+def _cgroups(root: Path) -> Iterator[int]:
+    """What each memory cgroup from this process's own up to the top still allows."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, controllers_path = line.partition(":")
+        controllers, _, path = controllers_path.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        limits, used, kind = (
+            (["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_")
+            if controllers
+            else (["memory.max", "memory.high"], "memory.current", "")
+        )
+        # In a container the path may be one that only the host sees: then what is left of it is the top.
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):
+            for limit in limits:
+                if (most := _number(folder / limit)) is not None and (held := _number(folder / used)) is not None:
+                    cached = (_field(folder / "memory.stat", f"{kind}{age}_file") or 0 for age in ("active", "inactive"))
+                    yield most - held + sum(cached)
+            if folder == top:
+                break
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file; None for no such file and for "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,301 @@
+"""Where a model's bytes go under a promise of memory, and how fast it then should be. Arithmetic alone, nothing is read.
+
+In: a Config, the bytes of the tensors by kind, bytes of memory, a context. Out: a frozen `Placement`, or a MemoryLimitError
+that says what would fit; expected seconds by the speed of disk and memory. Knows nothing of files or processes.
+
+What every token passes (attention, shared experts, routers, norms, output) is resident, keys and values too. Routed experts are
+all mapped if everything fits; else each layer has a number of slots, the rest stays in the file. The embedding stays there
+as well: a token touches one row of it and the pages at its ends. A mapped file that does not fit would run, too, but then the
+kernel decides what is resident, and the promise would be its to break.
+"""
+
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from llamacli.cpu import kvcache
+from llamacli.cpu.experts import RING, spread
+from llamacli.cpu.kernels.formats.layout import ACT_BYTES
+from llamacli.cpu.kernels.jit.features import default_threads
+from llamacli.cpu.kernels.ops import attention, matmul
+from llamacli.errors import MemoryLimitError, UsageError
+from llamacli.llama4.config import Config
+from llamacli.plan import machine
+
+PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
+BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
+LOGITS_BATCH = 64  # rows of logits that the engine makes room for
+AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
+CTX_STEP = 1024  # a context that is trimmed is a multiple of it
+REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
+KINDS = {  # of tensors: a regular expression for their names; the first that matches counts
+    "routed experts": r"_exps\.",
+    "shared experts": r"_shexp\.",
+    "attention": r"attn_(q|k|v|output)\.",
+    "dense layers": r"ffn_(gate|up|down)\.",
+    "embedding": r"^token_embd\.",
+    "output": r"^output\.",
+    "norms and routers": r"",
+}
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+
+
+class Sizes(NamedTuple):
+    """Bytes of a model's weights: `kinds` by KINDS, `experts` of one routed expert of each layer that has some, `passing` of
+    the largest part of one that is read at a time in prompts.
+    """
+
+    kinds: dict[str, int]
+    experts: tuple[int, ...]
+    n_experts: int
+    passing: int
+
+    @property
+    def routed(self) -> int:
+        """All routed experts."""
+        return self.kinds["routed experts"]
+
+    @property
+    def one_each(self) -> int:
+        """One routed expert of every layer: what a slot a layer takes."""
+        return sum(self.experts)
+
+    @property
+    def looked_up(self) -> int:
+        """The embedding, unless it is the output too."""
+        return self.kinds["embedding"] if self.kinds["output"] else 0
+
+    @property
+    def always(self) -> int:
+        """What every token passes."""
+        return sum(self.kinds.values()) - self.routed - self.looked_up
+
+
+def weigh(tensors: Iterable[tuple[str, int]], config: Config) -> Sizes:
+    """The sizes of a model from its tensors' GGUF names and bytes; experts of layers that it does not have are passed over."""
+    kinds, n = dict.fromkeys(KINDS, 0), max(1, config.n_experts)
+    layers = {i: 0 for i in range(config.n_layers) if config.is_moe(i)}
+    parts: Counter[tuple[int, bool]] = Counter()
+    for name, nbytes in tensors:
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+        if kind == "routed experts":
+            i = int(_BLOCK.match(name)[1]) if _BLOCK.match(name) else -1
+            if i not in layers:
+                continue
+            layers[i] += nbytes // n
+            parts[i, "ffn_down" in name] += nbytes // n
+        kinds[kind] += nbytes
+    experts = tuple(layers.values()) if any(layers.values()) else ()
+    return Sizes(kinds, experts, config.n_experts, max(parts.values(), default=0))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes. Sizes in bytes; `resident` is the sum of what will be held at most."""
+
+    memory: int  # the promise
+    ctx: int
+    mode: str  # "mapped": all weights in memory as they lie in the file; "slots": some routed experts, the rest in the file
+    n_slots: int  # of all layers; all experts if mapped
+    weights: int  # always used; if mapped, all
+    experts: int  # in slots
+    kv: int  # at the full context
+    working: int  # the engine's buffers and the program
+    buffers: int  # for experts under way in prefill
+    rows: int  # pages of the embedding that tokens touched
+    batch: int  # tokens of a prompt that go through a layer together
+    sizes: Sizes
+    config: Config
+
+    @property
+    def resident(self) -> int:
+        """Memory held at the full context."""
+        return self.weights + self.experts + self.kv + self.working + self.buffers + self.rows
+
+    @property
+    def slots(self) -> float:
+        """Of a layer, on average."""
+        return self.n_slots / max(1, len(self.sizes.experts))
+
+    @property
+    def miss(self) -> float:
+        """The share of chosen experts that must be read from the file, were all chosen equally often."""
+        return 1 - self.slots / self.sizes.n_experts if self.sizes.experts else 0.0
+
+    @property
+    def read_per_token(self) -> float:
+        """Bytes from the file for a decoded token."""
+        return self.miss * self.config.n_experts_used * self.sizes.one_each
+
+
+def place(
+    config: Config,
+    sizes: Sizes,
+    memory: int,
+    ctx: int,
+    *,
+    threads: int = 1,
+    name: str = "the model",
+    slots: bool = False,
+) -> Placement:
+    """Decide what is resident within `memory` bytes at a context of `ctx` tokens.
+
+    `slots`: even if everything would fit. MemoryLimitError if that cannot hold the always-used weights, keys and values, and
+    the experts of one token.
+    """
+    batch = batch_within(config, memory, threads)
+    kv, working = kvcache.nbytes(config, ctx), _program(config) + working_bytes(config, threads, batch)
+    everything = sizes.always + sizes.looked_up + sizes.routed
+    if everything + kv + working <= memory and not (slots and sizes.experts):
+        n_slots = sizes.n_experts * len(sizes.experts)
+        return Placement(memory, ctx, "mapped", n_slots, everything, 0, kv, working, 0, 0, batch, sizes, config)
+    least = sizes.always + kv + working + _least(config, sizes, batch, slots)
+    if least > memory:
+        fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots)
+        parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
+        raise MemoryLimitError(
+            f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
+            f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
+        )
+    buffers, rows = RING * sizes.passing, _rows(config, sizes, batch)
+    each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_each)
+    more = bisect_right(list(accumulate(sizes.experts)), rest)
+    n_slots = min(sizes.n_experts * len(sizes.experts), each * len(sizes.experts) + more)
+    experts = sum(n * nbytes for n, nbytes in zip(spread(n_slots, len(sizes.experts)), sizes.experts, strict=True))
+    return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
+
+
+def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, slots: bool = False) -> int:
+    """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
+    batch = batch_within(config, memory, threads)
+    room = (
+        memory - _program(config) - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch, slots)
+    )
+    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
+    return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
+
+
+def _program(config: Config) -> int:
+    return PROGRAM + TOKEN * config.n_vocab
+
+
+def _rows(config: Config, sizes: Sizes, batch: int) -> int:
+    """Bytes of the embedding that a batch brings in, before they are let go: for each token a row and what is around it."""
+    embedding = sizes.kinds["embedding"]
+    return min(embedding, batch * (embedding // config.n_vocab + AROUND))
+
+
+def _least(config: Config, sizes: Sizes, batch: int, slots: bool = False) -> int:
+    """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
+    embedding; or else, unless there must be `slots`, all of it.
+    """
+    rest = sizes.routed + sizes.looked_up
+    if not sizes.experts:
+        return rest
+    few = config.n_experts_used * sizes.one_each + RING * sizes.passing + _rows(config, sizes, batch)
+    return few if slots else min(few, rest)
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
+
+
+def working_bytes(config: Config, threads: int, batch: int) -> int:
+    """What an engine whose `max_batch` is `batch` allocates for long prompts (model.Steps)."""
+    c = config
+    mixtures = [c.is_moe(i) for i in range(c.n_layers)]
+    k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)
+    n = max(SINGLE_BATCH, batch // max(1, k))
+    pairs = n * max(1, k)
+    n_ff = max(n_ff_exp if mixture else c.n_ff for mixture in mixtures)
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+
+    def row(width: int, codes: int = 0) -> int:
+        """A row of floats, padded to whole superblocks, and beside it its quantized form."""
+        return -(-width // 256) * (1024 + codes * ACT_BYTES)
+
+    token = row(c.n_embd) + row(c.n_embd, 1) + row(q) + 2 * row(kv) + row(q, 1) + row(n_ff, 1) + row(n_ff) + row(n_experts)
+    token += 4 * c.head_dim + 8 + 8  # angles, ids, the table of tokens
+    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 4 + 8 * c.n_layers  # experts, the table of pairs, scores, choices
+    pair += 16 if k else 0  # the guess and its table, with slots
+    widest = max(n_ff, n_ff_exp, c.n_embd, q)
+    scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest) + attention.scratch_bytes(c.head_dim)
+    return n * token + pairs * pair + 4 * min(n, LOGITS_BATCH) * c.n_vocab + threads * scratch
+
+
+# expected speed
+
+
+def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) -> float:
+    """Expected seconds for a token after `depth` others; `disk` and `bandwidth` (of memory) in bytes a second.
+
+    Every byte that a token needs is read from memory once, at the share of the bandwidth that decode reaches. An expert that
+    is missing is read from disk before; this cannot begin before the layer's router has chosen, and the next layer cannot
+    begin without the result. So only the same layer's shared expert and the expert's own products, piece by piece, are done
+    meanwhile: of those and the reading the longer counts, everything else is added. Every expert is equally likely.
+    """
+    sizes, k, reached = p.sizes, p.config.n_experts_used, REACHED_READING * bandwidth
+    before = (sizes.always - sizes.kinds["shared experts"] + kvcache.nbytes(p.config, depth)) / reached
+    beside = (sizes.kinds["shared experts"] + k * sizes.one_each) / reached
+    reading = k * sizes.one_each / disk
+    return before + (1 - p.miss) * beside + p.miss * max(beside, reading)
+
+
+def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | None) -> float:
+    """Expected seconds for a prompt of `tokens`: the longer of reading the experts that it touches and the arithmetic.
+
+    Each batch of it passes over them once. `multiply` is the machine's limit in operations a second, a multiply-add being two;
+    None: reading alone. Mapped experts are in memory already. Products of attention with the context are left out, so a
+    long prompt takes longer.
+    """
+    passes, rest = divmod(tokens, p.batch)
+    touched = passes * _touched(p, p.batch) + _touched(p, rest)
+    reading = touched * p.sizes.routed / disk if p.mode == "slots" else 0.0
+    computing = 2 * tokens * products_per_token(p.config) / (REACHED_MULTIPLYING * multiply) if multiply else 0.0
+    return max(reading, computing)
+
+
+def _touched(p: Placement, tokens: int) -> float:
+    """The share of a layer's experts that some of `tokens` choose."""
+    return 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
+
+
+def products_per_token(config: Config) -> int:
+    """Multiply-adds of weights for one token in all layers."""
+    c = config
+    attended = c.n_embd * 2 * (c.n_heads + c.n_kv_heads) * c.head_dim
+    mixture = c.n_experts + 3 * c.n_ff_exp * (1 + c.n_experts_used)
+    return sum(attended + c.n_embd * (mixture if c.is_moe(i) else 3 * c.n_ff) for i in range(c.n_layers))
+
+
+# at load
+
+
+def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int]:
+    """For Engine: the slots of all layers, 0 if all experts are to be used where the file is mapped, and the largest batch.
+
+    `memory` None: what the machine has free, less a reserve. `experts`: "mapped", "slots" or "auto".
+    """
+    if experts not in ("mapped", "slots", "auto"):
+        raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
+    if experts == "mapped" or not config.n_experts:
+        return 0, BATCH
+    sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config)
+    memory, threads = memory or machine.budget() + machine.private(), threads or default_threads()
+    placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
+    return placement.n_slots if placement.mode == "slots" else 0, placement.batch
+
+
+def batch_within(config: Config, memory: int, threads: int) -> int:
+    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, BATCH at most.
+
+    More of them read the experts less often, but what they take is missing for slots.
+    """
+    batch = BATCH
+    while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
+        batch //= 2
+    return batch

@@ -1,0 +1,258 @@
+"""Measurements: the work that is counted, the runs that are timed, the profile, random files of a shape, the picture."""
+
+import importlib.util
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+from fakes import CONFIG, FakeEngine, FakeModel
+
+from llamacli import LlamacliError, Model
+from llamacli.bench import measure, peer, plot
+from llamacli.bench.limits import multiply_gops, read_gbps
+from llamacli.bench.measure import Test, plan
+from llamacli.engine import Engine
+from llamacli.errors import OutputError, UsageError
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
+from quantize.shapes import SHAPES, Shape, nbytes, write
+
+Test.__test__ = False  # no class of tests, whatever its name
+SMALL = Shape("small", 8, 256, 2, 1, 128, 512, 256, 4, 1, 300, True)
+
+
+@pytest.fixture(autouse=True)
+def known_limits(monkeypatch):
+    monkeypatch.setattr(measure, "limits", lambda threads: (10.0, 1000.0))
+
+
+# what is run
+
+
+def test_every_length_is_measured_at_every_depth_and_zeros_are_left_out():
+    names = [test.name for test in plan([512, 4096], [0, 128], [0, 8192])]
+    assert names == ["pp512", "pp4096", "tg128", "pp512@d8192", "pp4096@d8192", "tg128@d8192"]
+
+
+def test_a_depth_is_filled_once_and_every_run_starts_there():
+    model = FakeModel(FakeEngine(chunk=64))
+    measure.speed(model, plan([8], [3], [20]), 2)
+    calls = [(at, len(ids)) for at, ids in model.engine.calls]
+    assert calls == [(0, 20)] + [(20, 8)] * 3 + [(20, 1), (21, 1), (22, 1)] * 3
+
+
+def test_a_run_over_a_chunks_edge_gets_the_lost_tokens_back_before_the_clock_starts(monkeypatch):
+    model, clock = FakeModel(FakeEngine(chunk=8)), []
+    monkeypatch.setattr(measure, "perf_counter", lambda: clock.append(len(model.engine.calls)) or float(len(clock)))
+    measure.speed(model, [Test(8, 5, False)], 1)
+    assert [(at, len(ids)) for at, ids in model.engine.calls] == [(0, 5), (5, 8), (0, 5), (5, 8)]
+    assert clock == [1, 2, 3, 4]
+
+
+def test_the_text_is_the_same_each_time_and_has_no_special_tokens():
+    model = FakeModel(FakeEngine())
+    ids = measure.tokens(model, 1000)
+    assert ids == measure.tokens(model, 1000)
+    assert max(ids) < 256
+    assert len(set(ids)) > 200
+
+
+def test_peers_take_turns_with_the_model_and_the_ratio_is_to_the_fastest():
+    turns = []
+
+    class Other:
+        def __init__(self, name, seconds):
+            self.name, self.pace = name, seconds
+
+        def seconds(self, test):
+            turns.append((self.name, len(model.engine.calls)))
+            return self.pace
+
+    model = FakeModel(FakeEngine(chunk=64))
+    (record,) = measure.speed(model, [Test(10, 0, False)], 1, peers=[Other("a", 4.0), Other("b", 2.0)])
+    assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert {name: found["tokens_per_second"] for name, found in record["peers"].items()} == {"a": 2.5, "b": 5.0}
+    assert record["ratio"] == pytest.approx(record["tokens_per_second"] / 5, rel=1e-3)
+
+
+# what is counted
+
+
+def test_attention_sees_its_chunk_in_rotary_layers_and_everything_in_others():
+    by_hand = sum(p % 8 + 1 for p in range(5, 25)) * 3 + sum(p + 1 for p in range(5, 25))
+    assert measure.seen(CONFIG, Test(20, 5, False)) == by_hand
+
+
+@pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}], ids=["scout", "maverick", "top-2"])
+def test_work_is_every_weight_that_a_token_meets(shape, tmp_path):
+    engine = load(tmp_path, **shape)
+    config, file = engine.config, engine.weights.keep[0]
+    share = config.n_experts_used / config.n_experts
+    products = nbytes_read = 0
+    for name, tensor in file.tensors.items():
+        if name.startswith("blk.") and len(tensor.shape) > 1:
+            part = share if name.endswith("_exps.weight") else 1
+            products += part * np.prod(tensor.shape)
+            nbytes_read += part * tensor.nbytes
+    assert engine.products_per_token == products
+    ends = file.tensors["output.weight"].nbytes + 4 * config.n_embd
+    assert engine.bytes_per_token == nbytes_read + ends
+
+
+def test_a_whole_model_costs_its_layers_and_the_ends_once():
+    record = {"tokens_per_second": 10.0, "profile": {"operations": {"experts": 3.0, "output": 1.0}, "layers": [1.5, 1.5]}}
+    assert measure.whole(record, 2, 2) == pytest.approx(10)
+    assert 1 / measure.whole(record, 2, 48) == pytest.approx(0.1 * (0.25 + 0.75 * 24))
+
+
+def test_the_limits_are_measured_and_more_than_nothing():
+    assert 0.1 < read_gbps(1, megabytes=16, rounds=1) < 10_000
+    assert 0.1 < multiply_gops(1, steps=10_000, rounds=1) < 100_000
+
+
+# profile
+
+
+def load(tmp_path, threads=2, **shape):
+    file = open_gguf(tiny.tiny_gguf(tmp_path / "tiny.gguf", **shape))
+    return Engine(file, Config.from_gguf(file), threads=threads)
+
+
+@pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK], ids=["scout", "maverick"])
+@pytest.mark.parametrize("n", [1, 20], ids=["decode", "prefill"])
+def test_a_profile_names_every_step_and_its_layer(shape, n, tmp_path):
+    engine = load(tmp_path, **shape)
+    ids = list(range(n))
+    expected = engine.forward(ids, engine.new_cache(n)).copy()
+    engine._steps.logits[:] = 0
+    steps = engine.profile(ids, engine.new_cache(n))
+    np.testing.assert_allclose(engine._steps.logits[0], expected, atol=1e-5)  # it has really been run
+    assert all(seconds > 0 for _, _, seconds in steps)
+    for i in range(engine.config.n_layers):
+        names = [name for layer, name, _ in steps if layer == i]
+        own = {"router", "experts", "shared expert"} if engine.config.is_moe(i) else {"dense"}
+        assert set(names) == {"norms", "projections", "attention"} | own
+        assert names[0] == "norms"
+        assert names.count("norms") == 2
+    assert [name for layer, name, _ in steps if layer is None] == ["embedding", "attention", "norms", "output"]
+
+
+def test_after_a_profile_the_engine_runs_as_before(tmp_path):
+    engine = load(tmp_path)
+    pool = engine._pool
+    with pytest.raises(LlamacliError):
+        engine.profile([1] * 3, engine.new_cache(2))
+    assert engine._pool is pool
+
+
+def test_a_profile_is_of_one_prompt_and_of_one_decoded_token(tmp_path):
+    model = FakeModel(FakeEngine(chunk=64))
+    prefill, decode = measure.speed(model, plan([8], [40], [0]), 1, profile=True)
+    for record in (prefill, decode):
+        assert record["profile"] == {
+            "operations": {"attention": 3.0, "experts": 1.0, "embedding": 0.5, "output": 0.5},
+            "layers": [2.0, 2.0],
+        }
+
+
+# files of a shape
+
+
+def test_sizes_are_the_published_ones():
+    weights = {"scout": 108e9, "maverick": 401e9}  # both without the vision tower
+    for name, shape in SHAPES.items():
+        bits = nbytes(shape, shape.n_layers) * 8 / weights[name]
+        assert 4.5 < bits < 4.8
+
+
+def test_a_random_file_runs_and_its_logits_are_finite(tmp_path):
+    path = tmp_path / "random.gguf"
+    write(SMALL, 2, path)
+    model = Model.load(path, threads=1)
+    assert sum(t.nbytes for t in model.gguf.tensors.values()) == nbytes(SMALL, 2)
+    assert model.gguf.tensors["blk.1.ffn_up_exps.weight"].type.name == "Q4_K"
+    assert model.gguf.tensors["blk.1.attn_q.weight"].type.name == "Q6_K"
+    logits = model.logits(measure.tokens(model, 20))
+    assert np.isfinite(logits).all()
+    assert 0.5 < logits.std() < 2
+
+
+def test_random_weights_have_the_spread_of_trained_ones(tmp_path):
+    write(SMALL, 1, tmp_path / "random.gguf")
+    for tensor in gguf.GGUFReader(tmp_path / "random.gguf").tensors:
+        if len(tensor.shape) > 1:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            expected = 1 if tensor.name == "token_embd.weight" else values.shape[-1] ** -0.5
+            assert 0.8 < values.std() / expected < 1.5, tensor.name
+            assert abs(values.mean()) < 0.05 * expected
+
+
+def test_the_same_seed_writes_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write(SMALL, 1, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_file_without_a_layer_of_each_kind_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="multiple of 2"):
+        write(SHAPES["maverick"], 3, tmp_path / "odd.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="room on the disk"):
+        write(SMALL, 1, tmp_path / "big.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+# llama.cpp and the picture
+
+
+def test_a_peer_that_dies_is_one_line_with_its_last_words(monkeypatch, tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("raise SystemExit('no such library')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))
+    with pytest.raises(LlamacliError, match="no such library"):
+        peer.Peer("file.gguf", 1, [1, 2], repack=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+def test_llama_cpp_runs_the_same_tests(tmp_path):
+    write(SMALL, 4, tmp_path / "random.gguf")
+    other = peer.Peer(tmp_path / "random.gguf", 1, [1, 2, 3, 4] * 5, repack=False)
+    try:
+        for test in plan([8], [4], [0, 10]) * 2:
+            assert 0 < other.seconds(test) < 60
+    finally:
+        other.close()
+
+
+def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UsageError, match="pip install matplotlib"):
+        plot.check()
+
+
+def test_the_picture_has_a_line_for_each_engine_and_length():
+    def record(test, depth, rate):
+        return {
+            "test": test,
+            "depth": depth,
+            "tokens_per_second": rate,
+            "peers": {"llama.cpp": {"tokens_per_second": rate / 2}},
+        }
+
+    lines = plot._lines([record("tg8", 0, 4.0), record("tg8@d64", 64, 2.0)])
+    assert lines == {"llamacli tg8": [(0, 4.0), (64, 2.0)], "llama.cpp tg8": [(0, 2.0), (64, 1.0)]}
+
+
+def test_the_picture_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    record = {"test": "tg8", "depth": 0, "tokens_per_second": 4.0}
+    plot.draw([record], "title", tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(OutputError):
+        plot.draw([record], "title", tmp_path / "bench.nonsense")

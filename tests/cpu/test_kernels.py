@@ -1,0 +1,321 @@
+"""Every leaf, in every variant this CPU can run, against gguf-py's dequantization and NumPy; with `-m arm` ARM's, emulated."""
+
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Barrier
+
+import arm
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from llamacli.cpu.kernels.formats import dots, floats, tiles
+from llamacli.cpu.kernels.formats import layout as formats
+from llamacli.cpu.kernels.jit import intrinsics as words
+from llamacli.cpu.kernels.jit import loader as jit
+from llamacli.cpu.kernels.jit.loader import TARGET, assembly, host_targets, load, targets
+from llamacli.cpu.kernels.ops import matmul, vectors
+from llamacli.cpu.kernels.runtime.pool import Pool, Program
+from llamacli.errors import UsageError
+from llamacli.files.ggml import BY_NAME
+
+EMULATED = [pytest.mark.arm, pytest.mark.skipif(bool(arm.missing()), reason=f"needs {arm.missing()}")]
+VARIANTS = [pytest.param(target, id=target.name) for target in host_targets()]
+# the registers of 32 bytes of an AVX-VNNI machine, by AVX-512's encoding of the same instructions
+VARIANTS += [
+    pytest.param(t._replace(name="vnni256", width=32, tile=4, tile_vectors=1), id="vnni256")
+    for t in host_targets()
+    if t.name == "avx512vnni"
+]
+VARIANTS += [pytest.param(target, id=name, marks=EMULATED) for name, target in arm.TARGETS.items()]
+HEAD_DIM = 64
+
+
+def leaves(name, build, symbols, target):
+    return (arm.load if target.name in arm.TARGETS else load)(name, build, symbols, target)
+
+
+def run(address, *args):
+    if isinstance(address, arm.Leaf):
+        return address(*args)
+    words.run(address, *(a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in args))
+
+
+def random_rows(name, n_rows, n_cols, rng):
+    """Rows of random blocks with sane scales, and what they mean as float32."""
+    kind = BY_NAME[name]
+    raw = rng.integers(0, 256, (n_rows, n_cols // kind.block, kind.nbytes), dtype=np.uint8)
+    heads = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
+    for at in heads.get(name, (0,)):
+        scale = (rng.random(raw.shape[:2]) * 0.01 + 0.001).astype(np.float16)
+        raw[..., at : at + 2] = scale[..., None].view(np.uint8).reshape(*scale.shape, 2)
+    raw = raw.reshape(n_rows, -1)
+    if name in formats.FLOATS:
+        raw = quantize(rng.standard_normal((n_rows, n_cols)).astype(np.float32), GGMLQuantizationType[name]).view(np.uint8)
+    return raw, dequantize(raw, GGMLQuantizationType[name]).astype(np.float32)
+
+
+def activations(x, target):
+    """int8 superblocks of float rows, and the float rows that they stand for."""
+    n, n_cols = x.shape
+    supers = -(-n_cols // 256)
+    padded = np.zeros((n, supers * 256), np.float32)
+    padded[:, :n_cols] = x
+    codes = np.zeros((n, supers, formats.ACT_BYTES), np.int8)
+    quantize_leaf = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
+    for t in range(n):
+        run(quantize_leaf, padded[t], supers, codes[t])
+    d = codes[..., formats.D : formats.D + 32].copy().view(np.float32)
+    q = codes[..., :256].reshape(n, supers, 8, 32).astype(np.float32)
+    return codes, (q * d[..., None]).reshape(n, -1)[:, :n_cols]
+
+
+@pytest.mark.parametrize("target", VARIANTS)
+class TestVariants:
+    def test_activations_keep_seven_bits_and_their_sums(self, target):
+        x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+        x[1, 32:64] = 0
+        codes, back = activations(x, target)
+        assert np.abs(back - x).max() <= np.abs(x).max() / 127
+        s32 = codes[..., formats.S32 : formats.S32 + 32].copy().view(np.float32).reshape(3, -1)
+        s16 = codes[..., formats.S16 : formats.S16 + 64].copy().view(np.float32).reshape(3, -1)
+        np.testing.assert_allclose(s32, back.reshape(3, -1, 32).sum(-1), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(s16, back.reshape(3, -1, 16).sum(-1), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("name", formats.QUANTIZED)
+    def test_block_rows_times_int8(self, name, target):
+        rng = np.random.default_rng(1)
+        step = target.lanes * target.tile_vectors
+        n_rows, n_cols, n = 2 * step + 1, 768, target.tile
+        raw, meant = random_rows(name, n_rows, n_cols, rng)
+        codes, x = activations(rng.standard_normal((n, n_cols)).astype(np.float32), target)
+        want = x @ meant.T
+        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got, aside = np.full((n, n_rows), 7, np.float32), np.zeros(codes[0].size, np.int8)
+        run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, aside)
+        np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
+        size = 3 * tiles.panel_bytes(name, target.lanes)
+        panels = np.zeros((target.tile_vectors, size), np.uint8)
+        got[:] = np.nan
+        xs = arm.pointers(codes)
+        outs = arm.pointers(got)
+        packed = np.zeros(3 * tiles.packed_bytes(name, target.tile), np.uint8)
+        run(f["pack"], xs, 3, packed)
+        for r in range(0, n_rows - 1, step):
+            for v, panel in enumerate(panels):
+                run(f["prepare"], raw[r + v * target.lanes :], raw.shape[1], 3, panel)
+            run(f["tile"], panels, 3, packed, outs, 4 * r, 0)
+        np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
+        assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
+
+    @pytest.mark.parametrize("name", [name for name, f in formats.QUANTIZED.items() if f.block == 32])
+    def test_rows_that_end_within_a_superblock(self, name, target):
+        rng = np.random.default_rng(2)
+        raw, meant = random_rows(name, 5, 352, rng)
+        codes, x = activations(rng.standard_normal((1, 352)).astype(np.float32), target)
+        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got, aside = np.zeros(5, np.float32), np.zeros(codes.size, np.int8)
+        run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0, aside)
+        np.testing.assert_allclose(got, (x @ meant.T)[0], atol=2e-5 * np.abs(x @ meant.T).max())
+
+    @pytest.mark.parametrize("name", formats.FLOATS)
+    def test_float_rows(self, name, target):
+        rng = np.random.default_rng(3)
+        raw, meant = random_rows(name, 7, 203, rng)
+        x = rng.standard_normal((4, 203)).astype(np.float32)
+        f = leaves(name, lambda t: floats.floats(name, t), floats.SYMBOLS, target)
+        got = np.zeros((4, 7), np.float32)
+        xs, outs = (arm.pointers(m) for m in (x, got))
+        run(f["tile"], raw, raw.shape[1], 7, 203, xs, outs, 0, 0)
+        np.testing.assert_allclose(got, x @ meant.T, atol=1e-4)
+        run(f["matvec"], raw, raw.shape[1], 7, 203, x, got, 1, 0)
+        np.testing.assert_allclose(got[0], 2 * (x @ meant.T)[0], atol=1e-4)
+
+    @pytest.mark.parametrize("name", [*formats.QUANTIZED, *formats.FLOATS])
+    def test_a_row_dequantized(self, name, target):
+        raw, meant = random_rows(name, 1, 512, np.random.default_rng(4))
+        build, symbols = (floats.floats, floats.SYMBOLS) if name in formats.FLOATS else (dots.quantized, dots.SYMBOLS)
+        f = leaves(name, lambda t: build(name, t), symbols, target)
+        got = np.zeros(512, np.float32)
+        run(f["dequantize"], raw, 512, got)
+        np.testing.assert_allclose(got, meant[0], rtol=1e-5, atol=1e-6 * np.abs(meant).max())
+
+    def test_float_vectors(self, target):
+        rng = np.random.default_rng(5)
+        f = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        gate, up, factor = (rng.standard_normal(n).astype(np.float32) * 20 for n in (256, 256, 1))
+        gate[0], gate[1] = 3000, -3000
+        factor[0] = 0.7
+        g = gate.astype(np.float64) * factor
+        want = g / (1 + np.exp(-g.clip(-700))) * up * factor
+        run(f["swiglu"], gate, up, factor, 256)
+        np.testing.assert_allclose(gate, want, rtol=1e-5, atol=1e-6)
+
+        half = np.zeros(256, np.float16)
+        x = np.concatenate([rng.standard_normal(200) * 10.0 ** rng.integers(-9, 4, 200), np.zeros(56)]).astype(np.float32)
+        x[200:204] = 65504, -65519, 1e9, -1e9
+        run(f["to_half"], x, 256, half)
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(half, x.astype(np.float16))
+
+    @pytest.mark.parametrize("n_keys", [1, 7, 32, 37, 100])
+    def test_a_product_with_keys_set_aside_is_the_product(self, target, n_keys):
+        f, rng = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
+        span, rows = vectors.span(HEAD_DIM, target), 2 * target.tile
+        keys = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
+        queries = rng.standard_normal((rows, HEAD_DIM)).astype(np.float32)
+        aside = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
+        run(f["keys_aside"], keys, n_keys, aside)
+        out = np.full((rows, aside.shape[0] * span), np.nan, np.float32)
+        for b in range(aside.shape[0]):
+            run(
+                f["product"], queries, 4 * HEAD_DIM, rows, aside[b], 4 * span, HEAD_DIM, out[:, b * span :], 4 * out.shape[1], 0
+            )
+        np.testing.assert_allclose(out[:, :n_keys], queries @ keys.astype(np.float32).T, atol=1e-4)
+
+    def test_a_product_adds_to_what_stands_times_its_factor(self, target):
+        f, rng = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
+        span, rows, n_keys = vectors.span(HEAD_DIM, target), 2 * target.tile, 21
+        half = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
+        values, p = np.empty((n_keys, HEAD_DIM), np.float32), rng.random((rows, n_keys)).astype(np.float32)
+        run(f["widen"], half, half.size, values)
+        np.testing.assert_array_equal(values, half.astype(np.float32))
+        out, state = (rng.standard_normal((rows, n)).astype(np.float32) for n in (HEAD_DIM, 3))
+        want = state[:, 2:] * out + p @ values
+        for c in range(0, HEAD_DIM, span):
+            args = p, 4 * n_keys, rows, values[:, c:], 4 * HEAD_DIM, n_keys, out[:, c:], 4 * HEAD_DIM, state
+            run(f["product"], *args)
+        np.testing.assert_allclose(out, want, atol=1e-4)
+
+    def test_softmax_in_blocks_is_softmax(self, target):
+        rng = np.random.default_rng(6)
+        f = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        scores = (rng.standard_normal((2, 2, 64)) * 30).astype(np.float32)
+        values = rng.standard_normal((2, 64, HEAD_DIM)).astype(np.float16)
+        valid, scale = np.array([[64, 37], [5, 0]]), np.array([0.5], np.float32)
+        out, state = np.full((2, HEAD_DIM), 0.0, np.float32), np.array([[-3e38, 0, 0]] * 2, np.float32)
+        want = []
+        for r in range(2):
+            s = np.concatenate([scores[b, r, : valid[r, b]] for b in range(2)]).astype(np.float64) * 0.5
+            v = np.concatenate([values[b, : valid[r, b]] for b in range(2)]).astype(np.float64)
+            p = np.exp(s - s.max())
+            want.append(p @ v / p.sum())
+        for b in range(2):
+            for r in range(2):
+                run(f["softmax"], scores[b, r], valid[r, b], 64, state[r], scale)
+            run(f["weigh"], scores[b], 256, 2, values[b], 64, out, state)
+        np.testing.assert_allclose(out / state[:, 1:2], want, rtol=1e-4, atol=1e-5)
+
+
+DOTPROD, I8MM = ("dotprod",), ("dotprod", "i8mm")
+
+
+@cache
+def arm_products(name, cpu, features):
+    """How often each instruction that multiplies bytes stands in each leaf, for an ARM CPU."""
+    triple = "arm64-apple-macosx14.0.0" if cpu.startswith("apple") else "aarch64-unknown-linux-gnu"
+    text = assembly(lambda t: dots.quantized(name, t), targets(triple, cpu, dict.fromkeys(features, True))[0])
+    assert "\tbl\t" not in text, "a leaf must not call the library"
+    parts = re.split(r"^_?([a-z]+):", text, flags=re.M)[1:]
+    return {
+        leaf: Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", code))
+        for leaf, code in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+@pytest.mark.parametrize(
+    ("cpu", "features", "row", "tile"),
+    [
+        ("apple-m1", DOTPROD, "sdot", "sdot"),
+        ("apple-m2", I8MM, "usdot", "usmmla"),
+        ("neoverse-v1", I8MM, "usdot", "usmmla"),
+    ],
+)
+def test_arm_multiplies_bytes_with_the_best_that_the_cpu_has(name, cpu, features, row, tile):
+    used = arm_products(name, cpu, features)
+    assert list(used["matvec"]) == [row]
+    assert list(used["tile"]) == [tile]
+    assert min(used["matvec"][row], used["tile"][tile]) >= 32
+
+
+def test_avx_vnni_is_used_where_there_are_no_registers_of_64_bytes():
+    has = dict.fromkeys(("avx2", "fma", "f16c", "avxvnni"), True)
+    best = targets("x86_64-unknown-linux-gnu", "alderlake", has)[0]
+    text = assembly(lambda t: dots.quantized("Q4_K", t), best)
+    assert best.name == "avxvnni"
+    assert "{vex}\tvpdpbusd" in text
+    assert "zmm" not in text
+    assert "vpmaddubsw" not in text
+
+
+def test_codes_above_127_cost_no_more_where_only_signed_bytes_are_multiplied():
+    assert arm_products("Q8_0", "apple-m1", DOTPROD)["tile"] == arm_products("Q4_K", "apple-m1", DOTPROD)["tile"]
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize("name", ["Q6_K", "Q8_0", "F16"])
+def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
+    """Odd row counts, any number of tokens, more threads than cores; canaries after the scratch and after every row."""
+    rng, pool = np.random.default_rng(7), Pool(threads)
+    for n_rows, n_cols, n in ((33, 256, 5), (97, 512, 241), (300, 768, 487), (31, 256, 3), (5, 256, 1), (257, 512, 1)):
+        raw, meant = random_rows(name, n_rows, n_cols, rng)
+        x = rng.standard_normal((n, n_cols)).astype(np.float32)
+        codes, rounded = activations(x, TARGET)
+        codes = np.ascontiguousarray(codes.reshape(n, -1))
+        size = matmul.scratch_bytes(n, n_rows, n_cols)
+        scratch = np.full((threads, size + 4096), 0xAB, np.uint8)
+        out = np.full((n, n_rows + 8), np.nan, np.float32)
+        table = np.concatenate([[0, n], np.arange(n)]).astype(np.int64)
+        m = matmul.Matrix(raw.ctypes.data, name, 1, n_rows, n_cols, raw.shape[1])
+        rows = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
+        program = Program()
+        program.add(
+            matmul.matmul,
+            matmul.arguments(m, rows, matmul.Rows(out.ctypes.data, out.strides[0]), table.ctypes.data, scratch, n),
+        )
+        want = (x if name == "F16" else rounded) @ meant.T
+        for _ in range(2):  # the second time nothing may be taken for done
+            out[:, :n_rows] = np.nan
+            pool.run(program.seal())
+            np.testing.assert_allclose(out[:, :n_rows], want, atol=1e-3 * np.abs(want).max())
+        assert np.isnan(out[:, n_rows:]).all()
+        assert (scratch[:, size:] == 0xAB).all()
+
+
+@pytest.mark.parametrize("damage", [lambda code: b"", lambda code: code[:-9], lambda code: code[:99] + b"?" + code[100:]])
+def test_damaged_object_code_is_compiled_again_not_run(damage, tmp_path, monkeypatch):
+    monkeypatch.setattr(jit, "CACHE", tmp_path)
+    monkeypatch.setattr(jit, "_libraries", {})
+    build = vectors.build(HEAD_DIM)
+    first = load("fresh", build, vectors.SYMBOLS)
+    (file,) = tmp_path.glob("fresh-*.o")
+    sound = file.read_bytes()
+    file.write_bytes(damage(sound))
+    monkeypatch.setattr(jit, "_libraries", {})
+    again = load("fresh", build, vectors.SYMBOLS)
+    assert file.read_bytes() == sound
+    assert again.keys() == first.keys()
+
+
+def test_threads_that_load_the_same_leaves_get_the_same_code(tmp_path, monkeypatch):
+    """A second copy would take the first one's place, and unload it from under whoever runs it."""
+    monkeypatch.setattr(jit, "CACHE", tmp_path)
+    monkeypatch.setattr(jit, "_libraries", {"jit": jit._compiler()})
+    start, build = Barrier(8), vectors.build(HEAD_DIM)
+
+    def address(_):
+        start.wait(60)
+        return load("shared", build, vectors.SYMBOLS)[vectors.SYMBOLS[0]]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(address, range(8)))) == 1
+
+
+def test_an_unknown_variant_is_refused(monkeypatch):
+    monkeypatch.setenv("LLAMACLI_SIMD", "avx1024")
+    with pytest.raises(UsageError, match=r"expected one of .*, found avx1024"):
+        jit.chosen_target()

@@ -1,0 +1,285 @@
+"""Where bytes go under a promise of memory: Scout and Maverick by their shapes, the engine's own buffers, the arithmetic of
+speed."""
+
+from dataclasses import replace
+
+import pytest
+from tiny import MAVERICK, SCOUT, tiny_gguf
+
+from llamacli.cpu import kvcache
+from llamacli.cpu.experts import spread
+from llamacli.engine import Engine
+from llamacli.errors import MemoryLimitError
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
+from llamacli.plan import placement
+from llamacli.plan.placement import (
+    allot,
+    batch_within,
+    decode_seconds,
+    fit_ctx,
+    place,
+    prefill_seconds,
+    products_per_token,
+    weigh,
+    working_bytes,
+)
+from quantize import shapes
+
+GB = 10**9
+
+
+def real(name):
+    """Config and sizes of the published model, routed experts in Q4_K, the rest in Q6_K."""
+    shape = shapes.SHAPES[name]
+    tensors = [(t.name, t.nbytes) for t in shapes._tensors(shape, shape.n_layers)]
+    config = Config(
+        *(shape.n_layers, shape.n_embd, shape.heads, shape.kv_heads, shape.head_dim, shape.n_ff, shape.n_ff_exp),
+        *(shape.experts, 1, shape.moe_step, shape.vocab, 10485760, 5e5, 1e-5, 8192, 4, 8192.0, 0.1, shape.use_qk_norm),
+    )
+    return config, weigh(tensors, config)
+
+
+@pytest.fixture(scope="module")
+def scout():
+    return real("scout")
+
+
+@pytest.fixture(scope="module")
+def maverick():
+    return real("maverick")
+
+
+def test_scouts_bytes_by_kind(scout):
+    _, sizes = scout
+    assert sizes.routed == 48 * 16 * 3 * 5120 * 8192 * 144 // 256
+    assert sizes.experts == (3 * 5120 * 8192 * 144 // 256,) * 48
+    assert sizes.kinds["shared experts"] == 48 * 3 * 5120 * 8192 * 210 // 256
+    assert sizes.looked_up == sizes.kinds["output"] == 202048 * 5120 * 210 // 256
+    assert sum(sizes.kinds.values()) == sizes.always + sizes.looked_up + sizes.routed == pytest.approx(63.5 * GB, rel=1e-3)
+
+
+def test_half_of_mavericks_layers_have_experts(maverick):
+    _, sizes = maverick
+    assert len(sizes.experts) == 24
+    assert sizes.kinds["dense layers"] == 24 * 3 * 5120 * 16384 * 210 // 256
+    assert sizes.one_each == pytest.approx(1.7 * GB, rel=1e-2)
+
+
+def test_an_embedding_that_is_also_the_output_is_always_used(scout):
+    config = replace(scout[0], n_layers=1, n_experts=4)
+    sizes = weigh([("token_embd.weight", 100), ("blk.0.ffn_up_exps.weight", 40)], config)
+    assert (sizes.looked_up, sizes.always, sizes.experts) == (0, 100, (10,))
+
+
+def test_everything_is_mapped_where_it_fits_and_not_a_byte_sooner(scout):
+    config, sizes = scout
+    p = place(config, sizes, 128 * GB, 8192)
+    assert (p.mode, p.slots, p.miss, p.read_per_token) == ("mapped", 16, 0, 0)
+    assert place(config, sizes, p.resident, 8192).mode == "mapped"
+    assert place(config, sizes, p.resident - 1, 8192).mode == "slots"
+
+
+@pytest.mark.parametrize("memory", [16, 24, 32, 48, 64])
+def test_slots_fill_the_memory_and_the_promise_holds(scout, memory):
+    config, sizes = scout
+    p = place(config, sizes, memory * GB, 8192)
+    assert p.mode == "slots"
+    assert 1 <= p.slots <= 16
+    assert p.resident <= memory * GB
+    assert p.slots == 16 or p.resident + max(sizes.experts) > memory * GB
+    assert p.resident == p.weights + p.experts + p.kv + p.working + p.buffers + p.rows
+    assert p.experts == pytest.approx(p.slots * sizes.one_each, rel=1e-2)
+    assert p.miss == 1 - p.slots / 16
+    assert p.read_per_token == pytest.approx(p.miss * 3.3974e9, rel=1e-3)
+
+
+def test_what_is_left_is_one_slot_more_for_some_layers(scout):
+    config, sizes = scout
+    p = place(config, sizes, 32 * GB, 8192)
+    more = place(config, sizes, 32 * GB + sizes.one_each // 2, 8192)
+    assert 20 <= more.n_slots - p.n_slots <= 28
+    assert spread(more.n_slots, 48).count(int(more.slots) + 1) == more.n_slots % 48
+
+
+def test_layers_of_unequal_size_hold_what_was_planned_in_whatever_order_the_file_has_them(scout):
+    """Slots gives the first layers one more; experts of layers that the model does not have change nothing."""
+    config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=8)
+    nbytes = {2: GB, 3: GB, 0: 2 * GB, 1: 2 * GB, 77: 8}
+    tensors = [("output.weight", 10**6), *((f"blk.{i}.ffn_up_exps.weight", 8 * n) for i, n in nbytes.items())]
+    sizes = weigh(tensors, config)
+    assert sizes.experts == (2 * GB, 2 * GB, GB, GB)
+    for memory in range(15, 60):
+        p = place(config, sizes, memory * GB, 1024)
+        if p.mode == "slots":
+            held = sum(n * each for n, each in zip(spread(p.n_slots, 4), sizes.experts, strict=True))
+            assert held == p.experts
+            assert p.resident <= memory * GB
+
+
+def test_more_context_takes_slots_away_first(scout):
+    config, sizes = scout
+    slots = [place(config, sizes, 32 * GB, ctx).slots for ctx in (8192, 65536, 262144)]
+    assert slots == sorted(slots, reverse=True)
+    assert len(set(slots)) == 3
+
+
+def test_keys_and_values_of_chunked_layers_stop_at_a_chunk(scout):
+    config, sizes = scout
+    per_layer = 2 * 8 * 128 * 2
+    assert place(config, sizes, 128 * GB, 1 << 20).kv == per_layer * (36 * 8192 + 12 * (1 << 20))
+
+
+def test_tokens_bring_in_rows_of_the_embedding_and_what_is_around_them(scout):
+    config, sizes = scout
+    p = place(config, sizes, 32 * GB, 1 << 18)
+    assert p.rows == p.batch * (5120 * 210 // 256 + 65536)
+    assert place(config, sizes, 128 * GB, 8192).rows == 0  # it is resident with all else
+
+
+def test_what_does_not_fit_is_refused_with_what_is_needed_and_a_context_that_fits(scout):
+    config, sizes = scout
+    with pytest.raises(MemoryLimitError) as refusal:
+        place(config, sizes, 24 * GB, 1 << 20, name="scout.gguf")
+    words = str(refusal.value)
+    assert words.startswith("scout.gguf: expected at least ")
+    assert "found 24.00 GB" in words
+    ctx = int(words.partition("--ctx ")[2].split()[0])
+    assert 1 <= place(config, sizes, 24 * GB, ctx).slots < 1.1
+    with pytest.raises(MemoryLimitError):
+        place(config, sizes, 24 * GB, ctx + placement.CTX_STEP)
+    memory = round(float(words.partition("--memory ")[2].removesuffix("G")) * GB)
+    assert place(config, sizes, memory, 1 << 20).slots >= 1
+
+
+def test_no_context_is_suggested_where_none_would_help(scout):
+    config, sizes = scout
+    assert fit_ctx(config, sizes, 4 * GB, 8192) == 0
+    with pytest.raises(MemoryLimitError, match=r"use --memory \d+\.\dG$"):
+        place(config, sizes, 4 * GB, 8192)
+
+
+def test_a_context_is_trimmed_only_where_it_must_be(scout):
+    config, sizes = scout
+    assert fit_ctx(config, sizes, 24 * GB, 5000) == 5000
+    trimmed = fit_ctx(config, sizes, 24 * GB, 1 << 20)
+    assert 0 < trimmed < 1 << 20
+    assert trimmed % 1024 == 0
+
+
+@pytest.mark.parametrize("n_experts", [1, 16])
+@pytest.mark.parametrize("memory", [1.0, 1.3, 2.0, 3.0])
+def test_the_context_that_fits_is_the_largest_that_is_accepted(scout, n_experts, memory):
+    """With 1 expert, one slot and the ring would be more than all there are."""
+    config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=n_experts)
+    experts = [(f"blk.{i}.ffn_up_exps.weight", n_experts * 10_000_000) for i in range(4)]
+    sizes = weigh([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], config)
+    fits = fit_ctx(config, sizes, int(memory * GB), 1 << 20)
+    assert fits > 0
+    assert place(config, sizes, int(memory * GB), fits).resident <= memory * GB
+    if fits < 1 << 20:
+        with pytest.raises(MemoryLimitError):
+            place(config, sizes, int(memory * GB), fits + placement.CTX_STEP)
+
+
+def test_a_model_that_uses_two_experts_needs_two_slots(scout):
+    config, sizes = scout
+    two = replace(config, n_experts_used=2)
+    least = place(config, sizes, 16 * GB, 8192)
+    memory = least.resident - least.experts + sizes.one_each
+    assert place(config, sizes, memory, 8192).slots == 1
+    with pytest.raises(MemoryLimitError):
+        place(two, sizes, memory, 8192)
+
+
+def test_slots_may_be_wanted_where_all_would_fit(scout):
+    p = place(*scout, 128 * GB, 8192, slots=True)
+    assert (p.mode, p.slots, p.miss) == ("slots", 16, 0)
+
+
+def test_little_memory_means_small_batches_which_read_the_experts_more_often(scout):
+    config, sizes = scout
+    batches = [batch_within(config, memory, 1) for memory in (1 * GB, 4 * GB, 8 * GB, 64 * GB)]
+    assert batches == sorted(batches)
+    assert (batches[0], batches[-1]) == (64, 2048)
+    assert working_bytes(config, 1, batches[2]) <= GB / 2
+    assert place(config, sizes, 16 * GB, 8192).batch == batch_within(config, 16 * GB, 1)
+
+
+@pytest.mark.parametrize(
+    "experts, memory, slots", [("mapped", 1, 0), ("auto", 40 * GB, 0), ("slots", 40 * GB, 4 * 4), ("auto", 1, None)]
+)
+def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, slots):
+    gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf"))
+    config = Config.from_gguf(gguf)
+    if slots is None:
+        with pytest.raises(MemoryLimitError, match=r"tiny\.gguf"):
+            allot(gguf, config, 64, 1, memory, experts)
+    else:
+        assert allot(gguf, config, 64, 1, memory, experts) == (slots, 2048)
+
+
+def test_a_model_without_experts_is_mapped_or_refused():
+    config = replace(real("scout")[0], n_experts=0, n_experts_used=0, moe_step=0)
+    sizes = weigh([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], config)
+    p = place(config, sizes, 10 * GB, 1024)
+    assert (p.mode, p.weights) == ("mapped", 3 * GB)
+    assert decode_seconds(p, 1, 1e9) == pytest.approx(2 / placement.REACHED_READING)
+    assert prefill_seconds(p, 10, 1e9, None) == 0
+    with pytest.raises(MemoryLimitError):
+        place(config, sizes, 3 * GB, 1024)
+
+
+@pytest.mark.parametrize("shape", [SCOUT, MAVERICK, SCOUT | {"used": 2}, SCOUT | {"moe_step": 5}])
+def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
+    gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf", **shape))
+    config = Config.from_gguf(gguf)
+    engine = Engine(gguf, config, 2, slots=16)  # of a model without experts: none
+    for tokens in (16, 100, 2048):
+        allocated = sum(array.nbytes for array in engine._reserve(tokens).arrays)
+        largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
+        assert working_bytes(config, 2, largest) == pytest.approx(allocated, abs=1024)
+    assert products_per_token(config) == engine.products_per_token
+
+
+# speed
+
+
+@pytest.fixture
+def p(scout):
+    return place(*scout, 48 * GB, 8192)
+
+
+def test_a_slow_disk_decides_about_decode(p):
+    assert decode_seconds(p, 0.1e9, 1e15) == pytest.approx(p.read_per_token / 0.1e9, rel=1e-3)
+
+
+def test_without_misses_memory_alone_decides(scout):
+    mapped = place(*scout, 128 * GB, 8192)
+    sizes = mapped.sizes
+    seconds = (sizes.always + sizes.one_each) / (placement.REACHED_READING * 20e9)
+    assert decode_seconds(mapped, 1, 20e9) == pytest.approx(seconds)
+    assert decode_seconds(mapped, 1, 20e9, 10**6) > 1.5 * seconds  # keys and values are read too
+
+
+def test_an_endless_disk_hides_behind_the_products_of_the_experts(p, scout):
+    mapped = place(*scout, 128 * GB, 8192)
+    assert decode_seconds(p, 1e15, 20e9) == pytest.approx(decode_seconds(mapped, 1, 20e9))
+
+
+def test_decode_is_between_the_longer_of_both_and_their_sum(p, scout):
+    reading, computing = p.read_per_token / 3e9, decode_seconds(place(*scout, 128 * GB, 8192), 1, 50e9)
+    assert max(reading, computing) < decode_seconds(p, 3e9, 50e9) < reading + computing
+
+
+def test_a_long_prompt_reads_every_expert_once_a_batch_a_short_one_those_it_touches(p):
+    whole = p.sizes.routed / 1e9
+    assert prefill_seconds(p, 2048, 1e9, None) == pytest.approx(whole)
+    assert prefill_seconds(p, 3 * 2048, 1e9, None) == pytest.approx(3 * whole)  # a batch is a pass
+    assert prefill_seconds(p, 1, 1e9, None) == pytest.approx(whole / 16)
+
+
+def test_a_prompt_long_enough_costs_arithmetic(p, scout):
+    seconds = prefill_seconds(p, 100_000, 1e10, 1e12)
+    assert seconds == pytest.approx(2e5 * products_per_token(scout[0]) / (placement.REACHED_MULTIPLYING * 1e12))
+    assert kvcache.nbytes(scout[0], 0) == 0
