@@ -54,6 +54,8 @@ class Engine:
         self._watched: dict[tuple[str, ...], Inputs] | None = None
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
+        # Called after each batch of `forward`: the tokens evaluated so far, and all of that call.
+        self.follow_progress: Callable[[int, int], None] | None = None
         self._steps: Steps | None = None
         self._reserve(INTERRUPTIBLE)
         if not self.slots:
@@ -157,6 +159,8 @@ class Engine:
                 let_go(self._looked_up.address, self._looked_up.nbytes)
             cache.pos += n
             done += n
+            if self.follow_progress:
+                self.follow_progress(done, len(ids))
         return result
 
     def _make_room(self) -> None:

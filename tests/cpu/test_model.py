@@ -110,6 +110,13 @@ def test_without_all_logits_only_the_last_position_comes_back(tmp_path):
     assert difference(last.copy(), one_pass(model, ids)[-1]) <= SELF
 
 
+def test_progress_is_reported_after_every_batch(tmp_path):
+    model, reports = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf")), []
+    model.follow_progress = lambda done, total: reports.append((done, total))
+    model.forward(tokens(20), model.new_cache(24))  # batches end where a chunk of 8 does
+    assert reports == [(8, 20), (16, 20), (20, 20)]
+
+
 def test_an_output_that_the_file_lacks_is_the_embedding(tmp_path):
     tied = tiny.tiny_gguf(tmp_path / "tied.gguf", edit=lambda t: t.pop("output.weight"))
     spelt_out = tiny.tiny_gguf(tmp_path / "out.gguf", edit=lambda t: t.update({"output.weight": t["token_embd.weight"]}))
