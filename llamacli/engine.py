@@ -22,7 +22,7 @@ from llamacli.cpu.program import ALL_LOGITS_BATCH, Inputs, Steps
 from llamacli.cpu.weights import Experts, bind, moved
 from llamacli.errors import MemoryLimitError, ModelFileError, PromptError, UnsupportedModelError
 from llamacli.files.gguf import GGUF
-from llamacli.files.pages import let_go, on_large_pages, populate, random_access
+from llamacli.files.pages import drop_pages, on_large_pages, populate, random_access
 from llamacli.llama4.config import Config
 from llamacli.plan.machine import memory_short
 
@@ -75,6 +75,7 @@ class Engine:
         slots = Slots(tensors, self.config.n_experts, n_slots)
         always = [m.name for m in self._always() if m.type_name == gguf.tensors[m.name].type.name]
         addresses = slots.hold([gguf.tensors[name] for name in dict.fromkeys(always)])
+        self.weights.notices.extend(slots.notices)
         embedding = self.weights.token_embd
         self.weights = self.weights._replace(
             layers=moved(self.weights.layers, addresses), output=moved(self.weights.output, addresses)
@@ -156,7 +157,7 @@ class Engine:
                 result = self._head(n - 1, 1)[0]
             self._check()
             if self._looked_up and (n > 1 or cache.pos % LOOK_EVERY == 0):
-                let_go(self._looked_up.address, self._looked_up.nbytes)
+                drop_pages(self._looked_up.address, self._looked_up.nbytes)
             cache.pos += n
             done += n
             if self.follow_progress:

@@ -19,7 +19,7 @@ import numpy as np
 
 from llamacli.files import pages
 from llamacli.files.gguf import Tensor
-from llamacli.files.reads import Reads, Stack, address, failed, settle
+from llamacli.files.reads import DirectReader, TensorSlices, address, failed, settle
 
 GATE, UP, DOWN = range(3)
 RING = 4  # buffers beside the slots: some are read while one is multiplied
@@ -58,7 +58,7 @@ class _Pass(NamedTuple):
 class _Layer:
     """One layer's slots: which expert is in which, and how often each was asked for of late."""
 
-    def __init__(self, stacks: Sequence[Stack], n_experts: int, n_slots: int):
+    def __init__(self, stacks: Sequence[TensorSlices], n_experts: int, n_slots: int):
         self.stacks = stacks
         self.room = sum(stack.room for stack in stacks)
         self.memory = pages.memory(n_slots * self.room)
@@ -89,9 +89,9 @@ class Slots:
 
     def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: int):
         """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of all layers in memory."""
-        self._traffic, self._reads = Traffic(), Reads()
+        self._traffic, self._reads = Traffic(), DirectReader()
         self._layers = {
-            i: _Layer([self._reads.stack(tensor, n_experts) for tensor in tensors], n_experts, min(n, n_experts))
+            i: _Layer([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n, n_experts))
             for (i, tensors), n in zip(layers.items(), spread(n_slots, len(layers)), strict=True)
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
@@ -99,6 +99,11 @@ class Slots:
         self._ring = list(self._buffers)  # those that are free
         self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # the others
         self._held: list[mmap.mmap] = []
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know about the way the files are read."""
+        return self._reads.notices
 
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
@@ -117,7 +122,7 @@ class Slots:
 
     def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
-        stacks = [self._reads.stack(tensor, 1) for tensor in tensors]
+        stacks = [self._reads.slices(tensor, 1) for tensor in tensors]
         memory = pages.memory(sum(stack.room for stack in stacks))
         at, addresses, reads = 0, {}, []
         for tensor, stack in zip(tensors, stacks, strict=True):

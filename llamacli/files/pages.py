@@ -1,7 +1,6 @@
-"""Pages of memory and of mapped files: large ones, and in memory before they are needed.
+"""Memory pages: allocation on huge pages, and hints to the kernel about prefetching and dropping them.
 
-In: addresses and sizes. Out: memory; else nothing that a program must see: what the system cannot do is left undone. Knows
-nothing of tensors.
+In: addresses and sizes in bytes. Hints are best effort: what the system cannot do is skipped without an error.
 """
 
 import ctypes
@@ -11,15 +10,15 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 
-LARGE = 2 << 20  # bytes of a large page
-_POPULATE_READ = 22  # Linux 5.14 and newer: read the pages and enter them into the page table, many at a time
+LARGE = 2 << 20  # bytes of a huge page
+_POPULATE_READ = 22  # Linux 5.14 and newer: fault the pages in, many in one call
 _POPULATE_WRITE = 23  # the same for pages that will be written to
 _RANDOM, _WILLNEED, _DONTNEED = 1, 3, 4
-_PIECE = 64 << 20  # bytes of one call, which cannot be broken off
+_PIECE = 64 << 20  # bytes of one call, which cannot be interrupted
 
 
 def populate(ranges: Iterable[tuple[int, int]]) -> threading.Thread:
-    """Begin to bring (address, bytes) ranges into memory, beside whatever else goes on."""
+    """Prefetch (address, bytes) ranges in a background thread."""
     libc, advice = _libc(), _POPULATE_READ if sys.platform == "linux" else _WILLNEED
 
     def work() -> None:
@@ -33,9 +32,9 @@ def populate(ranges: Iterable[tuple[int, int]]) -> threading.Thread:
 
 
 def memory(nbytes: int) -> mmap.mmap:
-    """Memory of its own, on large pages where the system has them; none of it is held before it is written to.
+    """Anonymous memory on huge pages where the system has them; it becomes resident when it is written to.
 
-    A disk fills large pages nearly twice as fast as small ones, which it is handed one by one.
+    Direct reads into huge pages are nearly twice as fast as into small ones, which the kernel pins one by one.
     """
     new = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     on_large_pages([new])
@@ -43,20 +42,21 @@ def memory(nbytes: int) -> mmap.mmap:
 
 
 def clear(address: int, size: int) -> None:
-    """Hold new memory now, which the system clears, rather than when it is first written to."""
+    """Make new memory resident (and zero) now rather than on the first write."""
     if sys.platform == "linux":
         for start in range(address // mmap.PAGESIZE * mmap.PAGESIZE, address + size, _PIECE):
             _libc().madvise(start, min(_PIECE, address + size - start), _POPULATE_WRITE)
 
 
 def lock(address: int, size: int) -> bool:
-    """Keep a range of whole pages from being swapped out or compressed, if the system's limit allows it."""
+    """Keep a range of whole pages from being swapped or compressed. Returns whether the system's limit allowed it."""
     return _libc().mlock(address, size) == 0
 
 
 def on_large_pages(maps: Iterable[mmap.mmap]) -> None:
-    """What comes into memory here from now on comes in pages of 2 MB, where the system has them, for files too: a page table
-    of a five-hundredth, so that reading weights front to back hardly misses it. What is in memory already stays as it is.
+    """Ask for huge pages for these maps, file maps included: reading weights front to back then rarely misses the TLB.
+
+    Pages that are resident already stay as they are.
     """
     for mapped in maps:
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -65,15 +65,15 @@ def on_large_pages(maps: Iterable[mmap.mmap]) -> None:
 
 
 def random_access(address: int, size: int) -> None:
-    """A range of which single pages are needed: bring no neighbours with them."""
+    """Switch read-ahead off for a range of which single pages are needed."""
     start = address // mmap.PAGESIZE * mmap.PAGESIZE
     _libc().madvise(start, address + size - start, _RANDOM)
 
 
-def let_go(address: int, size: int) -> None:
-    """Pages of a mapped file that are not needed for now: they do not count as held; touched again, they come back.
+def drop_pages(address: int, size: int) -> None:
+    """Drop the pages of a mapped file from this process; the next access reads them again.
 
-    Of other memory the contents would be lost.
+    Only for file maps: anonymous memory would lose its contents.
     """
     if sys.platform == "linux":
         start = address // mmap.PAGESIZE * mmap.PAGESIZE

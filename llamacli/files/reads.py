@@ -1,10 +1,11 @@
-"""Direct reads: several at a time, from a file on disk to where the bytes are used, past the page cache.
+"""Direct reads: several in flight, from a file into the memory where the bytes are used, without the page cache.
 
-In: where equal parts of a tensor lie in a file, and memory. Out: futures of the reads, and the address at which a part will
-begin. What is read leaves no copy in the page cache, which would count against a promise of memory. Knows nothing of experts or
-slots.
+In: a tensor that consists of equal slices in a file, and memory. Out: futures of the reads, and the address of a slice once its
+reads are done. Direct reads leave no copy in the page cache, which would count against the memory limit. A file system that
+refuses them (on opening or on the first read) is read through the page cache instead, and `notices` says so once.
 """
 
+import errno
 import mmap
 import os
 import sys
@@ -23,14 +24,14 @@ from llamacli.errors import ModelFileError
 from llamacli.files import pages
 from llamacli.files.gguf import Tensor
 
-BLOCK = 4096  # direct reads begin and end at multiples of it, in the file and in memory
-PIECE = pages.LARGE  # bytes of one read from disk
-LANES = 8  # reads in flight: a disk needs some to be at its best
-_F_NOCACHE = 48  # macOS's fcntl for reads that leave no pages behind
+BLOCK = max(4096, mmap.PAGESIZE)  # alignment of direct reads, in the file and in memory; ZFS asks for whole pages
+PIECE = pages.LARGE  # bytes of one read
+LANES = 8  # reads in flight: an SSD needs several to reach its full speed
+_F_NOCACHE = 48  # macOS: fcntl for reads that leave nothing in the page cache
 
 
 def open_direct(path: os.PathLike | str) -> int:
-    """A file, to be read past the page cache. OSError if there is none, or its file system has no such reads."""
+    """A descriptor for direct reads. OSError if the file is missing or its file system has no direct reads."""
     file = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0) | os.O_CLOEXEC)
     if sys.platform == "darwin":
         import fcntl
@@ -39,73 +40,84 @@ def open_direct(path: os.PathLike | str) -> int:
     return file
 
 
-class Stack(NamedTuple):
-    """A tensor's equal parts, one after the other in the file."""
+def make_buffered(file: int) -> None:
+    """Switch a descriptor of `open_direct` to ordinary reads through the page cache."""
+    import fcntl
+
+    if sys.platform == "darwin":
+        fcntl.fcntl(file, _F_NOCACHE, 0)
+    else:
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
+
+
+class TensorSlices(NamedTuple):
+    """A tensor as equal slices that follow one another in the file: the experts of a layer, or one slice."""
 
     path: Path
     file: int
     offset: int
-    nbytes: int  # of one part
+    nbytes: int  # of one slice
 
-    def span(self, part: int) -> tuple[int, int, int]:
-        """The aligned stretch of the file around a part: offset, bytes; and where in it the part begins."""
-        first = self.offset + part * self.nbytes
+    def span(self, k: int) -> tuple[int, int, int]:
+        """The aligned range of the file around slice k: its offset, its bytes, and where in it the slice begins."""
+        first = self.offset + k * self.nbytes
         start = first // BLOCK * BLOCK
         return start, _up(first + self.nbytes) - start, first - start
 
     @property
     def room(self) -> int:
-        """Bytes that hold any part's span."""
+        """Bytes of a buffer that holds the span of any slice."""
         return _up(self.nbytes) + BLOCK
 
 
-class Reads:
-    """Open files and the threads that read them."""
+class DirectReader:
+    """Open files and the threads that read them. `notices`: one line for each file that had to be read otherwise."""
 
     def __init__(self):
+        self.notices: list[str] = []
         self._files: dict[Path, int] = {}
         self._direct: dict[int, bool] = {}
         self._lanes = ThreadPoolExecutor(LANES, "read")
-        self._clearer = ThreadPoolExecutor(1, "clear")  # in a lane it would wait behind reads that are to come into that memory
+        self._clearer = ThreadPoolExecutor(1, "clear")  # in a lane it would queue behind the reads that need this memory
         self._lock, self._reading, self._since, self._nbytes, self._seconds = Lock(), 0, 0.0, 0, 0.0
         weakref.finalize(self, _close, self._files)
 
-    def stack(self, tensor: Tensor, n: int) -> Stack:
-        """A tensor as `n` parts."""
+    def slices(self, tensor: Tensor, n: int) -> TensorSlices:
+        """A tensor as `n` slices. ModelFileError if its file cannot be opened."""
         if tensor.path not in self._files:
             self._files[tensor.path] = self._open(tensor.path)
-        return Stack(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n)
+        return TensorSlices(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n)
 
-    def begin(self, stack: Stack, part: int, memory: mmap.mmap, at: int) -> tuple[list[Future], int]:
-        """Begin to read a part into `memory` from byte `at` on: the reads, and the part's address once they are through."""
-        start, size, inside = stack.span(part)
-        needed, view, first, done, reads = inside + stack.nbytes, memoryview(memory), address(memory) + at, 0, []
+    def begin(self, slices: TensorSlices, k: int, memory: mmap.mmap, at: int) -> tuple[list[Future], int]:
+        """Start to read slice k into `memory` from byte `at` on: the reads, and the slice's address once they are done."""
+        start, size, inside = slices.span(k)
+        needed, view, first, done, reads = inside + slices.nbytes, memoryview(memory), address(memory) + at, 0, []
         while done < needed:
-            n = min(PIECE - (first + done) % PIECE, size - done)  # no two reads into one large page: both would clear it
+            n = min(PIECE - (first + done) % PIECE, size - done)  # no two reads into one huge page: both would clear it
             piece = view[at + done : at + done + n]
-            reads.append(self._lanes.submit(self._piece, stack, start + done, piece, min(n, needed - done)))
+            reads.append(self._lanes.submit(self._piece, slices, start + done, piece, min(n, needed - done)))
             done += n
         return reads, first + inside
 
     def clear(self, memory: mmap.mmap, size: int, slots: Sequence[int]) -> Future:
-        """Begin to have memory cleared that will be read into, given as numbers of stretches of `size` bytes."""
+        """Start to fault in memory that will be read into; `slots` are numbers of ranges of `size` bytes."""
         lanes = self._lanes
 
         def work() -> None:
             for slot in slots:
-                if self._lanes is lanes:  # or else it was told to stop
+                if self._lanes is lanes:  # else `stop` was called
                     pages.clear(address(memory) + slot * size, size)
 
         return self._clearer.submit(work)
 
     def take(self) -> tuple[int, float]:
-        """Bytes read since the last call, and the seconds in which anything was being read."""
+        """Bytes read since the last call, and the seconds during which at least one read was in flight."""
         with self._lock:
             taken, self._nbytes, self._seconds = (self._nbytes, self._seconds), 0, 0.0
         return taken
 
     def stop(self) -> None:
-        """Return when nothing is being read any more, Ctrl-C or not; what had not begun is cancelled."""
+        """Cancel reads that have not started and wait for the others, Ctrl-C or not."""
         old, self._lanes = self._lanes, ThreadPoolExecutor(LANES, "read")
         while True:
             try:
@@ -116,27 +128,55 @@ class Reads:
     def _open(self, path: Path) -> int:
         try:
             file, direct = open_direct(path), True
-        except OSError:  # a file system without direct reads
+        except OSError:  # a file system without direct reads, or no such file: the ordinary open tells
             file, direct = _opened(path), False
         self._direct[file] = direct
         return file
 
-    def _piece(self, stack: Stack, offset: int, view: memoryview, needed: int) -> None:
-        """Read until `needed` bytes are there; the file may end before the view does."""
-        done, expected = 0, f"{stack.path}: expected {needed} bytes at byte {offset}"
+    def _piece(self, slices: TensorSlices, offset: int, view: memoryview, needed: int) -> None:
+        """Read at least `needed` bytes; the file may end before `view` is full.
+
+        A read may be short for reasons other than the end of the file (FUSE, NFS, 9p, a signal): only 0 bytes are the end.
+        """
+        file, done, expected = slices.file, 0, f"{slices.path}: expected {needed} bytes at byte {offset}"
         with self._clock(len(view)):
-            while done < needed:
+            while True:
+                direct = self._direct[file]
                 try:
-                    n = os.preadv(stack.file, [view[done:]], offset + done)
+                    n = os.preadv(file, [view[done:]], offset + done)
                 except OSError as error:
+                    if error.errno == errno.EINVAL and direct:
+                        self._fall_back(slices)
+                        continue
                     raise ModelFileError(f"{expected}, found a read error ({error.strerror}); check the disk") from None
-                done += n
-                if done < needed and (n == 0 or n % BLOCK):
+                if done + n >= needed:
+                    break
+                if n == 0:
                     raise ModelFileError(
                         f"{expected}, found {done}: the file was cut while in use; put it back and load it again"
                     )
-        if not self._direct[stack.file] and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(stack.file, offset, len(view), os.POSIX_FADV_DONTNEED)
+                if not direct:
+                    done += n
+                elif n < BLOCK:
+                    self._fall_back(slices)  # a direct read cannot go on in the middle of a block
+                else:
+                    done += n // BLOCK * BLOCK
+        if not self._direct[file] and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file, offset, len(view), os.POSIX_FADV_DONTNEED)
+
+    def _fall_back(self, slices: TensorSlices) -> None:
+        """Read this file through the page cache from now on; other threads may have found out at the same time."""
+        with self._lock:
+            if not self._direct[slices.file]:
+                return
+            try:
+                make_buffered(slices.file)
+            except OSError as error:
+                raise ModelFileError(
+                    f"{slices.path}: expected direct or ordinary reads, found neither ({error.strerror}); copy the file"
+                ) from None
+            self._direct[slices.file] = False
+            self.notices.append(f"{slices.path}: its file system has no direct reads; reading through the page cache, slower")
 
     @contextmanager
     def _clock(self, nbytes: int) -> Iterator[None]:
@@ -155,19 +195,19 @@ class Reads:
 
 
 def settle(futures: Iterable[Future]) -> None:
-    """Return when none of them goes on any more, however they end."""
+    """Wait for all of them, whether they succeed, fail or were cancelled."""
     for future in futures:
         if not future.cancelled():
             future.exception()
 
 
 def failed(futures: Iterable[Future]) -> bool:
-    """Whether any of these, which do not go on any more, has not brought what it should."""
+    """Whether any of these finished futures was cancelled or raised."""
     return any(future.cancelled() or future.exception() for future in futures)
 
 
 def address(memory: mmap.mmap) -> int:
-    """Where memory begins."""
+    """The address at which a map begins."""
     return np.frombuffer(memory, np.uint8).ctypes.data
 
 
