@@ -19,11 +19,12 @@ from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool, Program
 from llamacli.cpu.kvcache import KVCache
 from llamacli.cpu.program import ALL_LOGITS_BATCH, Inputs, Steps
-from llamacli.cpu.weights import Experts, bind, moved
+from llamacli.cpu.weights import Experts, bind, has_kernels, in_map, needed
 from llamacli.errors import MemoryLimitError, ModelFileError, PromptError, UnsupportedModelError
-from llamacli.files.gguf import GGUF
+from llamacli.files.gguf import GGUF, Tensor
 from llamacli.files.pages import drop_pages, on_large_pages, populate, random_access
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role, Spec
 from llamacli.plan.machine import memory_short
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
@@ -43,14 +44,23 @@ class Engine:
             raise UnsupportedModelError(
                 f"{gguf.path}: expected a head size that is a multiple of {TARGET.lanes}, found {config.head_dim}"
             )
-        self.config, self.weights = config, bind(gguf, config)
+        self.config, specs = config, needed(gguf, config)
         self._guard, self._paths = Guard(gguf.maps), gguf.paths
         self.threads = threads or default_threads()
         self._pool = Pool(self.threads)
-        self._choices = config.n_experts_used if self.weights.has_experts else 0
+        self._choices = config.n_experts_used if any(spec.role is Role.EXPERTS for spec in specs.values()) else 0
         self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, self._choices))
         self._looked_up: Matrix | None = None  # the embedding, if single rows of it are read from the file
-        self.slots = self._open_slots(gguf, slots) if slots and self._choices else None
+        self.slots: Slots | None = None
+        resident: dict[str, int] = {}  # addresses of the tensors that were read into memory, by name
+        if slots and self._choices:
+            self.slots, resident = self._open_slots(gguf, specs, slots)
+        self.weights = bind(gguf, config, lambda tensor: resident.get(tensor.name) or in_map(tensor))
+        self.weights.notices.extend(self.slots.notices if self.slots else ())
+        embedding = self.weights.token_embd
+        if self.slots and embedding.name not in resident and has_kernels(gguf.tensors[embedding.name]):
+            random_access(embedding.address, embedding.nbytes)
+            self._looked_up = embedding
         self._watched: dict[tuple[str, ...], Inputs] | None = None
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
@@ -62,28 +72,23 @@ class Engine:
             on_large_pages(gguf.maps)
             populate((m.address, m.nbytes) for m in self._always())
 
-    def _open_slots(self, gguf: GGUF, n_slots: int) -> Slots:
-        routed = {i: layer.ffn.exps for i, layer in enumerate(self.weights.layers) if isinstance(layer.ffn, Experts)}
-        tensors = {i: tuple(gguf.tensors[m.name] for m in exps) for i, exps in routed.items()}
-        for i, exps in routed.items():
-            for m, tensor in zip(exps, tensors[i], strict=True):
-                if m.type_name != tensor.type.name:
+    def _open_slots(self, gguf: GGUF, specs: dict[str, Spec], n_slots: int) -> tuple[Slots, dict[str, int]]:
+        """Slots for the routed experts, and the addresses of what every token uses, which is read into memory here."""
+        routed: dict[int, tuple[Tensor, ...]] = {}
+        resident = []
+        for spec in specs.values():
+            tensor = gguf.tensors[spec.name]
+            if spec.role is Role.EXPERTS:
+                if not has_kernels(tensor):
                     raise UnsupportedModelError(
-                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {m.name}, which "
+                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {spec.name}, which "
                         f"only runs if it fits into memory; quantize it again"
                     )
-        slots = Slots(tensors, self.config.n_experts, n_slots)
-        always = [m.name for m in self._always() if m.type_name == gguf.tensors[m.name].type.name]
-        addresses = slots.hold([gguf.tensors[name] for name in dict.fromkeys(always)])
-        self.weights.notices.extend(slots.notices)
-        embedding = self.weights.token_embd
-        self.weights = self.weights._replace(
-            layers=moved(self.weights.layers, addresses), output=moved(self.weights.output, addresses)
-        )
-        if embedding.type_name == gguf.tensors[embedding.name].type.name:  # or else it is a copy, which lies in no file
-            random_access(embedding.address, embedding.nbytes)
-            self._looked_up = embedding
-        return slots
+                routed[spec.layer] = (*routed.get(spec.layer, ()), tensor)
+            elif len(spec.shape) == 2 and has_kernels(tensor) and (spec.role is not Role.EMBEDDING or self.config.tied):
+                resident.append(tensor)
+        slots = Slots(routed, self.config.n_experts, n_slots)
+        return slots, slots.hold(resident)
 
     def new_cache(self, ctx: int) -> KVCache:
         """An empty cache for at most `ctx` tokens."""

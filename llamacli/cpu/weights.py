@@ -1,10 +1,11 @@
-"""Tensor names to typed, shape-checked fields, under GGUF's own words; the only place that says "blk.".
+"""Binds a GGUF's tensors to the fields that the CPU's program is composed of: checked, typed, with their addresses.
 
-In: a GGUF and its Config. Out: `Weights`, addresses into the file's map (nothing is copied), or a ModelFileError that names
-the tensor, the shape expected and the shape found. A type without leaves of its own is dequantized here once, by gguf-py, and
-listed in `Weights.notices`. Knows nothing of threads or caches.
+In: a GGUF, its Config, and a function that says where a tensor's bytes are. Out: `Weights`, whose matrices are addresses; only
+norms and the rotary divisors are copied. A tensor of a type without kernels is dequantized to F16 by gguf-py and named in
+`Weights.notices`. Names, roles and shapes come from llama4/tensors.py.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role, Spec, check, tensors
 
 LONG_FACTOR = 16.0  # Scout divides the frequencies of wavelengths beyond 8192 by this; early uploads had other numbers
 
@@ -47,120 +49,153 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The whole model. `keep` holds what the addresses point into."""
+    """The bound tensors. `keep` holds the memory that the addresses point into, where `bind` allocated it.
 
-    token_embd: Matrix  # [n_vocab, n_embd]
-    layers: list[Layer]
-    output_norm: np.ndarray
-    output: Matrix  # [n_vocab, n_embd]; token_embd again where the file has none
+    `token_embd` is None when `bind` was called without `embedding`, `output_norm` and `output` without `head`.
+    """
+
+    token_embd: Matrix | None  # [n_vocab, n_embd]
+    layers: list[Layer]  # in the order of `bind`'s `layers`
+    output_norm: np.ndarray | None
+    output: Matrix | None  # [n_vocab, n_embd]; the embedding's matrix where the file has no output.weight
     rope_freqs: np.ndarray | None  # float32 [head_dim / 2], divisors of the rotary frequencies
     notices: list[str]  # what a user should know about this file
     keep: list
 
     @property
     def has_experts(self) -> bool:
-        """Whether any layer is a mixture."""
+        """Whether any bound layer is a mixture."""
         return any(isinstance(layer.ffn, Experts) for layer in self.layers)
 
 
-def moved(part, addresses: dict[str, int]):
-    """`part` of the weights (a tuple, a list or a Matrix) with the matrices of these names at other addresses."""
-    if isinstance(part, Matrix):
-        return part._replace(address=addresses.get(part.name, part.address))
-    if isinstance(part, list):
-        return [moved(one, addresses) for one in part]
-    return type(part)(*(moved(one, addresses) for one in part)) if isinstance(part, Layer | Experts | Dense) else part
+def in_map(tensor: Tensor) -> int:
+    """The address of a tensor's bytes in the mapped file."""
+    return tensor.data.ctypes.data
 
 
-def bind(gguf: GGUF, config: Config) -> Weights:
-    """Find, check and address every tensor of the model."""
-    converted: list[str] = []
-    notices: list[str] = []
-    keep: list = [gguf]
-    c = config
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether products run on the tensor's own blocks. Every other type becomes F16 when it is bound."""
+    return tensor.type.name in QUANTIZED or tensor.type.name in FLOATS
 
-    def find(name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = gguf.tensors.get(name)
-        if tensor is None:
-            raise ModelFileError(f"{gguf.path}: expected tensor {name} {list(shape)}, found none; the file is incomplete")
-        if tensor.shape != shape:
-            raise ModelFileError(
-                f"{gguf.path}: expected {name} as {list(shape)}, found {list(tensor.shape)}; metadata and tensors disagree"
-            )
-        return tensor
 
-    def vector(name: str, n: int) -> np.ndarray:
-        tensor = find(name, (n,))
+def needed(
+    gguf: GGUF, config: Config, layers: range | None = None, embedding: bool = True, head: bool = True
+) -> dict[str, Spec]:
+    """The tensors that `bind` binds for the same arguments, by name, checked before a byte of them is read.
+
+    ModelFileError: a tensor is missing or has another shape than the metadata ask for. UnsupportedModelError: a tensor that
+    changes the result and that no kernel computes with (a bias of attention).
+    """
+    layers = range(config.n_layers) if layers is None else layers
+    ends = {"rope_freqs": True, "token_embd": embedding or (head and config.tied), "output_norm": head, "output": head}
+    wanted = [spec for spec in tensors(config) if (ends.get(spec.kind) if spec.layer is None else spec.layer in layers)]
+    found = check(gguf.path, {name: tensor.shape for name, tensor in gguf.tensors.items()}, wanted)
+    if more := [spec.name for spec in found if spec.role is Role.ATTENTION and not spec.required]:
+        raise UnsupportedModelError(f"{gguf.path}: expected attention without biases, found {more[0]}; this engine has none")
+    return {spec.name: spec for spec in found}
+
+
+def bind(
+    gguf: GGUF,
+    config: Config,
+    address: Callable[[Tensor], int] = in_map,
+    layers: range | None = None,
+    *,
+    embedding: bool = True,
+    head: bool = True,
+) -> Weights:
+    """Check the model's tensors and give each matrix its address.
+
+    `address(tensor)` says where the bytes of a matrix are, laid out as in the file; it is asked once for every matrix of a type
+    with kernels, and the default is the mapped file. Whoever copies tensors elsewhere decides that first: `needed` lists what
+    will be asked for. `layers`: the numbers of the layers to bind, None for all. `embedding`, `head`: whether to bind
+    token_embd, and output_norm with output.
+
+    Errors as for `needed`. ModelFileError: a rotary divisor is not positive. UnsupportedModelError: a norm that is not F32, or
+    a type that gguf-py cannot dequantize.
+    """
+    binder = _Binder(gguf, address)
+    by_layer: dict[int | None, dict[str, Matrix | np.ndarray]] = {}
+    for spec in needed(gguf, config, layers, embedding, head).values():
+        by_layer.setdefault(spec.layer, {})[spec.kind] = binder.bound(spec)
+    ends = by_layer.pop(None, {})
+    token_embd, freqs = ends.get("token_embd"), ends.get("rope_freqs")
+    if freqs is not None:
+        _check_divisors(gguf, freqs)
+    return Weights(
+        token_embd if embedding else None,
+        [_layer(fields) for fields in by_layer.values()],
+        ends.get("output_norm"),
+        ends.get("output", token_embd) if head else None,
+        freqs,
+        _notices(binder.converted, freqs),
+        binder.keep,
+    )
+
+
+def _layer(fields: dict[str, Matrix | np.ndarray]) -> Layer:
+    """One block of fields that are called as in the GGUF."""
+
+    def ffn(suffix: str) -> Dense:
+        return Dense(*(fields.pop(f"ffn_{part}{suffix}") for part in Dense._fields))
+
+    if "ffn_gate_inp" in fields:
+        return Layer(ffn=Experts(fields.pop("ffn_gate_inp"), ffn("_exps"), ffn("_shexp")), **fields)
+    return Layer(ffn=ffn(""), **fields)
+
+
+class _Binder:
+    """Binds one tensor after the other; `converted` names those that became F16, `keep` holds their memory and the file's."""
+
+    def __init__(self, gguf: GGUF, address: Callable[[Tensor], int]):
+        self._gguf, self._address = gguf, address
+        self.keep: list = [gguf]
+        self.converted: list[str] = []
+
+    def bound(self, spec: Spec) -> Matrix | np.ndarray:
+        tensor = self._gguf.tensors[spec.name]
+        return self._vector(tensor) if len(spec.shape) == 1 else self._matrix(tensor)
+
+    def _vector(self, tensor: Tensor) -> np.ndarray:
         if tensor.type.name != "F32":
             raise UnsupportedModelError(
-                f"{gguf.path}: expected {name} as F32, found {tensor.type.name}; convert the model again"
+                f"{self._gguf.path}: expected {tensor.name} as F32, found {tensor.type.name}; convert the model again"
             )
         return np.frombuffer(tensor.data, np.float32).copy()  # copied: maps need not be aligned, and norms are tiny
 
-    def matrix(name: str, *shape: int) -> Matrix:
-        tensor = find(name, shape)
-        data, type_name, row_bytes = tensor.data, tensor.type.name, tensor.type.row_bytes(shape[-1])
-        if type_name not in QUANTIZED and type_name not in FLOATS:
-            data, type_name, row_bytes = _as_half(gguf, tensor), "F16", 2 * shape[-1]
-            keep.append(data)
-            converted.append(f"{name} ({tensor.type.name})")
-        n_groups = shape[0] if len(shape) == 3 else 1
-        return Matrix(data.ctypes.data, type_name, n_groups, shape[-2], shape[-1], row_bytes, name)
-
-    def dense(prefix: str, suffix: str, n_ff: int, *groups: int) -> Dense:
-        return Dense(
-            matrix(f"{prefix}ffn_gate{suffix}.weight", *groups, n_ff, c.n_embd),
-            matrix(f"{prefix}ffn_up{suffix}.weight", *groups, n_ff, c.n_embd),
-            matrix(f"{prefix}ffn_down{suffix}.weight", *groups, c.n_embd, n_ff),
-        )
-
-    def layer(i: int) -> Layer:
-        p, q_rows, kv_rows = f"blk.{i}.", c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-        if c.is_moe(i):
-            gate_inp = matrix(p + "ffn_gate_inp.weight", c.n_experts, c.n_embd)
-            ffn = Experts(gate_inp, dense(p, "_exps", c.n_ff_exp, c.n_experts), dense(p, "_shexp", c.n_ff_exp))
+    def _matrix(self, tensor: Tensor) -> Matrix:
+        *groups, n_rows, n_cols = tensor.shape
+        n_groups = groups[0] if groups else 1
+        if has_kernels(tensor):
+            at, kind, row_bytes = self._address(tensor), tensor.type.name, tensor.type.row_bytes(n_cols)
         else:
-            ffn = dense(p, "", c.n_ff)
-        return Layer(
-            vector(p + "attn_norm.weight", c.n_embd),
-            matrix(p + "attn_q.weight", q_rows, c.n_embd),
-            matrix(p + "attn_k.weight", kv_rows, c.n_embd),
-            matrix(p + "attn_v.weight", kv_rows, c.n_embd),
-            matrix(p + "attn_output.weight", c.n_embd, q_rows),
-            vector(p + "ffn_norm.weight", c.n_embd),
-            ffn,
-        )
+            halves = _as_half(self._gguf, tensor)
+            self.keep.append(halves)
+            self.converted.append(f"{tensor.name} ({tensor.type.name})")
+            at, kind, row_bytes = halves.ctypes.data, "F16", 2 * n_cols
+        return Matrix(at, kind, n_groups, n_rows, n_cols, row_bytes, tensor.name)
 
-    token_embd = matrix("token_embd.weight", c.n_vocab, c.n_embd)
-    has_freqs = "rope_freqs.weight" in gguf.tensors
-    weights = Weights(
-        token_embd,
-        [layer(i) for i in range(c.n_layers)],
-        vector("output_norm.weight", c.n_embd),
-        matrix("output.weight", c.n_vocab, c.n_embd) if "output.weight" in gguf.tensors else token_embd,
-        _rope_factors(gguf, vector("rope_freqs.weight", c.head_dim // 2)) if has_freqs else None,
-        notices,
-        keep,
-    )
+
+def _notices(converted: list[str], freqs: np.ndarray | None) -> list[str]:
+    notices = []
     if converted:
         some = ", ".join(converted[:3])
         notices.append(
             f"{len(converted)} tensors have types without fast kernels and run as F16, slower and larger: {some} ..."
         )
-    if weights.rope_freqs is not None and not np.isin(weights.rope_freqs, (1.0, LONG_FACTOR)).all():
+    if freqs is not None and not np.isin(freqs, (1.0, LONG_FACTOR)).all():
         notices.append("rope_freqs.weight is not Scout's published scaling; an early upload may answer badly at length")
-    return weights
+    return notices
 
 
-def _rope_factors(gguf: GGUF, factors: np.ndarray) -> np.ndarray:
-    """The divisors of the rotary frequencies, checked: they divide."""
+def _check_divisors(gguf: GGUF, factors: np.ndarray) -> None:
+    """ModelFileError unless frequencies can be divided by all of these."""
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise ModelFileError(f"{gguf.path}: expected positive numbers in rope_freqs.weight, found others; the file is damaged")
-    return factors
 
 
 def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
-    """A tensor of a type without leaves as float16, a few rows at a time."""
+    """A tensor of a type without kernels as float16, converted a few rows at a time."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

@@ -43,6 +43,22 @@ class Config:
     temperature_length: float  # 0: no temperature
     temperature_scale: float
     use_qk_norm: bool
+    tied: bool = False  # the embedding is the output matrix, too
+
+    @property
+    def n_q(self) -> int:
+        """Rows of the query projection: all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def n_kv(self) -> int:
+        """Rows of the key projection, and of the value projection."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def n_rot(self) -> int:
+        """Rotary frequencies: one for each pair of a head's elements."""
+        return self.head_dim // 2
 
     def is_moe(self, i: int) -> bool:
         """Whether layer i has experts."""
@@ -85,6 +101,7 @@ class Config:
             temperature_length=_temperature(read, "length", 1e12, TEMPERATURE_LENGTH) if chunk else 0.0,
             temperature_scale=_temperature(read, "scale", 100.0, TEMPERATURE_SCALE),
             use_qk_norm=read.flag("use_qk_norm", "attention.use_qk_norm", default=n_experts != WITHOUT_QK_NORM),
+            tied="output.weight" not in gguf.tensors,
         )
         read.same("attention.value_length", head_dim, "key_length")
         read.same("rope.dimension_count", head_dim, "key_length")
