@@ -13,7 +13,7 @@ import numpy as np
 
 from llamacli.cpu.experts import Slots, Traffic
 from llamacli.cpu.kernels.jit.features import default_threads
-from llamacli.cpu.kernels.jit.loader import TARGET
+from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool, Program
@@ -40,9 +40,10 @@ class Engine:
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: tokens that go through a layer together.
         """
-        if config.head_dim % TARGET.lanes:
+        lanes = chosen_target().lanes
+        if config.head_dim % lanes:
             raise UnsupportedModelError(
-                f"{gguf.path}: expected a head size that is a multiple of {TARGET.lanes}, found {config.head_dim}"
+                f"{gguf.path}: expected a head size that is a multiple of {lanes}, found {config.head_dim}"
             )
         self.config, specs = config, needed(gguf, config)
         self._guard, self._paths = Guard(gguf.maps), gguf.paths

@@ -4,8 +4,8 @@
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
     NO_COLOR, TERM   no colour                              XDG_STATE_HOME, XDG_CACHE_HOME   the user's folders
 
-The kernels read their two themselves, before anything else is imported (cpu/kernels/__init__.py, cpu/kernels/jit/loader.py);
-all others are read here only. Knows nothing of models or terminals; importing it costs nothing.
+The kernels read their two themselves, when they are first used (cpu/kernels/__init__.py, cpu/kernels/jit/loader.py); all others
+are read here only. Knows nothing of models or terminals; importing it costs nothing.
 """
 
 import os

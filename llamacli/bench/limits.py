@@ -9,7 +9,7 @@ import numpy as np
 from llvmlite import ir
 
 from llamacli.cpu.kernels.jit.intrinsics import call, kernel, unpack
-from llamacli.cpu.kernels.jit.loader import TARGET, load
+from llamacli.cpu.kernels.jit.loader import chosen_target, load
 from llamacli.cpu.kernels.jit.simd import Simd, i8, i32, i64, vec
 from llamacli.cpu.kernels.runtime.pool import Pool, Program
 
@@ -99,9 +99,10 @@ def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
 
 def multiply_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> float:
     """Operations per second, in Gop/s, of int8 products (what `tile` uses: dot4 or dot8) from registers; the median round."""
-    data = np.ones(((LINES + sums(TARGET)) * TARGET.width,), np.uint8)
+    target = chosen_target()
+    data = np.ones(((LINES + sums(target)) * target.width,), np.uint8)
     seconds = _median_seconds(threads, rounds, leaves()["multiply"], data, 0, steps)
-    return 2 * TARGET.width * TARGET.step // 4 * sums(TARGET) * steps * threads / seconds / 1e9
+    return 2 * target.width * target.step // 4 * sums(target) * steps * threads / seconds / 1e9
 
 
 def leaves() -> dict[str, int]:

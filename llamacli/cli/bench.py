@@ -160,7 +160,7 @@ def _peers(model, measure, longest: int):
 @contextmanager
 def _random_file(name: str, layers: int, tests, keep: bool, console):
     """The file of a shape in the cache folder, made if it is not there, removed afterwards unless it is to be kept."""
-    from llamacli.cpu.kernels import CACHE
+    from llamacli.cpu.kernels import cache_folder
     from quantize.shapes import SHAPES, write
 
     shape = SHAPES[name]
@@ -168,7 +168,7 @@ def _random_file(name: str, layers: int, tests, keep: bool, console):
         raise UsageError(
             "--shape: expected depths up to 8192 tokens, or a multiple of 4 as --layers: every fourth layer sees beyond that"
         )
-    path = CACHE.parent / f"{name}-{layers}-layers.gguf"
+    path = cache_folder().parent / f"{name}-{layers}-layers.gguf"
     if not path.exists():
         with console.progress(f"writing {path}") as update:
             write(shape, layers, path, progress=update)

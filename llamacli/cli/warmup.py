@@ -18,13 +18,16 @@ def warmup(output: Output = None) -> None:
     console = output.console()
     began = time.perf_counter()
     with patience(console, "compiling kernels; this is done once ..."), leave_at_once():
-        from llamacli.cpu.kernels import CACHE
+        from llamacli.cpu.kernels import cache_folder
 
-        before = _files(CACHE)
+        folder = cache_folder()
+        before = _files(folder)
         _compile_all()
-        made, total, seconds = len(_files(CACHE) - before), len(_files(CACHE)), time.perf_counter() - began
+        made, total, seconds = len(_files(folder) - before), len(_files(folder)), time.perf_counter() - began
     console.result(
-        f"compiled {made} kernels in {seconds:.1f} s into {CACHE}" if made else f"all {total} kernels are compiled, in {CACHE}"
+        f"compiled {made} kernels in {seconds:.1f} s into {folder}"
+        if made
+        else f"all {total} kernels are compiled, in {folder}"
     )
 
 
@@ -38,7 +41,7 @@ def _compile_all() -> None:
     from llamacli.bench import limits
     from llamacli.cpu.kernels.formats import layout as formats
     from llamacli.cpu.kernels.jit.intrinsics import KERNELS
-    from llamacli.cpu.kernels.jit.loader import TARGET, load
+    from llamacli.cpu.kernels.jit.loader import chosen_target, load
     from llamacli.cpu.kernels.ops import matmul, vectors
 
     for driver in KERNELS:
@@ -46,7 +49,7 @@ def _compile_all() -> None:
     for name in (*formats.QUANTIZED, *formats.FLOATS):
         matmul.leaves(name)
     for size in HEAD_SIZES:
-        if size % TARGET.lanes == 0:
+        if size % chosen_target().lanes == 0:
             load(f"vectors-{size}", vectors.build(size), vectors.SYMBOLS)
     limits.leaves()
     _compile_conversion()

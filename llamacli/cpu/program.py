@@ -16,7 +16,7 @@ import numpy as np
 
 from llamacli.cpu.experts import DOWN, GATE, UP, Slots
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES
-from llamacli.cpu.kernels.jit.loader import TARGET, load
+from llamacli.cpu.kernels.jit.loader import chosen_target, load
 from llamacli.cpu.kernels.ops import attention, elementwise, matmul
 from llamacli.cpu.kernels.ops.elementwise import CACHE, COUNT, POS, ROW, N
 from llamacli.cpu.kernels.ops.matmul import Matrix, Rows
@@ -247,7 +247,7 @@ class Steps:
         ]
         p.add(attention.prepare_heads, [*args, to_half, floats, state])
         leaves = [self._f16_tile, *(self._leaves[name] for name in ("softmax", "weigh", "keys_aside", "widen", "product"))]
-        tile = [span(c.head_dim, TARGET), TARGET.tile]
+        tile = [span(c.head_dim, chosen_target()), chosen_target().tile]
         scratch = [self._attn_scratch.ctypes.data, self._attn_scratch.strides[0]]
         p.add(attention.attend, [*self._q[:2], *self._att[:2], *heads, chunk, i, *leaves, *tile, floats, state, *scratch])
         width = c.n_heads * c.head_dim

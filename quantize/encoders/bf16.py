@@ -1,12 +1,13 @@
 """BF16: the upper half of a float32, rounded to nearest, ties to even."""
 
 import numpy as np
-from numba import njit
+
+from llamacli.cpu.kernels.jit.compiler import compiled
 
 LIMIT = float(np.uint32(0x7F7F7FFF).view(np.float32))  # what still rounds to the largest bfloat16
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _encode(bits, out):
     for i in range(bits.shape[0]):
         b = bits[i]

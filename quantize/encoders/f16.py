@@ -1,12 +1,13 @@
 """F16: IEEE half precision, rounded to nearest, ties to even, subnormals kept."""
 
 import numpy as np
-from numba import njit
+
+from llamacli.cpu.kernels.jit.compiler import compiled
 
 LIMIT = float(np.nextafter(np.float32(65520), np.float32(0)))  # what still rounds to 65504
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _encode(bits, magnitudes, out):
     for i in range(bits.shape[0]):
         b = np.int32(bits[i])

@@ -4,13 +4,14 @@ A block so small that the scale's reciprocal overflows has a scale that is zero 
 """
 
 import numpy as np
-from numba import njit
+
+from llamacli.cpu.kernels.jit.compiler import compiled
 
 BLOCK, NBYTES = 32, 34
 LIMIT = 65504.0 * 127
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _encode(x, bits, scales, out):
     for i in range(x.shape[0]):
         top = np.int32(0)

@@ -5,16 +5,15 @@ Quantized rows go through the engine's own leaves. Knows nothing of files.
 """
 
 import numpy as np
-from numba import njit
 
-from llamacli.cpu.kernels.jit.compiler import call
+from llamacli.cpu.kernels.jit.compiler import call, compiled
 from llamacli.cpu.kernels.ops.matmul import leaves
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none
 _TILE = 16  # source rows of a tile: its 16 x 32 values stay in the nearest cache
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def bf16(x, out):
     """uint16 (rows, cols) -> uint32 (rows, cols)."""
     for r in range(x.shape[0]):
@@ -22,7 +21,7 @@ def bf16(x, out):
             out[r, c] = np.uint32(x[r, c]) << np.uint32(16)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def bf16_transposed(x, out):
     """uint16 (rows, cols), rows far apart -> uint32 (cols, rows)."""
     n_rows, n_cols = x.shape
@@ -33,7 +32,7 @@ def bf16_transposed(x, out):
                     out[c, r] = np.uint32(x[r, c]) << np.uint32(16)
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def f16(x, out):
     """int16 (rows, cols) -> float32 (rows, cols), exact; what is not finite becomes infinite or NaN."""
     for r in range(x.shape[0]):
@@ -52,7 +51,7 @@ FP8 = {
 }
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def fp8(x, shift, factor, top, scales, out):
     """uint8 (rows, cols), float32 (rows) -> float32 (rows, cols), each row times its scale; what is no number becomes NaN."""
     for r in range(x.shape[0]):
@@ -63,7 +62,7 @@ def fp8(x, shift, factor, top, scales, out):
             out[r, c] = -v if b > 127 else v
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def fp8_transposed(x, shift, factor, top, scales, out):
     """uint8 (rows, cols), rows far apart, float32 (cols) -> float32 (cols, rows), each row of `out` times its scale."""
     n_rows, n_cols = x.shape
@@ -77,7 +76,7 @@ def fp8_transposed(x, shift, factor, top, scales, out):
                     out[c, r] = -v if b > 127 else v
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _rows(leaf, start, row_bytes, n_cols, out, n_rows):
     for r in range(n_rows):
         call(leaf, (start + r * row_bytes, n_cols, out + 4 * r * n_cols))
@@ -93,7 +92,7 @@ def blocks(type_name: str, x: np.ndarray, out: np.ndarray) -> bool:
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled()
 def _largest_bits(bits):
     top = np.uint32(0)
     for i in range(bits.shape[0]):
@@ -106,7 +105,7 @@ def largest(bits: np.ndarray) -> np.float32:
     return np.uint32(_largest_bits(bits)).view(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@compiled(fastmath=True)
 def _squares(x, y):
     wrong, whole = 0.0, 0.0
     for r in range(x.shape[0]):

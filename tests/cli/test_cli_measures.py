@@ -129,7 +129,7 @@ def test_bench_compare_says_how_to_get_llama_cpp(measured, capfd, monkeypatch):
 def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(capfd, monkeypatch, tmp_path):
     small = Shape("scout", 8, 256, 2, 1, 128, 512, 256, 4, 1, 300, True)
     monkeypatch.setitem(shapes.SHAPES, "scout", small)
-    monkeypatch.setattr("llamacli.cpu.kernels.CACHE", tmp_path / "kernels")
+    monkeypatch.setattr("llamacli.cpu.kernels.cache_folder", lambda: tmp_path / "kernels")
     monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0))
     args = ["bench", "--shape", "scout", "-p", "8", "-n", "4", "-r", "1", "-t", "1"]
     assert main([*args, "--json"]) == 0

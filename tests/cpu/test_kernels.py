@@ -16,7 +16,7 @@ from llamacli.cpu.kernels.formats import dots, floats, tiles
 from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.jit import intrinsics as words
 from llamacli.cpu.kernels.jit import loader as jit
-from llamacli.cpu.kernels.jit.loader import TARGET, assembly, host_targets, load, targets
+from llamacli.cpu.kernels.jit.loader import assembly, chosen_target, host_targets, load, targets
 from llamacli.cpu.kernels.ops import matmul, vectors
 from llamacli.cpu.kernels.runtime.pool import Pool, Program
 from llamacli.errors import UsageError
@@ -264,7 +264,7 @@ def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
     for n_rows, n_cols, n in ((33, 256, 5), (97, 512, 241), (300, 768, 487), (31, 256, 3), (5, 256, 1), (257, 512, 1)):
         raw, meant = random_rows(name, n_rows, n_cols, rng)
         x = rng.standard_normal((n, n_cols)).astype(np.float32)
-        codes, rounded = activations(x, TARGET)
+        codes, rounded = activations(x, chosen_target())
         codes = np.ascontiguousarray(codes.reshape(n, -1))
         size = matmul.scratch_bytes(n, n_rows, n_cols)
         scratch = np.full((threads, size + 4096), 0xAB, np.uint8)
@@ -288,7 +288,7 @@ def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
 
 @pytest.mark.parametrize("damage", [lambda code: b"", lambda code: code[:-9], lambda code: code[:99] + b"?" + code[100:]])
 def test_damaged_object_code_is_compiled_again_not_run(damage, tmp_path, monkeypatch):
-    monkeypatch.setattr(jit, "CACHE", tmp_path)
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(jit, "_libraries", {})
     build = vectors.build(HEAD_DIM)
     first = load("fresh", build, vectors.SYMBOLS)
@@ -303,7 +303,7 @@ def test_damaged_object_code_is_compiled_again_not_run(damage, tmp_path, monkeyp
 
 def test_threads_that_load_the_same_leaves_get_the_same_code(tmp_path, monkeypatch):
     """A second copy would take the first one's place, and unload it from under whoever runs it."""
-    monkeypatch.setattr(jit, "CACHE", tmp_path)
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(jit, "_libraries", {"jit": jit._compiler()})
     start, build = Barrier(8), vectors.build(HEAD_DIM)
 
@@ -318,4 +318,4 @@ def test_threads_that_load_the_same_leaves_get_the_same_code(tmp_path, monkeypat
 def test_an_unknown_variant_is_refused(monkeypatch):
     monkeypatch.setenv("LLAMACLI_SIMD", "avx1024")
     with pytest.raises(UsageError, match=r"expected one of .*, found avx1024"):
-        jit.chosen_target()
+        jit.chosen_target.__wrapped__()

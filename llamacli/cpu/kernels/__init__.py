@@ -1,17 +1,16 @@
-"""Compiled code: everything that touches weights, activations or the KV cache element by element.
+"""Compiled code: everything that reads or writes weights, activations or the KV cache element by element.
 
-Two kinds of code live here. Leaves (simd.py, q4_k.py, dots.py, tiles.py, vectors.py ...) are LLVM vector IR, compiled by jit.py
-for the CPU at hand; drivers (matmul.py, attention.py, elementwise.py, pool.py) are Numba functions that split work over threads
-and call the leaves by address. In: addresses and sizes. Out: numbers written to buffers that the caller owns. Nothing here
-knows of GGUF names, layers or text.
+There are two kinds. Microkernels (formats/, ops/vectors.py) are LLVM vector IR. Drivers (ops/matmul.py, ops/attention.py,
+runtime/pool.py ...) are Python functions compiled through Numba; they split work over threads and call microkernels by
+address. Both take addresses and sizes and write to buffers that the caller owns. GGUF names, layers and text belong elsewhere.
 
-Importing this package decides where compiled code is cached, so it comes before the first import of numba. The folder's name
-holds a hash of the sources: Numba watches only the file that holds a kernel, not the files it calls into, and would serve
-stale code.
+Importing the package or a module of it has no side effects: the cache folder is made, LLVM is set up and the CPU variant is
+chosen when something is first compiled or loaded.
 """
 
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 
@@ -23,7 +22,13 @@ def sources_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _cache_folder() -> Path:
+@cache
+def cache_folder() -> Path:
+    """The folder of compiled code; made on the first call.
+
+    Its name holds a hash of the sources: Numba checks only the file that holds a function, not the files it calls into, and
+    would load stale code.
+    """
     root = Path(
         os.environ.get("LLAMACLI_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamacli"
     )
@@ -35,7 +40,3 @@ def _cache_folder() -> Path:
 
         folder = Path(tempfile.mkdtemp(prefix="llamacli-kernels-"))
     return folder
-
-
-CACHE = _cache_folder()
-os.environ["NUMBA_CACHE_DIR"] = str(CACHE)

@@ -5,18 +5,51 @@ Numba's own function returns a status and takes places for a result and an excep
 them, and nothing of Python is left in the code. Knows nothing of what drivers do.
 """
 
+import threading
+from collections.abc import Callable
+from functools import cache, wraps
 from types import FunctionType
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from llamacli.cpu.kernels import cache_folder
 from llamacli.cpu.kernels.jit import intrinsics as words
-from llamacli.cpu.kernels.jit.loader import TARGET
+from llamacli.cpu.kernels.jit.loader import chosen_target
 
 _i64 = ir.IntType(64)
+_making = threading.Lock()
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
+
+
+def compiled(**options) -> Callable:
+    """Decorator: a function of arrays that Numba compiles on the first call, or reads from our cache folder.
+
+    It runs without the interpreter's lock. `options` are those of `numba.njit`. Numba asks for its cache folder once, when a
+    function is made, so the setting is ours only for that moment and the host program keeps its own.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @cache
+        def dispatcher():
+            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder())
+            try:
+                return njit(nogil=True, cache=True, **options)(function)
+            finally:
+                numba.config.CACHE_DIR = before
+
+        @wraps(function)
+        def run(*arguments):
+            with _making:  # functools.cache lets two threads in
+                made = dispatcher()
+            return made(*arguments)
+
+        return run
+
+    return decorate
 
 
 def driver_ir(function: FunctionType) -> str:
@@ -103,10 +136,11 @@ def _atomic_add(typingctx, address, value):
 @intrinsic
 def _pause(typingctx):
     def codegen(context, builder, signature, values):
-        if TARGET.triple.startswith("x86_64"):
+        triple = chosen_target().triple
+        if triple.startswith("x86_64"):
             fn = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), []))
             builder.call(fn, [])
-        elif TARGET.triple.startswith(("aarch64", "arm64")):
+        elif triple.startswith(("aarch64", "arm64")):
             fn = builder.module.declare_intrinsic("llvm.aarch64.hint", (), ir.FunctionType(ir.VoidType(), [ir.IntType(32)]))
             builder.call(fn, [ir.IntType(32)(1)])
         return context.get_dummy_value()

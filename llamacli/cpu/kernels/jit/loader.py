@@ -7,6 +7,7 @@ code computes.
 
 import os
 import threading
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from zlib import crc32
 import llvmlite
 import llvmlite.binding as llvm
 
-from llamacli.cpu.kernels import CACHE
+from llamacli.cpu.kernels import cache_folder
 from llamacli.cpu.kernels.jit.features import features
 from llamacli.errors import UsageError
 
@@ -81,8 +82,9 @@ def host_targets() -> list[Target]:
     return targets(llvm.get_process_triple(), llvm.get_host_cpu_name(), features())
 
 
+@cache
 def chosen_target() -> Target:
-    """The best variant, or the one that LLAMACLI_SIMD names (for tests and comparisons)."""
+    """The variant that this process uses: the best, or the one that LLAMACLI_SIMD names (for tests and comparisons)."""
     found = {target.name: target for target in host_targets()}
     wanted = os.environ.get("LLAMACLI_SIMD") or next(iter(found))
     if wanted not in found:
@@ -90,16 +92,20 @@ def chosen_target() -> Target:
     return found[wanted]
 
 
-llvm.initialize_all_targets()
-llvm.initialize_all_asmprinters()
-TARGET = chosen_target()
 _DIGEST = 16  # bytes of checksum at the head of a cache file
 _libraries: dict[str, object] = {}  # code stays loaded as long as its tracker lives
 _loading = threading.Lock()  # or a second copy takes the first one's place, and its code from under the thread that runs it
 
 
+@cache
+def _initialize_llvm() -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+
+
 def machine(target: Target):
     """The code generator for `target`."""
+    _initialize_llvm()
     return llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small"
     )
@@ -109,12 +115,13 @@ def optimized(build, target: Target):
     """`build(target)`, an ir.Module or its text, parsed, verified and run through LLVM's passes; no automatic vectorizing,
     the IR already is.
     """
+    generator = machine(target)  # first: it sets LLVM up
     parsed = llvm.parse_assembly(str(build(target)))
     parsed.triple = target.triple
     parsed.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    builder = llvm.create_pass_builder(machine(target), options)
+    builder = llvm.create_pass_builder(generator, options)
     builder.getModulePassManager().run(parsed, builder)
     return parsed
 
@@ -124,13 +131,17 @@ def assembly(build, target: Target) -> str:
     return machine(target).emit_assembly(optimized(build, target))
 
 
-def load(name: str, build, symbols, target: Target = TARGET) -> dict[str, int]:
-    """Addresses of `symbols` in the module that `build(target)` makes; compiled once, then read from the cache folder."""
+def load(name: str, build, symbols, target: Target | None = None) -> dict[str, int]:
+    """Addresses of `symbols` in the module that `build(target)` makes; compiled once, then read from the cache folder.
+
+    `target` is the chosen one if it is not given.
+    """
+    target = target or chosen_target()
     version = f"llvm{'.'.join(map(str, llvm.llvm_version_info))}-{llvmlite.__version__}"
     tag = f"{name}-{target.name}-{target.cpu}-{crc32(f'{target.triple} {target.features}'.encode()):08x}-{version}"
     with _loading:
         if tag not in _libraries:
-            path = CACHE / f"{tag}.o"
+            path = cache_folder() / f"{tag}.o"
             code = _read(path)
             if code is None:
                 code = machine(target).emit_object(optimized(build, target))
@@ -163,5 +174,5 @@ def _keep(path: Path, code: bytes) -> None:
 
 def _compiler():
     if "jit" not in _libraries:
-        _libraries["jit"] = llvm.create_lljit_compiler(machine(TARGET), use_jit_link=True)
+        _libraries["jit"] = llvm.create_lljit_compiler(machine(chosen_target()), use_jit_link=True)
     return _libraries["jit"]

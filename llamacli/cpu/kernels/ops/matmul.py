@@ -18,7 +18,7 @@ from numpy import int64
 from llamacli.cpu.kernels.formats import dots, floats, tiles
 from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_store, call, kernel, part, pointer, unpack
-from llamacli.cpu.kernels.jit.loader import TARGET, load
+from llamacli.cpu.kernels.jit.loader import chosen_target, load
 
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
@@ -57,9 +57,10 @@ def leaves(type_name: str) -> Leaves:
             )
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
-            sizes = tiles.panel_bytes(type_name, TARGET.lanes), tiles.packed_bytes(type_name, TARGET.tile)
+            target = chosen_target()
+            sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, target.tile)
             found = Leaves(
-                *(found[s] for s in dots.SYMBOLS), TARGET.lanes, TARGET.lanes * TARGET.tile_vectors, TARGET.tile, *sizes, True
+                *(found[s] for s in dots.SYMBOLS), target.lanes, target.lanes * target.tile_vectors, target.tile, *sizes, True
             )
         _leaves[type_name] = found
     return _leaves[type_name]
@@ -93,8 +94,9 @@ class Rows(NamedTuple):
 
 def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
     """Scratch that one thread needs: addresses, a row to throw away, packed tokens, and panels or activations laid aside."""
-    supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + 2 * TARGET.tile
-    panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", TARGET.lanes) * TARGET.tile_vectors)
+    target = chosen_target()
+    supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + 2 * target.tile
+    panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors)
     return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * tiles.packed_bytes("Q6_K", tokens) + 256
 
 
