@@ -2,7 +2,7 @@
 
     LLAMACLI_MODEL   the model when -m is absent            LLAMACLI_DEBUG   1: a traceback with an error
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
-    NO_COLOR, TERM   no colour                              XDG_STATE_HOME, XDG_CACHE_HOME   the user's folders
+    NO_COLOR, TERM   no colour                              XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME   the user's folders
 
 The kernels read their two themselves, when they are first used (cpu/kernels/__init__.py, cpu/kernels/jit/loader.py); all others
 are read here only. Knows nothing of models or terminals; importing it costs nothing.
@@ -11,13 +11,21 @@ are read here only. Knows nothing of models or terminals; importing it costs not
 import os
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-SMALL_MODEL = PROJECT / "models" / "scout-tiny" / "scout-tiny.gguf"
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries the small model inside the package (pyproject.toml, force-include); a clone keeps it beside the package.
+MODELS = _PACKAGE / "models" if (_PACKAGE / "models").is_dir() else _PACKAGE.parent / "models"
+SMALL_MODEL = MODELS / "scout-tiny" / "scout-tiny.gguf"
 
 
 def model() -> str | None:
     """The model that the user prefers, a file or a name."""
     return os.environ.get("LLAMACLI_MODEL") or None
+
+
+def model_folders() -> list[Path]:
+    """Folders in which the name of a model is looked up: the project's `models/`, then the user's own."""
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return [MODELS, Path(data) / "llamacli" / "models"]
 
 
 def debug() -> bool:

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from llamacli.errors import CheckpointError, UnsupportedModelError
+from llamacli.errors import CheckpointError
+from llamacli.files.ggml import dequantize
 from llamacli.files.gguf import Tensor
 from quantize.encoders import widen
 from quantize.safetensors import Stored
@@ -166,15 +167,7 @@ class Dequantized:
             return
         if widen.blocks(kind.name, np.require(block, requirements="C"), out):
             return
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        try:
-            out[...] = dequantize(block, GGMLQuantizationType(kind.id))
-        except (NotImplementedError, ValueError):
-            raise UnsupportedModelError(
-                f"tensor {self._tensor.name}: expected a type that can be read back, found {kind.name}; use the original"
-            ) from None
+        out[...] = dequantize(block, kind, f"tensor {self._tensor.name}")
 
     def raw(self, type_name: str) -> np.ndarray | None:
         return self._tensor.data if self._tensor.type.name == type_name else None

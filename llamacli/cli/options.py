@@ -193,12 +193,13 @@ def find_model(name: str | None, console: Console) -> Path:
     path = Path(os.path.expanduser(chosen))  # Path's own raises for an unknown user
     if path.exists() or len(path.parts) != 1:
         return path
-    folder = environment.PROJECT / "models"
-    known = [folder / f"{chosen}.gguf", folder / chosen / f"{chosen}.gguf"]
+    folders = environment.model_folders()
+    known = [folder / inner for folder in folders for inner in (f"{chosen}.gguf", f"{chosen}/{chosen}.gguf")]
     found = next((candidate for candidate in known if candidate.exists()), None)
     if found is None:
         raise ModelFileError(
-            f"{chosen}: expected a GGUF file or the name of one in {folder}, found neither; check the path after -m"
+            f"{chosen}: expected a GGUF file or the name of one in {' or '.join(map(str, folders))}, found neither; "
+            "check the path after -m"
         )
     return found
 

@@ -13,6 +13,7 @@ import numpy as np
 from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
 from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.files.ggml import dequantize
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, Spec, check, tensors
@@ -196,17 +197,10 @@ def _check_divisors(gguf: GGUF, factors: np.ndarray) -> None:
 
 def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
     """A tensor of a type without kernels as float16, converted a few rows at a time."""
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
     rows = tensor.data.reshape(-1, tensor.type.row_bytes(tensor.shape[-1]))
     out = np.empty((len(rows), tensor.shape[-1]), np.float16)
     step = max(1, (1 << 22) // tensor.shape[-1])
-    try:
-        for r in range(0, len(rows), step):
-            out[r : r + step] = dequantize(rows[r : r + step], GGMLQuantizationType(tensor.type.id)).clip(-65504, 65504)
-    except (NotImplementedError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{gguf.path}: {tensor.name} is {tensor.type.name}, which this engine cannot read"
-        ) from error
+    where = f"{gguf.path}: {tensor.name}"
+    for r in range(0, len(rows), step):
+        out[r : r + step] = dequantize(rows[r : r + step], tensor.type, where).clip(-65504, 65504)
     return out.reshape(-1)

@@ -1,10 +1,16 @@
 """The table of GGML tensor types: id in a GGUF file, name, weights per block, bytes per block.
 
-The one home of these numbers for reading and writing. Knows nothing of files or kernels.
-Source: the GGUF specification and ggml's public type list (ggml.h, ggml-common.h); tests hold it against gguf-py.
+Reading and writing take these numbers from here and from nowhere else. Types without an encoder and kernels of ours are read
+back by `dequantize`, which needs the package gguf.
+Source: the GGUF specification and ggml's public type list (ggml.h, ggml-common.h); a test compares the table with gguf-py's.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from llamacli.errors import UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:  # the list of types is part of `--help`, which does without NumPy
+    import numpy as np
 
 
 class TensorType(NamedTuple):
@@ -54,3 +60,23 @@ TYPES = tuple(
 )
 BY_ID = {t.id: t for t in TYPES}
 BY_NAME = {t.name: t for t in TYPES}
+
+
+def dequantize(blocks: "np.ndarray", kind: TensorType, where: str) -> "np.ndarray":
+    """Rows of blocks, uint8 [n_rows, row_bytes], as float32 [n_rows, n_cols], computed by gguf-py.
+
+    `where` names file and tensor in messages. UsageError: gguf-py is not installed. UnsupportedModelError: gguf-py cannot read
+    this type.
+    """
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError:
+        raise UsageError(
+            f"{where}: expected the package gguf, which reads tensors of type {kind.name}, found none; use `pip install gguf`"
+        ) from None
+    try:
+        return quants.dequantize(blocks, GGMLQuantizationType(kind.id))
+    except (NotImplementedError, ValueError):
+        raise UnsupportedModelError(
+            f"{where}: expected a type that can be read back, found {kind.name}; use a file of another type"
+        ) from None

@@ -199,11 +199,15 @@ def test_the_model_is_the_option_else_the_variable_else_the_small_one(monkeypatc
 
 
 def test_a_model_is_found_by_name_and_a_wrong_name_is_an_error(monkeypatch, tmp_path, capfd):
-    (tmp_path / "models" / "tiny").mkdir(parents=True)
-    (tmp_path / "models" / "tiny" / "tiny.gguf").touch()
-    monkeypatch.setattr(environment, "PROJECT", tmp_path)
+    ours, own = tmp_path / "models", tmp_path / "data" / "llamacli" / "models"
+    files = [ours / "tiny" / "tiny.gguf", own / "mine.gguf"]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    monkeypatch.setattr(environment, "MODELS", ours)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert tokenize.find_model is options.find_model
-    assert options.find_model("tiny", options.Output().console()) == tmp_path / "models" / "tiny" / "tiny.gguf"
+    assert [options.find_model(name, options.Output().console()) for name in ("tiny", "mine")] == files
     assert main(["tokenize", "-m", "huge", "text"]) == 1
     assert "huge: expected a GGUF file or the name" in capfd.readouterr().err
 
