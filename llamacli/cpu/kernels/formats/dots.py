@@ -9,7 +9,7 @@ in out. All leaves take int64 addresses and sizes. They know nothing of threads,
 from llvmlite import ir
 
 from llamacli.cpu.kernels.formats import layout as formats
-from llamacli.cpu.kernels.formats import tiles
+from llamacli.cpu.kernels.formats import narrow, tiles
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, QUANTIZED, S16, S32, D
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i32, i64, vec
 
@@ -22,9 +22,9 @@ def quantized(name, target):
     """The module of leaves for one block format."""
     fmt, module = QUANTIZED[name], ir.Module(name)
     _dequantize(module, target, fmt)
-    if fmt.wide and target.dot == "sdot":
+    if fmt.largest > 127 and (target.dot == "sdot" or (target.dot == "maddubs" and target.width == 32)):
         fmt = formats.signed(fmt)
-    _matvec(module, target, fmt)
+    (_matvec if target.width == 64 else narrow.matvec)(module, target, fmt)
     tiles.prepare(module, target, fmt)
     tiles.pack(module, target, fmt)
     tiles.tile(module, target, fmt)
@@ -60,10 +60,8 @@ def _matvec(module, target, fmt):
     w0, row_bytes, n_rows, n_cols, x, out, acc, aside = s.args
     supers = s.b.lshr(n_cols, i64(8))
     keep = s.b.icmp_signed("!=", acc, i64(0))
-    groups, order = 256 // fmt.group, formats.order(s, fmt)
-    _lay_aside(s, fmt, order, supers, x, aside)
-    side = s.width // 16  # pieces of 16 weights in a register
-    registers = [tuple(16 * p // fmt.group for p in order[k : k + side]) for k in range(0, 16, side)]
+    groups, registers = 256 // fmt.group, formats.registers(s, fmt)
+    _lay_aside(s, fmt, formats.order(s, fmt), supers, x, aside)
 
     def two(i, _):
         first = s.mul(i, ROWS)
@@ -84,7 +82,7 @@ def _matvec(module, target, fmt):
                 dots = {}  # of the groups that share a register
                 for n, (at, codes) in enumerate(zip(registers, formats.codes(s, fmt, w), strict=True)):
                     before = dots.get(at, s.zeros(i32))
-                    dots[at] = s.dot4(before, codes, s.load(vec(i8, s.width), xs, n * s.width), fmt.wide)
+                    dots[at] = s.dot4(before, codes, s.load(vec(i8, s.width), xs, n * s.width), fmt.largest)
                 for at, products in dots.items():
                     lanes = [r * groups + g for g in at for _ in range(4)]
                     spread = s.shuffle(scales[lanes[0] // 16], [lane % 16 for lane in lanes])
@@ -97,7 +95,7 @@ def _matvec(module, target, fmt):
             low = s.shuffle(lows[0], list(range(8 * r, 8 * r + 8))) if groups == 8 else lows[r]
             values.append(s.b.fsub(s.sum(sums[r]), s.sum(low)))
         if fmt.block == 32:
-            values = _odd_blocks(s, fmt, starts, supers, n_cols, x, values)
+            values = formats.odd_blocks(s, fmt, starts, supers, n_cols, x, values)
         ats = [s.add(out, s.mul(r, 4)) for r in numbers]
         olds = [s.b.select(keep, s.load(f32, at), f32(0.0)) for at in ats]
         for at, old, value in zip(ats, olds, values, strict=True):
@@ -126,23 +124,3 @@ def _lay_aside(s, fmt, order, supers, x0, aside):
         return []
 
     s.loop(supers, [], superblock)
-
-
-def _odd_blocks(s, fmt, starts, supers, n_cols, x, values):
-    """The 32-weight blocks after the last whole superblock, one at a time."""
-    xs, base = s.add(x, s.mul(supers, ACT_BYTES)), s.mul(supers, 8)
-
-    def one(k, sums):
-        new = []
-        d = s.load(f32, s.add(xs, s.mul(k, 4)), D)
-        total = s.load(f32, s.add(xs, s.mul(k, 4)), S32)
-        codes = s.load(vec(i8, 32), s.add(xs, s.mul(k, 32)))
-        for start, value in zip(starts, sums, strict=True):
-            w = s.add(start, s.mul(s.add(base, k), fmt.nbytes))
-            scale, least = (s.b.extract_element(v, i32(0)) for v in formats.scales_and_mins(s, fmt, w, 1))
-            dots = s.sum(s.to_float(s.dot4(s.zeros(i32, 8), fmt.piece(s, w, 0), codes, fmt.wide)))
-            part = s.b.fsub(s.b.fmul(s.b.fmul(dots, scale), d), s.b.fmul(least, total))
-            new.append(s.b.fadd(value, part))
-        return new
-
-    return s.loop(s.b.and_(s.b.lshr(n_cols, i64(5)), i64(7)), values, one)

@@ -7,7 +7,7 @@ from llamacli.cpu.kernels.jit.simd import f16, i1, i8, i16, i32, vec
 
 def half_scales(s, w, n, stride, at=0):
     """n half floats, `stride` bytes apart from w + at on, as a float32 vector."""
-    v = ir.Constant(vec(f16, n), ir.Undefined)
+    v = s.undefined_or_zeros(f16, n)
     for k in range(n):
         v = s.b.insert_element(v, s.load(f16, w, k * stride + at), i32(k))
     return s.from_half(v)
@@ -15,7 +15,10 @@ def half_scales(s, w, n, stride, at=0):
 
 def splat_half(s, w, at, n):
     """One half float at w + at in n float32 lanes."""
-    return s.splat(s.from_half(s.load(f16, w, at)), n)
+    if s.width == 64 or not s.target.half:
+        return s.splat(s.from_half(s.load(f16, w, at)), n)
+    eight = s.from_half(s.bits(s.splat(s.load(i16, w, at), 8), f16))
+    return s.shuffle(eight, [0] * n)
 
 
 def nibbles(s, w, at):
@@ -28,6 +31,23 @@ def with_fifth_bits(s, low, w, at):
     """`low` with bit k of the word at w + at as bit 4 of value k."""
     bits = s.b.bitcast(s.load(i32, w, at), vec(i1, 32))
     return s.b.select(bits, s.b.or_(low, s.fill(i8, 32, 16)), low)
+
+
+def crossed_nibbles(s, w, at, stride, j):
+    """`crossed` of 16 bytes of nibbles for each 32 weights, `stride` bytes apart from w + at on."""
+    q = s.concat(*(s.load(vec(i8, 16), w, at + stride * k) for k in (j, j + 4)))
+    return [s.b.and_(q, s.fill(i8, 32, 15)), s.b.lshr(q, s.fill(i8, 32, 4))]
+
+
+def crossed_fifth_bits(s, low, w, at, stride, j):
+    """The registers `low` of `crossed`, with bit k of each 32 weights' word as bit 4 of value k."""
+    words = s.concat(*(s.splat(s.load(i32, w, at + stride * k), 4) for k in (j, j + 4)))
+    mask, found = ir.Constant(vec(i8, 32), [1 << k % 8 for k in range(32)]), []
+    for half, q in enumerate(low):
+        spread = s.shuffle(s.bits(words, i8), [16 * lane + 2 * half + k // 8 for lane in range(2) for k in range(16)])
+        is_set = s.b.sext(s.b.icmp_unsigned("==", s.b.and_(spread, mask), mask), vec(i8, 32))
+        found.append(s.b.or_(q, s.b.and_(is_set, s.fill(i8, 32, 16))))
+    return found
 
 
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)  # of the pieces of 16 weights in `nibble_codes`

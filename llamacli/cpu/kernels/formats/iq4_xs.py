@@ -6,17 +6,32 @@ Source: ggml-common.h, block_iq4_xs.
 
 from llvmlite import ir
 
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, nibble_codes, nibbles, splat_half
-from llamacli.cpu.kernels.formats.iq4_nl import SHIFTED
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, nibble_codes, nibbles, splat_half
+from llamacli.cpu.kernels.formats.iq4_nl import LEVELS, SHIFTED
 from llamacli.cpu.kernels.jit.simd import f16, i8, i16, i32, vec
 
-block, nbytes, group, offset, wide = 256, 136, 32, 128, True
+block, nbytes, group, offset, largest = 256, 136, 32, 128, 255
 order = NIBBLE_ORDER
 
 
 def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
     return s.lookup(SHIFTED, nibbles(s, w, 8 + 16 * j))
+
+
+def crossed(s, w, j):
+    """Weights of groups j and j + 4."""
+    return [s.lookup(SHIFTED, q) for q in crossed_nibbles(s, w, 8, 16, j)]
+
+
+def signed_piece(s, w, j):
+    """Weights 32j..32j+31 as signed bytes."""
+    return s.lookup(LEVELS, nibbles(s, w, 8 + 16 * j))
+
+
+def signed_crossed(s, w, j):
+    """Weights of groups j and j + 4 as signed bytes."""
+    return [s.lookup(LEVELS, q) for q in crossed_nibbles(s, w, 8, 16, j)]
 
 
 def scales(s, w, n):

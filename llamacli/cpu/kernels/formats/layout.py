@@ -1,16 +1,22 @@
 """The block formats, the questions that leaves ask of each, and the form of the activations that meet them.
 
 A format's module answers `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each group), so that
-weight = scale * u - min; where it has an `offset`, the minimum is scale * offset. `wide` says that u may exceed 127. For
-registers of 64 bytes it may do better: `codes`, a superblock's u at once, in an `order` and with `factors` of its own, and
-`pair`, the scales of two rows. An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled
-sums of 32 and 16 scaled sums of 16, float32. Knows nothing of what is done with them.
+weight = scale * u - min; where it has an `offset`, the minimum is scale * offset. `largest` is the largest u. Formats whose
+codes exceed 127 also answer `signed_piece`: the same as signed bytes.
+
+For registers of 32 bytes a format may answer `crossed` (the weights of groups j and j + 4 as two registers, their first 16,
+then their last 16, so that products of a group add up before they are scaled) and `whole_scales` (16-bit pairs and a float).
+For registers of 64 bytes it may answer `codes` (a superblock at once, in an `order` and with `factors` of its own) and `pair`
+(the scales of two rows).
+
+An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16 scaled sums of
+16, float32.
 """
 
 from types import SimpleNamespace
 
 from llamacli.cpu.kernels.formats import iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
-from llamacli.cpu.kernels.jit.simd import f32, i8
+from llamacli.cpu.kernels.jit.simd import f32, i8, i32, i64, vec
 
 ACT_BYTES = 384
 D, S32, S16 = 256, 288, 320  # where scales and sums stand in an activation superblock
@@ -18,13 +24,16 @@ QUANTIZED = {
     **{"Q4_0": q4_0, "Q4_1": q4_1, "Q5_0": q5_0, "Q5_1": q5_1, "Q8_0": q8_0, "IQ4_NL": iq4_nl},
     **{"Q2_K": q2_k, "Q3_K": q3_k, "Q4_K": q4_k, "Q5_K": q5_k, "Q6_K": q6_k, "IQ4_XS": iq4_xs},
 }
+CROSSED = tuple(piece for j in range(0, 8, 2) for half in (j, j + 1) for piece in (half, half + 8))  # order of `crossed`
 FLOATS = ("F32", "F16", "BF16")
 
 
 def signed(fmt):
     """The format with codes 128 lower, so that they are signed bytes: some CPUs multiply no others."""
-    piece = lambda s, w, j: s.b.xor(fmt.piece(s, w, j), s.fill(i8, 32, -128))  # noqa: E731
-    return SimpleNamespace(**{**vars(fmt), "piece": piece, "offset": fmt.offset - 128, "wide": False})
+    changed = {"piece": fmt.signed_piece, "offset": fmt.offset - 128, "largest": 127, "signed": True}
+    if hasattr(fmt, "crossed"):
+        changed["crossed"] = fmt.signed_crossed
+    return SimpleNamespace(**{**vars(fmt), **changed})
 
 
 def span(fmt):
@@ -34,7 +43,15 @@ def span(fmt):
 
 def order(s, fmt):
     """The pieces of 16 weights in the order in which `codes` has them."""
+    if s.width == 32 and hasattr(fmt, "crossed"):
+        return CROSSED
     return fmt.order if s.width == 64 and hasattr(fmt, "order") else tuple(range(16))
+
+
+def registers(s, fmt):
+    """The groups whose weights each register of `codes` holds, 16 by 16."""
+    pieces, side = order(s, fmt), s.width // 16
+    return [tuple(16 * p // fmt.group for p in pieces[k : k + side]) for k in range(0, 16, side)]
 
 
 def factors(s, fmt):
@@ -46,6 +63,8 @@ def codes(s, fmt, w):
     """A superblock's weights as registers of unsigned bytes, in `order`."""
     if s.width == 64 and hasattr(fmt, "codes"):
         return fmt.codes(s, w)
+    if s.width == 32 and hasattr(fmt, "crossed"):
+        return [half for j in range(4) for half in fmt.crossed(s, w, j)]
     pieces = [fmt.piece(s, w, j) for j in range(8)]
     return pieces if s.width == 32 else [s.concat(*pieces[j : j + 2]) for j in range(0, 8, 2)]
 
@@ -63,3 +82,23 @@ def pair(s, fmt, ws):
     (a, c), (b, d) = (fmt.scales(s, w, 8) for w in ws)
     join = (lambda a, b: [s.concat(a, b)]) if fmt.group == 32 else (lambda a, b: [a, b])
     return join(a, b), c and join(c, d)
+
+
+def odd_blocks(s, fmt, starts, supers, n_cols, x, values):
+    """The 32-weight blocks after the last whole superblock, one at a time."""
+    xs, base = s.add(x, s.mul(supers, ACT_BYTES)), s.mul(supers, 8)
+
+    def one(k, sums):
+        new = []
+        d = s.load(f32, s.add(xs, s.mul(k, 4)), D)
+        total = s.load(f32, s.add(xs, s.mul(k, 4)), S32)
+        codes = s.load(vec(i8, 32), s.add(xs, s.mul(k, 32)))
+        for start, value in zip(starts, sums, strict=True):
+            w = s.add(start, s.mul(s.add(base, k), fmt.nbytes))
+            scale, least = (s.b.extract_element(v, i32(0)) for v in scales_and_mins(s, fmt, w, 1))
+            dots = s.sum(s.to_float(s.products([fmt.piece(s, w, 0)], [codes], fmt.largest, hasattr(fmt, "signed"))))
+            part = s.b.fsub(s.b.fmul(s.b.fmul(dots, scale), d), s.b.fmul(least, total))
+            new.append(s.b.fadd(value, part))
+        return new
+
+    return s.loop(s.b.and_(s.b.lshr(n_cols, i64(5)), i64(7)), values, one)

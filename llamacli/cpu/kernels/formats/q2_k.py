@@ -7,7 +7,7 @@ weights: bit pair j of byte l is weight 32j + l. Source: ggml-common.h, block_q2
 from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
-block, nbytes, group, offset, wide = 256, 84, 16, None, False
+block, nbytes, group, offset, largest = 256, 84, 16, None, 3
 
 
 def piece(s, w, j):

@@ -11,7 +11,7 @@ from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.formats.q2_k import bit_pairs
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
-block, nbytes, group, offset, wide = 256, 110, 16, 4, False
+block, nbytes, group, offset, largest = 256, 110, 16, 4, 7
 
 
 def piece(s, w, j):

@@ -3,15 +3,20 @@
 `piece` and `scales` are the two questions formats.py asks of every block format. Source: ggml-common.h, block_q4_0.
 """
 
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, half_pair, half_scales, nibble_codes, nibbles
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_pair, half_scales, nibble_codes, nibbles
 
-block, nbytes, group, offset, wide = 32, 18, 32, 8, False
+block, nbytes, group, offset, largest = 32, 18, 32, 8, 15
 order = NIBBLE_ORDER
 
 
 def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
     return nibbles(s, w, 18 * j + 2)
+
+
+def crossed(s, w, j):
+    """Weights of groups j and j + 4."""
+    return crossed_nibbles(s, w, 2, nbytes, j)
 
 
 def scales(s, w, n):

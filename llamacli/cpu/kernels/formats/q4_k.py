@@ -9,7 +9,7 @@ from llvmlite import ir
 from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.jit.simd import f16, i8, i32, vec
 
-block, nbytes, group, offset, wide = 256, 144, 32, None, False
+block, nbytes, group, offset, largest = 256, 144, 32, None, 15
 order = (0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)  # of the pieces of 16 weights in `codes`
 
 
@@ -17,6 +17,13 @@ def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
     q = s.load(vec(i8, 32), w, 16 + 32 * (j // 2))
     return s.b.lshr(q, s.fill(i8, 32, 4)) if j % 2 else s.b.and_(q, s.fill(i8, 32, 15))
+
+
+def crossed(s, w, j):
+    """Weights of groups j and j + 4."""
+    at = 16 + 32 * (j // 2)
+    q = [s.concat(*(s.load(vec(i8, 16), w, at + 16 * half + k) for k in (0, 64))) for half in range(2)]
+    return [s.b.lshr(v, s.fill(i8, 32, 4)) if j % 2 else s.b.and_(v, s.fill(i8, 32, 15)) for v in q]
 
 
 def scales(s, w, n):

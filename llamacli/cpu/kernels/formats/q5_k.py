@@ -7,7 +7,7 @@ g), 128 bytes of nibbles. Source: ggml-common.h, block_q5_K.
 from llamacli.cpu.kernels.formats.q4_k import pair, scales
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
-block, nbytes, group, offset, wide = 256, 176, 32, None, False
+block, nbytes, group, offset, largest = 256, 176, 32, None, 31
 
 
 def piece(s, w, j):
@@ -19,4 +19,16 @@ def piece(s, w, j):
     return s.b.or_(low, s.b.shl(high, c(4)))
 
 
-__all__ = ["block", "group", "nbytes", "offset", "pair", "piece", "scales", "wide"]
+def crossed(s, w, j):
+    """Weights of groups j and j + 4. Their fifth bits lie four apart in the same bytes, so one shift serves both."""
+    at, found = 48 + 32 * (j // 2), []
+    for half in (0, 16):
+        q = s.concat(*(s.load(vec(i8, 16), w, at + half + k) for k in (0, 64)))
+        low = s.b.lshr(q, s.fill(i8, 32, 4)) if j % 2 else s.b.and_(q, s.fill(i8, 32, 15))
+        high = s.load(vec(i8, 16), w, 16 + half)
+        high = s.b.lshr(s.concat(s.b.shl(high, s.fill(i8, 16, 4)), high), s.fill(i8, 32, j))
+        found.append(s.b.or_(low, s.b.and_(high, s.fill(i8, 32, 16))))
+    return found
+
+
+__all__ = ["block", "crossed", "group", "largest", "nbytes", "offset", "pair", "piece", "scales"]

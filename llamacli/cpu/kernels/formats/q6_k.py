@@ -8,9 +8,9 @@ common.h, block_q6_K.
 from llvmlite import ir
 
 from llamacli.cpu.kernels.formats.halves import splat_half
-from llamacli.cpu.kernels.jit.simd import i8, i64, vec
+from llamacli.cpu.kernels.jit.simd import i8, i16, i32, i64, vec
 
-block, nbytes, group, offset, wide = 256, 210, 16, 32, False
+block, nbytes, group, offset, largest = 256, 210, 16, 32, 63
 
 
 def piece(s, w, j):
@@ -36,6 +36,12 @@ def codes(s, w):
         apart = to_bit_4(twice, ir.Constant(vec(i64, 8), [0] * 4 + [2] * 4 if high else [4] * 4 + [2] * 4))
         found.append(s.b.or_(low, s.b.and_(s.bits(apart, i8), s.fill(i8, 64, 0x30))))
     return found
+
+
+def whole_scales(s, w):
+    """The 16 scales as pairs of equal 16-bit integers, and what they are to be multiplied with."""
+    pairs = s.shuffle(s.signed(s.load(vec(i8, 16), w, 192), i16), [k // 2 for k in range(32)])
+    return s.bits(pairs, i32), splat_half(s, w, 208, 16)
 
 
 def scales(s, w, n):

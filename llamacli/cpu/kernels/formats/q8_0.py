@@ -6,12 +6,17 @@ The bytes are read as q + 128, since dot4 wants them unsigned. Source: ggml-comm
 from llamacli.cpu.kernels.formats.halves import half_pair, half_scales
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
-block, nbytes, group, offset, wide = 32, 34, 32, 128, True
+block, nbytes, group, offset, largest = 32, 34, 32, 128, 255
 
 
 def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
     return s.b.xor(s.load(vec(i8, 32), w, 34 * j + 2), s.fill(i8, 32, -128))
+
+
+def signed_piece(s, w, j):
+    """Weights 32j..32j+31 as signed bytes."""
+    return s.load(vec(i8, 32), w, 34 * j + 2)
 
 
 def scales(s, w, n):

@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, FLOATS, QUANTIZED, S16, S32, D
-from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i32, i64, vec
+from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i16, i32, i64, vec
 
 
 def panel_bytes(name, lanes):
@@ -19,9 +19,37 @@ def panel_bytes(name, lanes):
     return 0 if name in FLOATS else (256 + 8 * (256 // QUANTIZED[name].group)) * lanes
 
 
-def packed_bytes(name, tokens):
+def packed_bytes(name, tokens, target):
     """Bytes of one superblock of `tokens` activation rows as `pack` leaves them (0 for the float types)."""
-    return 0 if name in FLOATS else (256 + 32 + 4 * (256 // QUANTIZED[name].group)) * tokens
+    return 0 if name in FLOATS else _packed_size(QUANTIZED[name], target) * tokens
+
+
+def _packed_size(fmt, target):
+    """Of one token: codes, scales, and for each group a sum or a start of the integer sums, or both."""
+    return 256 + 32 + 4 * (256 // fmt.group) * (2 if fmt.offset is None and centre(target, fmt) else 1)
+
+
+def centre(target, fmt):
+    """What a tile takes off every code before the products are widened, by starting the integer sums below zero.
+
+    A format's offset, which then needs no term of its own; or half the largest code, where only so a group's sum fits 16 bits.
+    16-bit addition wraps, so it is enough that the end result fits.
+    """
+    if target.width == 64 or target.step == 8:
+        return 0
+    if fmt.offset is not None:
+        return fmt.offset
+    return (fmt.largest + 1) // 2 if target.dot == "maddubs" and Simd.fits(fmt.largest) < fmt.group // 4 else 0
+
+
+def has_sums(target, fmt):
+    """Whether a tile needs the sum of every group's activations, for the mins."""
+    return fmt.offset is None or (fmt.offset != 0 and centre(target, fmt) == 0)
+
+
+def has_whole_scales(target, fmt):
+    """Whether a panel holds scales as integers, which widen the 16-bit sums, and one float for each superblock of a row."""
+    return target.dot == "maddubs" and target.width == 32 and hasattr(fmt, "whole_scales")
 
 
 def prepare(module, target, fmt):
@@ -32,6 +60,7 @@ def prepare(module, target, fmt):
     size, across = (256 + 8 * groups) * lanes, s.width // target.step
     order, factors = formats.order(s, fmt), formats.factors(s, fmt)
     factors = ir.Constant(vec(f32, groups), [factors[g * 8 // groups] for g in range(groups)])
+    middle, whole = centre(target, fmt), has_whole_scales(target, fmt)
 
     def superblock(i, _):
         panel = s.add(panel0, s.mul(i, size))
@@ -43,9 +72,15 @@ def prepare(module, target, fmt):
                 for k, column in enumerate(s.transpose(words[r : r + across])):
                     piece, left = divmod(c * across + k, 16 // target.step)
                     s.store(column, panel, ((order[piece] * 16 // target.step + left) * lanes + r) * target.step)
-        both = [formats.scales_and_mins(s, fmt, w, 8) for w in rows]
-        both = [s.concat(s.b.fmul(scale, factors), least) for scale, least in both]
-        for part in range(2 * groups // lanes):
+        if has_whole_scales(target, fmt):
+            both = [s.concat(s.bits(scale, f32), d) for scale, d in (fmt.whole_scales(s, w) for w in rows)]
+        else:
+            both = [formats.scales_and_mins(s, fmt, w, 8) for w in rows]
+            if middle and fmt.offset is None:
+                shift = s.fill(f32, groups, float(middle))
+                both = [(scale, s.b.fsub(least, s.b.fmul(scale, shift))) for scale, least in both]
+            both = [s.concat(s.b.fmul(scale, factors), least) for scale, least in both]
+        for part in range(((2 if has_sums(target, fmt) else 1) * groups + (lanes if whole else 0)) // lanes):
             pick = list(range(part * lanes, (part + 1) * lanes))
             for k, column in enumerate(s.transpose([s.shuffle(v, pick) for v in both])):
                 s.store(column, panel, 256 * lanes + (part * lanes + k) * lanes * 4)
@@ -57,33 +92,56 @@ def prepare(module, target, fmt):
 
 def pack(module, target, fmt):
     """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [256 / step][tile] words,
-    [8][tile] scales, [groups][tile] sums, negated (and times the format's offset), so that `tile` walks through memory in one
-    line.
+    [8][tile] scales, then, where the tile needs them, [groups][tile] sums, negated (and times the format's offset), and
+    [groups][tile] starts of the integer sums, so that `tile` walks through memory in one line.
     """
     s = Simd(module, target, "pack", 3)
     xs0, supers, out0 = s.args
     tokens, groups, step = target.tile, 256 // fmt.group, target.step
-    factor = f32(-1.0 if fmt.offset is None else -float(fmt.offset))
+    factor, middle, size = (
+        f32(-1.0 if fmt.offset is None else -float(fmt.offset)),
+        centre(target, fmt),
+        _packed_size(fmt, target),
+    )
+    starts_at = 72 + (groups if has_sums(target, fmt) else 0)
 
     def token(t, _):
         x0 = s.load(i64, s.add(xs0, s.mul(t, 8)))
 
         def superblock(i, _):
-            x, start = s.add(x0, s.mul(i, ACT_BYTES)), s.add(out0, s.mul(i, (288 + 4 * groups) * tokens))
+            x, start = s.add(x0, s.mul(i, ACT_BYTES)), s.add(out0, s.mul(i, size * tokens))
             words, out = s.add(start, s.mul(t, step)), s.add(start, s.mul(t, 4))
             for k in range(256 // step):
                 s.store(s.load(ir.IntType(8 * step), x, step * k), words, step * tokens * k)
             for k in range(8):
                 s.store(s.load(i32, x, D + 4 * k), out, 4 * tokens * (64 + k))
             for g in range(groups):
-                total = s.load(f32, x, (S32 if groups == 8 else S16) + 4 * g)
-                s.store(s.b.fmul(total, factor), out, 4 * tokens * (72 + g))
+                if has_sums(target, fmt):
+                    total = s.load(f32, x, (S32 if groups == 8 else S16) + 4 * g)
+                    s.store(s.b.fmul(total, factor), out, 4 * tokens * (72 + g))
+                if middle:
+                    s.store(_start(s, fmt, middle, x, g), out, 4 * tokens * (starts_at + g))
             return []
 
         return s.loop(supers, [], superblock)
 
     s.loop(tokens, [], token)
     s.done()
+
+
+def _start(s, fmt, middle, x, g):
+    """What the integer sums of group g start at: -middle times the activations that each lane meets. Where sums have 16 bits, a
+    lane of 32 has two: one meets the first half of every word of codes, the other the second.
+    """
+    wide = s.signed(s.load(vec(i8, fmt.group), x, fmt.group * g), i16)
+    while wide.type.count > 4:
+        n = wide.type.count // 2
+        wide = s.b.add(s.shuffle(wide, list(range(n))), s.shuffle(wide, list(range(n, 2 * n))))
+    pairs = s.b.add(s.shuffle(wide, [0, 2]), s.shuffle(wide, [1, 3]))
+    if s.target.dot == "maddubs":
+        return s.b.bitcast(s.b.mul(pairs, s.fill(i16, 2, -middle)), i32)
+    halves = [s.b.sext(s.b.extract_element(pairs, i32(k)), i32) for k in range(2)]
+    return s.b.mul(s.b.add(*halves), i32(-middle))
 
 
 def tile(module, target, fmt):
@@ -96,10 +154,14 @@ def tile(module, target, fmt):
     s = Simd(module, target, "tile", 6)
     panel0, supers, packed0, outs0, offset, acc = s.args
     lanes, groups, tokens, vectors = s.lanes, 256 // fmt.group, target.tile, target.tile_vectors
-    size, packed_size, line = (256 + 8 * groups) * lanes, (288 + 4 * groups) * tokens, lanes * 4
+    size, packed_size, line = (256 + 8 * groups) * lanes, _packed_size(fmt, target) * tokens, lanes * 4
     per_scale = groups // 8  # groups that share one activation scale
+    sums_too, whole = has_sums(target, fmt), has_whole_scales(target, fmt)
+    starts_at = 72 + (groups if sums_too else 0)
     panels = [s.add(panel0, s.mul(s.mul(supers, v), size)) for v in range(vectors)]
     each = [(v, t) for v in range(vectors) for t in range(tokens)]
+    multiply = _products_of_pairs if target.step == 8 else _short_products if target.dot == "maddubs" else _products
+    multiply = _products if s.width == 64 else multiply
 
     def superblock(i, sums):
         here, packed = [s.add(panel, s.mul(i, size)) for panel in panels], s.add(packed0, s.mul(i, packed_size))
@@ -107,24 +169,41 @@ def tile(module, target, fmt):
         def thirty_two(g, flat):
             sums = dict(zip(each, flat, strict=True))
             w, x = [s.add(panel, s.mul(g, 8 * line)) for panel in here], s.add(packed, s.mul(g, 8 * 4 * tokens))
-            d_at = s.add(packed, s.mul(g, 4 * tokens))
+            d_at, whole_dots = s.add(packed, s.mul(g, 4 * tokens)), {}
             for part in range(per_scale):
-                dots = (_products if target.step == 4 else _products_of_pairs)(s, fmt, w, x, part, tokens)
                 at = [s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line)) for panel in here]
                 total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
+                start = lambda t, at=total_at: s.splat(s.load(i32, at, 4 * (starts_at * tokens + t)))  # noqa: E731
+                starts = [start(t) for t in range(tokens)] if centre(target, fmt) else None
+                if whole:
+                    by = [s.bits(s.load(vec(i32, lanes), a, 256 * lanes), i16) for a in at]
+                    dots = multiply(s, fmt, w, x, part, tokens, starts, by)
+                    whole_dots = {key: s.b.add(whole_dots[key], dots[key]) if whole_dots else dots[key] for key in each}
+                    continue
+                dots = multiply(s, fmt, w, x, part, tokens, starts)
                 for t in range(tokens):
                     d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
-                    total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t)))
+                    total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t))) if sums_too else None
                     for v in range(vectors):
                         scale, value = s.load(vec(f32, lanes), at[v], 256 * lanes), s.to_float(dots[v, t])
-                        if fmt.offset is not None:  # scale * (d * dot - offset * sum)
+                        if not sums_too:
+                            sums[v, t] = s.fma(s.b.fmul(value, scale), d, sums[v, t])
+                        elif fmt.offset is not None:  # scale * (d * dot - offset * sum)
                             sums[v, t] = s.fma(s.fma(value, d, total), scale, sums[v, t])
                         else:
                             least = s.load(vec(f32, lanes), at[v], (256 + 4 * groups) * lanes)
                             sums[v, t] = s.fma(least, total, s.fma(s.b.fmul(value, scale), d, sums[v, t]))
+            for t in range(tokens if whole else 0):
+                d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
+                for v in range(vectors):
+                    sums[v, t] = s.fma(s.to_float(whole_dots[v, t]), d, sums[v, t])
             return [sums[key] for key in each]
 
-        return s.loop(8, sums, thirty_two)
+        if not whole:
+            return s.loop(8, sums, thirty_two)
+        inner = s.loop(8, [s.zeros()] * len(each), thirty_two)
+        ds = [s.load(vec(f32, lanes), panel, (256 + 4 * groups) * lanes) for panel in here]
+        return [s.fma(value, ds[v], total) for (v, _), value, total in zip(each, inner, sums, strict=True)]
 
     sums = s.loop(supers, [s.zeros()] * len(each), superblock)
     keep = s.b.icmp_signed("!=", acc, i64(0))
@@ -135,20 +214,43 @@ def tile(module, target, fmt):
     s.done()
 
 
-def _products(s, fmt, w, x, part, tokens):
-    """{(panel, token): int32 lanes} of group `part` of the panels w and the packed tokens x."""
-    steps, dots = fmt.group // 4, {(v, t): s.zeros(i32) for v in range(len(w)) for t in range(tokens)}
+def _products(s, fmt, w, x, part, tokens, starts):
+    """{(panel, token): int32 lanes} of group `part` of the panels w and the packed tokens x; `starts`: of each token's sums."""
+    steps = fmt.group // 4
+    dots = {(v, t): s.bits(starts[t], i32) if starts else s.zeros(i32) for v in range(len(w)) for t in range(tokens)}
     for k in range(part * steps, (part + 1) * steps):
         columns = [s.load(vec(i8, s.width), at, k * s.width) for at in w]
         side = s.load(vec(i32, tokens), x, 4 * tokens * k) if s.target.dot == "sdot" else None  # it can read any one lane
         for t in range(tokens):
             codes = s.shuffle(side, [t] * s.lanes) if side else s.splat(s.load(i32, x, 4 * (tokens * k + t)))
             for v, column in enumerate(columns):
-                dots[v, t] = s.dot4(dots[v, t], column, s.bits(codes, i8), fmt.wide)
+                dots[v, t] = s.dot4(dots[v, t], column, s.bits(codes, i8), fmt.largest)
     return dots
 
 
-def _products_of_pairs(s, fmt, w, x, part, tokens):
+def _short_products(s, fmt, w, x, part, tokens, starts, by=None):
+    """_products by sums in 16 bits, which are widened as rarely as they fit: by `by`, pairs of 16-bit factors of each panel, or
+    ones. Signed codes do not fit twice.
+    """
+    steps, signed = fmt.group // 4, hasattr(fmt, "signed")
+    run = 1 if signed else steps if starts else min(steps, s.fits(fmt.largest))
+    multiply, each, dots = s.signed_pairs if signed else s.pairs, [(v, t) for v in range(len(w)) for t in range(tokens)], {}
+    for first in range(part * steps, (part + 1) * steps, run):
+        sums = {(v, t): s.bits(starts[t], i16) for v, t in each} if starts else {}
+        for k in range(first, first + run):
+            columns = [s.load(vec(i8, s.width), at, k * s.width) for at in w]
+            for t in range(tokens):
+                codes = s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8)
+                for v, column in enumerate(columns):
+                    pairs = multiply(column, codes)
+                    sums[v, t] = s.b.add(sums[v, t], pairs) if (v, t) in sums else pairs
+        for v, t in each:
+            wide = s.widen_pairs(sums[v, t], s.fill(i16, s.width // 2, 1) if by is None else by[v])
+            dots[v, t] = s.b.add(dots[v, t], wide) if (v, t) in dots else wide
+    return dots
+
+
+def _products_of_pairs(s, fmt, w, x, part, tokens, _):
     """The same by products of two rows with two tokens, put in the order of rows at the group's end."""
     steps, evens, panels, halves = fmt.group // 8, list(range(0, 2 * s.lanes, 2)), range(len(w)), (0, 1)
     each = [(v, t) for v in panels for t in range(0, tokens, 2)]

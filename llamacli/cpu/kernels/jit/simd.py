@@ -53,6 +53,12 @@ class Simd:
         """Both vectors one after the other; they are of one type."""
         return self.shuffle(a, list(range(2 * a.type.count)), b)
 
+    def undefined_or_zeros(self, element, n):
+        """A vector to insert all lanes into: zeros, since an insertion into an undefined register waits for what that held.
+        Leaves of 64 bytes do not insert where it matters.
+        """
+        return ir.Constant(vec(element, n), ir.Undefined if self.width == 64 else [0] * n)
+
     def splat(self, scalar, n=None):
         """The scalar in every lane."""
         n = n or self.lanes
@@ -239,20 +245,17 @@ class Simd:
             value = self.b.select(self.b.icmp_unsigned("==", index, self.fill(i8, n, k)), self.fill(i8, n, table[k]), value)
         return value
 
-    def dot4(self, acc, u, s, wide=False):
+    def dot4(self, acc, u, s, largest=127):
         """acc[l] + sum of u[4l+j] * s[4l+j] over j < 4: unsigned bytes times signed bytes into int32 lanes.
 
-        `wide` says that u may exceed 127; without it the cheaper saturating forms are safe. Where the CPU multiplies signed
-        bytes only (sdot), u is taken as signed too, and must not be wide.
+        `largest` is the largest u; up to 127 the cheaper saturating forms are safe. Where the CPU multiplies signed bytes
+        only (sdot), u is taken as signed too, and must not exceed 127.
         """
-        n, kind = u.type.count, self.target.dot
+        n, kind, wide = u.type.count, self.target.dot, largest > 127
         if kind == "vnni":
             return self._vpdpbusd(acc, u, s)
         if kind == "maddubs" and not wide:
-            name, half = {64: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"), 32: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd")}[n]
-            pairs = self.b.call(self._intrinsic(f"llvm.x86.{name}", vec(i16, n // 2), u.type, s.type), [u, s])
-            widen = self._intrinsic(f"llvm.x86.{half}", acc.type, pairs.type, pairs.type)
-            return self.b.add(acc, self.b.call(widen, [pairs, self.fill(i16, n // 2, 1)]))
+            return self.b.add(acc, self.widen_pairs(self.pairs(u, s), self.fill(i16, n // 2, 1)))
         if kind == "maddubs":  # even and odd bytes apart, in 16 bits: nothing can saturate
             eight, name = self.fill(i16, n // 2, 8), {64: "avx512.pmaddw.d.512", 32: "avx2.pmadd.wd"}[n]
             u16, s16 = self.bits(u, i16), self.bits(s, i16)
@@ -267,6 +270,48 @@ class Simd:
         for j in range(4):
             acc = self.b.add(acc, self.shuffle(products, list(range(j, n, 4))))
         return acc
+
+    def products(self, us, ss, largest, signed=False):
+        """The sum of dot4 over the vectors `us` times `ss`: int32 lanes.
+
+        `signed` says that u is signed. Where products of bytes come in 16 bits, they are added there as long as they fit.
+        """
+        n, total = us[0].type.count, None
+        if self.target.dot != "maddubs" or (largest > 127 and not signed):
+            total = self.fill(i32, n // 4, 0)
+            for u, x in zip(us, ss, strict=True):
+                total = self.dot4(total, u, x, largest)
+            return total
+        run = 1 if signed else max(1, self.fits(largest))
+        for k in range(0, len(us), run):
+            short = None
+            for u, x in zip(us[k : k + run], ss[k : k + run], strict=True):
+                pair = self.signed_pairs(u, x) if signed else self.pairs(u, x)
+                short = pair if short is None else self.b.add(short, pair)
+            wide = self.widen_pairs(short, self.fill(i16, n // 2, 1))
+            total = wide if total is None else self.b.add(total, wide)
+        return total
+
+    @staticmethod
+    def fits(largest):
+        """How many `pairs` of codes up to `largest` can be added in 16 bits; activations reach 127."""
+        return 32767 // (2 * 127 * largest)
+
+    def pairs(self, u, s):
+        """u[2l] * s[2l] + u[2l+1] * s[2l+1] in int16 lanes, saturating; only where target.dot is maddubs."""
+        name = {64: "avx512.pmaddubs.w.512", 32: "avx2.pmadd.ub.sw"}[u.type.count]
+        return self.b.call(self._intrinsic(f"llvm.x86.{name}", vec(i16, u.type.count // 2), u.type, s.type), [u, s])
+
+    def signed_pairs(self, u, s):
+        """`pairs` of signed u, as |u| times s with the sign of u: 128 * 127 * 2 fits."""
+        size = f"v{u.type.count}i8"
+        magnitude = self.b.call(self._intrinsic(f"llvm.abs.{size}", u.type, u.type, i1), [u, i1(0)])
+        return self.pairs(magnitude, self.b.call(self._intrinsic("llvm.x86.avx2.psign.b", *[u.type] * 3), [s, u]))
+
+    def widen_pairs(self, a, b):
+        """a[2l] * b[2l] + a[2l+1] * b[2l+1] of int16 in int32 lanes; only where target.dot is maddubs."""
+        name = {32: "avx512.pmaddw.d.512", 16: "avx2.pmadd.wd"}[a.type.count]
+        return self.b.call(self._intrinsic(f"llvm.x86.{name}", vec(i32, a.type.count // 2), a.type, b.type), [a, b])
 
     def dot8(self, acc, u, s):
         """Every 16 bytes are a matrix of 2 rows of 8: acc, matrices of 2 x 2 int32, plus u's times the transpose of s's.

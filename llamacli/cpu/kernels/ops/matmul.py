@@ -58,7 +58,7 @@ def leaves(type_name: str) -> Leaves:
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
             target = chosen_target()
-            sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, target.tile)
+            sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, target.tile, target)
             found = Leaves(
                 *(found[s] for s in dots.SYMBOLS), target.lanes, target.lanes * target.tile_vectors, target.tile, *sizes, True
             )
@@ -97,7 +97,7 @@ def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
     target = chosen_target()
     supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + 2 * target.tile
     panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors)
-    return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * tiles.packed_bytes("Q6_K", tokens) + 256
+    return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * tiles.packed_bytes("Q6_K", tokens, target) + 256
 
 
 def arguments(

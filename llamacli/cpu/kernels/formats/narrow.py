@@ -1,0 +1,110 @@
+"""`matvec` for registers of 32 bytes and less: AVX2, AVX-VNNI, NEON, and CPUs without either.
+
+In: rows of block-quantized weights and one row of int8 activations. Out: their products. Each row takes two loops. The first
+computes the factor of every group (weight scale times activation scale) and adds up the minimums. The second only multiplies
+codes. In one loop the scales' long chain of small steps fills the core's window and the products wait for it.
+"""
+
+from llvmlite import ir
+
+from llamacli.cpu.kernels.formats import layout as formats
+from llamacli.cpu.kernels.formats.layout import ACT_BYTES, S16, S32, D
+from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i64, vec
+
+AHEAD = 4096  # bytes that are prefetched ahead
+CHUNK = 16  # superblocks in each of the two loops: fewer bytes than AHEAD, so that the first loop reads what is prefetched
+SUMS = 4  # accumulators, so that a sum need not wait for the one before
+
+
+def aside_bytes(fmt):
+    """Bytes that `matvec` lays aside for each superblock: 256 codes, then scales, sums and factors of each group."""
+    return 256 + 12 * (256 // fmt.group)
+
+
+def matvec(module, target, fmt):
+    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, aside): out[r] = row r . x for int8 activations x; n_cols a multiple of
+    the block. aside: room for `aside_bytes` of each superblock, 64-byte aligned.
+    """
+    s = Simd(module, target, "matvec", 8)
+    w0, row_bytes, n_rows, n_cols, x, out, acc, aside = s.args
+    supers, span, size = s.b.lshr(n_cols, i64(8)), formats.span(fmt), aside_bytes(fmt)
+    groups = 256 // fmt.group
+    scale_at, sum_at, factor_at = (256 + 4 * groups * k for k in range(3))
+    is_signed = hasattr(fmt, "signed")
+    keep = s.b.icmp_signed("!=", acc, i64(0))
+    _lay_aside(s, fmt, supers, x, aside, size)
+
+    def row(r, _):
+        start = s.add(w0, s.mul(row_bytes, r))
+
+        def factors(k, lows):
+            w, xs = s.add(start, s.mul(k, span)), s.add(aside, s.mul(k, size))
+            scale, least = fmt.scales(s, w, 8)
+            s.store(s.b.fmul(scale, s.load(vec(f32, groups), xs, scale_at)), xs, factor_at)
+            if fmt.offset == 0:
+                return lows
+            return [s.fma(scale if least is None else least, s.load(vec(f32, groups), xs, sum_at), lows[0])]
+
+        def products(k, values):
+            w, xs, values = s.add(start, s.mul(k, span)), s.add(aside, s.mul(k, size)), list(values)
+            s.prefetch(w, AHEAD, span)
+            shared = {}  # registers of the same groups
+            for n, (at, codes) in enumerate(zip(formats.registers(s, fmt), formats.codes(s, fmt, w), strict=True)):
+                shared.setdefault(at, []).append((codes, s.load(vec(i8, s.width), xs, n * s.width)))
+            for n, (at, both) in enumerate(shared.items()):
+                dots = s.products(*zip(*both, strict=True), fmt.largest, is_signed)
+                factor = _spread(s, xs, factor_at, at)
+                values[n % SUMS] = s.fma(s.to_float(dots), factor, values[n % SUMS])
+            return values
+
+        def chunk(c, values):
+            first = s.mul(c, CHUNK)
+            last = s.add(first, CHUNK)
+            last = s.b.select(s.b.icmp_signed("<", last, supers), last, supers)
+            lows = s.loop(last, values[:1], factors, first)
+            return [*lows, *s.loop(last, values[1:], products, first)]
+
+        chunks = s.b.lshr(s.add(supers, CHUNK - 1), i64(CHUNK.bit_length() - 1))
+        low, *values = s.loop(chunks, [s.zeros(f32, groups), *[s.zeros()] * SUMS], chunk)
+        while len(values) > 1:
+            values = [s.b.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+        value = s.sum(values[0])
+        if fmt.offset != 0:
+            value = s.b.fsub(value, s.sum(low))
+        if fmt.block == 32:
+            (value,) = formats.odd_blocks(s, fmt, [start], supers, n_cols, x, [value])
+        at = s.add(out, s.mul(r, 4))
+        s.store(s.b.fadd(value, s.b.select(keep, s.load(f32, at), f32(0.0))), at)
+        return []
+
+    s.loop(n_rows, [], row)
+    s.done()
+
+
+def _spread(s, xs, factor_at, at):
+    """The factors of the groups `at`, each in the lanes of its 16 weights."""
+    first, last = at[0], at[-1]
+    if first == last:
+        return s.splat(s.load(f32, xs, factor_at + 4 * first))
+    eight = factor_at + 4 * (first // 8 * 8)
+    return s.shuffle(s.load(vec(f32, 8), xs, eight), [first % 8] * 4 + [last % 8] * 4)
+
+
+def _lay_aside(s, fmt, supers, x0, aside, size):
+    """Activation superblocks in the order of the weights: 256 codes, a scale and a sum times the format's offset per group."""
+    offset, groups = 1 if fmt.offset is None else fmt.offset, 256 // fmt.group
+    side = s.width // 16
+
+    def superblock(i, _):
+        x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(aside, s.mul(i, size))
+        order = formats.order(s, fmt)
+        for k in range(0, 16, side):
+            parts = [s.load(vec(i8, 16), x, 16 * piece) for piece in order[k : k + side]]
+            s.store(s.concat(*parts), out, 16 * k)
+        d = s.load(vec(f32, 8), x, D)
+        s.store(d if groups == 8 else s.shuffle(d, [k // 2 for k in range(16)]), out, 256)
+        total = s.load(vec(f32, groups), x, S32 if groups == 8 else S16)
+        s.store(s.b.fmul(total, ir.Constant(total.type, [float(offset)] * groups)), out, 256 + 4 * groups)
+        return []
+
+    s.loop(supers, [], superblock)
