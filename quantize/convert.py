@@ -1,11 +1,12 @@
-"""The one door: a Hugging Face folder or a GGUF to a GGUF by a recipe.
+"""Converts a Hugging Face folder or a GGUF to a GGUF by a recipe.
 
-In: paths and a recipe's name. Out: the file, and a report of what was done, fit for JSON. Order: read the header and check
-everything, plan the whole file, check the output, then stream it a few rows at a time; memory stays at some megabytes for each
-thread whatever the size of the model. Prints nothing.
+In: paths and the name of a recipe. Out: the file, and a report that is fit for JSON. It reads and checks all headers, plans the
+whole file, checks the output and then streams it a few rows at a time, so that memory stays at some megabytes a thread whatever
+the size of the model. Prints nothing.
 """
 
 import math
+import mmap
 import os
 import re
 import threading
@@ -16,17 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from llamacli.cpu.kernels import sources_digest
+from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from quantize import names, sources
 from quantize.encoders import encoder, widen
-from quantize.general import read_general
+from quantize.general import printable, read_general
 from quantize.hf_config import HFConfig, read_config
 from quantize.imatrix import Imatrix, read_imatrix
 from quantize.journal import File, Maker, left_over, log_of, part_of, write_files
@@ -36,12 +38,12 @@ from quantize.safetensors import INDEX, open_checkpoint, shard_paths
 from quantize.vocab import read_vocab
 from quantize.writer import check_output
 
-CHUNK = 1 << 19  # weights a thread takes at a time: its floats fit a core's second cache
+CHUNK = 1 << 19  # weights per task: its floats fit a core's L2 cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
-FIELDS = 20  # bytes in memory for one of metadata, measured
+FIELDS = 20  # bytes in memory per byte of metadata, measured
 LARGEST = float(np.finfo(np.float32).max)
 VISION = ("v.", "mm.")
-DESCRIPTIONS = (  # what is read of a folder beside the weights
+DESCRIPTIONS = (  # files of a folder that are read beside the weights
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "README.md"),
     *("chat_template.jinja", "chat_template.json", INDEX),
 )
@@ -57,12 +59,12 @@ class TensorReport(TypedDict):
     shape: list[int]
     weights: int
     nbytes: int
-    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None where it was not measured, or all x are 0
+    rmse: float | None  # sqrt(sum (x - q)^2 / sum x^2); None if it was not measured, or all x are 0
     energy: float | None  # sum x^2
 
 
 class Report(TypedDict):
-    """What was made, or with dry_run would be."""
+    """What was written, or with dry_run would be."""
 
     source: str
     out: str
@@ -75,8 +77,8 @@ class Report(TypedDict):
     written: bool
     seconds: float
     files: list[str]  # one, or the parts of a split
-    resumed_bytes: int  # of tensors that an interrupted run had finished
-    memory: int  # bytes that making it takes at most, beside the mapped pages of source and file
+    resumed_bytes: int  # of tensors that an earlier run had finished
+    memory: int  # bytes that the conversion takes at most, beside the mapped pages of source and file
 
 
 def convert(
@@ -98,14 +100,14 @@ def convert(
     `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
     every core this process may use.
 
-    CheckpointError or ModelFileError: the source is not fit. OutputError: `out` exists without `force`, or cannot be written.
-    UsageError: an unknown type, what is no regular expression, another model's importance matrix. On every error no file is
-    left behind; killed or interrupted, the same call goes on where it stopped (journal.py).
+    CheckpointError or ModelFileError: the source cannot be converted. OutputError: `out` exists without `force`, or cannot be
+    written. UsageError: an unknown type, a bad regular expression, another model's importance matrix. Whatever stops it,
+    finished tensors are kept and the same call continues after them (journal.py).
     """
     start, src, out = time.perf_counter(), Path(src), Path(out)
     importance = None if imatrix is None else read_imatrix(imatrix)
     recipe = find_recipe(type_name)
-    metadata, rows, notices, inputs = _open_folder(src) if src.is_dir() else _open_gguf(src)
+    metadata, rows, notices, inputs, maps = _open_folder(src) if src.is_dir() else _open_gguf(src)
     for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
         del metadata[key]  # of another conversion
     metadata |= recipe.metadata | {"general.quantization_version": 2}
@@ -137,12 +139,12 @@ def convert(
     if dry_run:
         return report | {"seconds": round(time.perf_counter() - start, 3)}
     inputs += [imatrix] if imatrix else []
-    job = _job(plan, inputs)
+    job = _job(plan, [path for path in inputs if path not in maps])
     _check_outputs(out, files, inputs, job, force, plan.nbytes)
     notices += _orphans(out, files)
     if planned:
         planned(report)
-    making = _Making(plan, importance, threads, progress)
+    making = _Making(plan, importance, threads, progress, maps)
     making.write(files, job, force)
     for tensor in report["tensors"]:
         tensor["rmse"], tensor["energy"] = making.rmse(tensor["name"]), making.errors[tensor["name"]][1]
@@ -151,7 +153,7 @@ def convert(
 
 
 def _target(path: Path) -> Path:
-    """Where a file is to lie: a link is written through, not replaced."""
+    """The file to write: a link is followed, not replaced."""
     try:
         return path.resolve() if path.is_symlink() else path
     except (OSError, RuntimeError):
@@ -159,7 +161,7 @@ def _target(path: Path) -> Path:
 
 
 def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, force: bool, nbytes: int) -> None:
-    """OutputError unless all files can be made, what an earlier attempt left of them counted as room."""
+    """OutputError unless all files can be written; the files of an earlier attempt count as free room."""
     check_output(out, 0, force=True)
     left = left_over(files, job)
     nbytes -= sum(path.stat().st_size for path in left)
@@ -171,7 +173,7 @@ def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, f
 
 
 def _orphans(out: Path, files: list[File]) -> list[str]:
-    """A notice of what a conversion to `out` in another number of files was killed in and this one will not take up."""
+    """A notice about files of a stopped conversion to `out` that had another number of parts, which this one cannot use."""
     names = {path.name for file in files for path in (part_of(file.path), log_of(files))}
     ours = re.compile(re.escape(out.name.removesuffix(".gguf")) + r"(-\d{5}-of-\d{5})?\.gguf\.part(\.log)?")
     found = sorted(path.name for path in out.parent.iterdir() if ours.fullmatch(path.name) and path.name not in names)
@@ -181,12 +183,12 @@ def _orphans(out: Path, files: list[File]) -> list[str]:
 
 
 def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -> list[str]:
-    """Check an importance matrix against the model before anything is written, and say in the file that it was used."""
+    """Check an importance matrix against the model before anything is written, and name it in the metadata."""
     known = [name for name, source in rows.items() if importance.weights(name, source.shape) is not None]
     if not known:
         raise UsageError(f"{importance.path}: expected sums for this model's tensors, found none; make it of this model")
     metadata |= {
-        "quantize.imatrix.file": importance.path.name,
+        "quantize.imatrix.file": printable(importance.path.name),
         "quantize.imatrix.dataset": ", ".join(importance.datasets),
         "quantize.imatrix.entries_count": len(known),
         "quantize.imatrix.chunks_count": importance.chunk_count,
@@ -198,7 +200,7 @@ def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -
     if unseen:
         count = max(map(len, unseen.values()))
         notices.append(
-            f"{importance.path}: up to {count} experts a layer saw no text; they are weighed as the others of their layer are"
+            f"{importance.path}: up to {count} experts a layer saw no text; they are weighed like the others of their layer"
         )
     return notices
 
@@ -209,7 +211,7 @@ def _row(t: Planned) -> TensorReport:
 
 
 def _memory(plan: Plan, threads: int) -> int:
-    """The program, the vocabulary as Python's objects, and of each thread the floats of a piece and the pieces made of it."""
+    """The program, the vocabulary as Python objects, and for each thread the floats of a piece and its encoded pieces."""
     piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
     encoded = max(t.type.nbytes / t.type.block for t in plan.tensors)  # bytes a weight
     return PROGRAM + FIELDS * sum(len(part.head) for part in plan.parts) + threads * int(piece * (8 + 2 * encoded))
@@ -219,20 +221,29 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open_folder(folder: Path) -> tuple[dict, dict[str, sources.Rows], list[str], list[Path]]:
-    """A checkpoint's metadata, rows by GGUF name, notices, and the files that it is read from."""
-    config = read_config(folder)
-    rows, notices = names.match(folder, open_checkpoint(folder), config)
+class _Source(NamedTuple):
+    """An open source. `rows` by GGUF name; `inputs`: every file that it is read from; `maps`: those that are mapped."""
+
+    metadata: dict[str, object]
+    rows: dict[str, sources.Rows]
+    notices: list[str]
+    inputs: list[Path]
+    maps: dict[Path, mmap.mmap]
+
+
+def _open_folder(folder: Path) -> _Source:
+    config, checkpoint = read_config(folder), open_checkpoint(folder)
+    rows, notices = names.match(folder, checkpoint, config)
     if config.rope_freqs is not None:
-        rows["rope_freqs.weight"] = sources.Made(config.rope_freqs)
+        rows["rope_freqs.weight"] = sources.InMemory(config.rope_freqs)
     fields, more = read_vocab(folder, config.sizes["vocab"], config.raw)
     general, licence = read_general(folder, rows)
     inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
-    return general | config.metadata | fields, rows, config.notices + notices + more + licence, inputs
+    return _Source(general | config.metadata | fields, rows, config.notices + notices + more + licence, inputs, checkpoint.maps)
 
 
-def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str], list[Path]]:
-    """A GGUF's metadata without what only that file needs, rows by name, notices, and its files."""
+def _open_gguf(path: Path) -> _Source:
+    """Of the metadata everything but what describes this one file (its parts, its alignment)."""
     gguf = open_gguf(path)
     architecture = gguf.metadata.get("general.architecture")
     if architecture != "llama4":
@@ -247,11 +258,11 @@ def _open_gguf(path: Path) -> tuple[dict, dict[str, sources.Rows], list[str], li
         notices.append(f"{len(gguf.tensors) - len(rows)} vision tensors left out: the text model alone is converted")
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
-    return metadata, rows, notices, gguf.paths
+    return _Source(metadata, rows, notices, gguf.paths, dict(zip(gguf.paths, gguf.maps, strict=True)))
 
 
 def _check_tensors(path: Path, found: dict[str, tuple[int, ...]], c: Config) -> None:
-    """ModelFileError unless a GGUF holds the tensors that its metadata speak of, and none that llama.cpp would not take."""
+    """ModelFileError unless a GGUF holds the tensors that its metadata describe, and none that llama.cpp would refuse."""
     q, kv, half = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, (c.head_dim // 2,)
     sizes = {"vocab": c.n_vocab, "hidden": c.n_embd, "q": q, "kv": kv, "dense": c.n_ff}
     sizes |= {"experts": c.n_experts, "expert": c.n_ff_exp, "two expert": 2 * c.n_ff_exp}
@@ -269,9 +280,12 @@ def _check_tensors(path: Path, found: dict[str, tuple[int, ...]], c: Config) -> 
 
 
 class _Making:
-    """Makes tensors for journal.write_files and remembers each one's error: sums of (x - q)^2 and of x^2."""
+    """Encodes tensors for journal.write_files and records each one's error: sums of (x - q)^2 and of x^2."""
 
-    def __init__(self, plan: Plan, imatrix: Imatrix | None, threads: int, progress: Progress | None):
+    def __init__(
+        self, plan: Plan, imatrix: Imatrix | None, threads: int, progress: Progress | None, maps: dict[Path, mmap.mmap]
+    ):
+        self._paths, self._guard, self._stamps = list(maps), Guard(list(maps.values())), {}
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._nbytes, self._imatrix, self._threads, self._progress = plan.nbytes, imatrix, threads, progress
         self._done = sum(len(part.head) for part in plan.parts)
@@ -281,7 +295,7 @@ class _Making:
     def write(self, files: list[File], job: str, force: bool) -> None:
         with ThreadPoolExecutor(self._threads, "encode") as self._pool:
             try:
-                write_files(files, job, Maker(self._make, self._note, self._skip), force)
+                write_files(files, job, Maker(self._make, self._note, self._skip, self._source), force)
             finally:
                 self._pool.shutdown(wait=True, cancel_futures=True)
         self._tell(self._nbytes - self._done, files[0].path.name)
@@ -290,6 +304,10 @@ class _Making:
         tensor = self._tensors[name]
         wrong, whole = 0.0, 0.0
         for chunk, errors in _encoded(tensor, self._imatrix, self._pool, self._threads):
+            if (part := self._guard.broken) is not None:
+                raise ModelFileError(
+                    f"{self._paths[part]}: expected to read all of {name}, found the file cut or its disk failing; restore it"
+                )
             yield memoryview(chunk).cast("B")
             wrong, whole = wrong + errors[0], whole + errors[1]
             self._tell(chunk.nbytes, name)
@@ -304,34 +322,50 @@ class _Making:
         self.resumed += self._tensors[name].nbytes
         self._tell(self._tensors[name].nbytes, name)
 
+    def _source(self, name: str) -> str:
+        """Names, sizes and times of the mapped files that a tensor is read from."""
+        paths = sorted(self._tensors[name].source.paths)
+        for path in paths:
+            if path not in self._stamps:
+                self._stamps[path] = _stamp(path)
+        return blake2b(b"".join(self._stamps[path] for path in paths), digest_size=16).hexdigest()
+
     def _tell(self, nbytes: int, name: str) -> None:
         self._done = min(self._done + nbytes, self._nbytes)
         if self._progress:
             self._progress(self._done, self._nbytes, name)
 
     def rmse(self, name: str) -> float | None:
-        """Relative to the weights; None where there is nothing to be relative to."""
+        """Relative to the weights; None if they are all 0."""
         wrong, whole = self.errors[name]
         return math.sqrt(wrong / whole) if whole > 0 else None
 
 
 def _job(plan: Plan, inputs: list[Path]) -> str:
-    """What must be the same for a conversion to be taken up: the program, the plan and the files it reads."""
+    """What must be the same for a conversion to be continued: the program, the plan and the files other than weights.
+
+    Each tensor's own source counts beside it (`_source`), so that a damaged shard can be replaced without starting again.
+    """
     digest = blake2b(digest_size=16)
     for folder in (Path(__file__).parent, Path(__file__).parent / "encoders"):
         digest.update(sources_digest(folder).encode())
     for part in plan.parts:
         digest.update(part.head)
     for path in inputs:
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(_stamp(path))
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> bytes:
+    """Name, size and time of a file."""
+    status = path.stat()
+    return os.fsencode(path.name) + b" %d %d\n" % (status.st_size, status.st_mtime_ns)
 
 
 def _encoded(
     tensor: Planned, imatrix: Imatrix | None, pool: ThreadPoolExecutor, threads: int
 ) -> Iterator[tuple[np.ndarray, tuple[float, float]]]:
-    """The tensor's bytes in order, each piece with its error, encoded ahead of the writing by up to two pieces a thread."""
+    """The tensor's pieces in order, each with its error; encoding runs ahead of writing by up to two pieces a thread."""
     encode, waiting = _Task(tensor, imatrix.weights(tensor.name, tensor.shape) if imatrix else None), deque()
     for piece in _pieces(tensor):
         waiting.append(pool.submit(encode, *piece))
@@ -359,7 +393,7 @@ class _Task:
 
     def __init__(self, tensor: Planned, weights: np.ndarray | None):
         self._tensor, self._weights = tensor, weights
-        self._raw = tensor.source.raw(tensor.type.name)  # bytes that are right as they are, once their values are checked
+        self._raw = tensor.source.raw(tensor.type.name)  # bytes to be copied, once their values are checked
         self._encoder = encoder(tensor.type.name) if self._raw is None else None
 
     def __call__(self, group: int, first: int, count: int) -> tuple[np.ndarray, tuple[float, float]]:
@@ -372,6 +406,6 @@ class _Task:
         if self._encoder is None:
             row, n_rows = tensor.type.row_bytes(tensor.shape[-1]), sources.groups_and_rows(tensor.shape)[1]
             start = (group * n_rows + first) * row
-            return self._raw[start : start + count * row], widen.squares(values, values)
+            return self._raw[start : start + count * row].copy(), widen.squares(values, values)  # no view: the file may be cut
         encoded = self._encoder.encode(values, None if self._weights is None else self._weights[group])
         return encoded, widen.error(tensor.type.name, encoded, values, back)

@@ -7,6 +7,7 @@ Llama 4's licence asks that copies carry its notice and "Built with Llama", and 
 """
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -133,7 +134,12 @@ def _components(name: str, total: int) -> dict[str, str]:
 def _folder_name(folder: Path) -> str:
     """Of a folder that just says what it holds, `hf`, the parent's name."""
     path = folder.resolve()
-    return (path.parent if path.name == "hf" else path).name
+    return printable((path.parent if path.name == "hf" else path).name)
+
+
+def printable(name: str) -> str:
+    """A file's name as text: bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _title(name: str) -> str:

@@ -1,15 +1,17 @@
-"""A checkpoint's tensors as zero-copy views of mapped safetensors files, single or sharded.
+"""Reads the tensors of a Hugging Face checkpoint as zero-copy views of its safetensors files.
 
-In: a Hugging Face folder with model.safetensors, or with model.safetensors.index.json and its shards. Out: `{name: Stored}`.
-Headers are hostile: length, JSON, dtype, shape and offsets are held against the bytes of the file before anything is made of
-them; what does not fit is a CheckpointError. Knows nothing of tensor names.
+In: a folder with model.safetensors, or with shards and perhaps model.safetensors.index.json. Out: tensors by name.
+Headers are hostile: length, JSON, dtype, shape and offsets are checked against the size of the file before anything is
+allocated; what does not fit is a CheckpointError. A tensor of an unknown dtype or of size 0 is an error only when it is used:
+checkpoints hold such tensors beside the model (vision, positions).
 
-Format: https://huggingface.co/docs/safetensors, 8 bytes of header length, JSON header, data.
+Format: https://huggingface.co/docs/safetensors: 8 bytes with the length of the header, a JSON header, the data.
 """
 
 import mmap
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -23,39 +25,73 @@ DTYPES = {  # NumPy has no bfloat16 and no FP8: their bits
     "F8_E4M3": np.dtype("u1"),
     "F8_E5M2": np.dtype("u1"),
 }
+MAX_DIMS = 8  # of a stored tensor
 MAX_HEADER = 100_000_000  # the format's own limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PART = re.compile(r"(?P<stem>.*)-(?P<no>\d+)-of-(?P<count>\d+)\.safetensors", re.DOTALL)
 
 
 class Stored(NamedTuple):
-    """One tensor. `data` has the tensor's shape; for BF16 and FP8 it holds the bits. Read-only, perhaps unaligned."""
+    """One tensor. `values` has the tensor's shape and holds the bits of BF16 and FP8; read-only, perhaps unaligned.
+
+    `problem`: why it cannot be used, "" if it can.
+    """
 
     name: str
     dtype: str
-    data: np.ndarray
+    values: np.ndarray
+    path: Path
+    problem: str = ""
+
+    @property
+    def data(self) -> np.ndarray:
+        """`values`; CheckpointError if they cannot be used."""
+        if self.problem:
+            raise CheckpointError(self.problem)
+        return self.values
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As stored, outermost first."""
+        """As stored, outermost first; CheckpointError as for `data`."""
         return self.data.shape
 
 
-def open_checkpoint(folder: Path) -> dict[str, Stored]:
-    """Map every shard; CheckpointError when one is missing, cut short or holds what cannot be read."""
-    shards = {path.name: _open_shard(path) for path in shard_paths(folder)}
+class Checkpoint(dict[str, Stored]):
+    """Tensors by name. `maps`: the mapped files, by path."""
+
+    def __init__(self, tensors: dict[str, Stored], maps: dict[Path, mmap.mmap]):
+        super().__init__(tensors)
+        self.maps = maps
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Map every shard; CheckpointError if one is missing, cut short or malformed."""
+    shards, maps = {}, {}
+    for path in shard_paths(folder):
+        shards[path.name], maps[path] = _open_shard(path)
     if (folder / SINGLE).exists():
-        return shards[SINGLE]
-    weight_map = _weight_map(folder)
-    for name, file in weight_map.items():
-        if name not in shards[file]:
-            raise CheckpointError(f"{folder / file}: expected tensor {name} in this shard, found none; download it again")
-    return {name: shards[file][name] for name, file in weight_map.items()}
+        return Checkpoint(shards[SINGLE], maps)
+    found: dict[str, Stored] = {}
+    if (folder / INDEX).exists():
+        for name, file in _weight_map(folder).items():
+            if name not in shards[file]:
+                raise CheckpointError(f"{folder / file}: expected tensor {name!r:.80} in it, found none; download it again")
+            found[name] = shards[file][name]
+        return Checkpoint(found, maps)
+    for file, tensors in shards.items():
+        if twice := found.keys() & tensors.keys():
+            name = min(twice)
+            raise CheckpointError(f"{folder / file}: expected tensor {name!r:.80} once, found it in two files")
+        found |= tensors
+    return Checkpoint(found, maps)
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The files that hold the tensors, all of them there; else a CheckpointError."""
+    """The files that hold the tensors; CheckpointError unless all of them exist."""
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
+    if not (folder / INDEX).exists():
+        return _shards_by_name(folder)
     paths = [folder / file for file in sorted(set(_weight_map(folder).values()))]
     for path in paths:
         if not path.exists():
@@ -63,63 +99,100 @@ def shard_paths(folder: Path) -> list[Path]:
     return paths
 
 
+def _shards_by_name(folder: Path) -> list[Path]:
+    """Without an index: the one safetensors file, or NAME-00001-of-00002 and so on, none missing."""
+    files = sorted(folder.glob("*.safetensors"))
+    parts = [(path, match) for path in files if (match := _PART.fullmatch(path.name))]
+    if len(files) == 1 and not parts:
+        return files
+    if not parts:
+        found = "neither" if not files else f"{len(files)} safetensors files without an index"
+        raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}; name a folder with safetensors")
+    sets = {(match["stem"], int(match["count"])) for _, match in parts}
+    if len(sets) > 1:
+        raise CheckpointError(f"{folder}: expected {INDEX} or the shards of one model, found {len(sets)} models; add the index")
+    ((_, count),) = sets
+    missing = set(range(1, count + 1)) - {int(match["no"]) for _, match in parts} if count <= 99_999 else {count}
+    if missing:
+        found = f"no shard {min(missing)}; finish the download"
+        raise CheckpointError(f"{folder}: expected {INDEX} or all {count} shards, found {found}")
+    return [path for path, _ in parts]
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index: from a tensor's name to that of a file in the folder."""
-    if not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder}: expected {SINGLE} or {INDEX}, found neither; name a folder with safetensors")
+    """The index: from the name of a tensor to that of a file in the folder."""
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX}: expected a weight_map from tensor to file, found none; download it again")
     for file in weight_map.values():
         if not file or Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX}: expected plain file names, found {file!r}; the index is damaged")
+            raise CheckpointError(f"{folder / INDEX}: expected plain file names, found {file!r:.80}; the index is damaged")
     return weight_map
 
 
-def _open_shard(path: Path) -> dict[str, Stored]:
+def _open_shard(path: Path) -> tuple[dict[str, Stored], mmap.mmap]:
     try:
         size = path.stat().st_size
-        if size < 8:
+        if size < 8 or not path.is_file():
             raise CheckpointError(f"{path}: expected a safetensors file, found {size} bytes; download it again")
         with path.open("rb") as file:
+            start, header = _header(path, file, size)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected a readable file, found: {getattr(error, 'strerror', None) or error}") from None
-    length = int.from_bytes(mapped[:8], "little")
+    header.pop("__metadata__", None)
+    return {name: _view(path, mapped, start, name, entry) for name, entry in header.items()}, mapped
+
+
+def _header(path: Path, file: BinaryIO, size: int) -> tuple[int, dict]:
+    """Where the data starts, and the header. It is read, not mapped: a failing disk is an OSError then, no SIGBUS."""
+    length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, MAX_HEADER):
         raise CheckpointError(f"{path}: expected a header of {length} bytes, found {size - 8} bytes in all; download it again")
-    header = parse_json(mapped[8 : 8 + length], f"{path} (header)")
-    header.pop("__metadata__", None)
-    return {name: _view(path, mapped, 8 + length, name, entry) for name, entry in header.items()}
+    return 8 + length, parse_json(file.read(length), f"{path} (header)")
 
 
 def _view(path: Path, mapped: mmap.mmap, start: int, name: str, entry) -> Stored:
+    tensor = f"tensor {name!r:.80}"
+
     def refuse(expected: str, found) -> CheckpointError:
-        return CheckpointError(f"{path}: expected {expected} for tensor {name}, found {str(found)[:60]}; download it again")
+        return CheckpointError(f"{path}: expected {expected} for {tensor}, found {str(found)[:60]}; download it again")
 
     if not isinstance(entry, dict):
         raise refuse("dtype, shape and offsets", type(entry).__name__)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(
-            f"{path}: expected dtype {', '.join(DTYPES)} for tensor {name}, found {str(dtype)[:20]}; packed formats such as "
-            "NVFP4 are not read, use the BF16 or FP8 checkpoint"
-        )
-    if not _counts(shape) or len(shape) > 4 or 0 in shape:
-        raise refuse("a shape of up to 4 sizes", shape)
+    if not isinstance(dtype, str):
+        raise refuse("a dtype", dtype)
+    if not _counts(shape) or len(shape) > MAX_DIMS:
+        raise refuse(f"a shape of up to {MAX_DIMS} sizes", shape)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise refuse("a begin and an end", offsets)
+    left = len(mapped) - start
+    if offsets[1] > left:
+        raise CheckpointError(
+            f"{path}: expected {offsets[1]} bytes of data ({tensor}), found {left}; it is cut short, download it again"
+        )
+    if problem := _problem(dtype, shape):
+        return Stored(name, dtype, np.empty(0), path, f"{path}: expected {problem[0]} for {tensor}, found {problem[1]}")
     count = 1
     for n in shape:
         count *= n  # Python integers do not overflow
-    nbytes, left = count * DTYPES[dtype].itemsize, len(mapped) - start
+    nbytes = count * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
         raise refuse(f"{nbytes} bytes", offsets[1] - offsets[0])
-    if offsets[1] > left:
-        raise CheckpointError(
-            f"{path}: expected {offsets[1]} bytes of data (tensor {name}), found {left}; it is cut short, download it again"
-        )
-    return Stored(name, dtype, np.frombuffer(mapped, DTYPES[dtype], count, start + offsets[0]).reshape(shape))
+    return Stored(name, dtype, np.frombuffer(mapped, DTYPES[dtype], count, start + offsets[0]).reshape(shape), path)
+
+
+def _problem(dtype: str, shape: list[int]) -> tuple[str, str] | None:
+    """What was expected and found of a tensor that cannot be converted but may not be needed."""
+    if 0 in shape:
+        return "weights", f"none (shape {shape}); saved under DeepSpeed ZeRO-3? gather the weights and save them again"
+    if dtype in ("F64", "I64", "I32", "I16", "BOOL"):
+        return f"dtype {', '.join(DTYPES)}", f"{dtype}; save the model in BF16"
+    if dtype not in DTYPES:
+        hint = "packed formats such as NVFP4 are not read, use the BF16 or FP8 checkpoint"
+        return f"dtype {', '.join(DTYPES)}", f"{dtype[:20]!r}; {hint}"
+    return None
 
 
 def _counts(values) -> bool:

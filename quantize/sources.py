@@ -1,12 +1,12 @@
-"""Where a tensor's rows come from, whatever way they are stored: read a few rows of one group as float32.
+"""Reads rows of a tensor as float32, whatever way it is stored.
 
-In: a stored tensor of a checkpoint, a tensor of a GGUF, or an array made here. Out: `Rows`, all with the shape that the GGUF
-tensor will have, and `read(group, first, out)`. A tensor of three axes is groups (experts) of matrices; all others are one
-group. Nothing is kept: each read touches only the mapped bytes that it needs, and threads may read at the same time. Knows
-nothing of target types.
+In: a stored tensor of a checkpoint, a tensor of a GGUF, or an array. Out: `Rows` with the shape that the GGUF tensor will have,
+and `read(group, first, out)`. A tensor of three axes is groups (experts) of matrices; all others are one group. Nothing is
+cached: a read touches only the mapped bytes that it needs. Threads may read at the same time.
 """
 
 import math
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -19,10 +19,13 @@ from quantize.safetensors import Stored
 
 
 class Rows(Protocol):
-    """A tensor to be written. `shape` is NumPy's order, row length last; `unit` is how many rows are best read together."""
+    """A tensor to be written. `shape` is in NumPy's order, row length last; `unit` is how many rows are best read together;
+    `paths` are the files that hold it.
+    """
 
     shape: tuple[int, ...]
     unit: int
+    paths: frozenset[Path]
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         """Fill `out`, float32 (rows, row length), with the rows from `first` on of one group."""
@@ -52,10 +55,10 @@ def groups_and_rows(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 3 else (1, math.prod(shape[:-1]))
 
 
-class Made:
-    """An array computed here."""
+class InMemory:
+    """An array."""
 
-    unit = 1
+    unit, paths = 1, frozenset()
 
     def __init__(self, values: np.ndarray):
         self.shape, self._values = values.shape, values.reshape(-1, values.shape[-1])
@@ -73,7 +76,7 @@ class Plain:
     unit = 1
 
     def __init__(self, stored: Stored):
-        self.shape, self._dtype = stored.shape, stored.dtype
+        self.shape, self._dtype, self.paths = stored.shape, stored.dtype, frozenset([stored.path])
         self._rows = stored.data.reshape(-1, stored.shape[-1])
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
@@ -91,6 +94,7 @@ class Scaled:
 
     def __init__(self, stored: Stored, scale: Stored):
         self.shape, self._stored, self._scale = stored.shape, stored, scale
+        self.paths = frozenset([stored.path, scale.path])
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         block = self._stored.data[first : first + len(out)]
@@ -107,6 +111,7 @@ class Stack:
 
     def __init__(self, matrices: list[Rows]):
         self.shape, self._matrices = (len(matrices), *matrices[0].shape), matrices
+        self.paths = frozenset().union(*(matrix.paths for matrix in matrices))
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         self._matrices[group].read(0, first, out)
@@ -127,13 +132,13 @@ class Transposed:
         n_groups, n_cols, n_columns = stored.shape
         n_rows = n_columns // of
         self.shape, self._dtype = (n_groups, n_rows, n_cols), stored.dtype
+        self.paths = frozenset([stored.path] if scale is None else [stored.path, scale.path])
         self._stack = stored.data[:, :, at * n_rows : (at + 1) * n_rows]
         if scale is not None:
             per_group = scale.data.reshape(n_groups if scale.data.size >= n_groups else 1, -1)
             per_group = per_group if per_group.shape[1] == 1 else per_group[:, at * n_rows : (at + 1) * n_rows]
-            self._scales = [
-                Stored(scale.name, scale.dtype, row) for row in np.broadcast_to(per_group, (n_groups, per_group.shape[1]))
-            ]
+            rows = np.broadcast_to(per_group, (n_groups, per_group.shape[1]))
+            self._scales = [scale._replace(values=row) for row in rows]
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
         block = self._stack[group, :, first : first + len(out)]
@@ -155,7 +160,7 @@ class Dequantized:
     unit = 1
 
     def __init__(self, tensor: Tensor):
-        self.shape, self._tensor = tensor.shape, tensor
+        self.shape, self._tensor, self.paths = tensor.shape, tensor, frozenset([tensor.path])
         _, self._n_rows = groups_and_rows(tensor.shape)
         self._rows = tensor.data.reshape(-1, tensor.type.row_bytes(tensor.shape[-1]))
 

@@ -1,13 +1,14 @@
-"""A GGUF's bytes before the data, version 3, little-endian; and small files, complete under their names or not there at all.
+"""The header of a GGUF (version 3, little-endian), and small files written atomically.
 
-In: a header's values, then the bytes of each tensor in the planned order. Out: the header, or the file. It grows as NAME.part,
-is synced and renamed; on any failure, Ctrl-C included, the part is removed (journal.py keeps those that took long). What
-cannot be written is an OutputError. Knows nothing of checkpoints or types.
+In: metadata and tensor descriptions; for a file, the bytes of each tensor in order. Out: the header's bytes, or the file. It
+grows as NAME.part, is synced and renamed; on any failure, Ctrl-C included, the part is removed (journal.py keeps the parts of
+long conversions). What cannot be written is an OutputError.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import struct
@@ -27,8 +28,8 @@ _STRING, _ARRAY = 8, 9
 def header(metadata: dict[str, object], tensors: list[tuple[str, TensorType, tuple[int, ...], int]]) -> bytes:
     """Everything before the data, padded to the alignment.
 
-    Integers become uint32 where they fit, floats float32, arrays keep their dtype. Shapes are NumPy's order, offsets count from
-    the start of the data. OutputError for text that is no Unicode.
+    Integers become uint32 if they fit, floats float32; arrays keep their dtype; bytes are written as a string. Shapes are in
+    NumPy's order, offsets count from the start of the data. OutputError for text that cannot be encoded.
     """
     out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
@@ -39,16 +40,16 @@ def header(metadata: dict[str, object], tensors: list[tuple[str, TensorType, tup
     return bytes(out)
 
 
-def _string(text: str) -> bytes:
+def _string(text: str | bytes) -> bytes:
     try:
-        raw = text.encode()
+        raw = text if isinstance(text, bytes) else text.encode()
     except UnicodeEncodeError:
         raise OutputError(f"expected valid Unicode in the metadata, found {text[:40]!r}; repair the source") from None
     return struct.pack("<Q", len(raw)) + raw
 
 
 def _value(value) -> bytes:
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         return struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, np.ndarray):
         code = _CODES[value.dtype.str[1:]]
@@ -60,7 +61,7 @@ def _value(value) -> bytes:
 
 
 def _scalar_dtype(value) -> np.dtype:
-    """The types that llama.cpp asks for: uint32 where it fits, float32."""
+    """The types that llama.cpp expects: uint32 if it fits, float32."""
     if isinstance(value, np.generic):
         return value.dtype
     if isinstance(value, bool):
@@ -71,7 +72,7 @@ def _scalar_dtype(value) -> np.dtype:
 
 
 def check_output(path: Path, nbytes: int, force: bool) -> None:
-    """OutputError unless a file of `nbytes` can be made at `path`."""
+    """OutputError unless a file of `nbytes` can be written at `path`."""
     if path.is_dir():
         raise OutputError(f"{path}: expected the name of a file to write, found a folder; add a file name")
     if path.exists() and not path.is_file():
@@ -81,7 +82,7 @@ def check_output(path: Path, nbytes: int, force: bool) -> None:
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent}: expected a folder to write into, found none; create it first")
     free = shutil.disk_usage(path.parent).free
-    if free < nbytes:
+    if 0 < free < nbytes:  # some FUSE file systems always report 0; a full disk is found on writing
         raise OutputError(f"{path}: expected {nbytes} bytes of room on the disk, found {free}; free some or write elsewhere")
 
 
@@ -100,7 +101,7 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
                     raise OutputError(f"{path}: expected {nbytes} bytes of {name}, made {written}; please report this")
                 file.write(bytes(-nbytes % ALIGNMENT))
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if path.exists() and not force:
             raise OutputError(f"{path}: expected no such file, found one made meanwhile; choose another name or add --force")
         part.replace(path)
@@ -114,16 +115,25 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
 
 
 def _remove(part: Path) -> None:
-    with contextlib.suppress(OSError):  # the error that led here is the one to tell
+    with contextlib.suppress(OSError):  # the error that led here is the one to report
         part.unlink(missing_ok=True)
 
 
+def sync(file: int) -> None:
+    """Put a descriptor's data on the disk. macOS's fsync stops at the drive's cache; F_FULLFSYNC goes on, where supported."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):  # SMB, exFAT
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(file)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the system can."""
+    """Make a rename survive a power cut, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     with contextlib.suppress(OSError):
-        os.fsync(handle)
+        sync(handle)
     os.close(handle)

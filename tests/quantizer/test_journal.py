@@ -529,7 +529,129 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
 def test_a_file_made_meanwhile_is_not_replaced_unasked(tmp_path):
     files, data, _ = job(tmp_path, 3)
     files[1].path.write_bytes(b"precious")
-    with pytest.raises(OutputError, match="meanwhile"):
+    with pytest.raises(OutputError, match=r"meanwhile.*6 of 6 tensors are kept in 0\.gguf\.part"):
         attempt(files, data)
     assert files[1].path.read_bytes() == b"precious"
-    assert names(tmp_path) == {"1.gguf"}
+    made = []
+    attempt(files, data, made, force=True)
+    assert made == []
+
+
+@pytest.mark.parametrize(
+    "error", [OutputError("x"), MemoryError("x"), ValueError("x"), OSError(errno.EROFS, "Read-only file system")]
+)
+def test_an_error_while_a_tensor_is_made_keeps_those_before(tmp_path, error):
+    """It stays the error that it is: one of the maker's is none of the output."""
+    files, data, expected = job(tmp_path, 3)
+    names_, real = list(data), {}
+
+    def make(name):
+        if name == names_[4]:
+            raise error
+        real[name] = True
+        yield memoryview(data[name])
+
+    maker = Maker(make, lambda name: f"note of {name}", lambda name, note: None)
+    with pytest.raises(type(error)) as caught:
+        write_files(files, "job", maker, False)
+    if isinstance(error, (OutputError, MemoryError)):
+        assert "4 of 6 tensors are kept in 0.gguf.part, the same command continues there" in str(caught.value)
+    else:
+        assert str(caught.value) == str(error)
+    made = []
+    attempt(files, data, made)
+    assert made == names_[4:]
+    assert [file.path.read_bytes() for file in files] == expected
+
+
+def test_before_the_first_tensor_is_finished_an_error_leaves_nothing(tmp_path):
+    files, _, _ = job(tmp_path, 3)
+    maker = Maker(lambda name: iter([memoryview(b"")] * (1 // 0)), str, lambda name, note: None)
+    with pytest.raises(ZeroDivisionError):
+        write_files(files, "job", maker, False)
+    assert names(tmp_path) == set()
+
+
+def test_another_jobs_work_is_not_lost_by_an_error_before_it_is_replaced(tmp_path, monkeypatch):
+    files, data, _ = job(tmp_path, 3)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(files, data, chunks=6)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="Permission denied"):
+        patch.setattr(Path, "unlink", denied)
+        write_files(files, "another job", Maker(lambda name: [], str, lambda name, note: None), False)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_tensor_whose_source_changed_is_made_again_and_all_after_it(tmp_path):
+    """A damaged shard is replaced: what came from the others stays."""
+    files, data, expected = job(tmp_path, 3)
+    order, versions = list(data), dict.fromkeys(data, "1")
+
+    def run(stop=None):
+        made = []
+
+        def make(name):
+            made.append(name)
+            if name == stop:
+                raise ValueError
+            yield memoryview(data[name])
+
+        write_files(files, "job", Maker(make, lambda name: "", lambda name, note: None, versions.get), False)
+        return made
+
+    with pytest.raises(ValueError):
+        run(order[4])
+    versions[order[4]] = "2"
+    versions[order[1]] = "2"
+    assert run() == [*order[1:3], *order[4:]]  # the second file is intact up to its fifth tensor
+    assert [file.path.read_bytes() for file in files] == expected
+
+
+def test_files_are_recognised_where_renaming_changes_their_inode_and_time(tmp_path, monkeypatch):
+    """FAT and SMB; killed between two renames."""
+    files, data, expected = job(tmp_path, 3)
+    real = Path.replace
+
+    def replace(old, new):
+        if new == files[1].path:
+            raise KeyboardInterrupt
+        return real(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        attempt(files, data)
+    raw = files[0].path.read_bytes()
+    (tmp_path / "copy").write_bytes(raw)
+    real(tmp_path / "copy", files[0].path)
+    made = []
+    attempt(files, data, made)
+    assert made == []
+    assert [file.path.read_bytes() for file in files] == expected
+
+
+def test_on_macos_data_reach_the_disk_and_not_only_its_cache(tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, command: called.append(command))
+    files, data, _ = job(tmp_path, 3)
+    attempt(files, data)
+    assert called == [51] * 4  # two parts, the log, the folder
+
+
+def test_a_file_system_without_full_sync_is_synced_as_it_can_be(tmp_path, monkeypatch):
+    synced, real = [], os.fsync
+
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", unsupported)
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), real(fd)))
+    files, data, _ = job(tmp_path, 3)
+    attempt(files, data)
+    assert len(synced) == 4

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -338,7 +340,7 @@ def test_what_is_no_number_is_named_though_its_bytes_would_be_copied(scout, tmp_
     raw[at : at + bad.nbytes] = bad.tobytes()
     (tmp_path / "bad.gguf").write_bytes(raw)
     assert name in refusal(CheckpointError, tmp_path / "bad.gguf", tmp_path / "copy.gguf", type_name)
-    assert {path.name for path in tmp_path.iterdir()} == {"bad.gguf"}
+    assert not (tmp_path / "copy.gguf").exists()
 
 
 def test_errors_of_weights_whose_squares_leave_float32_are_numbers_all_the_same(tmp_path):
@@ -612,14 +614,14 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["model.layers.1.feed_forward.experts.gate_up_proj", "model.norm.weight"])
-def test_weights_that_are_no_numbers_are_named_and_nothing_is_left(tmp_path, name, bad):
+def test_weights_that_are_no_numbers_are_named_and_no_file_is_made(tmp_path, name, bad):
     def change(entries):
         entries[name][1].reshape(-1)[-1] = checkpoint.to_bf16(np.float32([bad]))[0]
 
     with_entries(tmp_path / "hf", change)
     message = refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "Q4_0")
     assert "blk.1.ffn_up_exps.weight" in message or "output_norm.weight" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_weights_too_large_for_half_precision_are_refused_not_made_infinite(tmp_path):
@@ -769,18 +771,61 @@ def test_too_little_room_is_found_before_anything_is_written(scout, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_leaves_nothing(scout, tmp_path):
+@pytest.mark.parametrize(("room", "kept"), [(20_000, False), (600_000, True)])
+def test_a_disk_that_fills_up_costs_no_finished_tensor(scout, tmp_path, room, kept):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        refusal(OutputError, scout[0], tmp_path / "out.gguf", "F32")
+        message = refusal(OutputError, scout[0], tmp_path / "out.gguf", "F32")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
+    assert ("the same command continues" in message) is kept
+    assert ("nothing was kept" in message) is not kept
+    assert bool(list(tmp_path.iterdir())) is kept
+    assert (convert(scout[0], tmp_path / "out.gguf", "F32")["resumed_bytes"] > 0) is kept
+
+
+def test_a_tensor_that_cannot_be_converted_costs_no_finished_one_and_mending_its_shard_goes_on(tmp_path):
+    checkpoint.write(tmp_path / "hf", shards=2)
+    shard, good = tmp_path / "hf" / "model-00002-of-00002.safetensors", None
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-2] + b"\xc0\x7f")  # the last weight is NaN
+    message = refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "Q8_0")
+    assert "NaN" in message and "tensors are kept in out.gguf.part" in message
+    shard.write_bytes(good)
+    assert convert(tmp_path / "hf", tmp_path / "out.gguf", "Q8_0")["resumed_bytes"] > 0
+    convert(tmp_path / "hf", tmp_path / "fresh.gguf", "Q8_0")
+    assert (tmp_path / "out.gguf").read_bytes() == (tmp_path / "fresh.gguf").read_bytes()
+
+
+CUT = """
+import os, sys
+from quantize.convert import convert
+def cut(done, total, name):
+    if done > total // 2:
+        os.truncate(sys.argv[3], os.path.getsize(sys.argv[3]) // 2)
+convert(sys.argv[1], sys.argv[2], "Q8_0", threads=1, progress=cut)
+"""
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf", "same type"])
+def test_a_source_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(scout, tmp_path, kind):
+    source = cut = tmp_path / "hf"
+    if kind == "folder":
+        checkpoint.write(source)
+        cut = source / "model.safetensors"
+    else:
+        source = cut = tmp_path / "source.gguf"
+        convert(scout[0], source, "F16" if kind == "gguf" else "Q8_0")
+    child = subprocess.run([sys.executable, "-c", CUT, source, tmp_path / "out.gguf", cut], capture_output=True, text=True)
+    assert child.returncode == 1, child.stderr
+    error = child.stderr.splitlines()[-1]
+    assert f"{cut}: expected to read all of" in error and "tensors are kept" in error
+    assert not (tmp_path / "out.gguf").exists()
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError])
-def test_whatever_stops_it_an_older_file_stays_and_no_part_is_left(scout, tmp_path, error):
+def test_whatever_stops_it_an_older_file_stays_and_the_same_command_continues(scout, tmp_path, error):
     out = tmp_path / "out.gguf"
     out.write_text("precious")
 
@@ -789,7 +834,7 @@ def test_whatever_stops_it_an_older_file_stays_and_no_part_is_left(scout, tmp_pa
             assert (tmp_path / "out.gguf.part").exists()
             raise error
 
-    with pytest.raises((error, LlamacliError)):
+    with pytest.raises(error):
         convert(scout[0], out, "F32", force=True, progress=stop)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
     assert out.read_text() == "precious"
+    assert convert(scout[0], out, "F32", force=True)["resumed_bytes"] > 0

@@ -39,7 +39,8 @@ def sharded(folder, weight_map=None):
 def refusal(folder):
     """The one line that says why the folder cannot be opened."""
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder)
+        for tensor in open_checkpoint(folder).values():
+            tensor.data  # noqa: B018
     assert "\n" not in str(caught.value)
     assert "expected" in str(caught.value)
     return str(caught.value)
@@ -118,9 +119,10 @@ def test_an_absurd_header_length_allocates_nothing(tmp_path, length):
         ({"shape": [3, 5]}, "60 bytes"),
         ({"shape": [1 << 62, 1 << 62]}, "bytes"),
         ({"shape": [-3, -4]}, "shape"),
-        ({"shape": [0, 4]}, "shape"),
+        ({"shape": [0, 4]}, "ZeRO-3"),
+        ({"dtype": "F64", "data_offsets": [0, 48]}, "save the model in BF16"),
         ({"shape": []}, "4 bytes"),
-        ({"shape": [1, 1, 1, 3, 4]}, "shape"),
+        ({"shape": [1] * 9}, "shape"),
         ({"shape": [3.0, 4.0]}, "shape"),
         ({"shape": "34"}, "shape"),
         ({"shape": [True, 12]}, "shape"),
