@@ -94,6 +94,12 @@ def test_the_tree_in_the_docs_is_the_tree_on_disk():
     assert all(shown.values()), "the tree shows what is not there"
 
 
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("quantize/*.md")]), ids=name)
+def test_links_of_the_docs_lead_to_files_that_exist(path):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
 def test_contributing_names_every_test_file_and_no_other():
     named = set(re.findall(r"tests/((?:\w+/)?test_\w+\.py)", (ROOT / "CONTRIBUTING.md").read_text()))
     assert named == {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}

@@ -105,8 +105,8 @@ def test_the_bits_shown_in_the_help_are_those_of_scout(name):
     assert find_recipe(name).bits == round(bits(name, SCOUT), 2)
 
 
-def test_the_readme_shows_the_same_table():
-    text = (Path(__file__).parents[2] / "quantize" / "README.md").read_text()
+def test_the_docs_show_the_same_table():
+    text = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
     for recipe in module.RECIPES.values():
         assert f"| `{recipe.name}` | {recipe.bits:.2f} | {recipe.purpose} |" in text
 
