@@ -26,10 +26,11 @@ from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role, check, role_of, tensors
 from quantize import names, sources
 from quantize.encoders import encoder, widen
 from quantize.general import printable, read_general
-from quantize.hf_config import HFConfig, read_config
+from quantize.hf_config import read_config
 from quantize.imatrix import Imatrix, read_imatrix
 from quantize.journal import File, Maker, left_over, log_of, part_of, write_files
 from quantize.plan import Plan, Planned, make_plan
@@ -42,7 +43,6 @@ CHUNK = 1 << 19  # weights per task: its floats fit a core's L2 cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
 FIELDS = 20  # bytes in memory per byte of metadata, measured
 LARGEST = float(np.finfo(np.float32).max)
-VISION = ("v.", "mm.")
 DESCRIPTIONS = (  # files of a folder that are read beside the weights
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "README.md"),
     *("chat_template.jinja", "chat_template.json", INDEX),
@@ -236,10 +236,11 @@ def _open_folder(folder: Path) -> _Source:
     rows, notices = names.match(folder, checkpoint, config)
     if config.rope_freqs is not None:
         rows["rope_freqs.weight"] = sources.InMemory(config.rope_freqs)
-    fields, more = read_vocab(folder, config.sizes["vocab"], config.raw)
+    fields, more = read_vocab(folder, config.model.n_vocab, config.raw)
     general, licence = read_general(folder, rows)
     inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
-    return _Source(general | config.metadata | fields, rows, config.notices + notices + more + licence, inputs, checkpoint.maps)
+    metadata, notices = general | config.model.metadata | fields, config.notices + notices + more + licence
+    return _Source(metadata, rows, notices, inputs, checkpoint.maps)
 
 
 def _open_gguf(path: Path) -> _Source:
@@ -251,32 +252,15 @@ def _open_gguf(path: Path) -> _Source:
         raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
     kept = (key for key in gguf.metadata if not key.startswith("split.") and key != "general.alignment")
     metadata = {key: gguf.metadata.typed(key) for key in kept}
-    rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if not name.startswith(VISION)}
-    _check_tensors(path, {name: source.shape for name, source in rows.items()}, Config.from_gguf(gguf))
+    rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if role_of(name) is not Role.VISION}
+    shapes = {name: source.shape for name, source in rows.items()}
+    check(path, shapes, tensors(Config.from_gguf(gguf)), complete=True)
     notices = []
     if len(rows) < len(gguf.tensors):
         notices.append(f"{len(gguf.tensors) - len(rows)} vision tensors left out: the text model alone is converted")
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
     return _Source(metadata, rows, notices, gguf.paths, dict(zip(gguf.paths, gguf.maps, strict=True)))
-
-
-def _check_tensors(path: Path, found: dict[str, tuple[int, ...]], c: Config) -> None:
-    """ModelFileError unless a GGUF holds the tensors that its metadata describe, and none that llama.cpp would refuse."""
-    q, kv, half = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, (c.head_dim // 2,)
-    sizes = {"vocab": c.n_vocab, "hidden": c.n_embd, "q": q, "kv": kv, "dense": c.n_ff}
-    sizes |= {"experts": c.n_experts, "expert": c.n_ff_exp, "two expert": 2 * c.n_ff_exp}
-    step = c.moe_step if c.n_experts and c.moe_step else c.n_layers + 1  # beyond the last layer: none is a mixture
-    wanted = names.shapes(HFConfig(c.n_layers, c.n_experts, step, "output.weight" not in found, sizes, {}, None, {}, []))
-    optional = dict.fromkeys(("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"), half)
-    for head in (f"blk.{layer}.attn_" for layer in range(c.n_layers)):
-        optional |= {f"{head}q.bias": (q,), f"{head}k.bias": (kv,), f"{head}v.bias": (kv,), f"{head}output.bias": (c.n_embd,)}
-    for name, shape in (wanted | {name: shape for name, shape in optional.items() if name in found}).items():
-        if found.get(name) != shape:
-            what = list(found[name]) if name in found else "none"
-            raise ModelFileError(f"{path}: expected tensor {name} {list(shape)}, found {what}; the file is damaged")
-    if more := sorted(found.keys() - wanted.keys() - optional.keys()):
-        raise ModelFileError(f"{path}: expected tensors of Llama 4, found {more[0][:80]!r}, which has no place in its GGUF")
 
 
 class _Making:

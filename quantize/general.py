@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from llamacli.llama4.tensors import Role, role_of
 from quantize.folder import optional_json
 from quantize.sources import Rows
 
@@ -149,7 +150,7 @@ def _title(name: str) -> str:
 
 def _size_label(rows: dict[str, Rows]) -> str:
     """Experts times what one token passes through of weights with one expert, as GGUF's naming convention has it: 16x17B."""
-    experts = {name: source.shape for name, source in rows.items() if "_exps." in name}
+    experts = {name: source.shape for name, source in rows.items() if role_of(name) is Role.EXPERTS}
     n_experts = next(iter(experts.values()))[0] if experts else 0
     total = sum(math.prod(source.shape) for source in rows.values())
     total -= sum(math.prod(shape) - math.prod(shape[1:]) for shape in experts.values())

@@ -1,10 +1,10 @@
-"""config.json of a Llama 4 checkpoint to checked sizes, GGUF metadata and the rotary frequencies' divisors.
+"""Reads the config.json of a Llama 4 checkpoint: the model's Config, and the divisors of its rotary frequencies.
 
-In: the folder. Out: `HFConfig`, or a CheckpointError for another architecture, for numbers that make no sense and for layouts
-that a GGUF of this architecture cannot say. Knows nothing of tensors or of the tokenizer.
+In: the folder. Out: `HFConfig`. CheckpointError: another architecture, impossible numbers, or a layout that a GGUF of this
+architecture cannot express.
 
-llama.cpp takes chunk size, temperature and NoPE period as given (8192, 8192 and 0.1, every 4th layer) and guesses QK norm from
-the expert count; what differs is written under keys of its own, which it passes over and this engine honours.
+llama.cpp assumes Meta's chunk size, temperature and period of layers without rotation, and guesses QK norm from the number of
+experts. Where a model differs, the GGUF says so under keys that llama.cpp ignores and this engine reads.
 """
 
 import math
@@ -14,33 +14,33 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.errors import CheckpointError
+from llamacli.llama4.config import (
+    BOUNDS,
+    CHUNK,
+    META,
+    NO_ROPE_STEP,
+    TEMPERATURE_LENGTH,
+    TEMPERATURE_SCALE,
+    WITHOUT_QK_NORM,
+    Config,
+)
 from quantize.folder import read_json
 
 ARCHITECTURES = ("Llama4ForCausalLM", "Llama4ForConditionalGeneration")
-NO_ROPE_STEP, CHUNK, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 4, 8192, 8192, 0.1  # Meta's, built into llama.cpp
-UNGUESSED_EXPERTS = 128  # llama.cpp: this many experts and no other mean "no QK norm"
+VOCABULARY, CONTEXT = 1 << 24, 1 << 31  # tokens at most
 
 
 class HFConfig(NamedTuple):
-    """What the conversion must know. `metadata` is everything under `llama4.`, `rope_freqs` float32 [head_dim / 2] or None."""
+    """What a conversion needs to know. `rope_freqs` is float32 [head_dim / 2], None where frequencies are not scaled."""
 
-    n_layers: int
-    n_experts: int
-    moe_step: int
-    tied: bool
-    sizes: dict[str, int]  # the words of names.py's table
-    metadata: dict[str, object]
+    model: Config
     rope_freqs: np.ndarray | None
     raw: dict  # of the text model
     notices: list[str]
 
-    def is_moe(self, i: int) -> bool:
-        """Whether layer i has experts."""
-        return (i + 1) % self.moe_step == 0
-
 
 class _Reader:
-    """Typed, bounded access to one JSON object."""
+    """Reads typed values within bounds from one JSON object."""
 
     def __init__(self, where: str, values: dict):
         self.where, self.values = where, values
@@ -63,11 +63,13 @@ class _Reader:
             raise self.refuse(key, "true or false")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
+    def real(self, key: str, default: float | None = None, field: str | None = None) -> float:
+        """A positive number, within the BOUNDS of a field of Config."""
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value < 1e30:
-            raise self.refuse(key, "a positive number")
+        least, most = BOUNDS[field] if field else (0, 1e30)
+        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most or value <= 0:
+            raise self.refuse(key, f"a positive number from {least:g} to {most:g}" if field else "a positive number")
         return float(value)
 
 
@@ -90,94 +92,76 @@ def read_config(folder: Path) -> HFConfig:
 
 
 def _translate(c: _Reader) -> HFConfig:
-    hidden, n_heads = c.count("hidden_size", 1 << 20), c.count("num_attention_heads", 1 << 12)
+    hidden, n_heads = c.count("hidden_size", BOUNDS["n_embd"][1]), c.count("num_attention_heads", BOUNDS["n_heads"][1])
     n_kv_heads = c.count("num_key_value_heads", n_heads, n_heads)
-    head_dim = c.count("head_dim", 1 << 12, hidden // n_heads)
+    head_dim = c.count("head_dim", BOUNDS["head_dim"][1], hidden // n_heads)
     if head_dim % 2:
         raise c.refuse("head_dim", "an even number")
     if n_heads % n_kv_heads:
         raise c.refuse("num_key_value_heads", f"a divisor of {n_heads} heads")
-    n_layers, n_experts = c.count("num_hidden_layers", 1 << 12), c.count("num_local_experts", 1 << 12)
-    expert, vocab = c.count("intermediate_size", 1 << 22), c.count("vocab_size", 1 << 24)
-    dense = c.count("intermediate_size_mlp", 1 << 22, expert)
-    step = _moe_step(c, n_layers)
+    n_layers = c.count("num_hidden_layers", BOUNDS["n_layers"][1])
+    n_experts = c.count("num_local_experts", BOUNDS["n_experts"][1])
+    n_ff_exp = c.count("intermediate_size", BOUNDS["n_ff"][1])
     theta, freqs = _rope(c, head_dim)
-    metadata: dict[str, object] = {
-        "block_count": n_layers,
-        "context_length": c.count("max_position_embeddings", 1 << 31, CHUNK),
-        "embedding_length": hidden,
-        "feed_forward_length": dense,
-        "attention.head_count": n_heads,
-        "attention.head_count_kv": n_kv_heads,
-        "rope.freq_base": theta,
-        "attention.layer_norm_rms_epsilon": c.real("rms_norm_eps", 1e-5),
-        "expert_count": n_experts,
-        "expert_used_count": c.count("num_experts_per_tok", n_experts, 1),
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "vocab_size": vocab,
-        "rope.dimension_count": head_dim,
-        "interleave_moe_layer_step": step,
-        "expert_feed_forward_length": expert,
-        "use_qk_norm": c.flag("use_qk_norm", True),
-    }
     notices: list[str] = []
-    metadata |= _attention(c, n_layers, notices)
-    if metadata["use_qk_norm"] is (n_experts == UNGUESSED_EXPERTS):
-        notices.append(f"llama.cpp guesses QK norm wrong from {n_experts} experts; this engine reads llama4.use_qk_norm")
-    sizes = {
-        "vocab": vocab,
-        "hidden": hidden,
-        "q": n_heads * head_dim,
-        "kv": n_kv_heads * head_dim,
-        "dense": dense,
-        "experts": n_experts,
-        "expert": expert,
-        "two expert": 2 * expert,
-    }
-    tied = c.flag("tie_word_embeddings", False)
-    return HFConfig(
-        n_layers, n_experts, step, tied, sizes, {f"llama4.{k}": v for k, v in metadata.items()}, freqs, c.values, notices
+    config = Config(
+        n_layers=n_layers,
+        n_embd=hidden,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        n_ff=c.count("intermediate_size_mlp", BOUNDS["n_ff"][1], n_ff_exp),
+        n_ff_exp=n_ff_exp,
+        n_experts=n_experts,
+        n_experts_used=c.count("num_experts_per_tok", n_experts, 1),
+        moe_step=_moe_step(c, n_layers),
+        n_vocab=c.count("vocab_size", VOCABULARY),
+        context_length=c.count("max_position_embeddings", CONTEXT, CHUNK),
+        rope_theta=theta,
+        rms_eps=c.real("rms_norm_eps", 1e-5, "rms_eps"),
+        use_qk_norm=c.flag("use_qk_norm", True),
+        tied=c.flag("tie_word_embeddings", False),
+        **_attention(c, n_layers, notices),
     )
+    if config.use_qk_norm is (n_experts == WITHOUT_QK_NORM):
+        notices.append(f"llama.cpp guesses QK norm wrong from {n_experts} experts; this engine reads llama4.use_qk_norm")
+    return HFConfig(config, freqs, c.values, notices)
 
 
 def _moe_step(c: _Reader, n_layers: int) -> int:
-    """The period of mixture layers, held against the list of them where there is one."""
-    step = c.count("interleave_moe_layer_step", 1 << 12, 1)
+    """The period of mixture layers; `moe_layers`, where config.json has it, must agree."""
+    step = c.count("interleave_moe_layer_step", BOUNDS["moe_step"][1], 1)
     layers = c.values.get("moe_layers")
     if layers is not None and layers != list(range(step - 1, n_layers, step)):
         raise c.refuse("moe_layers", f"every layer number {step}, {2 * step}, ... counted from 1")
     return step
 
 
-def _attention(c: _Reader, n_layers: int, notices: list[str]) -> dict[str, object]:
-    """The keys of chunks and temperature that are not Meta's; CheckpointError for a pattern that a GGUF cannot say."""
+def _attention(c: _Reader, n_layers: int, notices: list[str]) -> dict[str, float]:
+    """Fields of Config for chunks, rotation and temperature; CheckpointError for a pattern that no GGUF can express."""
     period = c.count("no_rope_layer_interval", 1 << 12, NO_ROPE_STEP)
     uses_rope = c.values.get("no_rope_layers") or [int((i + 1) % period != 0) for i in range(n_layers)]
     if not isinstance(uses_rope, list):
         raise c.refuse("no_rope_layers", "a list of 0 and 1")
     kinds = c.values.get("layer_types") or ["chunked_attention" if rope else "full_attention" for rope in uses_rope]
     if uses_rope == [1] * n_layers and kinds == ["full_attention"] * n_layers:
-        return {"attention.sliding_window": 0}  # llama.cpp's word for: rotate everywhere, see everything, no temperature
+        return {"chunk_size": 0, "no_rope_step": 0, "temperature_length": 0.0, "temperature_scale": TEMPERATURE_SCALE}
     rule = [int((i + 1) % NO_ROPE_STEP != 0) for i in range(n_layers)]
     if uses_rope != rule:
         raise c.refuse("no_rope_layers", "0 for every 4th layer and 1 for the others")
     if kinds != ["chunked_attention" if rope else "full_attention" for rope in rule]:
         raise c.refuse("layer_types", "full_attention for every 4th layer and chunked_attention for the others")
-    chunk = c.count("attention_chunk_size", 1 << 31, CHUNK)
-    length, scale = c.real("floor_scale", TEMPERATURE_LENGTH), c.real("attn_scale", TEMPERATURE_SCALE)
+    chunk = c.count("attention_chunk_size", BOUNDS["chunk_size"][1], CHUNK)
+    length = c.real("floor_scale", TEMPERATURE_LENGTH, "temperature_length")
+    if length < 1:
+        raise c.refuse("floor_scale", "a number from 1")
+    scale = c.real("attn_scale", TEMPERATURE_SCALE, "temperature_scale")
     if not c.values.get("attn_temperature_tuning", True):
-        length = 0.0  # this engine's word for: no temperature
-    found: dict[str, object] = {}
-    if chunk != CHUNK:
-        found["attention.chunk_size"] = chunk
-    if length != TEMPERATURE_LENGTH:
-        found["attention.temperature_length"] = length
-    if scale != TEMPERATURE_SCALE:
-        found["attention.temperature_scale"] = scale
-    if found:
-        notices.append(f"llama.cpp does not read {', '.join(found)} and will differ past a chunk; this engine does")
-    return found
+        length = 0.0
+    found = {"chunk_size": chunk, "temperature_length": length, "temperature_scale": scale}
+    if odd := [f"attention.{key}" for key, value in found.items() if value != META[key]]:
+        notices.append(f"llama.cpp does not read {', '.join(odd)} and will differ past a chunk; this engine does")
+    return found | {"no_rope_step": NO_ROPE_STEP}
 
 
 def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
@@ -185,7 +169,8 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
     scaling = c.values.get("rope_parameters") or c.values.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise c.refuse("rope_scaling", "an object")
-    theta = c.real("rope_theta", 500000.0) if "rope_theta" not in scaling else _Reader(c.where, scaling).real("rope_theta")
+    where = _Reader(c.where, scaling) if "rope_theta" in scaling else c
+    theta = where.real("rope_theta", 500000.0, "rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -205,8 +190,8 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
 def rope_divisors(theta: float, head_dim: int, factor: float, low: float, high: float, original: float) -> np.ndarray:
     """The divisors of the rotary frequencies, float32 [head_dim / 2].
 
-    1 for wavelengths within `original / high`, `factor` for those beyond `original / low`, between them a smooth passage; with
-    low == high (Scout) a step.
+    1 for wavelengths up to `original / high`, `factor` beyond `original / low`, and a smooth transition between the two. With
+    low == high (Scout) it is a step.
     """
     frequency = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     wavelength = np.float32(2 * math.pi) / frequency

@@ -1,6 +1,6 @@
-"""The whole model before a byte of it is written: every tensor's type, size, file and place.
+"""Plans the output before a byte of it is written: each tensor's type, size, file and offset.
 
-In: named rows, their types, metadata. Out: `Plan`. Knows nothing of disks.
+In: rows by tensor name, their types, metadata. Out: `Plan`.
 """
 
 import math
@@ -15,7 +15,7 @@ from quantize.sources import Rows
 from quantize.writer import ALIGNMENT, header
 
 MAX_PARTS = 65535
-PLACE, INFO = 256, 64  # bytes at most of the keys of a split, and of one tensor's entry without its name
+PLACE, INFO = 256, 64  # upper bounds, in bytes: the keys of a split; one tensor's entry without its name
 
 
 class Planned(NamedTuple):
@@ -30,7 +30,7 @@ class Planned(NamedTuple):
 
     @property
     def n_weights(self) -> int:
-        """How many numbers it holds."""
+        """Number of weights."""
         return self.nbytes // self.type.nbytes * self.type.block
 
 
@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The model: one file, or several that are opened by the first."""
+    """The output: one file, or several of which the first is the one to open."""
 
     parts: list[Part]
 
@@ -54,11 +54,11 @@ class Plan(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of all files together."""
+        """Bytes of all files together."""
         return sum(part.nbytes for part in self.parts)
 
     def paths(self, out: Path) -> list[Path]:
-        """The files' names: `out`, or NAME-00001-of-00003.gguf and so on."""
+        """The names of the files: `out`, or NAME-00001-of-00003.gguf and so on."""
         count = len(self.parts)
         if count == 1:
             return [out]
@@ -69,10 +69,10 @@ class Plan(NamedTuple):
 def make_plan(
     metadata: dict[str, object], rows: dict[str, Rows], types: dict[str, TensorType], split_max_size: int | None = None
 ) -> Plan:
-    """Lay tensors out one after the other, each at an aligned offset, in files of at most `split_max_size` bytes.
+    """Lay tensors out one after another, each at an aligned offset, in files of at most `split_max_size` bytes.
 
-    A tensor that is larger than that has a file of its own. The first file carries all metadata; what the others have tells
-    only their place (llama.cpp's llama-gguf-split). UsageError for more files than a name can number.
+    A larger tensor gets a file of its own. The first file carries the metadata; the others carry only their place in the split,
+    as llama.cpp's llama-gguf-split writes it. UsageError: more files than a name can number.
     """
     sized = []
     for name, source in rows.items():
@@ -91,7 +91,7 @@ def make_plan(
 
 
 def _groups(metadata: dict[str, object], sized: list[tuple], most: int) -> list[list[tuple]]:
-    """Tensors in order, as many to a file as fit."""
+    """Tensors in order, each file filled as far as `most` bytes allow."""
     groups, size = [[]], len(header(metadata, [])) + PLACE
     for one in sized:
         nbytes = -(-one[3] // ALIGNMENT) * ALIGNMENT + len(one[0]) + INFO

@@ -1,11 +1,11 @@
-"""Which type each tensor gets: recipes as tables, each row a part of a tensor's name, a condition and a type.
+"""Chooses the type of each tensor by a recipe: a table whose rows are kinds of tensors, a condition and a type.
 
-In: a recipe's name, all tensors' GGUF names and shapes, overrides by regular expression, whether there is an importance matrix.
-Out: `{name: TensorType}`, and notices. Knows nothing of weights, files or encoders.
+In: a recipe's name, the tensors' GGUF names and shapes, overrides by regular expression, and whether there is an importance
+matrix. Out: `{name: TensorType}`, and notices.
 
-llama.cpp's recipes choose what its llama-quantize chooses for Llama 4 (llama-quant.cpp of commit 0c1e570;
-tests/golden/recipes.json holds its answers). `Q4_EXPERTS` is this project's own: a token passes one routed expert of many, but
-all of attention, shared experts and ends, so those get more bits at little cost.
+llama.cpp's recipes choose the types that its llama-quantize chooses for Llama 4 (llama-quant.cpp of commit 0c1e570; its answers
+are in tests/golden/recipes.json). `Q4_EXPERTS` is our own: a token passes through one routed expert of many, but through all of
+attention, shared experts, embedding and output, so those get more bits at little cost.
 """
 
 import re
@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 from llamacli.errors import UsageError
 from llamacli.files.ggml import BY_NAME, TensorType
+from llamacli.llama4.tensors import Role, find, kinds, role_of
 
 DEFAULT = "Q4_EXPERTS"
-RECIPE_KEY = "llamacli.recipe"  # the metadata field that names a recipe which general.file_type has no number for
+RECIPE_KEY = "llamacli.recipe"  # the metadata field that names a recipe without a number in general.file_type
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 NEED_IMATRIX = ("Q2_K_S",)
-TYPES = (  # that a tensor can be written in
+TYPES = (  # that tensors can be written in
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
-NARROWER = {  # of blocks of 32, for rows that are no multiple of 256
+NARROWER = {  # types in blocks of 32, for rows that are no multiple of 256
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",
@@ -34,7 +35,7 @@ NARROWER = {  # of blocks of 32, for rows that are no multiple of 256
 
 
 class Place(NamedTuple):
-    """What a rule may ask: which of how many layers, the model's experts, query heads to a key head, an importance matrix."""
+    """What a condition may ask for. `n_shared`: query heads to a key head; `imatrix`: whether there is an importance matrix."""
 
     layer: int
     n_layers: int
@@ -44,11 +45,11 @@ class Place(NamedTuple):
 
 
 Condition = Callable[[Place], bool]
-Rule = tuple[str, Condition, str]
+Rule = tuple[tuple[str, ...], Condition, str]  # kinds of tensors (llama4/tensors.py), condition, type
 
 
 class Recipe(NamedTuple):
-    """`base` is the type of what no rule names. `bits` a weight on Scout's shapes; `file_type` is llama.cpp's number."""
+    """`base` is the type where no rule holds, `bits` are a weight's on Scout's shapes, `file_type` is llama.cpp's number."""
 
     name: str
     file_type: int
@@ -59,7 +60,7 @@ class Recipe(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, object]:
-        """What a file of this recipe says of itself."""
+        """The fields that a file of this recipe carries."""
         return {"general.file_type": self.file_type} | ({RECIPE_KEY: self.name} if self.name == DEFAULT else {})
 
 
@@ -95,15 +96,17 @@ def first_eighth(imatrix: bool) -> Condition:
     return lambda at: at.imatrix == imatrix and first_part(8)(at)
 
 
-ENDS: tuple[Rule, ...] = (("^output", always, "Q6_K"),)
-FEW: tuple[Rule, ...] = (("attn_k", eight_experts, "Q8_0"), ("attn_v", eight_experts, "Q8_0"))
-FEW_OUT: tuple[Rule, ...] = (("attn_output", eight_experts, "Q5_K"),)
-IQ4: tuple[Rule, ...] = (("attn_v", shared_keys, "Q5_K"), ("ffn_down", first_eighth(imatrix=False), "Q5_K"))
-MORE: tuple[Rule, ...] = (("attn_v", more_bits, "Q6_K"), ("ffn_down", more_bits, "Q6_K"))
+K, V, OUT = ("attn_k",), ("attn_v",), ("attn_output",)
+DOWN = tuple(kind for kind in kinds(Role.DENSE, Role.EXPERTS, Role.SHARED) if kind.startswith("ffn_down"))
+ENDS: tuple[Rule, ...] = ((kinds(Role.OUTPUT), always, "Q6_K"),)
+FEW: tuple[Rule, ...] = ((K, eight_experts, "Q8_0"), (V, eight_experts, "Q8_0"))
+FEW_OUT: tuple[Rule, ...] = ((OUT, eight_experts, "Q5_K"),)
+IQ4: tuple[Rule, ...] = ((V, shared_keys, "Q5_K"), (DOWN, first_eighth(imatrix=False), "Q5_K"))
+MORE: tuple[Rule, ...] = ((V, more_bits, "Q6_K"), (DOWN, more_bits, "Q6_K"))
 
 
 def _mixture(name: str, file_type: int, base: str, bits: float, purpose: str, *rules: Rule) -> Recipe:
-    """A recipe of llama.cpp: its rules for every mixture come first."""
+    """A recipe of llama.cpp, whose rules for every mixture come first."""
     return Recipe(name, file_type, base, bits, purpose, (*ENDS, *FEW, *rules))
 
 
@@ -113,35 +116,35 @@ RECIPES = {recipe.name: recipe for recipe in (
     Recipe("F16", 1, "F16", 16.0, "16 bits, for weights up to 65504"),
     Recipe("BF16", 32, "BF16", 16.0, "16 bits, what Meta published"),
     Recipe("Q4_EXPERTS", 15, "Q6_K", 4.71, "4 bits in routed experts, 6 in what every token passes", (
-        ("_exps", always, "Q4_K"),
-        ("token_embd", always, "Q6_K"),
-        ("^output", always, "Q6_K"),
+        (kinds(Role.EXPERTS), always, "Q4_K"),
+        (kinds(Role.EMBEDDING), always, "Q6_K"),
+        (kinds(Role.OUTPUT), always, "Q6_K"),
     )),
     Recipe("Q8_0", 7, "Q8_0", 8.5, "next to lossless"),
     _mixture("Q6_K", 18, "Q6_K", 6.56, "hardly to be told from the original"),
     _mixture("Q5_K_M", 17, "Q5_K", 5.68, "very close, more bits in the tensors that matter most", *MORE),
     _mixture("Q5_K_S", 16, "Q5_K", 5.51, "very close"),
     _mixture("Q5_1", 9, "Q5_1", 6.01, "plain 5 bits with an offset"),
-    _mixture("Q5_0", 8, "Q5_0", 5.51, "plain 5 bits", ("ffn_down", first_eighth(imatrix=True), "Q5_1")),
+    _mixture("Q5_0", 8, "Q5_0", 5.51, "plain 5 bits", (DOWN, first_eighth(imatrix=True), "Q5_1")),
     _mixture("Q4_K_M", 15, "Q4_K", 4.85, "the usual 4 bits, more in the tensors that matter most", *FEW_OUT, *MORE),
     _mixture("Q4_K_S", 14, "Q4_K", 4.56, "4 bits, smaller", *FEW_OUT,
-        ("attn_v", first(4), "Q5_K"), ("ffn_down", first_part(8), "Q5_K")),
+        (V, first(4), "Q5_K"), (DOWN, first_part(8), "Q5_K")),
     _mixture("Q4_1", 3, "Q4_1", 5.02, "plain 4 bits with an offset"),
-    _mixture("Q4_0", 2, "Q4_0", 4.52, "plain 4 bits, fastest to make", ("ffn_down", first_eighth(imatrix=True), "Q4_1")),
+    _mixture("Q4_0", 2, "Q4_0", 4.52, "plain 4 bits, fastest to make", (DOWN, first_eighth(imatrix=True), "Q4_1")),
     _mixture("IQ4_NL", 25, "IQ4_NL", 4.56, "4 bits on an uneven scale", *FEW_OUT, *IQ4),
     _mixture("IQ4_XS", 30, "IQ4_XS", 4.33, "the smallest 4 bits", *FEW_OUT, *IQ4),
     _mixture("Q3_K_L", 13, "Q3_K", 4.15, "3 bits, 5 in the tensors that matter most",
-        ("attn_v", always, "Q5_K"), ("ffn_down", always, "Q5_K"),
-        ("attn_output", lambda at: not eight_experts(at), "Q5_K")),
+        (V, always, "Q5_K"), (DOWN, always, "Q5_K"),
+        (OUT, lambda at: not eight_experts(at), "Q5_K")),
     _mixture("Q3_K_M", 12, "Q3_K", 3.84, "3 bits, 4 in the tensors that matter most", *FEW_OUT,
-        ("attn_v", first(2), "Q5_K"), ("attn_v", always, "Q4_K"),
-        ("ffn_down", first_part(16), "Q5_K"), ("ffn_down", always, "Q4_K"), ("attn_output", always, "Q4_K")),
+        (V, first(2), "Q5_K"), (V, always, "Q4_K"),
+        (DOWN, first_part(16), "Q5_K"), (DOWN, always, "Q4_K"), (OUT, always, "Q4_K")),
     _mixture("Q3_K_S", 11, "Q3_K", 3.47, "3 bits: a loss that shows", *FEW_OUT),
     _mixture("Q2_K", 10, "Q2_K", 2.94, "2 bits, 3 in the tensors that matter most", *FEW_OUT,
-        ("attn_v", shared_keys, "Q4_K"), ("attn_v", always, "Q3_K"),
-        ("ffn_down", always, "Q3_K"), ("attn_output", always, "Q3_K")),
+        (V, shared_keys, "Q4_K"), (V, always, "Q3_K"),
+        (DOWN, always, "Q3_K"), (OUT, always, "Q3_K")),
     _mixture("Q2_K_S", 21, "Q2_K", 2.74, "the smallest; only with an importance matrix",
-        ("attn_v", shared_keys, "Q4_K"), ("ffn_down", first_part(8), "Q4_K")),
+        (V, shared_keys, "Q4_K"), (DOWN, first_part(8), "Q4_K")),
 )}
 # fmt: on
 
@@ -162,8 +165,8 @@ def choose_types(
 ) -> tuple[dict[str, TensorType], list[str]]:
     """Every tensor's type, in the order of `shapes` (NumPy's order, row length last), and notices.
 
-    `overrides`: (regular expression searched in the name, type); the first that matches wins over the recipe. What is one row,
-    a norm or a router stays F32 whatever they say. UsageError: an expression or a type that is none.
+    `overrides`: (regular expression searched in the name, type); the first that matches wins over the recipe. Vectors, norms
+    and routers stay F32 in any case. UsageError: not a regular expression, or not a type.
     """
     patterns = [(_compiled(pattern), _type_named(kind, pattern)) for pattern, kind in overrides]
     model, matched, decided, wanted = _model(shapes, imatrix), set(), set(), {}
@@ -175,10 +178,11 @@ def choose_types(
             decided.add(hits[0])
             wanted[name] = patterns[hits[0]][1]
         else:
-            # The one matrix of tied ends is what an output would be.
-            role = "output.weight" if name == "token_embd.weight" and "output.weight" not in shapes else name
-            place = model._replace(layer=_layer(name))
-            rules = (kind for part, holds, kind in recipe.rules if re.search(part, role) and holds(place))
+            kind, layer = _kind_and_layer(name)
+            if kind == "token_embd" and "output.weight" not in shapes:
+                kind = "output"  # tied: the one matrix gets what an output would get
+            place = model._replace(layer=layer)
+            rules = (type_name for parts, holds, type_name in recipe.rules if kind in parts and holds(place))
             wanted[name] = next(rules, recipe.base)
     types = {name: _fitting(BY_NAME[wanted[name]], shape[-1]) for name, shape in shapes.items()}
     notices = []
@@ -193,8 +197,8 @@ def choose_types(
 
 
 def stays_full(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor stays F32 in every file: one row, a norm, a router."""
-    return len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
+    """Whether a tensor stays F32 in every file: a vector, a norm, a router."""
+    return len(shape) < 2 or role_of(name) in (Role.NORM, Role.ROUTER)
 
 
 def _compiled(pattern: str) -> re.Pattern:
@@ -210,24 +214,25 @@ def _type_named(kind: str, pattern: str) -> str:
     return kind.upper()
 
 
-def _layer(name: str) -> int:
-    """The layer in a tensor's name, -1 for one outside of them."""
-    found = re.match(r"blk\.(\d{1,9})\.", name)
-    return int(found[1]) if found else -1
+def _kind_and_layer(name: str) -> tuple[str | None, int]:
+    """The kind of a tensor, None for an unknown name, and its layer, -1 outside of the layers."""
+    row, layer = find(name) or (None, None)
+    return row and row.kind, -1 if layer is None else layer
 
 
 def _model(shapes: dict[str, tuple[int, ...]], imatrix: bool) -> Place:
-    """What holds for the whole model, read off its tensors."""
-
-    def rows(tensor: str) -> int:
-        return next((shape[0] for name, shape in shapes.items() if name.endswith(tensor)), 0)
-
-    n_shared = rows(".attn_q.weight") // max(1, rows(".attn_k.weight"))
-    return Place(-1, 1 + max(map(_layer, shapes), default=-1), rows(".ffn_gate_inp.weight"), n_shared, imatrix)
+    """What holds for the whole model, derived from its tensors."""
+    rows, n_layers = {}, 0
+    for name, shape in shapes.items():
+        kind, layer = _kind_and_layer(name)
+        rows.setdefault(kind, shape[0])
+        n_layers = max(n_layers, layer + 1)
+    n_shared = rows.get("attn_q", 0) // max(1, rows.get("attn_k", 0))
+    return Place(-1, n_layers, rows.get("ffn_gate_inp", 0), n_shared, imatrix)
 
 
 def _fitting(kind: TensorType, n_cols: int) -> TensorType:
-    """`kind`, or what takes its place where rows of `n_cols` are no whole number of blocks."""
+    """`kind`, or a type with smaller blocks where rows of `n_cols` are no whole number of its blocks."""
     for candidate in (kind, BY_NAME[NARROWER.get(kind.name, "F16")]):
         if n_cols % candidate.block == 0:
             return candidate

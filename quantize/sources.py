@@ -1,8 +1,8 @@
-"""Reads rows of a tensor as float32, whatever way it is stored.
+"""Reads rows of a source tensor as float32, however the source stores them.
 
-In: a stored tensor of a checkpoint, a tensor of a GGUF, or an array. Out: `Rows` with the shape that the GGUF tensor will have,
-and `read(group, first, out)`. A tensor of three axes is groups (experts) of matrices; all others are one group. Nothing is
-cached: a read touches only the mapped bytes that it needs. Threads may read at the same time.
+In: a tensor of a checkpoint, a tensor of a GGUF, or a computed array. Out: `Rows`, with the shape that the tensor will have in
+the GGUF. A tensor of three axes is a group of matrices (experts); every other tensor is one group. Nothing is cached: a read
+touches only the mapped bytes that it needs, and several threads may read at once.
 """
 
 import math
@@ -19,8 +19,8 @@ from quantize.safetensors import Stored
 
 
 class Rows(Protocol):
-    """A tensor to be written. `shape` is in NumPy's order, row length last; `unit` is how many rows are best read together;
-    `paths` are the files that hold it.
+    """A source tensor. `shape` is in NumPy's order, row length last; rows are read fastest in multiples of `unit`; `paths` are
+    the files that hold it.
     """
 
     shape: tuple[int, ...]
@@ -28,13 +28,13 @@ class Rows(Protocol):
     paths: frozenset[Path]
 
     def read(self, group: int, first: int, out: np.ndarray) -> None:
-        """Fill `out`, float32 (rows, row length), with the rows from `first` on of one group."""
+        """Fill `out`, float32 [rows, row length], with the rows of one group from `first` on."""
 
     def raw(self, type_name: str) -> np.ndarray | None:
-        """The whole tensor's bytes if it is stored as exactly that type already, else None."""
+        """The bytes of the whole tensor if it is already stored in that type, else None."""
 
 
-_WIDEN = {  # bytes or numbers of one dtype, (rows, n), to float32 (rows, row length)
+_WIDEN = {  # bytes or numbers of one dtype [rows, n] to float32 [rows, row length]
     "BF16": lambda block, out: widen.bf16(block.view(np.uint16), out.view(np.uint32)),
     "F16": lambda block, out: widen.f16(block.view(np.int16), out),
     "F32": lambda block, out: np.copyto(out, block.view(np.float32)),
@@ -42,7 +42,7 @@ _WIDEN = {  # bytes or numbers of one dtype, (rows, n), to float32 (rows, row le
 
 
 def _scales(scale: Stored, first: int, count: int) -> np.ndarray:
-    """float32 [count]: the scales of the rows from `first` on, where `scale` holds one in all or one for each row."""
+    """float32 [count]: the scales of the rows from `first` on. `scale` holds one for the tensor, or one for each row."""
     flat = scale.data.reshape(1, -1)
     block = flat if flat.size == 1 else flat[:, first : first + count]
     found = np.empty(block.shape, np.float32)
@@ -51,12 +51,12 @@ def _scales(scale: Stored, first: int, count: int) -> np.ndarray:
 
 
 def groups_and_rows(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many groups of how many rows a shape stands for."""
+    """The number of groups, and of rows in each."""
     return (shape[0], shape[1]) if len(shape) == 3 else (1, math.prod(shape[:-1]))
 
 
 class InMemory:
-    """An array."""
+    """An array in memory."""
 
     unit, paths = 1, frozenset()
 
@@ -71,7 +71,7 @@ class InMemory:
 
 
 class Plain:
-    """A checkpoint's tensor as it lies there: one row, or a matrix."""
+    """A vector or matrix of a checkpoint, stored in the order of the GGUF."""
 
     unit = 1
 
@@ -88,7 +88,7 @@ class Plain:
 
 
 class Scaled:
-    """An FP8 matrix and its scale: one in all, or one for each row."""
+    """An FP8 matrix with one scale, or with one for each row."""
 
     unit = 1
 
@@ -121,9 +121,9 @@ class Stack:
 
 
 class Transposed:
-    """Part `at` of `of` of the columns of each of a stack of matrices [groups, row length, of * rows], read as rows.
+    """A stack of matrices x @ W [groups, row length, of * rows]: part `at` of `of` of their columns, read as rows.
 
-    FP8 comes with a scale: one in all, one for each group, or one for each group and column.
+    FP8 has one scale for the tensor, one for each group, or one for each group and column.
     """
 
     unit = widen.LINE
@@ -155,7 +155,7 @@ class Transposed:
 
 
 class Dequantized:
-    """A tensor of a GGUF, of any type that the engine reads, and of those that gguf-py alone can dequantize."""
+    """A tensor of a GGUF, in any type that the engine or gguf-py can dequantize."""
 
     unit = 1
 
@@ -179,7 +179,7 @@ class Dequantized:
 
 
 def check(values: np.ndarray, limit: float, name: str, type_name: str) -> None:
-    """CheckpointError if a weight is NaN, infinite, or too large for the type to be written."""
+    """CheckpointError if a weight is NaN, infinite, or too large for the type that will be written."""
     largest = widen.largest(values.reshape(-1).view(np.uint32))
     if largest <= limit:
         return

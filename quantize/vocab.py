@@ -12,14 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from llamacli.errors import CheckpointError
+from llamacli.llama4.vocabulary import BYTE_LETTERS, CONTROL, NORMAL, SPLIT, UNUSED, USER_DEFINED
 from quantize.folder import optional_json, read_json
-
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # GGUF's token types
-PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # what tokenizer.ggml.pre = llama4 stands for
 
 
 def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, object], list[str]]:
@@ -48,7 +42,7 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         "tokenizer.ggml.merges": _merges(path, model.get("merges")),
     }
     notices = []
-    if [node.get("pattern") for node in _nodes(tokenizer.get("pre_tokenizer"), "Split")] != [{"Regex": PATTERN}]:
+    if [node.get("pattern") for node in _nodes(tokenizer.get("pre_tokenizer"), "Split")] != [{"Regex": SPLIT}]:
         notices.append("tokenizer.json splits text by another pattern than Llama 4's; the GGUF will say llama4 all the same")
     bos = _special(settings, "bos", ids, generation, config)
     eos = _special(settings, "eos", ids, generation, config)
@@ -98,8 +92,6 @@ def _from_ranks(path: Path, n_vocab: int) -> dict:
 
     A pair of tokens merges where the two together are a token; merges stand in the order of what they make.
     """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in plain)}
     try:
         if path.stat().st_size > MAX_RANKS:
             raise CheckpointError(f"{path}: expected at most {MAX_RANKS} bytes, found more; download it again")
@@ -118,7 +110,7 @@ def _from_ranks(path: Path, n_vocab: int) -> dict:
         raise CheckpointError(
             f"{path}: expected tokens of at most {LONGEST_TOKEN} bytes, found a longer one; download it again"
         )
-    merges, text = [], {token: "".join(map(letters.__getitem__, token)) for token in tokens}
+    merges, text = [], {token: "".join(map(BYTE_LETTERS.__getitem__, token)) for token in tokens}
     for token in tokens:
         halves = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
         merges += [[text[a], text[b]] for a, b in sorted(halves, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
@@ -127,7 +119,7 @@ def _from_ranks(path: Path, n_vocab: int) -> dict:
     added = [{"id": len(tokens) + i, "content": f"<|{name}|>", "special": True} for i, name in enumerate(names)]
     return {
         "added_tokens": added,
-        "pre_tokenizer": [{"type": "Split", "pattern": {"Regex": PATTERN}}, {"type": "ByteLevel"}],
+        "pre_tokenizer": [{"type": "Split", "pattern": {"Regex": SPLIT}}, {"type": "ByteLevel"}],
         "model": {"type": "BPE", "vocab": {text[token]: rank for token, rank in ranks.items()}, "merges": merges},
     }
 

@@ -5,6 +5,7 @@ architecture is described too, with the reason why it cannot be run. A log goes 
 """
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -15,9 +16,9 @@ from llamacli.cli.console import amount, count
 from llamacli.cli.options import Json, Output, find_model, option
 from llamacli.cli.routing import show_routing
 from llamacli.errors import LlamacliError, UsageError
+from llamacli.llama4.tensors import Role, role_of
 from llamacli.plan.machine import memory_free
 
-EXPERTS = "_exps.weight"  # the end of every routed tensor's name
 CONTEXTS = (4096, 8192, 32768, 131072, 1048576)
 
 
@@ -63,7 +64,7 @@ def describe(gguf) -> dict:
         "attribution": _text(meta.get("general.attribution")),
         "gguf_version": gguf.version,
         "file_bytes": gguf.nbytes,
-        "parameters": sum(_size(t) for t in tensors),
+        "parameters": sum(math.prod(t.shape) for t in tensors),
         "tensors": {"count": len(gguf.tensors), "by_type": _by_type(tensors)},
         "tokenizer": _tokenizer(meta),
     }
@@ -74,7 +75,7 @@ def describe(gguf) -> dict:
     except LlamacliError as error:
         return record | {"runnable": False, "why_not": str(error)}
     share = config.n_experts_used / config.n_experts if config.n_experts else 1.0
-    active = sum(_size(t) * (share if t.name.endswith(EXPERTS) else 1) for t in tensors)
+    active = sum(math.prod(t.shape) * (share if role_of(t.name) is Role.EXPERTS else 1) for t in tensors)
     return record | {
         "runnable": True,
         "parameters_active": round(active),
@@ -111,7 +112,7 @@ def _by_type(tensors) -> list[dict]:
     count, weights, nbytes = Counter(), Counter(), Counter()
     for t in tensors:
         count[t.type.name] += 1
-        weights[t.type.name] += _size(t)
+        weights[t.type.name] += math.prod(t.shape)
         nbytes[t.type.name] += t.nbytes
     return [
         {"type": name, "count": count[name], "parameters": weights[name], "bytes": size} for name, size in nbytes.most_common()
@@ -126,13 +127,6 @@ def _tokenizer(meta) -> dict:
         "tokens": len(tokens) if hasattr(tokens, "__len__") else 0,
         "chat_template": isinstance(meta.get("tokenizer.chat_template"), str),
     }
-
-
-def _size(tensor) -> int:
-    size = 1
-    for n in tensor.shape:
-        size *= int(n)
-    return size
 
 
 def _license(meta) -> str | None:

@@ -5,8 +5,8 @@ Out: tables or one JSON object on stdout. placement.py knows the arithmetic, mac
 """
 
 import json
+import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 
 import typer
@@ -121,37 +121,24 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     config, notices, held = Config.from_gguf(gguf), [], []
     slow = [t.name for t in gguf.tensors.values() if t.type.name not in (*QUANTIZED, *FLOATS)]
     for t in gguf.tensors.values():
-        held.append((t.name, 2 * _weights(t.shape) if t.name in slow else t.nbytes))
+        held.append((t.name, 2 * math.prod(t.shape) if t.name in slow else t.nbytes))
     if slow:
         notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
-    total = sum(_weights(t.shape) for t in gguf.tensors.values())
+    total = sum(math.prod(t.shape) for t in gguf.tensors.values())
     return Model(str(gguf.path), config, weigh(held, config), total, notices)
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
-    from llamacli.llama4.config import Config
+    from llamacli.llama4.tensors import tensors
     from llamacli.plan.placement import weigh
     from quantize.hf_config import read_config
-    from quantize.names import shapes
     from quantize.recipe import DEFAULT, choose_types, find_recipe
 
-    hf, recipe = read_config(folder), find_recipe(type_name or DEFAULT)
-    dims = shapes(hf)
+    config, recipe = read_config(folder).model, find_recipe(type_name or DEFAULT)
+    dims = {spec.name: spec.shape for spec in tensors(config) if spec.required}
     types, notices = choose_types(recipe, dims)
-    held = [(name, types[name].row_bytes(shape[-1]) * (_weights(shape) // shape[-1])) for name, shape in dims.items()]
-    metadata = hf.metadata | {"general.architecture": "llama4"}
-    embedding = SimpleNamespace(shape=dims["token_embd.weight"])
-    said = SimpleNamespace(path=folder / "config.json", metadata=metadata, tensors={"token_embd.weight": embedding})
-    config = Config.from_gguf(said)  # what a GGUF of it would say
-    title = f"{folder} as {recipe.name}"
-    return Model(title, config, weigh(held, config), sum(map(_weights, dims.values())), notices)
-
-
-def _weights(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= int(n)
-    return size
+    held = [(name, types[name].row_bytes(shape[-1]) * math.prod(shape[:-1])) for name, shape in dims.items()]
+    return Model(f"{folder} as {recipe.name}", config, weigh(held, config), sum(map(math.prod, dims.values())), notices)
 
 
 def _memories(text: str | None) -> list[int]:

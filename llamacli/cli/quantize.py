@@ -6,7 +6,6 @@ In: paths, a recipe, options. Out: the file; progress and a table of what it hol
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
@@ -17,19 +16,21 @@ from llamacli.cli.console import amount, count, one_line
 from llamacli.cli.options import Json, Output, Threads, byte_count, option
 from llamacli.cli.progress import clock_time
 from llamacli.errors import UsageError
+from llamacli.llama4.tensors import Role, find
 from quantize.recipe import DEFAULT, RECIPES, find_recipe
 
-GROUPS = {  # of tensors in the table at the end: a regular expression for their names
-    "experts, gate": r"ffn_gate_exps",
-    "experts, up": r"ffn_up_exps",
-    "experts, down": r"ffn_down_exps",
-    "shared experts": r"_shexp",
-    "attention": r"attn_(q|k|v|output)\.",
-    "dense FFN": r"ffn_(gate|up|down)\.",
-    "embedding": r"^token_embd",
-    "output": r"^output\.",
-    "norms, routers": r"",
+_GROUPS = {  # of the table at the end, by kind or role of their tensors
+    "ffn_gate_exps": "experts, gate",
+    "ffn_up_exps": "experts, up",
+    "ffn_down_exps": "experts, down",
+    Role.SHARED: "shared experts",
+    Role.ATTENTION: "attention",
+    Role.DENSE: "dense FFN",
+    Role.EMBEDDING: "embedding",
+    Role.OUTPUT: "output",
 }
+_OTHERS = "norms, routers"
+GROUPS = (*_GROUPS.values(), _OTHERS)
 
 
 def quantize(
@@ -125,7 +126,7 @@ class Follow:
 def _show(report, path: Path, as_json: bool, console) -> None:
     tensors = report["tensors"]
     by_type = sorted(summary(tensors, lambda t: t["type"]), key=lambda kind: -kind["nbytes"])
-    groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: [*GROUPS].index(group["name"]))
+    groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: GROUPS.index(group["name"]))
     everything = {"name": "all", "count": len(tensors), "types": [], **_sums(tensors)}
     for notice in report["notices"]:
         console.warn(notice)
@@ -156,7 +157,8 @@ def _show_plan(report, by_type: list[dict], console) -> None:
 
 def group_of(name: str) -> str:
     """The row of the table that a tensor counts in."""
-    return next(group for group, pattern in GROUPS.items() if re.search(pattern, name))
+    found = find(name)
+    return _OTHERS if found is None else _GROUPS.get(found[0].kind) or _GROUPS.get(found[0].role, _OTHERS)
 
 
 def summary(tensors: list[dict], key: Callable[[dict], str]) -> list[dict]:

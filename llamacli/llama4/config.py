@@ -1,11 +1,11 @@
-"""Metadata to a frozen, bounds-checked Config: what kind of Llama 4 this file holds.
+"""The sizes and switches of a Llama 4 model: `Config`, read from a GGUF's metadata or built by a converter.
 
-In: a GGUF of llama.cpp's or of Ollama's dialect. Out: `Config`, or an UnsupportedModelError for another architecture and a
-ModelFileError for numbers that make no sense. Knows nothing of weights beyond the embedding's height.
+In: the metadata of a GGUF in llama.cpp's or Ollama's dialect. Out: a frozen `Config` within `BOUNDS`, or an
+UnsupportedModelError for another architecture and a ModelFileError for impossible numbers. `Config.metadata` is the way back.
 
-Chunk size, temperature and QK norm come from the file where it says so, else they are Meta's. A chunk size of 0 (MobileLLM)
-turns chunks, layers without rotation and temperature off together. That is what llama.cpp means by `sliding_window` 0; its
-code at the time of writing leaves the last layer unrotated and then stops at an assertion.
+Chunk size, temperature and QK norm come from the file, or are Meta's where the file does not name them. A chunk size of 0
+(MobileLLM) turns off chunks, layers without rotation and temperature together. llama.cpp means the same by `sliding_window` 0,
+but at the time of writing it leaves the last layer unrotated and then stops at an assertion.
 """
 
 import math
@@ -16,8 +16,23 @@ import numpy as np
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.gguf import GGUF
 
-CHUNK, NO_ROPE_STEP, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 8192, 4, 8192.0, 0.1  # Meta's
-WITHOUT_QK_NORM = 128  # Maverick is told from Scout by its count of experts where the file does not say
+CHUNK, NO_ROPE_STEP, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 8192, 4, 8192.0, 0.1  # Meta's, built into llama.cpp
+META = {"chunk_size": CHUNK, "temperature_length": TEMPERATURE_LENGTH, "temperature_scale": TEMPERATURE_SCALE}
+WITHOUT_QK_NORM = 128  # llama.cpp takes a model of this many experts, and no other, to have no QK norm (Maverick)
+BOUNDS = {  # least and most of what is read from a file, whichever format it has
+    "n_layers": (1, 1 << 10),
+    "n_embd": (1, 1 << 17),
+    "n_heads": (1, 1 << 10),
+    "head_dim": (2, 1 << 10),
+    "n_ff": (1, 1 << 20),
+    "n_experts": (0, 1 << 12),
+    "moe_step": (0, 1 << 10),
+    "chunk_size": (0, 1 << 31),
+    "rope_theta": (1.0, 1e12),
+    "rms_eps": (1e-12, 0.1),
+    "temperature_length": (0.0, 1e12),  # and not between 0 and 1: positions are divided by it
+    "temperature_scale": (0.0, 100.0),
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,37 @@ class Config:
         """Whether layer i rotates q and k (and is chunked)."""
         return self.no_rope_step == 0 or (i + 1) % self.no_rope_step != 0
 
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The fields under `llama4.` that a GGUF of this model needs; `from_gguf` of them is this Config again.
+
+        Chunk size and temperature are written only where they are not Meta's: llama.cpp does not read those keys.
+        """
+        found: dict[str, object] = {
+            "block_count": self.n_layers,
+            "context_length": self.context_length,
+            "embedding_length": self.n_embd,
+            "feed_forward_length": self.n_ff,
+            "attention.head_count": self.n_heads,
+            "attention.head_count_kv": self.n_kv_heads,
+            "rope.freq_base": self.rope_theta,
+            "attention.layer_norm_rms_epsilon": self.rms_eps,
+            "expert_count": self.n_experts,
+            "expert_used_count": self.n_experts_used,
+            "attention.key_length": self.head_dim,
+            "attention.value_length": self.head_dim,
+            "vocab_size": self.n_vocab,
+            "rope.dimension_count": self.head_dim,
+            "interleave_moe_layer_step": self.moe_step,
+            "expert_feed_forward_length": self.n_ff_exp,
+            "use_qk_norm": self.use_qk_norm,
+        }
+        if not self.chunk_size:
+            found["attention.sliding_window"] = 0  # llama.cpp's key: every layer rotates and sees everything, no temperature
+        else:
+            found |= {f"attention.{key}": getattr(self, key) for key, value in META.items() if getattr(self, key) != value}
+        return {f"llama4.{key}": value for key, value in found.items()}
+
     @classmethod
     def from_gguf(cls, gguf: GGUF) -> "Config":
         """Read and check the metadata; raises UnsupportedModelError or ModelFileError."""
@@ -76,30 +122,32 @@ class Config:
             found = f"{str(arch)[:40]!r}" if arch is not None else "none"
             raise UnsupportedModelError(f"{gguf.path}: expected architecture llama4, found {found}; use a Llama 4 file")
         read = _Reader(gguf)
-        n_embd, n_heads = read.count("embedding_length", 1, 1 << 17), read.count("attention.head_count", 1, 1 << 10)
-        head_dim = read.count("attention.key_length", 2, 1 << 10, default=n_embd // n_heads)
-        n_experts, n_ff = read.count("expert_count", 0, 1 << 12, default=0), read.count("feed_forward_length", 1, 1 << 20)
+        n_embd = read.count("embedding_length", *BOUNDS["n_embd"])
+        n_heads = read.count("attention.head_count", *BOUNDS["n_heads"])
+        head_dim = read.count("attention.key_length", *BOUNDS["head_dim"], default=n_embd // n_heads)
+        n_experts = read.count("expert_count", *BOUNDS["n_experts"], default=0)
+        n_ff = read.count("feed_forward_length", *BOUNDS["n_ff"])
         needed = None if n_experts else 0
-        chunk = read.count("attention.sliding_window", "attention.chunk_size", 0, 1 << 31, default=CHUNK)
+        chunk = read.count("attention.sliding_window", "attention.chunk_size", *BOUNDS["chunk_size"], default=CHUNK)
         config = cls(
-            n_layers=read.count("block_count", 1, 1 << 10),
+            n_layers=read.count("block_count", *BOUNDS["n_layers"]),
             n_embd=n_embd,
             n_heads=n_heads,
             n_kv_heads=read.count("attention.head_count_kv", 1, n_heads, default=n_heads),
             head_dim=head_dim,
             n_ff=n_ff,
-            n_ff_exp=read.count("expert_feed_forward_length", min(1, n_experts), 1 << 20, default=needed),
+            n_ff_exp=read.count("expert_feed_forward_length", min(1, n_experts), BOUNDS["n_ff"][1], default=needed),
             n_experts=n_experts,
             n_experts_used=read.count("expert_used_count", min(1, n_experts), n_experts, default=min(1, n_experts)),
-            moe_step=read.count("interleave_moe_layer_step", 0, 1 << 10, default=needed),
+            moe_step=read.count("interleave_moe_layer_step", *BOUNDS["moe_step"], default=needed),
             n_vocab=_vocabulary(gguf, read),
             context_length=read.count("context_length", 1, 1 << 40, default=CHUNK),
-            rope_theta=read.real("rope.freq_base", 1.0, 1e12, default=500_000.0),
-            rms_eps=read.real("attention.layer_norm_rms_epsilon", 1e-12, 0.1),
+            rope_theta=read.real("rope.freq_base", *BOUNDS["rope_theta"], default=500_000.0),
+            rms_eps=read.real("attention.layer_norm_rms_epsilon", *BOUNDS["rms_eps"]),
             chunk_size=chunk,
             no_rope_step=NO_ROPE_STEP if chunk else 0,
-            temperature_length=_temperature(read, "length", 1e12, TEMPERATURE_LENGTH) if chunk else 0.0,
-            temperature_scale=_temperature(read, "scale", 100.0, TEMPERATURE_SCALE),
+            temperature_length=_temperature(read, "length", TEMPERATURE_LENGTH) if chunk else 0.0,
+            temperature_scale=_temperature(read, "scale", TEMPERATURE_SCALE),
             use_qk_norm=read.flag("use_qk_norm", "attention.use_qk_norm", default=n_experts != WITHOUT_QK_NORM),
             tied="output.weight" not in gguf.tensors,
         )
@@ -112,15 +160,16 @@ class Config:
         return config
 
 
-def _temperature(read: "_Reader", what: str, most: float, default: float) -> float:
-    value = read.real(f"attention.temperature_{what}", f"temperature_{what}", 0.0, most, default=default)
-    if what == "length" and 0.0 < value < 1.0:  # positions are divided by it
+def _temperature(read: "_Reader", what: str, default: float) -> float:
+    name = f"temperature_{what}"
+    value = read.real(f"attention.{name}", name, *BOUNDS[name], default=default)
+    if what == "length" and 0.0 < value < 1.0:
         raise read.wrong("attention.temperature_length", "0 or a number from 1", value)
     return value
 
 
 def _vocabulary(gguf: GGUF, read: "_Reader") -> int:
-    """The embedding's height, which `vocab_size` must confirm where it is given."""
+    """The rows of the embedding; `vocab_size`, where the file has it, must be the same."""
     embedding = gguf.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ModelFileError(f"{gguf.path}: expected a matrix token_embd.weight, found none; the file holds no model")
@@ -129,13 +178,13 @@ def _vocabulary(gguf: GGUF, read: "_Reader") -> int:
 
 
 class _Reader:
-    """Values under `llama4.`, the first of several possible keys that is there."""
+    """Checked values under `llama4.`. Of several keys the first that the file has counts."""
 
     def __init__(self, gguf: GGUF):
         self._gguf = gguf
 
     def count(self, *keys_least_most, default: int | None = None) -> int:
-        """`count(key, ..., least, most)`: a whole number in bounds; a list of equal numbers, one a layer, is one too."""
+        """`count(key, ..., least, most)`: a whole number in bounds, or a list (one entry a layer) that repeats one."""
         *keys, least, most = keys_least_most
         key, value = self._find(keys, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value) and (value == value[0]).all():
@@ -160,7 +209,7 @@ class _Reader:
         return bool(value)
 
     def same(self, key: str, value: int, what: str) -> None:
-        """Refuse a key that is there and says something else."""
+        """ModelFileError if the file has the key with another value."""
         found = self._gguf.metadata.get("llama4." + key, value)
         if type(found) is not int or found != value:
             raise self.wrong(key, f"equal to {what} ({value})", found)

@@ -58,10 +58,11 @@ class Row(NamedTuple):
 
 
 class Spec(NamedTuple):
-    """One tensor of a model: `name` and `hf` are its full names, `layer` is None outside of the layers."""
+    """One tensor of a model, with full names. `single` names expert {} alone; `layer` is None outside of the layers."""
 
     name: str
     hf: str | None
+    single: str | None
     shape: tuple[int, ...]
     layer: int | None
     row: Row
@@ -153,7 +154,7 @@ def tensors(config: "Config") -> Iterator[Spec]:
         head, hf_head = ("", "") if layer is None else (f"blk.{layer}.", f"model.layers.{layer}.")
         for row in rows:
             shape = tuple(getattr(config, size) for size in row.shape)
-            yield Spec(head + row.name, row.hf and hf_head + row.hf, shape, layer, row)
+            yield Spec(head + row.name, row.hf and hf_head + row.hf, row.single and hf_head + row.single, shape, layer, row)
 
     yield from expand(FIRST)
     for layer in range(config.n_layers):

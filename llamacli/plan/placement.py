@@ -1,15 +1,14 @@
-"""Where a model's bytes go under a promise of memory, and how fast it then should be. Arithmetic alone, nothing is read.
+"""Plans what is resident within a memory limit, and how fast the model should then run. Nothing is read.
 
-In: a Config, the bytes of the tensors by kind, bytes of memory, a context. Out: a frozen `Placement`, or a MemoryLimitError
-that says what would fit; expected seconds by the speed of disk and memory. Knows nothing of files or processes.
+In: a Config, the bytes of the tensors by role, a memory limit, a context. Out: a frozen `Placement`, or a MemoryLimitError that
+names what would fit; expected seconds from the speeds of disk and memory.
 
-What every token passes (attention, shared experts, routers, norms, output) is resident, keys and values too. Routed experts are
-all mapped if everything fits; else each layer has a number of slots, the rest stays in the file. The embedding stays there
-as well: a token touches one row of it and the pages at its ends. A mapped file that does not fit would run, too, but then the
-kernel decides what is resident, and the promise would be its to break.
+The weights that every token uses (attention, shared experts, routers, norms, output) and the KV cache are resident. Routed
+experts are all mapped if everything fits. Otherwise each layer caches some experts in slots and reads the others when they are
+needed. The embedding stays in the file too: a token touches one row of it and the pages around that row. A mapped file larger
+than memory would run as well, but then the kernel decides what is resident, and we could not keep the limit.
 """
 
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from llamacli.cpu.kernels.jit.features import default_threads
 from llamacli.cpu.kernels.ops import attention, matmul
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role, find, role_of
 from llamacli.plan import machine
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
@@ -32,21 +32,13 @@ LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
-KINDS = {  # of tensors: a regular expression for their names; the first that matches counts
-    "routed experts": r"_exps\.",
-    "shared experts": r"_shexp\.",
-    "attention": r"attn_(q|k|v|output)\.",
-    "dense layers": r"ffn_(gate|up|down)\.",
-    "embedding": r"^token_embd\.",
-    "output": r"^output\.",
-    "norms and routers": r"",
-}
-_BLOCK = re.compile(r"blk\.(\d{1,9})\.")
+COUNTED = (Role.EXPERTS, Role.SHARED, Role.ATTENTION, Role.DENSE, Role.EMBEDDING, Role.OUTPUT)
+OTHERS = "norms and routers"  # every other tensor
 
 
 class Sizes(NamedTuple):
-    """Bytes of a model's weights: `kinds` by KINDS, `experts` of one routed expert of each layer that has some, `passing` of
-    the largest part of one that is read at a time in prompts.
+    """Bytes of a model's weights. `kinds`: by role (COUNTED and OTHERS). `experts`: of one routed expert of each layer that
+    has some. `passing`: of the largest part of an expert that prompts read at a time.
     """
 
     kinds: dict[str, int]
@@ -57,7 +49,7 @@ class Sizes(NamedTuple):
     @property
     def routed(self) -> int:
         """All routed experts."""
-        return self.kinds["routed experts"]
+        return self.kinds[Role.EXPERTS]
 
     @property
     def one_each(self) -> int:
@@ -67,37 +59,41 @@ class Sizes(NamedTuple):
     @property
     def looked_up(self) -> int:
         """The embedding, unless it is the output too."""
-        return self.kinds["embedding"] if self.kinds["output"] else 0
+        return self.kinds[Role.EMBEDDING] if self.kinds[Role.OUTPUT] else 0
 
     @property
     def always(self) -> int:
-        """What every token passes."""
+        """What every token uses."""
         return sum(self.kinds.values()) - self.routed - self.looked_up
 
 
 def weigh(tensors: Iterable[tuple[str, int]], config: Config) -> Sizes:
-    """The sizes of a model from its tensors' GGUF names and bytes; experts of layers that it does not have are passed over."""
-    kinds, n = dict.fromkeys(KINDS, 0), max(1, config.n_experts)
+    """The sizes of a model from its tensors' GGUF names and bytes.
+
+    Experts of layers that the model does not have and vision tensors are never read, so they are not counted.
+    """
+    kinds, n = dict.fromkeys((*COUNTED, OTHERS), 0), max(1, config.n_experts)
     layers = {i: 0 for i in range(config.n_layers) if config.is_moe(i)}
     parts: Counter[tuple[int, bool]] = Counter()
     for name, nbytes in tensors:
-        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
-        if kind == "routed experts":
-            i = int(_BLOCK.match(name)[1]) if _BLOCK.match(name) else -1
+        role = role_of(name)
+        if role is Role.EXPERTS:
+            row, i = find(name)
             if i not in layers:
                 continue
             layers[i] += nbytes // n
-            parts[i, "ffn_down" in name] += nbytes // n
-        kinds[kind] += nbytes
+            parts[i, row.kind == "ffn_down_exps"] += nbytes // n
+        if role is not Role.VISION:
+            kinds[role if role in COUNTED else OTHERS] += nbytes
     experts = tuple(layers.values()) if any(layers.values()) else ()
     return Sizes(kinds, experts, config.n_experts, max(parts.values(), default=0))
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where everything goes. Sizes in bytes; `resident` is the sum of what will be held at most."""
+    """What is resident. Sizes in bytes; `resident` is their sum, reached at the full context."""
 
-    memory: int  # the promise
+    memory: int  # the limit
     ctx: int
     mode: str  # "mapped": all weights in memory as they lie in the file; "slots": some routed experts, the rest in the file
     n_slots: int  # of all layers; all experts if mapped
@@ -105,7 +101,7 @@ class Placement:
     experts: int  # in slots
     kv: int  # at the full context
     working: int  # the engine's buffers and the program
-    buffers: int  # for experts under way in prefill
+    buffers: int  # for experts being read in prefill
     rows: int  # pages of the embedding that tokens touched
     batch: int  # tokens of a prompt that go through a layer together
     sizes: Sizes
@@ -123,7 +119,7 @@ class Placement:
 
     @property
     def miss(self) -> float:
-        """The share of chosen experts that must be read from the file, were all chosen equally often."""
+        """The share of chosen experts that must be read from the file, if all are chosen equally often."""
         return 1 - self.slots / self.sizes.n_experts if self.sizes.experts else 0.0
 
     @property
@@ -184,14 +180,14 @@ def _program(config: Config) -> int:
 
 
 def _rows(config: Config, sizes: Sizes, batch: int) -> int:
-    """Bytes of the embedding that a batch brings in, before they are let go: for each token a row and what is around it."""
-    embedding = sizes.kinds["embedding"]
+    """Bytes of the embedding that a batch brings into memory until they are dropped: for each token a row and its pages."""
+    embedding = sizes.kinds[Role.EMBEDDING]
     return min(embedding, batch * (embedding // config.n_vocab + AROUND))
 
 
 def _least(config: Config, sizes: Sizes, batch: int, slots: bool = False) -> int:
-    """Bytes of what is not always used that must be held at least: the experts of one token, those under way, rows of the
-    embedding; or else, unless there must be `slots`, all of it.
+    """The least memory for what is not always used: the experts of one token, those being read, and rows of the embedding; or,
+    where that is smaller and `slots` does not forbid it, all of it.
     """
     rest = sizes.routed + sizes.looked_up
     if not sizes.experts:
@@ -205,14 +201,14 @@ def _gb(nbytes: int) -> str:
 
 
 def working_bytes(config: Config, threads: int, batch: int) -> int:
-    """What an engine whose `max_batch` is `batch` allocates for long prompts (model.Steps)."""
+    """What an engine whose `max_batch` is `batch` allocates for long prompts (cpu/program.py)."""
     c = config
     mixtures = [c.is_moe(i) for i in range(c.n_layers)]
     k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)
     n = max(SINGLE_BATCH, batch // max(1, k))
     pairs = n * max(1, k)
     n_ff = max(n_ff_exp if mixture else c.n_ff for mixture in mixtures)
-    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    q, kv = c.n_q, c.n_kv
 
     def row(width: int, codes: int = 0) -> int:
         """A row of floats, padded to whole superblocks, and beside it its quantized form."""
@@ -239,8 +235,8 @@ def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) 
     meanwhile: of those and the reading the longer counts, everything else is added. Every expert is equally likely.
     """
     sizes, k, reached = p.sizes, p.config.n_experts_used, REACHED_READING * bandwidth
-    before = (sizes.always - sizes.kinds["shared experts"] + kvcache.nbytes(p.config, depth)) / reached
-    beside = (sizes.kinds["shared experts"] + k * sizes.one_each) / reached
+    before = (sizes.always - sizes.kinds[Role.SHARED] + kvcache.nbytes(p.config, depth)) / reached
+    beside = (sizes.kinds[Role.SHARED] + k * sizes.one_each) / reached
     reading = k * sizes.one_each / disk
     return before + (1 - p.miss) * beside + p.miss * max(beside, reading)
 
@@ -267,7 +263,7 @@ def _touched(p: Placement, tokens: int) -> float:
 def products_per_token(config: Config) -> int:
     """Multiply-adds of weights for one token in all layers."""
     c = config
-    attended = c.n_embd * 2 * (c.n_heads + c.n_kv_heads) * c.head_dim
+    attended = c.n_embd * 2 * (c.n_q + c.n_kv)
     mixture = c.n_experts + 3 * c.n_ff_exp * (1 + c.n_experts_used)
     return sum(attended + c.n_embd * (mixture if c.is_moe(i) else 3 * c.n_ff) for i in range(c.n_layers))
 

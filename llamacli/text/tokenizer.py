@@ -17,30 +17,15 @@ from tokenizers import Tokenizer as _Pieces
 
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
 from llamacli.files.gguf import GGUF
+from llamacli.llama4.vocabulary import BYTE, BYTE_LETTERS, NORMAL, SPLIT, SUFFIX, UNKNOWN, UNUSED, USER_DEFINED
 
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_LLAMA4 = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = rf"{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS = {"llama4": _LLAMA4, "gpt-4o": _LLAMA4, "default": _LLAMA4, "llama-bpe": _LLAMA3}  # "default" is Ollama's word
+_LLAMA3 = rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = {"llama4": SPLIT, "gpt-4o": SPLIT, "default": SPLIT, "llama-bpe": _LLAMA3}  # "default" is Ollama's word
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # GGUF's token types
 _SPECIAL_NAME = re.compile(r"<\|\w+\|>")
 _SAID = re.compile(r"<\|(step|(python|\w*thinking|think)_(start|end))\|>")  # control tokens that belong into answers
 _STOPS = ("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # Llama 4's, then Llama 3's names
-
-
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's alphabet, which writes each byte as one visible character."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-_BYTES = _byte_letters()
+_BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 _NEEDED = frozenset(c for c, b in _BYTES.items() if b not in (0xC0, 0xC1) and b < 0xF5)  # bytes that occur in UTF-8
 
 
@@ -52,7 +37,7 @@ class Tokenizer:
     into one. `warning`: None, or one line for the user.
     """
 
-    def __init__(self, texts: list[str], merges: list[tuple[str, str]], special: Iterable[int], pattern: str = _LLAMA4):
+    def __init__(self, texts: list[str], merges: list[tuple[str, str]], special: Iterable[int], pattern: str = SPLIT):
         """`texts`: the token of each id; `merges` in order; `special`: ids that BPE never yields.
 
         ValueError if they do not fit together.
@@ -194,7 +179,7 @@ class _Fields:
         pre = self._metadata.get("tokenizer.ggml.pre", "default")
         pattern = _PATTERNS.get(pre) if isinstance(pre, str) else None
         try:
-            tokenizer = Tokenizer(texts, [tuple(m.split(" ")) for m in merges], special, pattern or _LLAMA4)
+            tokenizer = Tokenizer(texts, [tuple(m.split(" ")) for m in merges], special, pattern or SPLIT)
         except ValueError as error:
             raise self._wrong("tokens and merges", "of one vocabulary", f"that {error}") from None
         if pattern is None:
@@ -216,23 +201,23 @@ class _Fields:
     def _types(self, n: int) -> Sequence[int]:
         value = self._metadata.get("tokenizer.ggml.token_type")
         if value is None:
-            return [_NORMAL] * n
+            return [NORMAL] * n
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or len(value) != n:
             raise self._wrong("token_type", f"{n} numbers, one a token", "something else")
         return value.tolist()
 
     def _special(self, texts: list[str], types: Sequence[int], named: set[int]) -> list[int]:
         """Ids that text must not become. Files that call their special tokens normal exist, so names and uses count too."""
-        by_type = [id for id, kind in enumerate(types) if kind not in (_NORMAL, _BYTE)]
+        by_type = [id for id, kind in enumerate(types) if kind not in (NORMAL, BYTE)]
         by_name = [id for id, text in enumerate(texts) if text[:2] == "<|" and _SPECIAL_NAME.fullmatch(text)]
         return sorted({*by_type, *by_name, *named})
 
     @staticmethod
     def _sampled(text: str, kind: int) -> bool:
         """Whether a special token that does not stop may be sampled."""
-        if kind in (_UNKNOWN, _UNUSED):
+        if kind in (UNKNOWN, UNUSED):
             return False
-        return bool(_SAID.fullmatch(text)) or (kind == _USER_DEFINED and not _SPECIAL_NAME.fullmatch(text))
+        return bool(_SAID.fullmatch(text)) or (kind == USER_DEFINED and not _SPECIAL_NAME.fullmatch(text))
 
     def _id(self, name: str, n: int) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,6 @@ from llamacli.cpu import kvcache
 from llamacli.cpu.kvcache import KVCache
 from quantize import shapes
 from quantize.imatrix import read_imatrix
-from quantize.shapes import Shape
 
 TESTS = Path(__file__).parents[1]
 
@@ -127,7 +127,11 @@ def test_bench_compare_says_how_to_get_llama_cpp(measured, capfd, monkeypatch):
 
 
 def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(capfd, monkeypatch, tmp_path):
-    small = Shape("scout", 8, 256, 2, 1, 128, 512, 256, 4, 1, 300, True)
+    small = replace(
+        shapes.SHAPES["scout"],
+        **{"n_layers": 8, "n_embd": 256, "n_heads": 2, "n_kv_heads": 1, "n_ff": 512, "n_ff_exp": 256, "n_experts": 4},
+        n_vocab=300,
+    )
     monkeypatch.setitem(shapes.SHAPES, "scout", small)
     monkeypatch.setattr("llamacli.cpu.kernels.cache_folder", lambda: tmp_path / "kernels")
     monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0))

@@ -186,3 +186,22 @@ def test_numbers_that_do_not_fit(key, values):
 def test_the_embedding_must_be_there_and_as_high_as_the_vocabulary(rows):
     with pytest.raises(ModelFileError):
         read(rows=rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention__chunk_size": 64, "attention__temperature_length": 4.0, "attention__temperature_scale": 0.5},
+        {"attention__temperature_length": 0.0},
+        {"attention__sliding_window": 0},
+        {"use_qk_norm": False, "interleave_moe_layer_step": 2},
+    ],
+)
+def test_metadata_is_the_way_back(changes):
+    config = read(**changes)
+    metadata = config.metadata | {"general.architecture": "llama4"}
+    tensors = {"token_embd.weight": SimpleNamespace(shape=(202_048, 5120))}
+    assert Config.from_gguf(SimpleNamespace(path="model.gguf", metadata=metadata, tensors=tensors)) == config
+    meta = {"llama4.attention.chunk_size", "llama4.attention.temperature_length", "llama4.attention.temperature_scale"}
+    assert bool(meta & metadata.keys()) is any("temperature" in key or "chunk" in key for key in changes)

@@ -15,6 +15,8 @@ from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import TABLE, Role, check, find, kinds, role_of, tensors
+from quantize.hf_config import read_config
+from quantize.safetensors import open_checkpoint
 
 SMALL = Path(__file__).parents[2] / "models" / "scout-tiny"
 
@@ -34,6 +36,12 @@ def test_the_small_models_gguf_is_the_table():
     assert {spec.name for spec in found} == set(gguf.tensors)
     assert [spec.name for spec in found] == list(gguf.tensors)
     assert sum(prod(spec.shape) for spec in found) == sum(prod(shape) for shape in shapes(gguf).values())
+
+
+def test_the_small_models_checkpoint_is_the_table():
+    stored = open_checkpoint(SMALL / "hf")
+    wanted = {spec.hf: spec.hf_shape for spec in tensors(read_config(SMALL / "hf").model) if spec.hf}
+    assert wanted == {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
 @pytest.mark.parametrize(

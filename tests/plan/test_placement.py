@@ -31,13 +31,8 @@ GB = 10**9
 
 def real(name):
     """Config and sizes of the published model, routed experts in Q4_K, the rest in Q6_K."""
-    shape = shapes.SHAPES[name]
-    tensors = [(t.name, t.nbytes) for t in shapes._tensors(shape, shape.n_layers)]
-    config = Config(
-        *(shape.n_layers, shape.n_embd, shape.heads, shape.kv_heads, shape.head_dim, shape.n_ff, shape.n_ff_exp),
-        *(shape.experts, 1, shape.moe_step, shape.vocab, 10485760, 5e5, 1e-5, 8192, 4, 8192.0, 0.1, shape.use_qk_norm),
-    )
-    return config, weigh(tensors, config)
+    config = shapes.SHAPES[name]
+    return config, weigh(shapes.sizes(config), config)
 
 
 @pytest.fixture(scope="module")

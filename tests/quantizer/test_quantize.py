@@ -23,7 +23,7 @@ from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from quantize import convert as convert_module
 from quantize.convert import convert
-from quantize.hf_config import rope_divisors
+from quantize.hf_config import read_config, rope_divisors
 from quantize.imatrix import Imatrix, checked, write_imatrix
 from quantize.writer import header, write_file
 
@@ -107,6 +107,22 @@ def test_every_tensor_has_the_references_bytes(scout, type_name):
     assert report["nbytes"] == gguf.nbytes == gguf.path.stat().st_size
     assert report["type"] == type_name
     assert gguf.metadata["general.file_type"] == {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}[type_name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "interleave_moe_layer_step": 2},
+        {"attention_chunk_size": 64, "floor_scale": 16, "attn_scale": 0.5},
+        {"attn_temperature_tuning": False},
+        {"no_rope_layers": [1] * 4, "layer_types": ["full_attention"] * 4},
+    ],
+)
+def test_the_gguf_is_read_as_the_model_that_config_json_describes(tmp_path, changes):
+    checkpoint.write(tmp_path / "hf", rms_norm_eps=2**-16, **changes)
+    convert(tmp_path / "hf", tmp_path / "out.gguf", "Q8_0")
+    assert Config.from_gguf(open_gguf(tmp_path / "out.gguf")) == read_config(tmp_path / "hf").model
 
 
 @pytest.mark.parametrize("dtype", ["F16", "F32"])
