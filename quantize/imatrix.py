@@ -149,7 +149,7 @@ def _floats(path: Path, tensors: dict, name: str) -> np.ndarray:
     if tensor is None or tensor.type.name != "F32":
         found = "none" if tensor is None else tensor.type.name
         raise ModelFileError(f"{path}: expected {name!r:.80} as F32, found {found}; {_HINT}")
-    return np.frombuffer(tensor.data.tobytes(), "<f4").reshape(-1, tensor.shape[-1])
+    return np.frombuffer(tensor.read(), "<f4").reshape(-1, tensor.shape[-1])
 
 
 def _read_dat(path: Path) -> Imatrix:

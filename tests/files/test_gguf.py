@@ -1,7 +1,10 @@
 """GGUF: what writers write is read; what nobody should trust is refused in one line, at no cost."""
 
+import io
 import os
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -14,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.files import gguf as gguf_module
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.text.tokenizer import Tokenizer
@@ -126,6 +130,44 @@ class TestSoundFiles:
 
     def test_text_that_is_no_utf8_does_not_stop_a_model(self, opened):
         assert opened(file([pair("general.author", "string", b"Jos\xe9")])).metadata["general.author"] == "Jos\ufffd"
+
+    def test_text_that_is_no_utf8_can_be_written_again_as_it_was(self, opened):
+        words = ["a", "größe".encode("latin-1")]
+        metadata = opened(
+            file(
+                [pair("author", "string", b"Jos\xe9"), pair("mark", "string", "\ufffd"), pair("w", "array", ("string", words))]
+            )
+        ).metadata
+        assert [metadata.typed(key) for key in ("author", "mark", "w")] == [b"Jos\xe9", "\ufffd", [b"a", words[1]]]
+
+    @pytest.mark.parametrize("block", [1, 7, 64, 1000])
+    def test_where_a_block_of_the_header_ends_changes_nothing(self, opened, monkeypatch, block):
+        expected = opened(SOUND)
+        monkeypatch.setattr(gguf_module, "_BLOCK", block)
+        found = opened(SOUND)
+        assert repr(dict(found.metadata)) == repr(dict(expected.metadata))
+        assert found.tensors["b"].data.tobytes() == expected.tensors["b"].data.tobytes()
+
+    @pytest.mark.parametrize("words", [["a", "", "zwei"], ["a\0b", ""], ["\0"], []])
+    @pytest.mark.parametrize("loaded", [False, True])
+    def test_compiled_or_not_a_list_of_strings_is_the_same(self, opened, monkeypatch, words, loaded):
+        monkeypatch.setattr(gguf_module, "_COMPILED", "sys" if loaded else "no such module")
+        assert opened(file([pair("words", "array", ("string", words))])).metadata["words"] == words
+
+    def test_a_vocabulary_is_read_without_a_compiler(self, tmp_path):
+        path = tmp_path / "model.gguf"
+        path.write_bytes(LLAMA4)
+        read = "import sys; from llamacli.files.gguf import open_gguf; print(len(open_gguf(sys.argv[1]).metadata[sys.argv[2]]))"
+        code = read + "; assert not {'numba', 'llvmlite'} & set(sys.modules)"
+        child = subprocess.run([sys.executable, "-c", code, path, "tokenizer.ggml.tokens"], capture_output=True, text=True)
+        assert (child.returncode, child.stdout) == (0, "259\n"), child.stderr
+
+    def test_a_tensor_can_be_read_without_its_map(self, opened):
+        found = opened(SOUND)
+        assert found.tensors["b"].read() == found.tensors["b"].data.tobytes()
+        os.truncate(found.path, 0)
+        with pytest.raises(ModelFileError, match="expected 204 bytes of b, found 0"):
+            found.tensors["b"].read()
 
     def test_lists_of_strings_are_decoded_when_asked_for_and_once(self, opened):
         metadata = opened(SOUND).metadata
@@ -271,6 +313,50 @@ class TestWhatIsNoModel:
 
 
 class TestDamagedFiles:
+    @pytest.mark.parametrize("at", [0, 30, 200])
+    def test_a_disk_that_fails_in_the_header_is_an_error(self, tmp_path, monkeypatch, at):
+        class Failing(io.FileIO):
+            def read(self, n):
+                if self.tell() + n > at:
+                    raise OSError(5, "Input/output error")
+                return super().read(n)
+
+        path = tmp_path / "model.gguf"
+        path.write_bytes(SOUND)
+        monkeypatch.setattr(gguf_module, "_BLOCK", 16)
+        monkeypatch.setattr(Path, "open", lambda path, mode: Failing(path))
+        with pytest.raises(ModelFileError, match=r"Input/output error.*the disk"):
+            open_gguf(path)
+
+    def test_a_file_cut_while_its_header_is_read(self, tmp_path, monkeypatch):
+        class Cut(io.FileIO):
+            def read(self, n):
+                return super().read(n)[: n // 2]
+
+        path = tmp_path / "model.gguf"
+        path.write_bytes(SOUND)
+        monkeypatch.setattr(Path, "open", lambda path, mode: Cut(path))
+        with pytest.raises(ModelFileError, match="cut short"):
+            open_gguf(path)
+
+    @pytest.mark.parametrize(
+        ("counts", "words"), [((0, 1 << 20), "16384 metadata values"), ((1 << 20, 0), "at most 65536 tensors")]
+    )
+    def test_more_entries_than_any_model_has_are_refused_before_they_are_read(self, refused, counts, words):
+        """A million of one byte each took 18 seconds."""
+        raw = b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(40 << 20)
+        began = time.process_time()
+        assert words in refused(raw)
+        assert time.process_time() - began < 1
+
+    def test_a_list_of_more_strings_than_any_vocabulary_has_is_refused(self, refused):
+        pairs = [string("words") + struct.pack("<IIQ", 9, 8, 1 << 23) + bytes(8 << 23)]
+        assert "at most 4194304 strings" in refused(file(pairs))
+
+    def test_metadata_larger_than_any_vocabulary_are_refused(self, refused, monkeypatch):
+        monkeypatch.setattr(gguf_module, "_MAX_HEADER", 1 << 20)
+        assert "at most 1 MB" in refused(file([pair("numbers", "array", ("i32", [0] * (1 << 18)))]))
+
     def test_cut_anywhere(self, tmp_path):
         path = tmp_path / "cut.gguf"
         for length in range(len(SOUND)):

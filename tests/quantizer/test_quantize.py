@@ -311,6 +311,19 @@ def test_a_gguf_becomes_what_its_checkpoint_would(scout, tmp_path, type_name):
         np.testing.assert_array_equal(again.tensors[name].data, tensor.data, err_msg=name)
 
 
+def test_metadata_that_are_no_utf8_pass_unchanged(scout, tmp_path):
+    made(*scout, "F16")
+    raw = (scout[0].parent / "out.gguf").read_bytes()
+    name = open_gguf(scout[0].parent / "out.gguf").metadata["general.name"].encode()
+    odd = b"\xe9" * len(name)
+    (tmp_path / "odd.gguf").write_bytes(
+        raw.replace(len(name).to_bytes(8, "little") + name, len(name).to_bytes(8, "little") + odd)
+    )
+    convert(tmp_path / "odd.gguf", tmp_path / "copy.gguf", "F16")
+    assert odd in (tmp_path / "copy.gguf").read_bytes()
+    assert open_gguf(tmp_path / "copy.gguf").metadata["general.name"] == "\ufffd" * len(name)
+
+
 def test_a_quantized_gguf_is_read_back_and_that_is_told(scout, tmp_path):
     quantized, _ = made(*scout, "Q4_0")
     report = convert(quantized.path, tmp_path / "f32.gguf", "F32")
