@@ -134,7 +134,7 @@ def sampling_defaults(metadata) -> dict[str, float]:
     ranges = {"temp": (0.0, 5.0), "top_k": (0, 1 << 20), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
     for name, (low, high) in ranges.items():
         value = metadata.get(f"general.sampling.{name}")
-        if isinstance(value, int | float) and low <= value <= high:
+        if type(value) in ((int,) if name == "top_k" else (int, float)) and low <= value <= high:
             values[name] = value
     return values
 

@@ -201,7 +201,7 @@ def _chat_template(folder: Path, settings: dict) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            return file.read_text("utf-8")
+            return file.read_text("utf-8-sig")  # a byte order mark is no part of the template
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: expected a readable UTF-8 template, found: {error}") from None
     template = optional_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")

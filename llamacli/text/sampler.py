@@ -39,7 +39,7 @@ class Sampler:
             ("top_k", top_k, top_k >= 0),
             ("top_p", top_p, 0 <= top_p <= 1),
             ("min_p", min_p, 0 <= min_p <= 1),
-            ("repeat_penalty", repeat_penalty, repeat_penalty > 0),
+            ("repeat_penalty", repeat_penalty, 0.01 <= repeat_penalty <= 100),
             ("seed", seed, seed is None or seed >= 0),
         ):
             if not sound or (isinstance(value, float) and not np.isfinite(value)):

@@ -1,25 +1,23 @@
 """Messages to token ids through the model's chat template.
 
 In: a tokenizer, messages ({"role": ..., "content": ...}) and the file's Jinja template, or None for Llama 4's own format. Out:
-ids with BOS exactly once. Templates come with the file and run in a sandbox. What a message says never becomes a special token:
-before rendering, every character of it with which a special token could begin is swapped for a stand-in that occurs nowhere
-else; special tokens are cut out of the rendered text, and only then do the stand-ins change back. Knows nothing of models.
+ids with BOS exactly once.
+
+Only the template writes special tokens; what a message says stays text, whatever it says (marks.py). One exception: a special
+token that the model may say inside an answer (`Tokenizer.visible_ids`) is a token again in an assistant's message, so that the
+model finds its own words as it said them. Templates come with the file and run in a sandbox (sandbox.py).
 """
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 
 from llamacli.errors import PromptError
+from llamacli.text.marks import marks
 from llamacli.text.tokenizer import Tokenizer
 
 _LLAMA4 = (
     "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
 )
-_STAND_INS = range(0xE000, 0xF900)  # Unicode's private use area
-_MOST_TEXT = 1 << 24  # characters, or the result, of one multiplication
 
 
 def render(
@@ -28,41 +26,50 @@ def render(
     """The ids of a conversation; with `add_generation_prompt` up to where the assistant's answer begins.
 
     A content is a string or a list of {"type": "text", "text": ...}. PromptError says which message or what in the template
-    is wrong.
+    is wrong. A template that is empty counts as none; one that leaves the last message out is an error.
     """
+    from llamacli.text import sandbox  # loads Jinja, which takes longer than all else here
+
     messages = [_checked(i, message) for i, message in enumerate(messages, 1)]
     if not messages:
         raise PromptError("the conversation is empty: expected at least one message")
-    if template is None:
-        if tokenizer.token_id("<|header_start|>") is None or tokenizer.token_id("<|eot|>") is None:
-            raise PromptError("the model has neither a chat template nor Llama 4's header tokens; use --raw to continue a text")
-        template = _LLAMA4
-    elif not isinstance(template, str):
-        raise PromptError("the model's chat template is no text; use --raw to continue a text without it")
-    there, back = _stand_ins(tokenizer, template, messages)
-    try:
-        text = _compiled(template).render(
-            messages=_deep(messages, there),
-            add_generation_prompt=add_generation_prompt,
-            bos_token=_name(tokenizer, tokenizer.bos),
-            eos_token=_name(tokenizer, tokenizer.eos),
-            tools=None,
-            documents=None,
-        )
-    except PromptError:
-        raise
-    except Exception as error:  # whatever a template may do: syntax, undefined names, sandbox, recursion, memory
-        message = " ".join(str(error).split()).translate(back)[:200] or type(error).__name__
-        raise PromptError(
-            f"the model's chat template cannot render this conversation: {message}; --raw goes without it"
-        ) from None
+    source = _source(tokenizer, template)
+    if len(source) > sandbox.LONGEST_SOURCE:
+        raise PromptError(f"expected a chat template of at most {sandbox.LONGEST_SOURCE} characters, found {len(source)}")
+    if source is not _LLAMA4 and not sandbox.uses(source, "messages"):
+        raise PromptError("the model's chat template never uses the messages; --raw goes without it")
+    own = marks(tokenizer.special_names, [source, *_strings(messages)])
+    tokens = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.token_id("<unk>"), "pad": tokenizer.padding}
+    variables = {f"{name}_token": own.mark(_name(tokenizer, id)) for name, id in tokens.items()}
+    variables |= {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+
+    def text(messages: list[dict]) -> str:
+        said = [_said(message, lambda text: own.mark(text, tokenizer.visible_names)) for message in messages]
+        return sandbox.render(source, own, {**variables, "messages": said})
+
+    rendered = text(messages)
+    last = messages[-1]["content"].strip()
+    if last and last not in own.plain(rendered) and text([*messages[:-1], {**messages[-1], "content": last + "x"}]) == rendered:
+        raise PromptError("the model's chat template leaves the last message out; --raw goes without the template")
     ids: list[int] = []
-    for part in tokenizer.split(text):
-        ids += [part] if isinstance(part, int) else tokenizer.encode(part.translate(back), bos=False)
+    for part in own.split(rendered):
+        ids += [part] if isinstance(part, int) else tokenizer.encode(part, bos=False)
     if (bos := tokenizer.bos) is not None:
         first = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         ids[:first] = [bos]
     return ids
+
+
+def _source(tokenizer: Tokenizer, template: str | None) -> str:
+    """The template to use: the file's, without a byte order mark, or Llama 4's own."""
+    if template is not None and not isinstance(template, str):
+        raise PromptError("the model's chat template is no text; use --raw to continue a text without it")
+    template = (template or "").removeprefix("\ufeff")
+    if template.strip():
+        return template
+    if tokenizer.token_id("<|header_start|>") is None or tokenizer.token_id("<|eot|>") is None:
+        raise PromptError("the model has neither a chat template nor Llama 4's header tokens; use --raw to continue a text")
+    return _LLAMA4
 
 
 def _checked(number: int, message) -> dict:
@@ -82,27 +89,30 @@ def _checked(number: int, message) -> dict:
     return {**message, "content": content}
 
 
-def _stand_ins(tokenizer: Tokenizer, template: str, messages: list[dict]) -> tuple[dict[int, int], dict[int, int]]:
-    """Tables for str.translate, there and back: the first characters of special tokens to characters found nowhere."""
-    taken = set(template)
-    _deep(messages, lambda text: taken.update(text))
-    free = (code for code in _STAND_INS if chr(code) not in taken)
-    firsts = {ord(text[0]) for text in tokenizer.special_tokens if not text[:1].isspace() and text}
-    there = dict(zip(sorted(firsts), free, strict=False))
-    if len(there) < len(firsts):
-        raise PromptError("the messages use up all of Unicode's private use area: expected ordinary text")
-    return there, {code: first for first, code in there.items()}
-
-
-def _deep(value, change):
-    """A copy of nested lists and dicts with every string changed: by a str.translate table or a function."""
+def _strings(value) -> Iterator[str]:
+    """Every string in nested lists and dictionaries."""
     if isinstance(value, str):
-        return change(value) if callable(change) else value.translate(change)
+        yield value
+    elif isinstance(value, dict):
+        yield from _strings([*value, *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _said(message: dict, mark: Callable[[str], str]) -> dict:
+    """The message, with tokens that the model said marked if it is the assistant's."""
+    if message["role"] != "assistant":
+        return message
+    return {key: value if key == "role" else _deep(value, mark) for key, value in message.items()}
+
+
+def _deep(value, change: Callable[[str], str]):
+    """A copy of nested lists and dictionaries with every string changed, keys left as they are."""
+    if isinstance(value, str):
+        return change(value)
     if isinstance(value, dict):
-        return {
-            key if isinstance(key, str) and key.isidentifier() else _deep(key, change): _deep(v, change)
-            for key, v in value.items()
-        }
+        return {key: _deep(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_deep(item, change) for item in value]
     return value
@@ -110,31 +120,3 @@ def _deep(value, change):
 
 def _name(tokenizer: Tokenizer, token: int | None) -> str:
     return "" if token is None else tokenizer.decode([token], special=True)
-
-
-@lru_cache(8)
-def _compiled(template: str):
-    from jinja2.sandbox import ImmutableSandboxedEnvironment  # half of this module's loading time
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(("*", "**"))
-
-        def call_binop(self, context, operator, left, right):
-            """Jinja's sandbox bounds loops, but not `"x" * 10 ** 10`."""
-            size = [len(side) if hasattr(side, "__len__") else abs(side) for side in (left, right)]
-            if size[0] * size[1] > _MOST_TEXT or (operator == "**" and size[1] > 64):
-                raise PromptError("the model's chat template asks for more text than a prompt holds; --raw goes without it")
-            return super().call_binop(context, operator, left, right)
-
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
-    environment.filters["tojson"] = _to_json  # Jinja's own escapes <, > and & for HTML
-    return environment.from_string(template)
-
-
-def _raise(message: str):
-    raise PromptError(f"the model's chat template refuses this conversation: {' '.join(str(message).split())[:200]}")
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

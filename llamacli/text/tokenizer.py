@@ -1,14 +1,17 @@
 """Text to token ids and back: Llama 4's byte-level BPE, built from a GGUF's fields through the `tokenizers` library.
 
-In: a GGUF's `tokenizer.ggml.*` metadata. Out: `Tokenizer`, and a `StreamDecoder` that holds back characters until all their
-bytes have come. Special tokens stand beside the BPE, not in it: ordinary text cannot become one whatever it says, and merges
-that name one are refused. A piece that is a token as it stands is taken whole, as tiktoken does. Knows nothing of messages
-or templates.
+In: a GGUF's `tokenizer.ggml.*` metadata. Out: `Tokenizer`, and a `StreamDecoder` that holds back a character until all of its
+bytes have come.
+
+Tokens outside of the BPE are of two kinds. Special (control) tokens shape a conversation: text becomes one only where the
+caller asks for it. Added (user-defined) tokens are ordinary words of a fine-tune: they are found in any text, before the BPE,
+as `tokenizers` finds them. A piece that is a token as it stands is taken whole, as tiktoken does.
 """
 
 import codecs
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -22,23 +25,88 @@ from llamacli.llama4.vocabulary import BYTE, BYTE_LETTERS, NORMAL, SPLIT, SUFFIX
 _LLAMA3 = rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {"llama4": SPLIT, "gpt-4o": SPLIT, "default": SPLIT, "llama-bpe": _LLAMA3}  # "default" is Ollama's word
 
+_LONGEST_NAME = 512  # characters
 _SPECIAL_NAME = re.compile(r"<\|\w+\|>")
-_SAID = re.compile(r"<\|(step|(python|\w*thinking|think)_(start|end))\|>")  # control tokens that belong into answers
-_STOPS = ("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # Llama 4's, then Llama 3's names
+_NEVER_SAID = re.compile(  # reserved rows, padding, and tokens that stand around turns and pictures
+    r"<\|(begin_of_text|fim_\w+|header_start|header_end|start_header_id|end_header_id|\w*reserved\w*|\w*pad(_id)?"
+    r"|image\w*|patch|tile_\w+|vision\w*)\|>"
+)
+_STOPS = ("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # Llama 4, Llama 3, ChatML
 _BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
 _NEEDED = frozenset(c for c, b in _BYTES.items() if b not in (0xC0, 0xC1) and b < 0xF5)  # bytes that occur in UTF-8
+
+
+class Names:
+    """Finds tokens by name in text: leftmost first, of several at one place the longest, as `tokenizers` does.
+
+    Time grows with the text and the logarithm of the number of names. Names over 512 characters are not searched for.
+    """
+
+    def __init__(self, ids: dict[str, int]):
+        self.ids = {name: id for name, id in ids.items() if 0 < len(name) <= _LONGEST_NAME}
+        self._sorted = sorted(self.ids)
+        self._prefix: list[int] = []  # for each name the index of the longest other name that begins it, -1 if none
+        chain: list[int] = []
+        for i, name in enumerate(self._sorted):
+            while chain and not name.startswith(self._sorted[chain[-1]]):
+                chain.pop()
+            self._prefix.append(chain[-1] if chain else -1)
+            chain.append(i)
+        self._longest = max(map(len, self.ids), default=0)
+        firsts, seconds = {name[0] for name in self.ids}, {name[1:2] for name in self.ids}
+        ahead = "" if "" in seconds else f"(?={_one_of(seconds)})"
+        self._start = re.compile(_one_of(firsts) + ahead) if firsts else None
+
+    def find(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """Start, end and id of each name in `text`."""
+        done = 0
+        for match in self._start.finditer(text) if self._start else ():
+            if (start := match.start()) >= done and (name := self._longest_at(text, start)):
+                done = start + len(name)
+                yield start, done, self.ids[name]
+
+    def split(self, text: str) -> list[str | int]:
+        """The text cut at the names: these as ids, what is between them as it stands, nothing empty."""
+        parts: list[str | int] = []
+        done = 0
+        for start, end, id in self.find(text):
+            parts += [text[done:start], id]
+            done = end
+        return [part for part in (*parts, text[done:]) if part != ""]
+
+    def _longest_at(self, text: str, start: int) -> str | None:
+        ahead = text[start : start + self._longest]
+        at = bisect_right(self._sorted, ahead) - 1  # every name that begins `ahead` begins this one too
+        while at >= 0 and not ahead.startswith(self._sorted[at]):
+            at = self._prefix[at]
+        return self._sorted[at] if at >= 0 else None
+
+
+def _one_of(characters: Iterable[str]) -> str:
+    return f"[{''.join(map(re.escape, sorted(characters)))}]"
 
 
 class Tokenizer:
     """Encodes and decodes. Ids run from 0 to `n_vocab` - 1.
 
-    `bos`, `eos`: ids, None where the file has none. `stop_ids`: ids that end an answer. `hidden_ids`: int64 array of ids
-    never to be sampled: reserved, padding, unused and image tokens, and control tokens that neither end an answer nor belong
-    into one. `warning`: None, or one line for the user.
+    `bos`, `eos`, `padding`: ids, None where the file has none. `stop_ids`: ids that end an answer. `hidden_ids`: int64 array of
+    ids that must never be sampled: reserved, padding, unused and image tokens and those that stand around turns.
+    `visible_ids`: special tokens that a model may say inside an answer, such as <|python_start|>; they are decoded to their
+    names, so that a history holds what was said. `special_names`: the names of all special tokens. `warning`: None, or one
+    line for the user.
     """
 
-    def __init__(self, texts: list[str], merges: list[tuple[str, str]], special: Iterable[int], pattern: str = SPLIT):
-        """`texts`: the token of each id; `merges` in order; `special`: ids that BPE never yields.
+    def __init__(
+        self,
+        texts: list[str],
+        merges: list[tuple[str, str]],
+        special: Iterable[int],
+        added: Iterable[int] = (),
+        unused: Iterable[int] = (),
+        pattern: str = SPLIT,
+    ):
+        """`texts`: the token of each id; `merges` in order; `special`, `added` and `unused`: ids that BPE never yields
+        (but for added words that merges name too).
 
         ValueError if they do not fit together.
         """
@@ -46,9 +114,10 @@ class Tokenizer:
         self._ids = {text: id for id, text in enumerate(texts)}
         if len(self._ids) != len(texts):
             raise ValueError("a token occurs twice")
-        self._special = frozenset(special)
+        self._special, self._added, self._unused = frozenset(special), frozenset(added), frozenset(unused)
         vocabulary = self._ids.copy()
-        for id in self._special:
+        self._as_written = self._added - self._known_to_bpe(merges)  # their texts are not in the byte alphabet
+        for id in self._special | self._unused | self._as_written:
             del vocabulary[texts[id]]
         if missing := _NEEDED - vocabulary.keys():
             raise ValueError(f"{len(missing)} of 256 bytes have no token")
@@ -64,9 +133,17 @@ class Tokenizer:
         self.n_vocab = len(texts)
         self.bos: int | None = None
         self.eos: int | None = None
+        self.padding: int | None = None
         self.stop_ids: frozenset[int] = frozenset()
+        self.visible_ids: frozenset[int] = frozenset()
         self.hidden_ids = np.empty(0, np.int64)
         self.warning: str | None = None
+
+    def _known_to_bpe(self, merges: list[tuple[str, str]]) -> set[int]:
+        """The added tokens that BPE needs besides: letters of bytes, and words that merges name."""
+        names = {self._texts[id] for id in self._added}
+        merged = {text for merge in merges for text in (*merge, "".join(merge)) if text in names} if names else set()
+        return {self._ids[text] for text in merged | (names & _NEEDED)}
 
     @classmethod
     def from_gguf(cls, gguf: GGUF) -> "Tokenizer":
@@ -83,47 +160,59 @@ class Tokenizer:
         With `bos` the ids begin with exactly one `bos`. PromptError for text that is no Unicode (lone surrogates).
         """
         ids = []
-        for part in self.split(text) if special else [text]:
-            if isinstance(part, int):
-                ids.append(part)
-            elif part:
-                try:
-                    ids += self._pieces.encode(part, add_special_tokens=False).ids
-                except (TypeError, UnicodeEncodeError):
-                    raise PromptError("expected text in UTF-8, found bytes that are not; convert it first") from None
+        for part in self.special_names.split(text) if special else [text]:
+            ids += [part] if isinstance(part, int) else self._encoded(part)
         if bos and self.bos is not None:
             while ids[:1] == [self.bos]:
                 del ids[0]
             ids.insert(0, self.bos)
         return ids
 
-    def split(self, text: str) -> list[str | int]:
-        """The text cut at the names of special tokens: these as ids, what is between them as it stands, nothing empty."""
-        parts: list[str | int] = []
-        done = 0
-        for match in self._names.finditer(text):
-            if (id := self._ids.get(match[0])) in self._special:
-                parts += [text[done : match.start()], id]
-                done = match.end()
-        return [part for part in (*parts, text[done:]) if part != ""]
+    def _encoded(self, text: str) -> list[int]:
+        ids = []
+        for part in self._added_names.split(text):
+            if isinstance(part, int):
+                ids.append(part)
+                continue
+            try:
+                ids += self._pieces.encode(part, add_special_tokens=False).ids
+            except (TypeError, UnicodeEncodeError):
+                raise PromptError("expected text in UTF-8, found bytes that are not; convert it first") from None
+        return ids
 
-    @property
-    def special_tokens(self) -> list[str]:
-        """The names of all special tokens."""
-        return [self._texts[id] for id in sorted(self._special)]
+    @cached_property
+    def special_names(self) -> Names:
+        return self._named(self._special)
+
+    @cached_property
+    def visible_names(self) -> Names:
+        """The names of `visible_ids`."""
+        return self._named(self.visible_ids)
+
+    @cached_property
+    def _added_names(self) -> Names:
+        return self._named(self._added)
+
+    def _named(self, ids: Iterable[int]) -> Names:
+        return Names({self._texts[id]: id for id in ids})
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Text of `ids`; special tokens appear by name with `special`, else not at all. Broken UTF-8 becomes U+FFFD."""
+        """Text of `ids`. Of special tokens, `visible_ids` appear by name, the others only with `special`.
+
+        Broken UTF-8 becomes U+FFFD.
+        """
         return b"".join(self.token_bytes(id, special) for id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, id: int, special: bool = False) -> bytes:
-        """The bytes that one token stands for, nothing for a special one unless asked."""
+        """The bytes that one token stands for; none for a special token that is not shown. PromptError for no id of ours."""
         if not 0 <= id < self.n_vocab:
             raise PromptError(f"expected token ids from 0 to {self.n_vocab - 1}, found {id}")
-        if id >= len(self._texts) or (id in self._special and not special):
+        if id >= len(self._texts):
             return b""
         text = self._texts[id]
-        if id in self._special:
+        if id in self._special or id in self._unused:
+            return text.encode() if special or id in self.visible_ids else b""
+        if id in self._as_written:
             return text.encode()
         return b"".join(_BYTES[c].to_bytes() if c in _BYTES else c.encode() for c in text)
 
@@ -131,15 +220,9 @@ class Tokenizer:
         """A decoder for ids that come one by one."""
         return StreamDecoder(self, special)
 
-    @cached_property
-    def _names(self) -> re.Pattern:
-        """Finds what may be a special token's name. Llama 4 has a thousand, all of one form: compiling each takes a while."""
-        others = sorted((name for name in self.special_tokens if name and not _SPECIAL_NAME.fullmatch(name)), key=len)
-        return re.compile("|".join([_SPECIAL_NAME.pattern, *map(re.escape, reversed(others))]))
-
 
 class StreamDecoder:
-    """Ids in one by one, text out as soon as it is whole; all pieces and the flush make up `decode` of all ids."""
+    """Takes ids one by one, returns text as soon as it is whole. All pieces and the flush together are `decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False):
         self._tokenizer, self._special = tokenizer, special
@@ -150,7 +233,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(id, self._special))
 
     def flush(self) -> str:
-        """What was held back: U+FFFD for a character whose end never came. The decoder is as new afterwards."""
+        """The text held back: U+FFFD for a character whose end never came. Afterwards the decoder starts anew."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
@@ -176,10 +259,13 @@ class _Fields:
         bos, eos, *ends = (self._id(name, len(texts)) for name in ("bos", "eos", "eot", "eom"))
         ends += self._more_ends(len(texts))
         special = self._special(texts, types, {bos, eos, *ends} - {None})
+        others = [(id, kind) for id, kind in enumerate(types) if kind in (USER_DEFINED, UNUSED) and id not in special]
+        added, unused = ([id for id, kind in others if kind == wanted] for wanted in (USER_DEFINED, UNUSED))
         pre = self._metadata.get("tokenizer.ggml.pre", "default")
         pattern = _PATTERNS.get(pre) if isinstance(pre, str) else None
         try:
-            tokenizer = Tokenizer(texts, [tuple(m.split(" ")) for m in merges], special, pattern or SPLIT)
+            pairs = [tuple(merge.split(" ")) for merge in merges]
+            tokenizer = Tokenizer(texts, pairs, special, added, unused, pattern or SPLIT)
         except ValueError as error:
             raise self._wrong("tokens and merges", "of one vocabulary", f"that {error}") from None
         if pattern is None:
@@ -188,8 +274,12 @@ class _Fields:
         tokenizer.eos = tokenizer.token_id("<|eot|>") if eos is None else eos
         tokenizer.stop_ids = frozenset({tokenizer.eos, *ends, *map(tokenizer.token_id, _STOPS)} - {None})
         tokenizer.n_vocab = self._rows or len(texts)
-        hidden = [id for id in special if id not in tokenizer.stop_ids and not self._sampled(texts[id], types[id])]
-        tokenizer.hidden_ids = np.array([*hidden, *range(len(texts), tokenizer.n_vocab)], np.int64)
+        tokenizer.padding = self._id("padding", len(texts))
+        never = {tokenizer.bos, tokenizer.padding}
+        hidden = special - tokenizer.stop_ids
+        hidden = {i for i in hidden if i in never or types[i] == UNKNOWN or _NEVER_SAID.fullmatch(texts[i])}
+        tokenizer.visible_ids = special - tokenizer.stop_ids - hidden
+        tokenizer.hidden_ids = np.array([*sorted(hidden.union(unused)), *range(len(texts), tokenizer.n_vocab)], np.int64)
         return tokenizer
 
     def _strings(self, name: str) -> list[str]:
@@ -206,18 +296,11 @@ class _Fields:
             raise self._wrong("token_type", f"{n} numbers, one a token", "something else")
         return value.tolist()
 
-    def _special(self, texts: list[str], types: Sequence[int], named: set[int]) -> list[int]:
+    def _special(self, texts: list[str], types: Sequence[int], named: set[int]) -> frozenset[int]:
         """Ids that text must not become. Files that call their special tokens normal exist, so names and uses count too."""
-        by_type = [id for id, kind in enumerate(types) if kind not in (NORMAL, BYTE)]
+        by_type = [id for id, kind in enumerate(types) if kind not in (NORMAL, USER_DEFINED, UNUSED, BYTE)]
         by_name = [id for id, text in enumerate(texts) if text[:2] == "<|" and _SPECIAL_NAME.fullmatch(text)]
-        return sorted({*by_type, *by_name, *named})
-
-    @staticmethod
-    def _sampled(text: str, kind: int) -> bool:
-        """Whether a special token that does not stop may be sampled."""
-        if kind in (UNKNOWN, UNUSED):
-            return False
-        return bool(_SAID.fullmatch(text)) or (kind == USER_DEFINED and not _SPECIAL_NAME.fullmatch(text))
+        return frozenset({*by_type, *by_name, *named})
 
     def _id(self, name: str, n: int) -> int | None:
         value = self._metadata.get(f"tokenizer.ggml.{name}_token_id")

@@ -281,7 +281,7 @@ def test_the_tokenizer_arrives(tmp_path, as_lists):
 
 def test_a_template_file_wins(tmp_path):
     weights = checkpoint.write(tmp_path / "hf")
-    (tmp_path / "hf" / "chat_template.jinja").write_text("from the file", "utf-8")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("\ufefffrom the file", "utf-8")  # its byte order mark is dropped
     assert made(tmp_path / "hf", weights)[0].metadata["tokenizer.chat_template"] == "from the file"
 
 

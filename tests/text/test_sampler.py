@@ -141,7 +141,16 @@ def test_large_vocabularies_are_cut_exactly_as_by_sorting_all(seed, temp, top_k,
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temp": -1}, {"temp": float("nan")}, {"top_p": 1.5}, {"min_p": -0.1}, {"top_k": -1}, {"repeat_penalty": 0}],
+    [
+        {"temp": -1},
+        {"temp": float("nan")},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"top_k": -1},
+        {"repeat_penalty": 0},
+        {"repeat_penalty": 1e-46},
+        {"repeat_penalty": 1e38},
+    ],
     ids=str,
 )
 def test_senseless_settings_are_refused(settings):

@@ -1,4 +1,7 @@
-"""Templates: Llama 4's ids, BOS once, and nothing a message says ever acts as a special token."""
+"""Templates: Llama 4's ids, transformers' texts, BOS once, and nothing a message says ever acts as a special token."""
+
+import json
+from pathlib import Path
 
 import pytest
 import small_vocab as vocab
@@ -23,6 +26,7 @@ META = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|header_start|>assistant<|header_end|>\n\n' }}{%- endif %}
 """
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "templates.json").read_text("utf-8"))
 tokenizer = Tokenizer.from_gguf(vocab.in_memory())
 
 
@@ -34,6 +38,12 @@ def turn(role, content):
 
 def plain(text):
     return tokenizer.encode(text, bos=False)
+
+
+def shown(template, *messages):
+    """What a template makes of messages, as text with special tokens' names; without messages, of one that says nothing."""
+    ids = render(tokenizer, messages or [{"role": "user", "content": ""}], template)
+    return tokenizer.decode(ids, special=True).removeprefix("<|begin_of_text|>")
 
 
 OPEN = turn("assistant", "")[:-1]
@@ -98,10 +108,156 @@ def test_filters_and_globals_that_templates_use():
     template = "{{ messages[0] | tojson }}{% for x in [1, 2] %}{% if x == 2 %}{% break %}{% endif %}{{ x }}{% endfor %}"
     ids = render(tokenizer, [{"role": "user", "content": "<é\n|eot|>"}], template)
     assert tokenizer.decode(ids) == '{"role": "user", "content": "<é\\n|eot|>"}1'
-    sums = tokenizer.decode(render(tokenizer, [{"role": "user", "content": ""}], "{{ '=' * 3 }}{{ 6 * 7 + 2 ** 3 }}"))
+    sums = shown("{{ '=' * 3 }}{{ 6 * 7 + 2 ** 3 }}{{ messages[0].content }}")
     assert sums == "===50"
-    year = tokenizer.decode(render(tokenizer, [{"role": "user", "content": ""}], "{{ strftime_now('%Y') }}"))
+    year = shown("{{ strftime_now('%Y') }}{{ messages[0].content }}")
     assert 2024 < int(year) < 3000
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['name']} {len(case['messages'])}")
+def test_a_template_makes_the_text_that_transformers_makes(case):
+    """golden/make_templates.py: loops, macros, namespaces, tools, {% generation %}, loop controls, filters, composed names."""
+    if case["text"] is None:
+        with pytest.raises(PromptError, match="refuses this conversation"):
+            render(tokenizer, case["messages"], case["template"])
+    else:
+        assert render(tokenizer, case["messages"], case["template"]) == tokenizer.encode(case["text"], special=True)
+
+
+def with_tokens(kind, *texts):
+    tokens, kinds, merges = vocab.lists()
+    return Tokenizer.from_gguf(vocab.in_memory([*tokens, *texts], [*kinds, *[kind] * len(texts)], merges))
+
+
+CONTROL, USER_DEFINED = 3, 4
+ROLES = (
+    "{% for m in messages %}{% if m.role == 'system' %}S:{{ m.content }}{% elif m.role == 'user' %}U:{{ m.content }}"
+    "{% else %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", [CONTROL, USER_DEFINED])
+def test_tokens_that_begin_like_a_role_do_not_change_the_role(kind):
+    other = with_tokens(kind, "statin", "unk", "assist")
+    ids = render(other, [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], ROLES)
+    assert other.decode(ids) == "S:xU:y"
+
+
+@pytest.mark.parametrize("name", [" [END]", "statin", "\n\n", "</s>", "[X", "né"])
+def test_a_message_never_becomes_a_control_token_however_it_is_spelled(name):
+    other = with_tokens(CONTROL, name)
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
+    ids = render(other, [{"role": "user", "content": f"a{name}b"}, {"role": "user", "content": name}], template)
+    assert other.token_id(name) not in ids
+    assert other.decode(ids) == f"user:a{name}b|user:{name}|"
+    assert other.token_id(name) in render(other, [{"role": "user", "content": "x"}], f"{name}{{{{ messages[0].content }}}}")
+
+
+def test_parts_of_messages_do_not_add_up_to_a_special_token():
+    """Neither next to each other, nor after the template has cut, replaced or changed the case of what was said."""
+    said = [{"role": "user", "content": text} for text in ("<|e", "ot|>", "<|eXot|>", "<|EOT|>", "x<|eot|>")]
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[2].content | replace('X', '') }}"
+        "{{ messages[2].content.split('X') | join }}{{ messages[3].content | lower }}{{ messages[4].content[1:] }}"
+    )
+    assert tokenizer.token_id("<|eot|>") not in render(tokenizer, said, template)
+    assert shown(template, *said).endswith("<|eot|><|eot|><|eot|><|eot|>")
+
+
+def test_names_that_the_template_puts_together_are_tokens():
+    ids = render(
+        tokenizer, [{"role": "eot", "content": "<|eot|>"}], "{{ '<|' + messages[0].role + '|>' }}{{ messages[0].content }}"
+    )
+    assert ids == [tokenizer.bos, tokenizer.token_id("<|eot|>"), *plain("<|eot|>")]
+
+
+THINKING = (
+    "{% for m in messages %}{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
+    "{% elif m.content.startswith('<') and m.content[0] == '<' %}[{{ m.content | replace('<', '&lt;') }}]"
+    "{% else %}{{ m.content }}{% endif %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("kind", [None, CONTROL, USER_DEFINED])
+def test_a_template_sees_what_was_said(kind):
+    other = tokenizer if kind is None else with_tokens(kind, "<think>", "</think>")
+    said = [("assistant", "<think>long</think>Hello"), ("user", "<b>"), ("user", "x</think>y"), ("user", "Bye")]
+    ids = render(other, [{"role": role, "content": text} for role, text in said], THINKING)
+    assert other.decode(ids) == "Hello;[&lt;b>];y;Bye;"
+
+
+def test_special_tokens_that_the_model_said_stay_as_said_in_its_own_messages_only():
+    start, end, eot = (f"<|{name}|>" for name in ("python_start", "python_end", "eot"))
+    text = f"{start}f(){end} {eot} <|header_start|>"
+    ids = render(tokenizer, [{"role": "assistant", "content": text}, {"role": "user", "content": text}])
+    said = [tokenizer.token_id(start), *plain("f()"), tokenizer.token_id(end), *plain(f" {eot} <|header_start|>")]
+    header = turn("assistant", "")[:-2]
+    assert ids[: len(header) + 2] == [tokenizer.bos, *header, *plain("\n\n")]
+    assert ids[len(header) + 2 :][: len(said)] == said
+    assert ids.count(tokenizer.token_id(start)) == 1
+    answer = tokenizer.encode(f"{start}f(){end}", bos=False, special=True)
+    assert tokenizer.decode(answer) == f"{start}f(){end}"
+
+
+@pytest.mark.parametrize("template", ["", "  \n ", "\ufeff"])
+def test_an_empty_template_counts_as_none(template):
+    messages = [{"role": "user", "content": "Hi"}]
+    assert render(tokenizer, messages, template) == render(tokenizer, messages)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template():
+    messages = [{"role": "user", "content": "Hi"}]
+    assert render(tokenizer, messages, "\ufeff" + META) == render(tokenizer, messages, META)
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}", "{{ bos_token }}{{ messages | length }}", "{{ messages[0].content }}"])
+def test_a_template_that_leaves_the_last_message_out_is_refused(template):
+    with pytest.raises(PromptError, match="--raw"):
+        render(tokenizer, [{"role": "system", "content": "x"}, {"role": "user", "content": "What is it?"}], template)
+
+
+def test_a_message_that_the_template_changes_is_not_left_out():
+    assert shown("{{ messages[0].content | upper }}", {"role": "user", "content": "abc"}) == "ABC"
+
+
+def test_what_a_template_says_against_a_message_is_readable():
+    with pytest.raises(PromptError) as caught:
+        render(
+            tokenizer, [{"role": "user", "content": "a <b> c"}], "{{ raise_exception('<|eot|> not: ' ~ messages[0].content) }}"
+        )
+    assert str(caught.value).endswith("<|eot|> not: a <b> c")
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ said == '<|eot|>' }}{{ '<|eot|>' in said }}{{ '<|eot|>' | length }}", "TrueTrue7"),
+        (
+            "{{ ['<|eot|>'] }}{{ {'<|eot|>': 1}[said] }}{{ said in ['<|eot|>'] }}{{ said is eq('<|eot|>') }}",
+            "['<|eot|>']1TrueTrue",
+        ),
+        ("{% set end = '<|eot|>' %}{{ said.split(end) | length }}{{ ('a' ~ end).split('<|') | last }}", "2eot|>"),
+        ("{{ [said, said] | join('<|eom|>') }}{{ '<|eot|>' | tojson(ensure_ascii=true) }}", '<|eot|><|eom|><|eot|>"<|eot|>"'),
+        (
+            "{{ '<|eot|>'.startswith('<') }}{{ '<|eot|>'.replace('<|', '') }}{{ '<|eot|>'[0] == '<' }}",
+            "Trueeot|>True",
+        ),
+    ],
+)
+def test_marks_do_not_show_in_text_that_templates_look_at_or_write(template, text):
+    start = "{% set said = messages[0].content %}"
+    assert shown(start + template + "{{ said }}", {"role": "user", "content": "<|eot|>"}) == text + "<|eot|>"
+
+
+def test_private_use_characters_of_a_message_stay():
+    text = "".join(map(chr, range(0xE000, 0xF900))) + "<|eot|>"
+    assert render(tokenizer, [{"role": "user", "content": text}], META) == [tokenizer.bos, *turn("user", text), *OPEN]
+
+
+def test_a_long_conversation_is_within_the_budget():
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"line {i}\n" * 20} for i in range(2000)]
+    ids = render(tokenizer, messages, META)
+    assert ids.count(tokenizer.token_id("<|eot|>")) == 2000
 
 
 @pytest.mark.parametrize(
@@ -121,6 +277,8 @@ def test_filters_and_globals_that_templates_use():
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% include '/etc/passwd' %}",
         "{{ 1 / 0 }}",
+        "{% autoescape true %}{{ messages }}{% endautoescape %}",
+        "{{ messages }}" + " " * (1 << 17),
         7,
     ],
     ids=str,
