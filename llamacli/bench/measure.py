@@ -1,8 +1,8 @@
-"""Measurements: speed of prefill and decode at several depths of context, what limits them, and where the time goes.
+"""Measures prefill and decode: tokens per second at several depths of context, the share of the machine's limits, a profile.
 
-In: a loaded model, a list of `Test`s. Out: plain records, ready for JSON; nothing is printed. Work is counted, not sampled:
-bytes of weights and of keys and values that a token must read, multiply-adds of weights and attention. Beside it stands what
-this machine reads and multiplies at best, measured afterwards in the same process. Knows nothing of options or tables.
+In: a loaded model, a list of `Case`s. Out: records ready for JSON. Work is counted, not sampled: bytes of weights, keys and
+values that a token must read, multiply-adds of weights and attention. The limits (bandwidth, int8 arithmetic) are measured
+afterwards in the same process.
 """
 
 import os
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 HALF = 2  # bytes of a number in the KV cache
-PROFILED = 16  # tokens decoded for a profile: one alone is too short to trust
+PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
 
 
-class Test(NamedTuple):
-    """`n` tokens after `depth` others: as one prompt, or decoded one by one."""
+class Case(NamedTuple):
+    """One thing to measure: `n` tokens after `depth` others, as one prompt or decoded one by one."""
 
     n: int
     depth: int
@@ -34,10 +34,10 @@ class Test(NamedTuple):
         return f"{'tg' if self.decode else 'pp'}{self.n}" + (f"@d{self.depth}" if self.depth else "")
 
 
-def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Test]:
-    """Every length at every depth; lengths of 0 are left out."""
+def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]) -> list[Case]:
+    """All cases: every length at every depth; lengths of 0 are left out."""
     return [
-        Test(n, depth, decode)
+        Case(n, depth, decode)
         for depth in depths
         for decode, lengths in ((False, prompts), (True, generates))
         for n in lengths
@@ -47,36 +47,42 @@ def plan(prompts: Sequence[int], generates: Sequence[int], depths: Sequence[int]
 
 def speed(
     model,
-    tests: Sequence[Test],
+    cases: Sequence[Case],
     repetitions: int,
     progress: Callable[[int, int, str], None] = lambda *_: None,
     peers: Sequence = (),
     profile: bool = False,
 ) -> list[dict]:
-    """Run every test `repetitions` times, after one run that does not count; `peers` (peer.Peer) take turns with the model.
+    """Run every case `repetitions` times after one run that is not counted; `peers` (peer.Peer) take turns with the model.
 
-    A record: test, n, depth, tokens_per_second (the median), min, max, runs; gbytes_per_second (bytes that must be read over
-    time: for decode weights of the active experts, keys and values, for a prompt every weight once), gops_per_second (two a
-    multiply-add), bandwidth_limit and compute_limit (what these threads reach at best), share_of_limit (decode: of the
-    bandwidth, prefill: of the arithmetic); peak_memory_bytes of this process up to then; with peers `peers` (name:
-    tokens_per_second, runs) and `ratio` to the fastest; with `profile` see `_profile`.
+    Fields of a record:
+      test, n, depth             the case: its name, tokens, depth
+      tokens_per_second          median; min, max, runs
+      gbytes_per_second          bytes that must be read, over time. Decode: weights of the active experts, keys and values.
+                                 Prefill: every weight once
+      gops_per_second            two operations for each multiply-add
+      bandwidth_limit, compute_limit    what the same threads reach at best
+      share_of_limit             decode: of the bandwidth, prefill: of the arithmetic
+      peak_memory_bytes          of this process up to then
+      peers, ratio               only with peers: {name: {tokens_per_second, runs}}, and the ratio to the fastest of them
+      profile                    only with `profile`, see `_profile`
     """
-    engine, most = model.engine, max(test.depth + test.n for test in tests)
+    engine, most = model.engine, max(case.depth + case.n for case in cases)
     ids = tokens(model, most)
-    records, done, total = [], 0, len(tests) * (repetitions + 1)
+    records, done, total = [], 0, len(cases) * (repetitions + 1)
     cache, depth = None, None
-    for test in tests:
-        if test.depth != depth:
-            depth, cache = test.depth, engine.new_cache(most)
-        runners = {"llamacli": lambda test, cache=cache: _seconds(engine, cache, ids, test)}
+    for case in cases:
+        if case.depth != depth:
+            depth, cache = case.depth, engine.new_cache(most)
+        runners = {"llamacli": lambda case, cache=cache: _seconds(engine, cache, ids, case)}
         runners |= {peer.name: peer.seconds for peer in peers}
         rates = {name: [] for name in runners}
         for _ in range(repetitions + 1):
-            progress(done, total, test.name)
+            progress(done, total, case.name)
             for name, seconds in runners.items():
-                rates[name].append(test.n / seconds(test))
+                rates[name].append(case.n / seconds(case))
             done += 1
-        records.append(_record(model, test, rates.pop("llamacli")[1:]))
+        records.append(_record(model, case, rates.pop("llamacli")[1:]))
         if peers:
             others = {
                 name: {"tokens_per_second": _rounded(median(r[1:])), "runs": _rounded(r[1:])} for name, r in rates.items()
@@ -84,10 +90,10 @@ def speed(
             best = max(other["tokens_per_second"] for other in others.values())
             records[-1] |= {"peers": others, "ratio": _rounded(records[-1]["tokens_per_second"] / best)}
         if profile:
-            records[-1]["profile"] = _profile(engine, cache, ids, test)
-    read, multiply = limits(engine.threads)  # last: its buffer would count as the model's memory
-    for test, record in zip(tests, records, strict=True):
-        share = record["gbytes_per_second"] / read if test.decode else record["gops_per_second"] / multiply
+            records[-1]["profile"] = _profile(engine, cache, ids, case)
+    read, multiply = limits(engine.threads)  # last, or its buffer would count as the model's peak memory
+    for case, record in zip(cases, records, strict=True):
+        share = record["gbytes_per_second"] / read if case.decode else record["gops_per_second"] / multiply
         record |= {"bandwidth_limit": _rounded(read), "compute_limit": _rounded(multiply), "share_of_limit": _rounded(share)}
     return records
 
@@ -111,10 +117,10 @@ def startup(path: os.PathLike, threads: int, repetitions: int) -> dict:
     return {"test": "startup", "seconds": median(runs), "min": min(runs), "max": max(runs), "runs": runs}
 
 
-def whole(record: dict, held: int, layers: int) -> float:
-    """Tokens per second of a model of `layers` layers by the record, with profile, of one that holds `held` of them.
+def extrapolate(record: dict, held: int, layers: int) -> float:
+    """Tokens per second of a model of `layers` layers, from the record (with profile) of one that has only `held` of them.
 
-    What a profile shows outside the layers (embedding, last norm, output) happens once, the rest grows with the layers.
+    The time inside the layers is scaled; the time outside (embedding, last norm, output) counts once.
     """
     profile = record["profile"]
     inside = sum(profile["layers"]) / sum(profile["operations"].values())
@@ -122,39 +128,39 @@ def whole(record: dict, held: int, layers: int) -> float:
 
 
 def tokens(model, n: int) -> list[int]:
-    """A fixed random text: random tokens spread over the experts as a varied text does."""
+    """`n` ids of a fixed random text without special tokens; random tokens use all experts, as a varied text does."""
     hidden = set(np.asarray(model.tokenizer.hidden_ids).tolist()) | set(model.tokenizer.stop_ids)
     usable = [i for i in range(model.config.n_vocab) if i not in hidden]
     return [int(i) for i in np.random.default_rng(0).choice(usable, n)]
 
 
-def seen(config, test: Test) -> int:
-    """Pairs of a token and one that it attends to, all layers together."""
-    at = np.arange(test.depth, test.depth + test.n)
+def attended(config, case: Case) -> int:
+    """Pairs of a token and a position that it attends to, summed over the layers."""
+    at = np.arange(case.depth, case.depth + case.n)
     everything, chunk = int((at + 1).sum()), config.chunk_size
     in_chunk = int((at % chunk + 1).sum()) if chunk else everything
     return sum(in_chunk if config.uses_rope(i) else everything for i in range(config.n_layers))
 
 
-def _record(model, test: Test, rates: list[float]) -> dict:
+def _record(model, case: Case, rates: list[float]) -> dict:
     config, engine, rate = model.config, model.engine, median(rates)
-    pairs, last = seen(config, test), config.n_vocab * config.n_embd
-    products = engine.products_per_token * test.n + last * (test.n if test.decode else 1)
+    pairs, last = attended(config, case), config.n_vocab * config.n_embd
+    products = engine.products_per_token * case.n + last * (case.n if case.decode else 1)
     products += 2 * config.n_heads * config.head_dim * pairs
-    if test.decode:
-        nbytes = engine.bytes_per_token * test.n + 2 * HALF * config.n_kv_heads * config.head_dim * pairs
+    if case.decode:
+        nbytes = engine.bytes_per_token * case.n + 2 * HALF * config.n_kv_heads * config.head_dim * pairs
     else:
         nbytes = sum(t.nbytes for t in model.gguf.tensors.values() if t.name != "token_embd.weight")
     return {
-        "test": test.name,
-        "n": test.n,
-        "depth": test.depth,
+        "test": case.name,
+        "n": case.n,
+        "depth": case.depth,
         "tokens_per_second": _rounded(rate),
         "min": _rounded(min(rates)),
         "max": _rounded(max(rates)),
         "runs": _rounded(rates),
-        "gbytes_per_second": _rounded(nbytes / test.n * rate / 1e9),
-        "gops_per_second": _rounded(2 * products / test.n * rate / 1e9),
+        "gbytes_per_second": _rounded(nbytes / case.n * rate / 1e9),
+        "gops_per_second": _rounded(2 * products / case.n * rate / 1e9),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
 
@@ -164,35 +170,35 @@ def _rounded(value):
 
 
 def _go_to(engine, cache, ids: list[int], depth: int) -> None:
-    """Make `cache` hold the first `depth` of `ids`; going back may cost the tokens since the chunk's start."""
+    """Make `cache` hold exactly `ids[:depth]`. Truncation may go back to the start of a chunk; the rest is evaluated again."""
     reached = cache.truncate(depth)
     if reached < depth:
         engine.forward(ids[reached:depth], cache)
 
 
-def _seconds(engine, cache, ids: list[int], test: Test) -> float:
-    _go_to(engine, cache, ids, test.depth)
-    following = ids[test.depth : test.depth + test.n]
+def _seconds(engine, cache, ids: list[int], case: Case) -> float:
+    _go_to(engine, cache, ids, case.depth)
+    following = ids[case.depth : case.depth + case.n]
     began = perf_counter()
-    for part in [[token] for token in following] if test.decode else [following]:
+    for part in [[token] for token in following] if case.decode else [following]:
         engine.forward(part, cache)
     return perf_counter() - began
 
 
-def _profile(engine, cache, ids: list[int], test: Test) -> dict:
+def _profile(engine, cache, ids: list[int], case: Case) -> dict:
     """Seconds of one prompt or of one decoded token: {"operations": {name: seconds}, "layers": [seconds, ...]}.
 
-    Steps are timed one by one, each with the meeting of all threads after it, which the fused run partly saves.
+    Each step is timed with the barrier after it. The fused run has fewer barriers, so the sum is a little more than its time.
     """
-    _go_to(engine, cache, ids, test.depth)
-    following = ids[test.depth : test.depth + min(test.n, PROFILED if test.decode else test.n)]
+    _go_to(engine, cache, ids, case.depth)
+    following = ids[case.depth : case.depth + min(case.n, PROFILED if case.decode else case.n)]
     operations, layers = {}, {}
-    for part in [[token] for token in following] if test.decode else [following]:
+    for part in [[token] for token in following] if case.decode else [following]:
         for layer, operation, seconds in engine.profile(part, cache):
             operations[operation] = operations.get(operation, 0.0) + seconds
             if layer is not None:
                 layers[layer] = layers.get(layer, 0.0) + seconds
-    n = len(following) if test.decode else 1
+    n = len(following) if case.decode else 1
     return {
         "operations": {name: round(s / n, 9) for name, s in sorted(operations.items(), key=lambda item: -item[1])},
         "layers": [round(s / n, 9) for s in layers.values()],

@@ -1,8 +1,8 @@
-"""llama.cpp on the same file, through llama-cpp-python if it is installed: the speeds to compare with.
+"""Measures llama.cpp on the same file, through llama-cpp-python, to compare speeds.
 
-`Peer` starts a process of its own, which loads the file once and then measures one test after the other on request; run as a
-script this module is that process. It goes about it as llama-bench does: batches of 2048 in pieces of 512, no sampling, and
-a saved state to come back to a depth. Lines of JSON go in and out. Knows nothing of our engine.
+`Peer` starts a worker process, which loads the file once and then runs one case after the other on request. Run as a script,
+this module is that worker. It measures as llama-bench does: batches of 2048 in pieces of 512, no sampling, and a saved state to
+return to a depth. Requests and answers are lines of JSON.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ def check() -> None:
 
 
 class Peer:
-    """llama.cpp in a process of its own. `seconds(test)` is one run of a measure.Test; `close` ends the process."""
+    """llama.cpp in a worker process. `seconds(case)` runs one measure.Case; `close` ends the process."""
 
     def __init__(self, path, threads: int, ids: list[int], repack: bool):
         self.name = "llama.cpp" if repack else "llama.cpp --repack 0"
@@ -38,9 +38,9 @@ class Peer:
             self.close()
             raise
 
-    def seconds(self, test) -> float:
-        """Seconds of one run."""
-        return self._ask(test._asdict())
+    def seconds(self, case) -> float:
+        """Seconds of one run. LlamacliError: the worker died or reported an error."""
+        return self._ask(case._asdict())
 
     def close(self) -> None:
         """End the process."""
@@ -70,7 +70,7 @@ def _serve() -> None:
 
 
 def _load(path: str, threads: int, ids: list[int], repack: bool):
-    """The function (n, depth, decode) -> seconds."""
+    """A function (n, depth, decode) -> seconds of one run."""
     import ctypes
 
     import llama_cpp as cpp
@@ -108,7 +108,7 @@ def _load(path: str, threads: int, ids: list[int], repack: bool):
         if not depth:
             return
         if depth not in states:
-            states.clear()  # tests come depth by depth
+            states.clear()  # cases are ordered by depth: an earlier one does not return
             evaluate(0, depth, BATCH)
             size = cpp.llama_state_seq_get_size(context, 0)
             states[depth] = (ctypes.c_uint8 * size)(), size
@@ -122,7 +122,7 @@ def _load(path: str, threads: int, ids: list[int], repack: bool):
         evaluate(depth, n, 1 if decode else BATCH)
         return perf_counter() - began
 
-    run.keep = silent  # called by llama.cpp as long as it lives
+    run.keep = silent  # llama.cpp calls it for as long as it lives
     return run
 
 

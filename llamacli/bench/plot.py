@@ -1,8 +1,7 @@
-"""Pictures: of a benchmark, speed against the depth of the context, others beside ours; of a plan, speed against the disk's; of
-routing, which experts were used.
+"""Plots: a benchmark (speed by depth of the context), a plan (speed by disk), routing (use of experts, hit rates).
 
-In: records of measure.speed and of `llamacli plan`, numbers of routing.py. Out: an image file. The only module that imports
-matplotlib, which is no run-time dependency. Knows nothing of how the numbers came about.
+In: records of measure.speed and `llamacli plan`, arrays of routing.py. Out: an image file. No other module imports matplotlib,
+which is an extra.
 """
 
 from pathlib import Path
@@ -13,7 +12,7 @@ from llamacli.errors import OutputError, UsageError
 
 
 def check() -> None:
-    """UsageError unless matplotlib is installed: better before an hour of measuring than after it."""
+    """UsageError unless matplotlib is installed. Called before the measurement, which may take long."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -21,7 +20,7 @@ def check() -> None:
 
 
 def draw(records: list[dict], title: str, path: Path) -> None:
-    """Write the image; its kind follows from the name (.png, .svg, .pdf). OutputError if it cannot be written."""
+    """Write a plot of speed by depth; the suffix (.png, .svg, .pdf) is the format. OutputError: it cannot be written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,8 +42,9 @@ def draw(records: list[dict], title: str, path: Path) -> None:
 
 
 def draw_plan(plans: list[dict], title: str, path: Path) -> None:
-    """Write an image of expected tokens per second: a panel for each speed of memory, a line for each size. OutputError if it
-    cannot be written.
+    """Write a plot of expected tokens per second by the disk's speed: a panel for each bandwidth, a line for each memory.
+
+    OutputError: it cannot be written.
     """
     import matplotlib
 
@@ -74,8 +74,10 @@ def draw_plan(plans: list[dict], title: str, path: Path) -> None:
 
 
 def draw_routing(use: np.ndarray, hits: np.ndarray, layers: list[int], title: str, path: Path) -> None:
-    """Write an image of `use`, the share of tokens for which a layer chose an expert [n_layers, n_experts], beside `hits`, the
-    share of choices found in slots [n_layers, n_experts], column s - 1 for s slots. OutputError if it cannot be written.
+    """Write a plot of the use of experts and of hit rates.
+
+    `use` [n_layers, n_experts]: share of tokens for which a layer chose an expert. `hits` [n_layers, n_experts]: hit rate with
+    s slots in column s - 1. OutputError: it cannot be written.
     """
     import matplotlib
 
@@ -90,10 +92,10 @@ def draw_routing(use: np.ndarray, hits: np.ndarray, layers: list[int], title: st
     left.set_yticks(range(0, len(layers), step), [str(i) for i in layers[::step]])
     n = hits.shape[1]
     slots = range(1, n + 1)
-    right.fill_between(slots, 100 * hits.min(0), 100 * hits.max(0), alpha=0.25, label="least to most of the layers")
-    right.plot(slots, 100 * hits.mean(0), label="all layers")
+    right.fill_between(slots, 100 * hits.min(0), 100 * hits.max(0), alpha=0.25, label="lowest to highest of the layers")
+    right.plot(slots, 100 * hits.mean(0), label="mean of the layers")
     right.plot(slots, [100 * s / n for s in slots], "--", color="grey", label="all experts equally likely")
-    right.set(title="found in slots, the most used of late kept", xlabel="slots a layer", ylabel="% of choices", ylim=(0, 100))
+    right.set(title="hit rate, least frequently used evicted", xlabel="slots a layer", ylabel="% of choices", ylim=(0, 100))
     right.xaxis.get_major_locator().set_params(integer=True)
     right.legend()
     figure.suptitle(title)
@@ -114,7 +116,7 @@ def _save(figure, path: Path, example: str) -> None:
 
 
 def _lines(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """(depth, tokens per second) by engine and length."""
+    """Points (depth, tokens per second) of each line, by engine and length."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in records:
         test = r["test"].partition("@")[0]

@@ -1,8 +1,8 @@
-"""How well a model predicts a text, and how far it is from another model: perplexity, KL divergence, agreement.
+"""Perplexity of a model on a text, and its distance from a reference model: KL divergence and top-1 agreement.
 
-In: loaded models and token ids in windows. Out: plain records, ready for JSON; nothing is printed. Each window begins with BOS
-in an empty context, and its second half is scored, as llama-perplexity does, so that numbers compare; one window of logits per
-model is in memory at a time. Knows nothing of files or the command line.
+In: loaded models, token ids in windows. Out: records ready for JSON. Each window starts with BOS in an empty context and its
+second half is scored, as llama-perplexity does, so that the numbers can be compared. One window of logits per model is in
+memory at a time.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ import numpy as np
 
 from llamacli.errors import ModelFileError, PromptError, UsageError
 
-SHORTEST = 8  # tokens of a window of which three are scored, enough for a standard error
-BLOCK = 1 << 21  # logits turned into float64 at a time
+SHORTEST = 8  # tokens in a window: three of them are scored, enough for a standard error
+BLOCK = 1 << 21  # logits converted to float64 at a time
 
 
 def windows(tokenizer, text: str, ctx: int, where: str = "the text") -> np.ndarray:
-    """The text's ids cut into whole windows, each with BOS in its first place; int64 [n_windows, ctx].
+    """The text's token ids in whole windows, BOS in the first place of each: int64 [n_windows, ctx].
 
-    PromptError if there is not one window of text, UsageError for a window of fewer than 8 tokens.
+    PromptError: the text is shorter than one window. UsageError: a window of fewer than 8 tokens.
     """
     if ctx < SHORTEST:
         raise UsageError(f"-c: expected windows of at least {SHORTEST} tokens, found {ctx}")
@@ -34,11 +34,11 @@ def windows(tokenizer, text: str, ctx: int, where: str = "the text") -> np.ndarr
 
 
 def perplexity(model, ids: np.ndarray, reference=None, progress: Callable[[int, int, str], None] = lambda *_: None) -> dict:
-    """Score `ids` [n_windows, ctx]. UsageError if `reference` has another vocabulary.
+    """Score `ids` [n_windows, ctx]. UsageError: `reference` has another vocabulary.
 
-    A record: perplexity and perplexity_error (its standard error), windows, ctx, tokens (scored), tokens_per_second (evaluated,
-    by this model alone). With a reference also reference_perplexity and its error, kl_mean with kl_error, kl_median, kl_p99,
-    kl_max (nats, of reference || model, over the same positions) and top1_agreement, a share.
+    The record has perplexity, perplexity_error (standard error), windows, ctx, tokens (scored) and tokens_per_second
+    (evaluated, by `model` alone). With a reference also reference_perplexity, reference_perplexity_error, kl_mean, kl_error,
+    kl_median, kl_p99, kl_max (KL(reference || model) in nats, over the same positions) and top1_agreement (a share).
     """
     if reference is not None:
         _check_same_vocabulary(model, reference)
@@ -86,7 +86,7 @@ def perplexity(model, ids: np.ndarray, reference=None, progress: Callable[[int, 
 
 
 def _logits(model, window: np.ndarray, cache, first: int) -> np.ndarray:
-    """Of the positions from `first` on, float32 [ctx - first, n_vocab]."""
+    """Logits of the positions from `first` on, float32 [ctx - first, n_vocab]."""
     cache.truncate(0)
     logits = model.engine.forward(window, cache, all_logits=True, first=first)
     if not np.isfinite(logits).all():
@@ -102,7 +102,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def _perplexity(losses: np.ndarray) -> tuple[float, float]:
-    """exp of the mean loss, and the standard error that the mean's passes on."""
+    """exp of the mean loss, and its standard error, to first order from that of the mean."""
     value = float(np.exp(losses.mean()))
     return value, value * _standard_error(losses)
 

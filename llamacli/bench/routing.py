@@ -1,15 +1,14 @@
-"""Which experts a model chose for which tokens: a log of it, written while it answers, and what the log tells about caching.
+"""The routing log: which experts the routers chose for which tokens. Writes it, reads it back, analyses it.
 
-In: positions and experts, batch by batch, or a log. Out: a text file, one JSON object a line; numbers over it. Knows nothing of
-engines or terminals.
-
-The first line says what follows: {"routing": 1, "model": NAME, "layers": [those with experts], "experts": how many there are in
-a layer, "used": how many of them a token passes}. Then a line for each batch that went through the layers (a prompt's, or one
-decoded token): {"pos": position of its first token, "experts": [[...], ...]}, a list a token, in it the chosen
-experts, layer after layer, `used` numbers each. A last line without its end is passed over: the writer was killed.
+The log is text, one JSON object a line. The first line is a header: {"routing": 1, "model": NAME, "layers": [numbers of the
+layers with experts], "experts": experts in a layer, "used": experts used per token}. Then one line for each batch that went
+through the layers (part of a prompt, or one decoded token): {"pos": position of its first token, "experts": [[...], ...]}, one
+inner list per token with the chosen experts, layer after layer, `used` numbers each. An incomplete last line is ignored: the
+writer was killed.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,39 +19,39 @@ from llamacli.errors import OutputError, PromptError, UsageError
 from llamacli.llama4.config import Config
 
 VERSION = 1
-MAX_LOG = 1 << 30  # bytes of a log that is read
+MAX_LOG = 1 << 30  # bytes; larger logs are refused
 MAX_LAYERS, MAX_EXPERTS = 1 << 10, 1 << 12  # what config.py allows
 
 
 class Routing(NamedTuple):
-    """A log read back. `positions` int64 [n_tokens], `chosen` int16 [n_tokens, n_layers, used]."""
+    """A log that was read. `positions` int64 [n_tokens], `chosen` int16 [n_tokens, n_layers, used]."""
 
     model: str
-    layers: list[int]  # the model's numbers for them
+    layers: list[int]  # their numbers in the model
     n_experts: int
     positions: np.ndarray
     chosen: np.ndarray
 
 
 class RoutingLog:
-    """Writes a log; an instance is what an engine's `follow_routing` may be."""
+    """Writes a log. Assign an instance to an engine's `follow_routing`."""
 
     def __init__(self, path: Path, model: str, config: Config):
-        """OutputError if there is a file already; UsageError if the model has no experts to choose from."""
+        """OutputError: the file exists already or cannot be written. UsageError: the model has no experts."""
         layers = [i for i in range(config.n_layers) if config.is_moe(i)]
         if not layers:
             raise UsageError(f"--routing-log: expected a model with experts, found none in {model}; leave the option out")
         check_new(path)
         self._path, self._layers, self._used = path, layers, config.n_experts_used
         try:
-            self._file = path.open("x", buffering=1)  # line by line, so that a kill loses one token at most
+            self._file = path.open("x", buffering=1)  # line buffered: a kill loses at most one line
         except OSError as error:
             raise self._unwritable(error) from None
         sizes = {"layers": layers, "experts": config.n_experts, "used": self._used}
         self._write({"routing": VERSION, "model": model} | sizes)
 
     def __call__(self, position: int, experts: np.ndarray) -> None:
-        """Note a batch: the first token's position, experts of all layers, [n_layers, n_tokens * used]."""
+        """Log a batch: the position of its first token, the experts of all layers [n_layers, n_tokens * used]."""
         by_token = experts[self._layers].reshape(len(self._layers), -1, self._used).swapaxes(0, 1)
         self._write({"pos": position, "experts": by_token.reshape(len(by_token), -1).tolist()})
 
@@ -67,13 +66,13 @@ class RoutingLog:
 
 
 def check_new(path: Path) -> None:
-    """OutputError if something is at `path`: better before a model is loaded than after it."""
+    """OutputError if `path` exists. Called before the model is loaded, which may take long."""
     if path.exists():
         raise OutputError(f"{path}: expected no file for the routing log, found one; choose another name or remove it")
 
 
 def read(path: Path) -> Routing:
-    """Read and check a log; PromptError for what is none."""
+    """Read and check a log; PromptError for a file that is not a routing log."""
     try:
         if path.stat().st_size > MAX_LOG:
             raise PromptError(f"{path}: expected a routing log of at most {MAX_LOG} bytes, found more; log fewer tokens")
@@ -101,17 +100,17 @@ def read(path: Path) -> Routing:
 
 
 def _header(head: dict) -> tuple[list[int], int, int]:
-    """Layers, experts, experts used; KeyError, TypeError or ValueError for a line that is no header."""
+    """(layers, experts, experts used); KeyError, TypeError or ValueError if the line is not a header."""
     layers, n_experts, used = head["layers"], head["experts"], head["used"]
     if head["routing"] != VERSION or not isinstance(layers, list) or not 1 <= len(layers) <= MAX_LAYERS:
-        raise ValueError("no header of this version")
+        raise ValueError("not a header of this version")
     if not all(type(n) is int for n in (n_experts, used, *layers)) or not 1 <= used <= n_experts <= MAX_EXPERTS:
-        raise ValueError("sizes that make no sense")
+        raise ValueError("impossible sizes")
     return layers, n_experts, used
 
 
 def _batch(batch: dict, n_experts: int) -> tuple[int, np.ndarray]:
-    """The first position, experts [n_tokens, all of a token]; KeyError, TypeError or ValueError for anything else."""
+    """(first position, experts [n_tokens, n_layers * used]); KeyError, TypeError or ValueError if the line is not a batch."""
     position, experts = batch["pos"], np.array(batch["experts"])
     if type(position) is not int or not 0 <= position < 1 << 40 or experts.dtype != np.int64 or experts.ndim != 2:
         raise ValueError("a position and lists of numbers expected")
@@ -120,7 +119,7 @@ def _batch(batch: dict, n_experts: int) -> tuple[int, np.ndarray]:
     return position, experts
 
 
-# what it tells
+# analysis
 
 
 def use(routing: Routing) -> np.ndarray:
@@ -133,7 +132,7 @@ def use(routing: Routing) -> np.ndarray:
 
 
 def repeats(routing: Routing) -> np.ndarray:
-    """The share of choices that the token before had made too: float64 [n_layers], NaN where no token follows another."""
+    """Share of choices that the previous token had made too: float64 [n_layers], NaN if no token follows another."""
     follows = np.flatnonzero(np.diff(routing.positions) == 1) + 1
     if not len(follows):
         return np.full(routing.chosen.shape[1], np.nan)
@@ -142,27 +141,41 @@ def repeats(routing: Routing) -> np.ndarray:
 
 
 def hit_rates(routing: Routing) -> np.ndarray:
-    """What slots would bring: float64 [n_layers, n_experts], in column s - 1 the share of choices found among s slots.
+    """Hit rates of the slots: float64 [n_layers, n_experts]; column s - 1 is the share of choices that s slots would hold.
 
-    A layer's slots are filled as experts.Slots fills them, wrong guesses apart: the least used of late gives way. All start
-    empty, and every token counts, as if each had been decoded. Fewer slots always hold a part of what more slots hold, so each
-    layer has one list of experts, the first s of which are in s slots (Mattson et al. 1970): who is asked for comes first, and
-    each place after it, down to where that one was, keeps the more used of who was there and who was pushed out above.
+    Each layer's slots start empty and evict the least frequently used expert, a use counting half as much HALF_LIFE choices
+    later, as experts.Slots does without its prefetches. Every token counts as if it had been decoded alone.
     """
     n_tokens, n_layers, used = routing.chosen.shape
-    hits, rows, places = np.zeros((n_layers, routing.n_experts), np.int64), np.arange(n_layers), np.arange(routing.n_experts)
-    uses, order, seen = np.zeros(hits.shape), np.tile(places, (n_layers, 1)), np.zeros(hits.shape, bool)
-    for experts in routing.chosen.transpose(0, 2, 1).reshape(n_tokens * used, n_layers):
-        place = (order == experts[:, None]).argmax(1)
-        warm = seen[rows, experts]
-        hits[rows[warm], place[warm]] += 1
-        uses *= 0.5 ** (1 / HALF_LIFE)
-        uses[rows, experts] += 1
-        seen[rows, experts] = True
-        here = np.take_along_axis(uses, order, 1)
-        moved = here < np.minimum.accumulate(np.pad(here, ((0, 0), (1, 0)), constant_values=np.inf), 1)[:, :-1]
-        moved[rows, place] = True
-        from_above = np.pad(np.maximum.accumulate(np.where(moved, places, 0), 1), ((0, 0), (1, 0)))[:, :-1]
-        order = np.where(moved & (places <= place[:, None]), np.take_along_axis(order, from_above, 1), order)
-        order[:, 0] = experts
+    hits = np.zeros((n_layers, routing.n_experts), np.int64)
+    for layer in range(n_layers):
+        distances = [d for d in _stack_distances(routing.chosen[:, layer].ravel().tolist()) if d is not None]
+        hits[layer] = np.bincount(distances, minlength=routing.n_experts)
     return hits.cumsum(1) / (n_tokens * used)
+
+
+def _stack_distances(choices: Sequence[int]) -> Iterator[int | None]:
+    """For each choice the largest number of slots that would miss it, or None if it is the expert's first use.
+
+    A cache of s slots always holds a part of what s + 1 slots hold, so one ordered list describes all sizes: `stack[:s]` is the
+    content of s slots (Mattson et al. 1970). The requested expert moves to the front. The expert that it displaces sinks until
+    it meets one that was used less, takes that place, and that one sinks on, down to where the requested expert was.
+    """
+    stack: list[int] = []
+    uses: dict[int, float] = {}
+    worth = 1.0  # of a use now; earlier ones are worth less, which saves scaling them all down at every step
+    for expert in choices:
+        place = stack.index(expert) if expert in uses else None
+        yield place
+        uses[expert] = uses.get(expert, 0.0) + worth
+        if place is not None:
+            del stack[place]
+        end, sinking = len(stack) if place is None else place, expert
+        for i in range(end):
+            if i == 0 or uses[stack[i]] < uses[sinking]:
+                stack[i], sinking = sinking, stack[i]
+        stack.insert(end, sinking)
+        worth *= 2 ** (1 / HALF_LIFE)
+        if worth > 1e100:
+            uses = {e: n / worth for e, n in uses.items()}
+            worth = 1.0

@@ -185,7 +185,7 @@ def _extrapolate(records: list[dict], name: str, layers: int, measure) -> None:
     for record in records:
         if "profile" in record:
             shape = SHAPES[name]
-            rate = measure.whole(record, layers, shape.n_layers)
+            rate = measure.extrapolate(record, layers, shape.n_layers)
             record["whole_model"] = {
                 "layers": shape.n_layers,
                 "tokens_per_second": round(rate, 4),

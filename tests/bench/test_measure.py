@@ -12,14 +12,13 @@ from fakes import CONFIG, FakeEngine, FakeModel
 from llamacli import LlamacliError, Model
 from llamacli.bench import measure, peer, plot
 from llamacli.bench.limits import multiply_gops, read_gbps
-from llamacli.bench.measure import Test, plan
+from llamacli.bench.measure import Case, plan
 from llamacli.engine import Engine
 from llamacli.errors import OutputError, UsageError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from quantize.shapes import SHAPES, Shape, nbytes, write
 
-Test.__test__ = False  # no class of tests, whatever its name
 SMALL = Shape("small", 8, 256, 2, 1, 128, 512, 256, 4, 1, 300, True)
 
 
@@ -46,7 +45,7 @@ def test_a_depth_is_filled_once_and_every_run_starts_there():
 def test_a_run_over_a_chunks_edge_gets_the_lost_tokens_back_before_the_clock_starts(monkeypatch):
     model, clock = FakeModel(FakeEngine(chunk=8)), []
     monkeypatch.setattr(measure, "perf_counter", lambda: clock.append(len(model.engine.calls)) or float(len(clock)))
-    measure.speed(model, [Test(8, 5, False)], 1)
+    measure.speed(model, [Case(8, 5, False)], 1)
     assert [(at, len(ids)) for at, ids in model.engine.calls] == [(0, 5), (5, 8), (0, 5), (5, 8)]
     assert clock == [1, 2, 3, 4]
 
@@ -71,7 +70,7 @@ def test_peers_take_turns_with_the_model_and_the_ratio_is_to_the_fastest():
             return self.pace
 
     model = FakeModel(FakeEngine(chunk=64))
-    (record,) = measure.speed(model, [Test(10, 0, False)], 1, peers=[Other("a", 4.0), Other("b", 2.0)])
+    (record,) = measure.speed(model, [Case(10, 0, False)], 1, peers=[Other("a", 4.0), Other("b", 2.0)])
     assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert {name: found["tokens_per_second"] for name, found in record["peers"].items()} == {"a": 2.5, "b": 5.0}
     assert record["ratio"] == pytest.approx(record["tokens_per_second"] / 5, rel=1e-3)
@@ -82,7 +81,7 @@ def test_peers_take_turns_with_the_model_and_the_ratio_is_to_the_fastest():
 
 def test_attention_sees_its_chunk_in_rotary_layers_and_everything_in_others():
     by_hand = sum(p % 8 + 1 for p in range(5, 25)) * 3 + sum(p + 1 for p in range(5, 25))
-    assert measure.seen(CONFIG, Test(20, 5, False)) == by_hand
+    assert measure.attended(CONFIG, Case(20, 5, False)) == by_hand
 
 
 @pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}], ids=["scout", "maverick", "top-2"])
@@ -103,8 +102,8 @@ def test_work_is_every_weight_that_a_token_meets(shape, tmp_path):
 
 def test_a_whole_model_costs_its_layers_and_the_ends_once():
     record = {"tokens_per_second": 10.0, "profile": {"operations": {"experts": 3.0, "output": 1.0}, "layers": [1.5, 1.5]}}
-    assert measure.whole(record, 2, 2) == pytest.approx(10)
-    assert 1 / measure.whole(record, 2, 48) == pytest.approx(0.1 * (0.25 + 0.75 * 24))
+    assert measure.extrapolate(record, 2, 2) == pytest.approx(10)
+    assert 1 / measure.extrapolate(record, 2, 48) == pytest.approx(0.1 * (0.25 + 0.75 * 24))
 
 
 def test_the_limits_are_measured_and_more_than_nothing():
