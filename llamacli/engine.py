@@ -1,169 +1,200 @@
-"""Runs the forward pass: token ids in, logits out.
+"""The engine: a row of stages that turns tokens into logits.
 
-In: token ids and a KVCache. Out: float32 logits. A prompt goes through one layer after the other, its tokens grouped by expert,
-in batches that end at chunk edges; between the first and the last layer of a token no Python runs, unless experts must be
-fetched. model.py says which steps there are. Knows nothing of text, sampling or terminals.
+In: token ids, or rows that stand in for embeddings, and a cache. Out: float32 logits. A prompt goes through in batches that end
+at chunk edges; within a batch, layer after layer, tokens are grouped by expert, so that an expert's bytes are read once.
 """
 
+from __future__ import annotations
+
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from llamacli.cpu.experts import Slots, Traffic
+from llamacli.cpu.experts import Traffic, spread
 from llamacli.cpu.kernels.jit.features import default_threads
 from llamacli.cpu.kernels.jit.loader import chosen_target
-from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.faults import Guard
-from llamacli.cpu.kernels.runtime.pool import Pool, Program
-from llamacli.cpu.kvcache import KVCache
-from llamacli.cpu.program import ALL_LOGITS_BATCH, Inputs, Steps
-from llamacli.cpu.weights import Experts, bind, has_kernels, in_map, needed
-from llamacli.errors import MemoryLimitError, ModelFileError, PromptError, UnsupportedModelError
-from llamacli.files.gguf import GGUF, Tensor
-from llamacli.files.pages import drop_pages, on_large_pages, populate, random_access
+from llamacli.cpu.kernels.runtime.pool import Pool
+from llamacli.cpu.operations import Inputs
+from llamacli.cpu.stage import INTERRUPTIBLE, LOOK_EVERY, CpuStage
+from llamacli.device import Run, Stage, Tokens
+from llamacli.errors import MemoryLimitError, PromptError, UnsupportedModelError, UsageError
+from llamacli.files.gguf import GGUF
+from llamacli.files.pages import on_large_pages
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import Role, Spec
 from llamacli.plan.machine import memory_short
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
-LOOK_EVERY = 64  # tokens of an answer, after which memory is looked at: its limits, and what need not be held
-SURE = 0.08  # of the scores' range the best must be ahead of the next: then more than nine guesses in ten are right
-INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
+
+
+class Cache:
+    """One sequence's keys and values: a device.Cache for each stage, which move together."""
+
+    def __init__(self, parts: Sequence, ctx: int):
+        self.parts, self.ctx = parts, ctx
+
+    @property
+    def pos(self) -> int:
+        """Tokens held."""
+        return self.parts[0].pos
+
+    @pos.setter
+    def pos(self, pos: int) -> None:
+        for part in self.parts:
+            part.pos = pos
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(part.nbytes for part in self.parts)
+
+    def reserve(self, n: int) -> None:
+        """Make room for `n` more tokens; ContextFullError past ctx."""
+        for part in self.parts:
+            part.reserve(n)
+
+    def truncate(self, pos: int) -> int:
+        """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there."""
+        reached = min(part.truncate(pos) for part in self.parts)
+        if any(part.pos > reached for part in self.parts):
+            return self.truncate(reached)
+        return reached
+
+    def held(self, layer: int) -> range:
+        """Positions of which a layer's keys and values can be exported."""
+        return self._part(layer).held(layer)
+
+    def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of positions start to end - 1 (device.Cache)."""
+        return self._part(layer).export(layer, start, end)
+
+    def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Write what `export` returned; after all layers, set `pos`."""
+        self._part(layer).restore(layer, start, keys, values)
+
+    def _part(self, layer: int):
+        return next(part for part in self.parts if layer in part.layers)
 
 
 class Engine:
-    """A bound model, its threads and its buffers. One caller at a time."""
+    """A bound model as a row of stages. Threads may share it: calls wait for each other."""
 
-    def __init__(self, gguf: GGUF, config: Config, threads: int | None = None, slots: int = 0, max_batch: int = MAX_BATCH):
+    def __init__(
+        self,
+        gguf: GGUF,
+        config: Config,
+        threads: int | None = None,
+        slots: int = 0,
+        max_batch: int = MAX_BATCH,
+        cuts: Iterable[int] = (),
+    ):
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
-        are used where the file is mapped. `max_batch`: tokens that go through a layer together.
+        are used where the file is mapped. `max_batch`: tokens that go through a layer together. `cuts`: layers at which another
+        stage begins; 0 parts the embedding from the layers, n_layers the head.
         """
-        lanes = chosen_target().lanes
-        if config.head_dim % lanes:
+        if config.head_dim % chosen_target().lanes:
             raise UnsupportedModelError(
-                f"{gguf.path}: expected a head size that is a multiple of {lanes}, found {config.head_dim}"
+                f"{gguf.path}: expected a head size that is a multiple of {chosen_target().lanes}, found {config.head_dim}"
             )
-        self.config, specs = config, needed(gguf, config)
-        self._guard, self._paths = Guard(gguf.maps), gguf.paths
-        self.threads = threads or default_threads()
-        self._pool = Pool(self.threads)
-        self._choices = config.n_experts_used if any(spec.role is Role.EXPERTS for spec in specs.values()) else 0
-        self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, self._choices))
-        self._looked_up: Matrix | None = None  # the embedding, if single rows of it are read from the file
-        self.slots: Slots | None = None
-        resident: dict[str, int] = {}  # addresses of the tensors that were read into memory, by name
-        if slots and self._choices:
-            self.slots, resident = self._open_slots(gguf, specs, slots)
-        self.weights = bind(gguf, config, lambda tensor: resident.get(tensor.name) or in_map(tensor))
-        self.weights.notices.extend(self.slots.notices if self.slots else ())
-        embedding = self.weights.token_embd
-        if self.slots and embedding.name not in resident and has_kernels(gguf.tensors[embedding.name]):
-            random_access(embedding.address, embedding.nbytes)
-            self._looked_up = embedding
-        self._watched: dict[tuple[str, ...], Inputs] | None = None
+        self.config, self.threads = config, threads or default_threads()
+        self._path, self._lock, self._closed = gguf.path, threading.RLock(), False
+        routed = [i for i in range(config.n_layers) if config.is_moe(i)]
+        self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, config.n_experts_used if routed else 0))
+        share = dict(zip(routed, spread(slots, len(routed)), strict=True)) if slots and routed else {}
+        pool, guard, cuts = Pool(self.threads), Guard(gguf.maps), sorted(set(cuts))
+        self.stages: list[Stage] = []
+        for first, end in zip([-1, *cuts], [*cuts, config.n_layers + 1], strict=True):
+            layers = range(max(0, first), min(end, config.n_layers))
+            ends = {"embeds": first < 0, "heads": end > config.n_layers}
+            own = {i: share[i] for i in layers if i in share}
+            self.stages.append(CpuStage(gguf, config, layers, pool, guard, slots=own, most=self._max_batch, **ends))
+        self._fetches = bool(share)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
         # Called after each batch of `forward`: the tokens evaluated so far, and all of that call.
         self.follow_progress: Callable[[int, int], None] | None = None
-        self._steps: Steps | None = None
-        self._reserve(INTERRUPTIBLE)
-        if not self.slots:
+        if not share:
             on_large_pages(gguf.maps)
-            populate((m.address, m.nbytes) for m in self._always())
 
-    def _open_slots(self, gguf: GGUF, specs: dict[str, Spec], n_slots: int) -> tuple[Slots, dict[str, int]]:
-        """Slots for the routed experts, and the addresses of what every token uses, which is read into memory here."""
-        routed: dict[int, tuple[Tensor, ...]] = {}
-        resident = []
-        for spec in specs.values():
-            tensor = gguf.tensors[spec.name]
-            if spec.role is Role.EXPERTS:
-                if not has_kernels(tensor):
-                    raise UnsupportedModelError(
-                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {spec.name}, which "
-                        f"only runs if it fits into memory; quantize it again"
-                    )
-                routed[spec.layer] = (*routed.get(spec.layer, ()), tensor)
-            elif len(spec.shape) == 2 and has_kernels(tensor) and (spec.role is not Role.EMBEDDING or self.config.tied):
-                resident.append(tensor)
-        slots = Slots(routed, self.config.n_experts, n_slots)
-        return slots, slots.hold(resident)
+    def close(self) -> None:
+        """Give back threads and memory; any later call is a UsageError."""
+        with self._lock:
+            self._closed = True
+            for stage in self.stages:
+                stage.close()
 
-    def new_cache(self, ctx: int) -> KVCache:
+    def new_cache(self, ctx: int) -> Cache:
         """An empty cache for at most `ctx` tokens."""
-        return KVCache(self.config, ctx)
+        return Cache([stage.new_cache(ctx) for stage in self.stages], ctx)
 
     def watch(self) -> list[Inputs]:
-        """From now on add up the squares of all inputs to the layers' products; a call more begins anew.
-
-        The arrays returned grow with every `forward`. A routed expert sees its input times the router's score.
-        """
-        self._watched = {}
-        self._steps = None
-        self._reserve(INTERRUPTIBLE)
-        return list(self._watched.values())
+        """From now on sum up the squares of all inputs to the layers' products; a call more begins anew (CpuStage.watch)."""
+        return [inputs for stage in self.stages for inputs in stage.watch()]
 
     def take_traffic(self) -> Traffic | None:
         """What was read since the last call, None if all experts are mapped."""
-        return self.slots.take_traffic() if self.slots else None
+        found = [traffic for stage in self.stages if (traffic := stage.take_traffic()) is not None]
+        return sum(found[1:], start=found[0]) if found else None
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know about this file and how it is read."""
+        return list(dict.fromkeys(notice for stage in self.stages for notice in stage.notices))
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights read to decode one token: everything always used, and the routed experts' share."""
-        w = self.weights
-        return w.token_embd.row_bytes + w.output.nbytes + sum(m.nbytes * used for m, used in self._active())
+        return sum(stage.bytes_per_token for stage in self.stages)
 
     @property
     def products_per_token(self) -> int:
         """Multiply-adds of weights for one token, those of the output matrix apart: a prompt needs these once."""
-        return sum(m.n_rows * m.n_cols * used for m, used in self._active())
+        return sum(stage.products_per_token for stage in self.stages)
 
-    def _active(self) -> Iterator[tuple[Matrix, int]]:
-        """The layers' matrices, each with how often one token goes through (one of) it."""
-        for layer in self.weights.layers:
-            yield from ((m, 1) for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output))
-            if isinstance(layer.ffn, Experts):
-                yield from ((m, 1) for m in (layer.ffn.gate_inp, *layer.ffn.shexp))
-                yield from ((m, self.config.n_experts_used) for m in layer.ffn.exps)
-            else:
-                yield from ((m, 1) for m in layer.ffn)
+    def forward(self, ids: Sequence, cache: Cache, all_logits: bool = False, first: int = 0) -> np.ndarray:
+        """Evaluate tokens after what `cache` holds and remember them. A token is an id or a session.FeatureRow.
 
-    def _always(self) -> list[Matrix]:
-        """Matrices that every token goes through as a whole."""
-        return [*(m for m, _ in self._active() if m.n_groups == 1), self.weights.output]
-
-    def forward(self, ids: Sequence[int], cache: KVCache, all_logits: bool = False, first: int = 0) -> np.ndarray:
-        """Evaluate `ids` after what `cache` holds and remember them.
-
-        Returns the last token's logits, float32 [n_vocab], a view that the next call overwrites; or with `all_logits` those of
-        every token from ids[first] on, [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an
-        interrupted call leaves it sound.
+        Returns the last token's logits, float32 [n_vocab], or with `all_logits` those of every token from ids[first] on,
+        [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
         """
+        tokens = self._tokens(ids)
+        with self._lock:
+            if self._closed:
+                raise UsageError("the model is closed: load it again")
+            return self._forward(tokens, cache, all_logits, first)
+
+    def _tokens(self, ids: Sequence) -> Tokens:
+        rows = {} if isinstance(ids, np.ndarray) else {at: token.row for at, token in enumerate(ids) if hasattr(token, "row")}
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.n_vocab:
             raise PromptError(f"expected token ids from 0 to {self.config.n_vocab - 1}, at least one")
-        if self.slots and (len(ids) > 1 or cache.pos % LOOK_EVERY == 0):
+        if any(np.shape(row) != (self.config.n_embd,) for row in rows.values()):
+            raise PromptError(f"expected rows of {self.config.n_embd} features in place of embeddings")
+        return Tokens(ids, rows)
+
+    def _forward(self, tokens: Tokens, cache: Cache, all_logits: bool, first: int) -> np.ndarray:
+        ids, done, result = tokens.ids, 0, None
+        if len(ids) > 1 or cache.pos % LOOK_EVERY == 0:
             self._make_room()
         cache.reserve(len(ids))
-        result = np.empty((len(ids) - first, self.config.n_vocab), np.float32) if all_logits else None
-        done = 0
+        if all_logits:
+            result = np.empty((len(ids) - first, self.config.n_vocab), np.float32)
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
-            self._run_layers(ids[done : done + n], cache)
+            rows = {at - done: row for at, row in tokens.rows.items() if done <= at < done + n}
+            x = Tokens(ids[done : done + n], rows)
+            for stage, part in zip(self.stages, cache.parts, strict=True):
+                x = stage.forward(x, [Run(part, n)])
             if self.follow_routing:
-                self.follow_routing(cache.pos, self._steps.chosen[:, : n * self._choices])
-            if all_logits:
-                for row in range(max(0, first - done), n, ALL_LOGITS_BATCH):
-                    count = min(ALL_LOGITS_BATCH, n - row)
-                    at = done + row - first
-                    result[at : at + count] = self._head(row, count)
+                chosen = [stage.chosen(n) for stage in self.stages if stage.layers]
+                self.follow_routing(cache.pos, chosen[0] if len(chosen) == 1 else np.concatenate(chosen))
+            if all_logits and done + n > first:
+                row = max(0, first - done)
+                result[done + row - first : done + n - first] = self.stages[-1].logits(x[row:])
             elif done + n == len(ids):
-                result = self._head(n - 1, 1)[0]
-            self._check()
-            if self._looked_up and (n > 1 or cache.pos % LOOK_EVERY == 0):
-                drop_pages(self._looked_up.address, self._looked_up.nbytes)
+                result = self.stages[-1].logits(x[n - 1 :])[0]
             cache.pos += n
             done += n
             if self.follow_progress:
@@ -172,100 +203,32 @@ class Engine:
 
     def _make_room(self) -> None:
         """Give slots back if the limit of memory has been lowered."""
-        short = memory_short()
-        if short and (left := short - self.slots.shrink(short)) > 0:
-            raise MemoryLimitError(
-                f"{self._paths[0]}: expected the memory that was free when it was loaded, found {left / 1e9:.2f} GB more in "
-                f"use than a limit now allows, by this program or others in its group; raise it, or start anew with a smaller "
-                f"context"
-            )
+        if self._fetches and (short := memory_short()):
+            for stage in self.stages:
+                short -= stage.shrink(max(0, short))
+            if short > 0:
+                raise MemoryLimitError(
+                    f"{self._path}: expected the memory that was free when it was loaded, found {short / 1e9:.2f} GB more in "
+                    f"use than a limit now allows, by this program or others in its group; raise it, or start anew with a "
+                    f"smaller context"
+                )
 
-    def _check(self) -> None:
-        """Throw away what was computed with a file that is no longer what it was."""
-        if (part := self._guard.broken) is not None:
-            raise ModelFileError(
-                f"{self._paths[part]}: expected the file as it was opened, found it cut short or its disk failing; put it back "
-                f"and load it again"
-            )
+    def profile(self, ids: Sequence[int], cache: Cache) -> list[tuple[int | None, str, float]]:
+        """`forward` with every step run by itself: (layer or None, operation, seconds), in order of first use.
 
-    def profile(self, ids: Sequence[int], cache: KVCache) -> list[tuple[int | None, str, float]]:
-        """`forward` with every step run by itself: (layer or None, operation, seconds) of each, in order.
-
-        Several batches add up. The threads meet after every step, so the sum is a little more than `forward` takes.
+        The threads meet after every step, so the sum is a little more than `forward` takes.
         """
-        pool, total = self._pool, Counter()
-
-        def run(program: Program, first: int = 0, last: int | None = None) -> None:
-            total.update(dict(enumerate(pool.run_timed(program, first, last), first)))
-
-        self._pool = SimpleNamespace(run=run)
-        try:
-            self.forward(ids, cache)
-        finally:
-            self._pool = pool
-        return [(*what, total[step]) for step, what in enumerate(self._steps.operations())]
+        with self._lock:
+            total: Counter = Counter()
+            for stage in self.stages:
+                stage.timings = total
+            try:
+                self.forward(ids, cache)
+            finally:
+                for stage in self.stages:
+                    stage.timings = None
+            return [(*label, seconds) for label, seconds in total.items()]
 
     def _batch_size(self, pos: int, left: int) -> int:
         chunk = self.config.chunk_size
         return min(left, self._max_batch, chunk - pos % chunk if chunk else left)
-
-    def _reserve(self, n: int) -> Steps:
-        """Buffers for `n` tokens at a time, and the program over them."""
-        if self._steps is None or self._steps.capacity < n:
-            self._steps = None  # the old buffers make room for the new ones
-            n = min(self._max_batch, 1 << (n - 1).bit_length())
-            self._steps = Steps(self.weights, self.config, n, self.threads, self.slots, self._watched)
-        return self._steps
-
-    def _run_layers(self, ids: np.ndarray, cache: KVCache) -> None:
-        n, steps = len(ids), self._reserve(len(ids))
-        steps.set_tokens(ids, cache.pos, cache.table)
-        if self.slots:
-            self._run_visiting(n)
-        elif n < INTERRUPTIBLE:
-            self._pool.run(steps.program, 0, steps.cuts[-1])
-        else:
-            for first, last in zip([0, *steps.cuts], steps.cuts, strict=False):
-                self._pool.run(steps.program, first, last)
-
-    def _run_visiting(self, n: int) -> None:
-        """All layers, with a visit to each layer's experts: they are read while the shared one is computed."""
-        steps, done = self._steps, 0
-
-        def run(first: int, last: int) -> None:
-            if first < last:
-                self._pool.run(steps.program, first, last)
-
-        for i, at in steps.visits.items():
-            try:
-                run(done, at.guessed)
-                # of several choices in a prompt, sums are made in the experts' order, not as they come
-                if self._sure() if n == 1 else self._choices == 1:
-                    self.slots.expect(i, steps.guess[:n].tolist())
-                run(at.guessed, at.routed)
-                visit = self.slots.visit(i, steps.chosen[i, : n * self._choices].tolist(), in_order=self._choices > 1)
-                run(at.routed, at.shared)
-                for expert in visit.gate_up:
-                    steps.window[:] = expert, expert + 1
-                    run(at.shared, at.multiplied)
-                down = visit.down()
-                run(at.multiplied, at.joined)
-                for expert in down:
-                    steps.window[:] = expert, expert + 1
-                    run(at.joined, at.end)
-            except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
-                self.slots.reset(i)
-                raise
-            done = at.end
-        run(done, steps.cuts[-1])
-
-    def _sure(self) -> bool:
-        """Whether the guess for a single token is probably right; a wrong one costs more time than a right one saves."""
-        scores = sorted(self._steps.router[0, : self.config.n_experts].tolist())
-        return len(scores) == 1 or scores[-1] - scores[-2] > SURE * (scores[-1] - scores[0])
-
-    def _head(self, row: int, count: int) -> np.ndarray:
-        steps = self._steps
-        steps.set_rows(row, count)
-        self._pool.run(steps.program, steps.cuts[-1])
-        return steps.logits[:count]

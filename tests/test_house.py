@@ -22,7 +22,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "cpu.kernels",
     "files",
     "llama4 plan.machine",
-    "text cpu.weights cpu.kvcache cpu.experts",
+    "text device cpu.weights cpu.kvcache cpu.experts cpu.buffers",
     "plan.placement",
     "cpu",
     "engine",

@@ -4,14 +4,16 @@ Out: numbers in GB/s (1e9 bytes) and Gop/s (1e9 operations; a multiply-add is tw
 """
 
 import time
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
 
-from llamacli.cpu.kernels.jit.intrinsics import call, kernel, unpack
+from llamacli.cpu.kernels.jit.intrinsics import Address, Count, Microkernel, call, kernel
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
 from llamacli.cpu.kernels.jit.simd import Simd, i8, i32, i64, vec
-from llamacli.cpu.kernels.runtime.pool import Pool, Program
+from llamacli.cpu.kernels.runtime.pool import Pool
+from llamacli.cpu.kernels.runtime.program import Program
 
 STREAMS = 8  # vectors read at a time, enough to keep the core's line-fill buffers busy
 SYMBOLS = ("read", "multiply")
@@ -71,17 +73,24 @@ def _finish(s, totals, out):
     s.done()
 
 
-@kernel
-def _share(at, thread, threads):
+class _ShareArguments(NamedTuple):
+    leaf: Microkernel
+    start: Address
+    stride: Count
+    count: Count
+    out: Address
+
+
+@kernel(_ShareArguments)
+def _share(a, thread, threads):
     """One leaf on every thread, each with its own part of the data and its own line of the result."""
-    leaf, start, stride, count, out = unpack(at, 5)
-    call(leaf, (start + thread * stride, count, out + 64 * thread))
+    call(a.leaf, (a.start + thread * a.stride, a.count, a.out + 64 * thread))
 
 
 def _median_seconds(threads: int, rounds: int, leaf: int, data: np.ndarray, stride: int, count: int) -> float:
     out = np.zeros((threads, 64), np.uint8)
     program, pool, seconds = Program(), Pool(threads), []
-    program.add(_share, [leaf, data.ctypes.data, stride, count, out.ctypes.data])
+    program.add(_share, _ShareArguments(leaf, data.ctypes.data, stride, count, out.ctypes.data))
     program.seal()
     for _ in range(rounds + 1):  # the first touches the pages and wakes the threads
         start = time.perf_counter()

@@ -213,7 +213,7 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
         model = Model.load(path, threads, ctx, **more)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
-    for notice in (getattr(model.tokenizer, "warning", None), *getattr(getattr(model.engine, "weights", None), "notices", ())):
+    for notice in (getattr(model.tokenizer, "warning", None), *getattr(model.engine, "notices", ())):
         if notice:
             console.note(notice)
     return model

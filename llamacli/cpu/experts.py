@@ -11,7 +11,7 @@ import mmap
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from time import perf_counter
 from typing import NamedTuple
 
@@ -38,6 +38,9 @@ class Traffic:
     good_guesses: int = 0
     stall_s: float = 0.0  # waiting for reads with nothing else to do
     reading_s: float = 0.0  # with at least one read under way
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
@@ -87,12 +90,12 @@ class _Layer:
 class Slots:
     """The routed experts of a model. One caller at a time."""
 
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: int):
-        """`layers`: by the layer's number, its gate, up and down tensors. `n_slots`: experts of all layers in memory."""
+    def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: dict[int, int]):
+        """`layers`: by layer, its gate, up and down tensors. `n_slots`: by layer, how many experts stay in memory."""
         self._traffic, self._reads = Traffic(), DirectReader()
         self._layers = {
-            i: _Layer([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n, n_experts))
-            for (i, tensors), n in zip(layers.items(), spread(n_slots, len(layers)), strict=True)
+            i: _Layer([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
+            for i, tensors in layers.items()
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
         self._buffers = [pages.memory(largest) for _ in range(RING)]

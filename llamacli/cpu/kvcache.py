@@ -1,9 +1,8 @@
-"""The KV cache: what attention remembers of the tokens so far.
+"""The KV cache of a CPU stage: keys and values of its layers for one sequence.
 
 A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by
-doubling, so memory follows the conversation, never the file's context length. Halves, head-major: keys [n_kv_heads, capacity,
-head_dim], values alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity. Knows nothing
-of tokens or weights.
+doubling, so memory follows the conversation, never the file's context length. Float16, head-major: keys [n_kv_heads, capacity,
+head_dim], values alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity.
 """
 
 import numpy as np
@@ -20,16 +19,18 @@ def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
 
 
 class KVCache:
-    """Holds `pos` tokens, at most `ctx`."""
+    """Holds `pos` tokens, at most `ctx` (see device.Cache)."""
 
-    def __init__(self, config: Config, ctx: int):
+    def __init__(self, config: Config, ctx: int, layers: range | None = None):
+        """`layers`: those of the stage; None: all."""
+        self.layers = range(config.n_layers) if layers is None else layers
         self.ctx, self.pos = ctx, 0
-        self._newest = -1  # the position that the rings were last meant to reach; survives truncation and interrupts
-        self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in range(config.n_layers)]
+        self._newest = -1  # the highest position that may ever have been written; survives truncation and interrupts
+        self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in self.layers]
         self._shape = config.n_kv_heads, config.head_dim
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
-        self.table = np.zeros((config.n_layers, 3), np.int64)
-        self._room = 0  # positions for which every layer has room and the table is right
+        self.table = np.zeros((len(self.layers), 3), np.int64)
+        self._room = 0 if self.layers else ctx  # positions for which every layer has room and the table is right
 
     def _empty(self, capacity: int) -> np.ndarray:
         heads, dim = self._shape
@@ -74,3 +75,37 @@ class KVCache:
             pos = pos // chunk * chunk
         self.pos = pos
         return pos
+
+    def held(self, layer: int) -> range:
+        """Positions of a layer that can be exported: all, or those of the chunk that was last written to."""
+        chunk = self._chunks[self.layers.index(layer)]
+        if not chunk or not self.pos:
+            return range(self.pos)
+        start = max(self.pos - 1, self._newest) // chunk * chunk
+        return range(min(start, self.pos), self.pos)
+
+    def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of positions start to end - 1: copies, float16 [n_kv_heads, end - start, head_dim].
+
+        ValueError if the layer no longer holds one of them.
+        """
+        held = self.held(layer)
+        if start < end and not (held.start <= start and end <= held.stop):
+            raise ValueError(f"layer {layer} holds positions {held.start} to {held.stop - 1}, not {start} to {end - 1}")
+        slots = self._slots(layer, start, end)
+        return tuple(side[:, slots].copy() for side in self._layers[self.layers.index(layer)])
+
+    def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Write keys and values, float16 [n_kv_heads, n, head_dim], from position `start` on; `reserve` has made room for them.
+
+        Of a chunked layer, positions of one chunk only: the one of the last position that will be held.
+        """
+        for side, rows in zip(self._layers[self.layers.index(layer)], (keys, values), strict=True):
+            side[:, self._slots(layer, start, start + keys.shape[1])] = rows
+
+    def _slots(self, layer: int, start: int, end: int) -> slice:
+        chunk = self._chunks[self.layers.index(layer)]
+        if chunk and start < end and start // chunk != (end - 1) // chunk:
+            raise ValueError(f"positions {start} to {end - 1} of layer {layer} are not of one chunk")
+        first = start % chunk if chunk else start
+        return slice(first, first + end - start)

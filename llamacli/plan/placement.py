@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from llamacli.cpu import kvcache
+from llamacli.cpu import buffers, kvcache
 from llamacli.cpu.experts import RING, spread
-from llamacli.cpu.kernels.formats.layout import ACT_BYTES
 from llamacli.cpu.kernels.jit.features import default_threads
-from llamacli.cpu.kernels.ops import attention, matmul
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find, role_of
@@ -28,7 +26,6 @@ from llamacli.plan import machine
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
 BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
-LOGITS_BATCH = 64  # rows of logits that the engine makes room for
 AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
@@ -201,26 +198,10 @@ def _gb(nbytes: int) -> str:
 
 
 def working_bytes(config: Config, threads: int, batch: int) -> int:
-    """What an engine whose `max_batch` is `batch` allocates for long prompts (cpu/program.py)."""
-    c = config
-    mixtures = [c.is_moe(i) for i in range(c.n_layers)]
-    k, n_experts, n_ff_exp = (c.n_experts_used, c.n_experts, c.n_ff_exp) if any(mixtures) else (0, 0, 0)
-    n = max(SINGLE_BATCH, batch // max(1, k))
-    pairs = n * max(1, k)
-    n_ff = max(n_ff_exp if mixture else c.n_ff for mixture in mixtures)
-    q, kv = c.n_q, c.n_kv
-
-    def row(width: int, codes: int = 0) -> int:
-        """A row of floats, padded to whole superblocks, and beside it its quantized form."""
-        return -(-width // 256) * (1024 + codes * ACT_BYTES)
-
-    token = row(c.n_embd) + row(c.n_embd, 1) + row(q) + 2 * row(kv) + row(q, 1) + row(n_ff, 1) + row(n_ff) + row(n_experts)
-    token += 4 * c.head_dim + 8 + 8  # angles, ids, the table of tokens
-    pair = row(n_ff_exp, 1) + row(n_ff_exp) + 8 + 4 + 8 * c.n_layers  # experts, the table of pairs, scores, choices
-    pair += 16 if k else 0  # the guess and its table, with slots
-    widest = max(n_ff, n_ff_exp, c.n_embd, q)
-    scratch = matmul.scratch_bytes(pairs, max(widest, c.n_vocab, n_experts), widest) + attention.scratch_bytes(c.head_dim)
-    return n * token + pairs * pair + 4 * min(n, LOGITS_BATCH) * c.n_vocab + threads * scratch
+    """Bytes of the buffers of an engine whose `max_batch` is `batch`, for its longest batches."""
+    mixture = any(map(config.is_moe, range(config.n_layers)))
+    n = max(SINGLE_BATCH, batch // max(1, config.n_experts_used if mixture else 0))
+    return buffers.nbytes(buffers.shapes(config, range(config.n_layers), n, threads, slots=mixture))
 
 
 # expected speed

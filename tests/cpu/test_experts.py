@@ -51,7 +51,7 @@ def test_only_guesses_that_are_clear_are_read_and_none_changes_a_byte(tmp_path, 
     wanted = conversation(engine(path, 0))
 
     def guesses(sure):
-        monkeypatch.setattr("llamacli.engine.SURE", sure)
+        monkeypatch.setattr("llamacli.cpu.stage.SURE", sure)
         here = engine(path, 1)
         assert np.array_equal(conversation(here), wanted)
         return here.take_traffic().guesses
@@ -65,7 +65,7 @@ def test_experts_of_many_pieces_are_put_together_right(path, monkeypatch):
 
 
 def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
 
     def ask(*chosen):
         visit = slots.visit(0, chosen)
@@ -86,14 +86,14 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
 
 
 def test_empty_slots_take_what_a_prompt_used_most(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     visit = slots.visit(0, [2, 0, 2, 0, 3, 1])
     assert [*visit.gate_up, *visit.down()] == [0, 2, 1, 3] * 2  # what passes by comes after what stays
     assert sorted(slots._layers[0].slots) == [0, 2]
 
 
 def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_not_need(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=8), 1).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=8), 1).stages[0].slots
     n_experts, (first, second) = 8, sorted(slots._layers)[:2]
     long = [*range(n_experts)] * experts.MANY
 
@@ -111,14 +111,14 @@ def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_n
 
 
 def test_a_short_prompts_experts_stay_as_guessed(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     slots.expect(0, [3, 1])
     assert sorted(slots._layers[0].slots) == [1, 3]
     assert len(slots._ring) == experts.RING
 
 
 def test_a_read_that_failed_for_nobody_is_tried_again(tmp_path, monkeypatch):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     with monkeypatch.context() as disk:
         fail(disk, 1, OSError(errno.EIO, "Input/output error"))
         slots.expect(0, [3, 1])
@@ -128,7 +128,7 @@ def test_a_read_that_failed_for_nobody_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_guess_that_failed_and_was_wrong_is_nobodys_error(tmp_path, monkeypatch):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     with monkeypatch.context() as disk:
         fail(disk, 1, OSError(errno.EIO, "Input/output error"))
         slots.expect(0, [3])
@@ -139,7 +139,7 @@ def test_a_guess_that_failed_and_was_wrong_is_nobodys_error(tmp_path, monkeypatc
 
 def test_what_was_read_ahead_and_then_guessed_too_is_read_once(tmp_path):
     """The ring is full of the next layer's experts, its slots hold others, and more are used than it has slots."""
-    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=12), 7).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=12), 7).stages[0].slots
     first, second = sorted(slots._layers)[:2]
     for layer, chosen in ((second, range(5, 12)), (first, [*range(12)] * experts.MANY)):
         visit = slots.visit(layer, [*chosen])
@@ -162,7 +162,7 @@ def test_an_embedding_that_had_to_be_converted_stays(tmp_path):
 
 def test_only_free_slots_are_cleared_ahead(tmp_path, monkeypatch):
     """What was given back is not held again."""
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 3).slots
+    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 3).stages[0].slots
     first, second = sorted(slots._layers)[:2]
     rooms = {i: here.room for i, here in slots._layers.items()}
     assert slots.shrink(2 * sum(rooms.values())) == 2 * sum(rooms.values())
@@ -184,7 +184,7 @@ def test_a_second_interrupt_does_not_spoil_what_the_first_one_mends(path, monkey
         true(self, **how)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
-    here.slots.reset(min(here.slots._layers))
+    here.stages[0].slots.reset(min(here.stages[0].slots._layers))
     assert not again
     assert np.array_equal(conversation(here), conversation(engine(path, 0)))
 
@@ -196,7 +196,7 @@ def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypa
     short = [1, 0]
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop(0) if short else 0)
     assert np.array_equal(conversation(model), whole)
-    assert sum(3 - len(here.numbers) for here in model.slots._layers.values()) == 1
+    assert sum(3 - len(here.numbers) for here in model.stages[0].slots._layers.values()) == 1
 
 
 def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop() if short else 0)
     with pytest.raises(MemoryLimitError, match="than a limit now allows"):
         model.forward(IDS[17:23], cache)
-    assert cache.pos == 17 and {len(here.numbers) for here in model.slots._layers.values()} == {1}
+    assert cache.pos == 17 and {len(here.numbers) for here in model.stages[0].slots._layers.values()} == {1}
     cache.truncate(0)
     assert np.array_equal(model.forward(IDS[:17], cache), first)
 

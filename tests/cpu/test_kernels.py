@@ -18,7 +18,8 @@ from llamacli.cpu.kernels.jit import intrinsics as words
 from llamacli.cpu.kernels.jit import loader as jit
 from llamacli.cpu.kernels.jit.loader import assembly, chosen_target, host_targets, load, targets
 from llamacli.cpu.kernels.ops import matmul, vectors
-from llamacli.cpu.kernels.runtime.pool import Pool, Program
+from llamacli.cpu.kernels.runtime.pool import Pool
+from llamacli.cpu.kernels.runtime.program import Program
 from llamacli.errors import UsageError
 from llamacli.files.ggml import BY_NAME
 
@@ -272,24 +273,25 @@ def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
         x = rng.standard_normal((n, n_cols)).astype(np.float32)
         codes, rounded = activations(x, chosen_target())
         codes = np.ascontiguousarray(codes.reshape(n, -1))
-        size = matmul.scratch_bytes(n, n_rows, n_cols)
-        scratch = np.full((threads, size + 4096), 0xAB, np.uint8)
+        layout = matmul.Scratch.of(n, n_rows, n_cols)
+        raw_scratch = np.full((threads + 1) * (layout.end + 4096), 0xAB, np.uint8)
+        start = -raw_scratch.ctypes.data % 64
+        scratch = raw_scratch[start : start + threads * (layout.end + 4096)].reshape(threads, -1)
         out = np.full((n, n_rows + 8), np.nan, np.float32)
         table = np.concatenate([[0, n], np.arange(n)]).astype(np.int64)
         m = matmul.Matrix(raw.ctypes.data, name, 1, n_rows, n_cols, raw.shape[1])
         rows = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
         program = Program()
-        program.add(
-            matmul.matmul,
-            matmul.arguments(m, rows, matmul.Rows(out.ctypes.data, out.strides[0]), table.ctypes.data, scratch, n),
-        )
+        to = matmul.Rows(out.ctypes.data, out.strides[0])
+        arguments = matmul.arguments(m, rows, to, table.ctypes.data, scratch, layout, program.counter())
+        program.add(matmul.matmul, arguments)
         want = (x if name == "F16" else rounded) @ meant.T
         for _ in range(2):  # the second time nothing may be taken for done
             out[:, :n_rows] = np.nan
             pool.run(program.seal())
             np.testing.assert_allclose(out[:, :n_rows], want, atol=1e-3 * np.abs(want).max())
         assert np.isnan(out[:, n_rows:]).all()
-        assert (scratch[:, size:] == 0xAB).all()
+        assert (scratch[:, layout.end :] == 0xAB).all()
 
 
 @pytest.mark.parametrize("damage", [lambda code: b"", lambda code: code[:-9], lambda code: code[:99] + b"?" + code[100:]])

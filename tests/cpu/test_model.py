@@ -7,7 +7,7 @@ import oracle
 import pytest
 import tiny
 
-from llamacli.cpu.program import Steps
+from llamacli.cpu.operations import Recorder
 from llamacli.engine import Engine
 from llamacli.errors import ContextFullError, ModelFileError, PromptError
 from llamacli.files.gguf import open_gguf
@@ -269,7 +269,7 @@ def test_an_interrupt_while_buffers_grow_leaves_the_engine_sound(tmp_path, monke
     ids = list(range(5, 15))
     want = model.forward(ids, model.new_cache(64)).copy()
     with monkeypatch.context() as patch:
-        patch.setattr(Steps, "_compose", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Recorder, "compose", lambda self, **kind: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             model.forward(ids * 5, model.new_cache(64))
     np.testing.assert_array_equal(model.forward(ids, model.new_cache(64)), want)

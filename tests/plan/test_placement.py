@@ -231,7 +231,7 @@ def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
     config = Config.from_gguf(gguf)
     engine = Engine(gguf, config, 2, slots=16)  # of a model without experts: none
     for tokens in (16, 100, 2048):
-        allocated = sum(array.nbytes for array in engine._reserve(tokens).arrays)
+        allocated = engine.stages[0].allocated(tokens)
         largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
         assert working_bytes(config, 2, largest) == pytest.approx(allocated, abs=1024)
     assert products_per_token(config) == engine.products_per_token

@@ -52,16 +52,45 @@ def compiled(**options) -> Callable:
     return decorate
 
 
-def driver_ir(function: FunctionType) -> str:
-    """The LLVM module of a driver."""
+def driver_ir(function: FunctionType, arguments: type | None) -> str:
+    """The LLVM module of a driver whose first parameter is the NamedTuple `arguments`, or an int64."""
     signature = types.void(types.int64, types.int64, types.int64)
-    compiled = njit(signature, error_model="numpy", fastmath=_FAST)(_with_meaning(function)).overloads[signature.args]
+    entry = _with_meaning(function)
+    if arguments is not None:
+        entry = _entry(entry, arguments)
+    compiled = njit(signature, error_model="numpy", fastmath=_FAST)(entry).overloads[signature.args]
     module = llvm.parse_assembly(compiled.library.get_llvm_str())
     module.link_in(llvm.parse_assembly(str(_wrapper(function.__name__, compiled.fndesc.llvm_func_name, module.triple))))
     for other in module.functions:
         if not other.is_declaration and other.name != function.__name__:
             other.linkage = "internal"  # so that what is not called is dropped
     return str(module)
+
+
+def _entry(function: FunctionType, arguments: type) -> FunctionType:
+    """A function of the arguments' address that loads them and calls `function`."""
+    body, load = njit(error_model="numpy", fastmath=_FAST)(function), _loader(arguments)
+
+    def entry(at, thread, threads):
+        body(load(at), thread, threads)
+
+    return entry
+
+
+def _loader(arguments: type):
+    """An intrinsic that loads the int64 fields of a NamedTuple from an address."""
+    result = types.NamedUniTuple(types.int64, len(arguments._fields), arguments)
+
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, signature, values):
+            base = builder.inttoptr(values[0], _i64.as_pointer())
+            loaded = [builder.load(builder.gep(base, [_i64(k)])) for k in range(len(arguments._fields))]
+            return context.make_tuple(builder, result, loaded)
+
+        return result(types.int64), codegen
+
+    return load
 
 
 def _wrapper(name: str, native: str, triple: str) -> ir.Module:
@@ -158,18 +187,6 @@ def _pointer(typingctx, address, dtype):
     return target(types.int64, dtype), codegen
 
 
-@intrinsic(prefer_literal=True)
-def _unpack(typingctx, address, count):
-    result = types.UniTuple(types.int64, count.literal_value)
-
-    def codegen(context, builder, signature, values):
-        base = builder.inttoptr(values[0], _i64.as_pointer())
-        loaded = [builder.load(builder.gep(base, [_i64(k)])) for k in range(len(result))]
-        return context.make_tuple(builder, result, loaded)
-
-    return result(types.int64, count), codegen
-
-
 _WORDS = {
     words.call: call,
     words.atomic_load: _atomic_load,
@@ -177,5 +194,4 @@ _WORDS = {
     words.atomic_add: _atomic_add,
     words.pause: _pause,
     words.pointer: _pointer,
-    words.unpack: _unpack,
 }

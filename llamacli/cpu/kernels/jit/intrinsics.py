@@ -1,12 +1,24 @@
-"""The words of a driver that Python has not: calling a leaf, raw memory, atomics. And the marks that make a function a driver.
+"""Intrinsics of drivers: calls by address, raw memory, atomics. And the decorators that declare a driver and its arguments.
 
-A driver is a Python function of words and whole numbers, marked with `kernel`; it is compiled when its `address` is first
-asked for, or read from the cache, and then neither Numba nor its half second of imports is needed. The words below are names
-only; compiler.py gives them their meaning.
+A driver is a Python function `(arguments, thread, threads)`, declared with `@kernel(Arguments)`. `Arguments` is a NamedTuple
+whose fields are int64 at run time; each field's annotation is one of the kinds below, and `Kernel.pack` checks names, count and
+kinds when a program is built. A driver is compiled, or read from the cache, when its `address` is first needed; Numba is
+imported only to compile. The intrinsics below are declarations; compiler.py implements them.
 """
 
 import ctypes
 from collections.abc import Callable
+from typing import Annotated
+
+import numpy as np
+
+_ADDRESSES = range(1 << 12, 1 << 63)  # the first page is never mapped
+Address = Annotated[int, _ADDRESSES]
+Microkernel = Annotated[int, _ADDRESSES]  # the address of compiled code
+OptionalAddress = Annotated[int, _ADDRESSES, 0]
+OptionalMicrokernel = Annotated[int, _ADDRESSES, 0]
+Count = Annotated[int, range(1 << 40)]  # also a size or stride in bytes; an address in its place is refused
+Flag = Annotated[int, range(2)]
 
 
 def call(address, arguments):
@@ -33,20 +45,29 @@ def pointer(address, dtype):
     """An address as a typed pointer: `pointer(address, float32)[i]` reads and writes without bounds."""
 
 
-def unpack(address, count):
-    """The `count` (a literal) int64 values at `address` as a tuple: a step's arguments."""
-
-
 KERNELS: list["Kernel"] = []  # all that are marked, for who wants them compiled beforehand
 
 
 class Kernel:
     """A driver: compiled code that takes (address of its int64 arguments, thread, threads) and returns nothing."""
 
-    def __init__(self, function: Callable):
+    def __init__(self, function: Callable, arguments: type | None):
+        """`arguments`: the NamedTuple of the function's first parameter; None: it is a plain int64."""
         self.function, self.__name__, self.__doc__ = function, function.__name__, function.__doc__
+        self.arguments = arguments
         self._address = 0
         KERNELS.append(self)
+
+    def pack(self, arguments: tuple) -> np.ndarray:
+        """The int64 array that the driver reads. TypeError for another kernel's arguments or a value of the wrong kind."""
+        if type(arguments) is not self.arguments:
+            expected = getattr(self.arguments, "__name__", "no arguments")
+            raise TypeError(f"{self.__name__}: expected {expected}, found {type(arguments).__name__}")
+        for (field, kind), value in zip(self.arguments.__annotations__.items(), arguments, strict=True):
+            allowed, *others = kind.__metadata__
+            if int(value) not in allowed and value not in others:
+                raise TypeError(f"{self.__name__}: {field} is {value}, which is not in {allowed}")
+        return np.array([int(value) for value in arguments], np.int64)
 
     @property
     def address(self) -> int:
@@ -65,7 +86,7 @@ class Kernel:
     def _ir(self, target) -> str:
         from llamacli.cpu.kernels.jit.compiler import driver_ir
 
-        return driver_ir(self.function)
+        return driver_ir(self.function, self.arguments)
 
 
 def run(address: int, *arguments: int) -> None:
@@ -73,9 +94,9 @@ def run(address: int, *arguments: int) -> None:
     ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(address)(*arguments)
 
 
-def kernel(function: Callable) -> Kernel:
-    """Mark a driver."""
-    return Kernel(function)
+def kernel(arguments: type | None) -> Callable[[Callable], Kernel]:
+    """Declare a driver with the NamedTuple of its arguments; None: its first parameter is an int64."""
+    return lambda function: Kernel(function, arguments)
 
 
 def part(function: Callable) -> Callable:

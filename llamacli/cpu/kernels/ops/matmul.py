@@ -1,13 +1,12 @@
 """Matrix products of one activation matrix with one weight matrix or with one matrix per expert, in any tensor type.
 
-`Matrix` says where rows of weights are and which leaves read them. `matmul` is the driver: threads take ranges of rows, as
-they come free, and do them for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed; more
-go through panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
+`Matrix` says where rows of weights are and which microkernels read them. `matmul` is the driver: threads take ranges of rows
+as they become free, and do them for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed;
+more go through panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
 
 Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and
 pair j is token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1
-or n_choices) turn its number into a row of x and a row of out. The table is int64: n_groups + 1 offsets, then the pairs. Knows
-nothing of layers.
+or n_choices) turn its number into a row of x and a row of out. The table is int64: n_groups + 1 offsets, then the pairs.
 """
 
 from typing import NamedTuple
@@ -17,7 +16,20 @@ from numpy import int64
 
 from llamacli.cpu.kernels.formats import dots, floats, tiles
 from llamacli.cpu.kernels.formats import layout as formats
-from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_store, call, kernel, part, pointer, unpack
+from llamacli.cpu.kernels.jit.intrinsics import (
+    Address,
+    Count,
+    Flag,
+    Microkernel,
+    OptionalAddress,
+    OptionalMicrokernel,
+    atomic_add,
+    atomic_store,
+    call,
+    kernel,
+    part,
+    pointer,
+)
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
 
 FEW = 4  # tokens below which unpacking a panel does not pay
@@ -92,12 +104,64 @@ class Rows(NamedTuple):
     codes_stride: int = 0
 
 
-def scratch_bytes(max_pairs: int, max_rows: int, max_cols: int) -> int:
-    """Scratch that one thread needs: addresses, a row to throw away, packed tokens, and panels or activations laid aside."""
-    target = chosen_target()
-    supers, tokens = -(-max_cols // 256), min(max_pairs, TOKENS) + 2 * target.tile
-    panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors)
-    return 16 * (max_pairs + 64) + 4 * (max_rows + 64) + panels + supers * tiles.packed_bytes("Q6_K", tokens, target) + 256
+class Scratch(NamedTuple):
+    """Byte offsets into one thread's scratch, each a multiple of 64."""
+
+    outs: int  # after the addresses of x's rows, int64 [pairs]: those of out's
+    spare: int  # a float32 row for results that nobody wants
+    panels: int  # unpacked rows of weights; or, for `matvec`, one row of activations laid out anew
+    packed: int  # activations of a block of tokens
+    end: int
+
+    @classmethod
+    def of(cls, max_pairs: int, max_rows: int, max_cols: int) -> "Scratch":
+        """Enough for products of up to `max_pairs` pairs with matrices of up to `max_rows` rows and `max_cols` columns."""
+        target = chosen_target()
+        pairs = -(-max_pairs // 8) * 8  # addresses fill whole cache lines, so that `outs` tells their number
+        supers, tokens = -(-max_cols // 256), min(pairs, TOKENS) + 2 * target.tile
+        panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors)
+        pointers = 8 * (pairs + 64)
+        offsets = [0]
+        for size in (pointers, pointers, 4 * (max_rows + 64), panels, supers * tiles.packed_bytes("Q6_K", tokens, target)):
+            offsets.append(offsets[-1] + -(-size // 64) * 64)
+        return cls(*offsets[1:])
+
+
+class MatmulArguments(NamedTuple):
+    weights: Address
+    n_groups: Count
+    group_bytes: Count
+    n_rows: Count
+    n_cols: Count
+    row_bytes: Count
+    x: Address  # float32 or codes, as the microkernels take them
+    x_stride: Count
+    out: Address
+    out_stride: Count
+    add: Flag
+    table: Address
+    x_div: Count
+    out_div: Count
+    matvec: Microkernel
+    prepare: OptionalMicrokernel
+    pack: OptionalMicrokernel
+    tile: OptionalMicrokernel
+    panel_rows: Count
+    tile_rows: Count
+    tile_tokens: Count
+    panel_bytes: Count  # of all superblocks of panel_rows rows
+    packed_bytes: Count  # of all superblocks of tile_tokens tokens
+    block_rows: Count  # most rows whose panels are made at a time
+    scratch: Address  # aligned to 64 bytes
+    scratch_stride: Count
+    outs_offset: Count  # Scratch's
+    spare_offset: Count
+    panels_offset: Count
+    packed_offset: Count
+    addresses: OptionalAddress  # int64 [n_groups]: of the groups' matrices, if they do not lie one after the other
+    window: OptionalAddress  # int64 [2]: the first group to do, and the one to stop before
+    unit: Count  # rows of an item of work are a multiple of it
+    taken: Address  # int64, 0 between runs: items of work that threads have taken
 
 
 def arguments(
@@ -106,36 +170,63 @@ def arguments(
     out: Rows,
     table: int,
     scratch: np.ndarray,
-    max_pairs: int,
+    offsets: Scratch,
+    taken: int,
     *,
-    add=False,
-    x_div=1,
-    out_div=1,
-    where=0,
-    window=0,
-):
-    """The int64 arguments of one `matmul` step; scratch is uint8 [threads, scratch_bytes].
-
-    `where`: address of the int64 addresses of all groups, if they do not lie one after the other. `window`: address of two
-    int64: only groups from the first to before the second are done.
-    """
+    add: bool = False,
+    x_div: int = 1,
+    out_div: int = 1,
+    addresses: int = 0,
+    window: int = 0,
+) -> MatmulArguments:
+    """Arguments of one `matmul` step; `scratch` is uint8 [threads, offsets.end], aligned to 64 bytes."""
     f = leaves(matrix.type_name)
-    side = (x.codes, x.codes_stride) if f.quantized else (x.address, x.stride)
     supers = matrix.n_cols // 256
-    rows = (
-        max(1, PANEL_SHARE * f.panel_rows // max(1, f.panel_bytes * supers * f.tile_rows)) * f.tile_rows
-        if supers
-        else f.tile_rows
+    panel_bytes, packed_bytes = f.panel_bytes * supers, f.packed_bytes * supers
+    block_rows = f.tile_rows
+    if supers:
+        block_rows = max(1, PANEL_SHARE * f.panel_rows // max(1, panel_bytes * f.tile_rows)) * f.tile_rows
+    assert 4 * matrix.n_rows <= offsets.panels - offsets.spare, "the spare row is too short"
+    if f.prepare:
+        assert block_rows // f.panel_rows * panel_bytes <= offsets.packed - offsets.panels, "the panels overlap packed tokens"
+        most = -(-min(offsets.outs // 8 - 64, TOKENS) // f.tile_tokens) + 1
+        assert most * packed_bytes <= offsets.end - offsets.packed, "packed tokens pass the end of the scratch"
+    return MatmulArguments(
+        weights=matrix.address,
+        n_groups=matrix.n_groups,
+        group_bytes=matrix.nbytes,
+        n_rows=matrix.n_rows,
+        n_cols=matrix.n_cols,
+        row_bytes=matrix.row_bytes,
+        x=x.codes if f.quantized else x.address,
+        x_stride=x.codes_stride if f.quantized else x.stride,
+        out=out.address,
+        out_stride=out.stride,
+        add=add,
+        table=table,
+        x_div=x_div,
+        out_div=out_div,
+        matvec=f.matvec,
+        prepare=f.prepare,
+        pack=f.pack,
+        tile=f.tile if not f.quantized or matrix.n_cols % 256 == 0 else 0,
+        panel_rows=f.panel_rows,
+        tile_rows=f.tile_rows,
+        tile_tokens=f.tile_tokens,
+        panel_bytes=panel_bytes,
+        packed_bytes=packed_bytes,
+        block_rows=block_rows,
+        scratch=scratch.ctypes.data,
+        scratch_stride=scratch.strides[0],
+        outs_offset=offsets.outs,
+        spare_offset=offsets.spare,
+        panels_offset=offsets.panels,
+        packed_offset=offsets.packed,
+        addresses=addresses,
+        window=window,
+        unit=UNIT if f.quantized else FLOAT_UNIT,
+        taken=taken,
     )
-    tiled = f.tile if not f.quantized or matrix.n_cols % 256 == 0 else 0
-    return [
-        *(matrix.address, matrix.n_groups, matrix.nbytes, matrix.n_rows, matrix.n_cols, matrix.row_bytes),
-        *(*side, out.address, out.stride, int(add), table, x_div, out_div),
-        *(f.matvec, f.prepare, f.pack, tiled, f.panel_rows, f.tile_rows, f.tile_tokens, f.panel_bytes),
-        *(f.packed_bytes, rows),
-        *(scratch.ctypes.data, scratch.strides[0], max_pairs, where, window, UNIT if f.quantized else FLOAT_UNIT),
-        0,  # how many items of work are taken
-    ]
 
 
 @part
@@ -159,102 +250,109 @@ def _blocks_of(n_rows, most, unit, threads):
     return (n_rows + size - 1) // size, size
 
 
-@kernel
-def matmul(at, thread, threads):
+@part
+def _list_rows(a, xs, outs, group, padded):
+    """Addresses of the group's rows of x and out; beyond them, up to `padded`, the last x and the spare row."""
+    table = pointer(a.table, int64)
+    pairs = pointer(a.table + 8 * (a.n_groups + 1), int64)
+    start, count = table[group], table[group + 1] - table[group]
+    xs_list, outs_list = pointer(xs, int64), pointer(outs, int64)
+    spare = outs - a.outs_offset + a.spare_offset
+    for j in range(count):
+        pair = pairs[start + j]
+        xs_list[j] = a.x + pair // a.x_div * a.x_stride
+        outs_list[j] = a.out + pair // a.out_div * a.out_stride
+    for j in range(count, padded):
+        xs_list[j], outs_list[j] = xs_list[count - 1], spare
+
+
+@part
+def _pack_tokens(a, xs, packed, token, token_end):
+    """Lay out the activations of some tokens for `tile`."""
+    for j in range(token, token_end, a.tile_tokens):
+        call(a.pack, (xs + 8 * j, a.n_cols // 256, packed + (j - token) // a.tile_tokens * a.packed_bytes))
+
+
+@part
+def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, packed):
+    """Rows from `row` on, whole tiles of them, times tokens from `token` on, which are packed."""
+    supers = a.n_cols // 256
+    if a.prepare != 0:
+        for r in range(row, row_end, a.panel_rows):
+            call(a.prepare, (base + r * a.row_bytes, a.row_bytes, supers, panels + (r - row) // a.panel_rows * a.panel_bytes))
+    for j in range(token, token_end, a.tile_tokens):
+        for r in range(row, row_end, a.tile_rows):
+            if a.prepare != 0:
+                panel = panels + (r - row) // a.panel_rows * a.panel_bytes
+                xs_tile = packed + (j - token) // a.tile_tokens * a.packed_bytes
+                call(a.tile, (panel, supers, xs_tile, outs + 8 * j, 4 * r, a.add))
+            else:
+                at = base + r * a.row_bytes
+                call(a.tile, (at, a.row_bytes, a.tile_rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * r, a.add))
+
+
+@part
+def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
+    """Rows from `row` on times `count` tokens, one after the other."""
+    xs_list, outs_list, at = pointer(xs, int64), pointer(outs, int64), base + row * a.row_bytes
+    for j in range(count):
+        call(a.matvec, (at, a.row_bytes, row_end - row, a.n_cols, xs_list[j], outs_list[j] + 4 * row, a.add, panels))
+
+
+@kernel(MatmulArguments)
+def matmul(a, thread, threads):
     """out[pair] (+)= W[group] x[pair]; threads take items of work, some rows each, until none is left.
 
     Where groups add to the same row of out, every thread has rows of its own instead.
     """
-    weights, n_groups, group_bytes, n_rows, n_cols, row_bytes = unpack(at, 6)
-    x, x_stride, out, out_stride, add, table_at, x_div, out_div = unpack(at + 8 * 6, 8)
-    matvec, prepare, pack, tile, panel_rows, tile_rows, tile_tokens, panel_bytes, packed_bytes, block_rows = unpack(
-        at + 8 * 14, 10
-    )
-    scratch, scratch_stride, max_pairs, where, window, unit = unpack(at + 8 * 24, 6)
-    taken = at + 8 * 30
-    scratch += thread * scratch_stride
-
-    table = pointer(table_at, int64)
-    pairs = pointer(table_at + 8 * (n_groups + 1), int64)
-    xs_at, outs_at = scratch, scratch + 8 * (max_pairs + 64)
-    xs, outs = pointer(xs_at, int64), pointer(outs_at, int64)
-    spare = outs_at + 8 * (max_pairs + 64)
-    panels = (spare + 4 * (n_rows + 64) + 63) // 64 * 64
-    supers = n_cols // 256
-    panel_bytes, packed_bytes = panel_bytes * supers, packed_bytes * supers
-    packed = panels + (block_rows // max(1, panel_rows) * panel_bytes + 63) // 64 * 64
-    low, high, sharing = int64(0), n_rows, threads
-    if out_div > 1:
-        units, sharing = (n_rows + 31) // 32, int64(1)
-        low, high = min(units * thread // threads * 32, n_rows), min(units * (thread + 1) // threads * 32, n_rows)
+    scratch = a.scratch + thread * a.scratch_stride
+    xs, outs = scratch, scratch + a.outs_offset
+    panels, packed = scratch + a.panels_offset, scratch + a.packed_offset
+    table = pointer(a.table, int64)
+    tile_rows, tile_tokens = a.tile_rows, a.tile_tokens
+    low, high, sharing = int64(0), a.n_rows, threads
+    if a.out_div > 1:
+        units, sharing = (a.n_rows + 31) // 32, int64(1)
+        low, high = min(units * thread // threads * 32, a.n_rows), min(units * (thread + 1) // threads * 32, a.n_rows)
     whole = max(0, high - low) // tile_rows * tile_rows
-    row_blocks, block_rows = _blocks_of(whole, block_rows, tile_rows, sharing)
-    first_group, end_group = int64(0), n_groups
-    if window != 0:
-        first_group, end_group = pointer(window, int64)[0], pointer(window, int64)[1]
+    row_blocks, block_rows = _blocks_of(whole, a.block_rows, tile_rows, sharing)
+    first_group, end_group = int64(0), a.n_groups
+    if a.window != 0:
+        first_group, end_group = pointer(a.window, int64)[0], pointer(a.window, int64)[1]
 
-    item, before = atomic_add(taken, 1) if sharing > 1 else int64(0), int64(0)
+    item, before = atomic_add(a.taken, 1) if sharing > 1 else int64(0), int64(0)
     for group in range(first_group, end_group):
-        start, count = table[group], table[group + 1] - table[group]
+        count = table[group + 1] - table[group]
         if count == 0:
             continue
-        tiled = count >= FEW and tile != 0
-        padded = (count + tile_tokens - 1) // tile_tokens * tile_tokens
-        n_tiles = padded // tile_tokens
+        tiled = count >= FEW and a.tile != 0
+        n_tiles = (count + tile_tokens - 1) // tile_tokens
+        padded = n_tiles * tile_tokens
         blocks = (padded + TOKENS - 1) // TOKENS
         items = blocks * row_blocks + 1 if tiled else sharing + SMALL * sharing
         if item >= before + items:
             before += items
             continue
-        base = pointer(where, int64)[group] if where != 0 else weights + group * group_bytes
-        for j in range(count):
-            pair = pairs[start + j]
-            xs[j] = x + pair // x_div * x_stride
-            outs[j] = out + pair // out_div * out_stride
-        for j in range(count, padded):
-            xs[j], outs[j] = xs[count - 1], spare
-        at_hand = int64(-1)  # the block of tokens that is packed
+        base = pointer(a.addresses, int64)[group] if a.addresses != 0 else a.weights + group * a.group_bytes
+        _list_rows(a, xs, outs, group, padded)
+        packed_block = int64(-1)
         while item < before + items:
             row, row_end = low + whole, high
             if not tiled:
-                row, row_end = _rows_of(item - before, high - low, unit, sharing)
+                row, row_end = _rows_of(item - before, high - low, a.unit, sharing)
                 row, row_end = low + row, low + row_end
             elif item - before < items - 1:
                 block, row = (item - before) // row_blocks, low + (item - before) % row_blocks * block_rows
                 row_end = min(row + block_rows, low + whole)
                 token, token_end = n_tiles * block // blocks * tile_tokens, n_tiles * (block + 1) // blocks * tile_tokens
-                if pack != 0 and at_hand != block:
-                    for j in range(token, token_end, tile_tokens):
-                        call(pack, (xs_at + 8 * j, supers, packed + (j - token) // tile_tokens * packed_bytes))
-                at_hand = block
-                if prepare != 0:
-                    for r in range(row, row_end, panel_rows):
-                        call(prepare, (base + r * row_bytes, row_bytes, supers, panels + (r - row) // panel_rows * panel_bytes))
-                for j in range(token, token_end, tile_tokens):
-                    for r in range(row, row_end, tile_rows):
-                        if prepare != 0:
-                            panel = panels + (r - row) // panel_rows * panel_bytes
-                            xs_tile = packed + (j - token) // tile_tokens * packed_bytes
-                            call(tile, (panel, supers, xs_tile, outs_at + 8 * j, 4 * r, add))
-                        else:
-                            at_row = base + r * row_bytes
-                            call(tile, (at_row, row_bytes, tile_rows, n_cols, xs_at + 8 * j, outs_at + 8 * j, 4 * r, add))
+                if a.pack != 0 and packed_block != block:
+                    _pack_tokens(a, xs, packed, token, token_end)
+                packed_block = block
+                _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, packed)
                 row = row_end
             if row < row_end:
-                at_row = base + row * row_bytes
-                for j in range(count):
-                    call(matvec, (at_row, row_bytes, row_end - row, n_cols, xs[j], outs[j] + 4 * row, add, panels))
-            item = atomic_add(taken, 1) if sharing > 1 else item + 1
+                _multiply_rows(a, base, row, row_end, count, xs, outs, panels)
+            item = atomic_add(a.taken, 1) if sharing > 1 else item + 1
         before += items
     if sharing > 1 and item == before + threads - 1:  # the last to come in vain
-        atomic_store(taken, 0)
-
-
-@kernel
-def embed(at, thread, threads):
-    """x[t] = row ids[t] of the embedding, as float32."""
-    weights, row_bytes, n_cols, dequantize, out, out_stride, ids_at, state = unpack(at, 8)
-    n = pointer(state, int64)[0]
-    ids = pointer(ids_at, int64)
-    for t in range(n * thread // threads, n * (thread + 1) // threads):
-        call(dequantize, (weights + ids[t] * row_bytes, n_cols, out + t * out_stride))
+        atomic_store(a.taken, 0)

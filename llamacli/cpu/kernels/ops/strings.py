@@ -4,20 +4,29 @@ A vocabulary has hundreds of thousands; Python takes a third of a second for the
 and sizes. Out: an end that was checked, or bytes with separators. Knows nothing of text.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy import int64, uint8
 
-from llamacli.cpu.kernels.jit.intrinsics import kernel, pointer, unpack
+from llamacli.cpu.kernels.jit.intrinsics import Address, Count, kernel, pointer
 
 LENGTH = 8  # bytes of a length
 
 
-@kernel
-def _end(at, thread, threads):
+class _EndArguments(NamedTuple):
+    start: Address
+    size: Count
+    count: Count
+    result: Address
+
+
+@kernel(_EndArguments)
+def _end(a, thread, threads):
     """result = bytes that `count` strings take, -1 if they do not fit into `size`."""
-    start, size, count, result_at = unpack(at, 4)
-    result, pos = pointer(result_at, int64), int64(0)
-    for _ in range(count):
+    start, size = a.start, a.size
+    result, pos = pointer(a.result, int64), int64(0)
+    for _ in range(a.count):
         if size - pos < LENGTH:
             result[0] = -1
             return
@@ -30,11 +39,19 @@ def _end(at, thread, threads):
     result[0] = pos
 
 
-@kernel
-def _join(at, thread, threads):
+class _JoinArguments(NamedTuple):
+    start: Address
+    size: Count
+    separator: Count
+    out: Address
+    result: Address
+
+
+@kernel(_JoinArguments)
+def _join(a, thread, threads):
     """out = the strings of `size` checked bytes, `separator` after each; result = bytes written."""
-    start, size, separator, out_at, result_at = unpack(at, 5)
-    source, out, result = pointer(start, uint8), pointer(out_at, uint8), pointer(result_at, int64)
+    start, size, separator = a.start, a.size, a.separator
+    source, out, result = pointer(start, uint8), pointer(a.out, uint8), pointer(a.result, int64)
     pos, end = int64(0), int64(0)
     while pos < size:
         length = pointer(start + pos, int64)[0]
@@ -49,7 +66,7 @@ def _join(at, thread, threads):
 
 def end(buffer: np.ndarray, count: int) -> int:
     """Bytes that the first `count` strings of `buffer` (uint8) take, or -1 if it does not hold so many."""
-    return _run(_end, buffer.ctypes.data, buffer.nbytes, min(count, 1 << 62))
+    return _run(_end, buffer.ctypes.data, buffer.nbytes, min(count, buffer.nbytes // LENGTH + 1))
 
 
 def join(buffer: np.ndarray, separator: int) -> bytes:
@@ -60,6 +77,6 @@ def join(buffer: np.ndarray, separator: int) -> bytes:
 
 def _run(driver, *arguments: int) -> int:
     result = np.zeros(1, np.int64)
-    packed = np.array([*arguments, result.ctypes.data], np.int64)
+    packed = driver.pack(driver.arguments(*arguments, result.ctypes.data))
     driver(packed.ctypes.data, 0, 1)
     return int(result[0])

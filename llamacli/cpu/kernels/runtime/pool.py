@@ -1,6 +1,4 @@
-"""Threads that stay in compiled code, and programs of steps for them to run.
-
-A `Program` is a table of (kernel address, argument address, meet) rows. `Pool.run` lets every thread walk the rows from
+"""Threads that stay in compiled code and run programs (program.py). `Pool.run` lets every thread walk the rows from
 `first` to `last` and call each kernel with (arguments, thread, threads); after a row with `meet` they wait for each other at a
 spin barrier, which costs well under a microsecond where a parallel region of Numba's costs 4 to 45. Between runs the workers
 spin for about two milliseconds, then nap for longer and longer, so that a waiting prompt costs next to no CPU. A run is one
@@ -16,6 +14,7 @@ import numpy as np
 from numpy import int64
 
 from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_load, atomic_store, call, kernel, part, pause, pointer, run
+from llamacli.cpu.kernels.runtime.program import Program
 
 # int64 slots of the control block, a cache line apart
 TICKET, ARRIVED, PHASE, JOB, STOP, LIBC = 0, 8, 16, 24, 32, 40
@@ -55,7 +54,7 @@ def _walk(control, thread, threads):
             _barrier(control, threads)
 
 
-@kernel
+@kernel(None)
 def work(control, thread, threads):
     """A worker's whole life."""
     ticket, spins, nap = 0, 0, 50
@@ -72,7 +71,7 @@ def work(control, thread, threads):
             nap = min(LONGEST_NAP, nap + nap // 64 + 1)
 
 
-@kernel
+@kernel(None)
 def lead(control, thread, threads):
     """The caller's part of a run: call the workers, and walk with them."""
     atomic_add(control + 8 * TICKET, 1)
@@ -81,33 +80,6 @@ def lead(control, thread, threads):
 
 def _close(control):
     control[STOP] = 1
-
-
-class Program:
-    """Rows for Pool.run. Keeps the argument arrays alive."""
-
-    def __init__(self):
-        self._rows, self._arguments, self.table = [], [], None
-        self.names: list[str] = []  # of the kernels
-
-    def __len__(self):
-        return len(self._rows)
-
-    def add(self, kernel, arguments, meet=True):
-        """Append one step: a kernel (words.kernel), its int64 arguments, and whether all threads meet after it."""
-        array = np.array(arguments, np.int64)
-        self.names.append(kernel.__name__)
-        self._arguments.append(array)
-        self._rows.append((kernel.address, array.ctypes.data, int(meet)))
-
-    def seal(self):
-        """Make the table; returns self."""
-        self.table = np.array(self._rows, np.int64).reshape(-1, 3)
-        return self
-
-    def first_arguments(self) -> list[int]:
-        """Each step's first argument: the address of what it works on."""
-        return [int(array[0]) for array in self._arguments]
 
 
 class Pool:
@@ -122,7 +94,11 @@ class Pool:
             arguments = (self._control.ctypes.data, thread, threads)
             # the array travels along so that it outlives the thread
             threading.Thread(target=lambda a, keep: run(entry, *a), args=(arguments, self._control), daemon=True).start()
-        weakref.finalize(self, _close, self._control)
+        self._finalizer = weakref.finalize(self, _close, self._control)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._finalizer()
 
     def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
         """Run rows first..last on all threads; returns when all are done. The last of them must meet."""

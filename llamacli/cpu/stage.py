@@ -1,0 +1,313 @@
+"""A stage on the CPU: some layers, and perhaps the embedding and the head, run by threads that stay in compiled code.
+
+In: the residual stream or tokens, and caches. Out: the stream after the layers, or logits. A run of layers is one compiled
+call, unless experts must be fetched or the batch is so long that Ctrl-C should be heard between two layers. Experts come from
+the mapped file or, if there are slots, from memory that experts.py fills while the shared expert is computed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llamacli.cpu import buffers
+from llamacli.cpu.buffers import LOGITS_BATCH, Buffers
+from llamacli.cpu.experts import Slots, Traffic
+from llamacli.cpu.kernels.ops.attention import BLOCKS, tokens_per_block
+from llamacli.cpu.kernels.ops.elementwise import COUNT, ROW, N
+from llamacli.cpu.kernels.ops.matmul import Matrix
+from llamacli.cpu.kernels.runtime.faults import Guard
+from llamacli.cpu.kernels.runtime.pool import Pool
+from llamacli.cpu.kvcache import KVCache
+from llamacli.cpu.operations import Inputs, Recorder
+from llamacli.cpu.weights import Experts, bind, has_kernels, in_map, needed
+from llamacli.device import Run, Tokens
+from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.files.gguf import GGUF, Tensor
+from llamacli.files.pages import drop_pages, populate, random_access
+from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role
+
+INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
+SURE = 0.08  # of the scores' range the best must be ahead of the next: then more than nine guesses in ten are right
+LOOK_EVERY = 64  # decoded tokens after which the embedding's pages are dropped
+
+
+class CpuStage:
+    """`layers` of a model (see device.Stage). Stages of one model share a pool and a guard; each has its own slots."""
+
+    def __init__(
+        self,
+        gguf: GGUF,
+        config: Config,
+        layers: range,
+        pool: Pool,
+        guard: Guard,
+        *,
+        embeds: bool = True,
+        heads: bool = True,
+        slots: dict[int, int] | None = None,
+        most: int = 2048,
+    ):
+        """`embeds`, `heads`: whether the stage begins with the embedding, ends with the head. `guard`: over the file's maps.
+
+        `slots`: by layer with experts, how many of them are kept in memory; none: they are used where the file is mapped. What
+        every token uses is then read into memory here. `most`: tokens of a batch.
+        """
+        self.layers = layers
+        self.timings: Counter | None = None  # seconds by (layer, operation), if every step is to be timed by itself
+        self._config, self._pool, self._guard, self._paths = config, pool, guard, gguf.paths
+        self._embeds, self._heads, self._most = embeds, heads, most
+        self.slots, resident = self._fetch(gguf, slots) if slots else (None, {})
+        ends = {"embedding": embeds, "head": heads}
+        self._weights = bind(gguf, config, lambda tensor: resident.get(tensor.name) or in_map(tensor), layers, **ends)
+        self._lookup: Matrix | None = None  # the embedding, if it stays in the file and single rows of it are read
+        embedding = self._weights.token_embd
+        if slots and embeds and embedding.name not in resident and has_kernels(gguf.tensors[embedding.name]):
+            self._lookup = embedding
+            random_access(embedding.address, embedding.nbytes)
+        self._watched: dict[tuple[str, ...], Inputs] | None = None
+        self._buffers: Buffers | None = None
+        self._recorded: Recorder | None = None
+        self._capacity = self._decoded = 0
+        self._choices = config.n_experts_used if any(config.is_moe(i) for i in layers) else 0
+        self._reserve(min(INTERRUPTIBLE, most))
+        if not slots:
+            populate((m.address, m.nbytes) for m, _ in self._used() if m.n_groups == 1)
+
+    def _fetch(self, gguf: GGUF, share: dict[int, int]) -> tuple[Slots, dict[str, int]]:
+        """Slots for the routed experts; and the addresses of what every token uses, which is read into memory."""
+        routed: dict[int, tuple[Tensor, ...]] = {}
+        resident = []
+        for spec in needed(gguf, self._config, self.layers, self._embeds, self._heads).values():
+            tensor = gguf.tensors[spec.name]
+            if spec.role is Role.EXPERTS:
+                if not has_kernels(tensor):
+                    raise UnsupportedModelError(
+                        f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {spec.name}, which "
+                        f"only runs if it fits into memory; quantize it again"
+                    )
+                routed[spec.layer] = (*routed.get(spec.layer, ()), tensor)
+            elif len(spec.shape) == 2 and has_kernels(tensor) and (spec.role is not Role.EMBEDDING or self._config.tied):
+                resident.append(tensor)
+        slots = Slots(routed, self._config.n_experts, share)
+        return slots, slots.hold(resident)
+
+    @property
+    def notices(self) -> list[str]:
+        """What a user should know about the weights and how they are read."""
+        return [*self._weights.notices, *(self.slots.notices if self.slots else ())]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights read to decode one token."""
+        row = self._weights.token_embd.row_bytes if self._embeds else 0
+        return row + sum(m.nbytes * used for m, used in self._used())
+
+    @property
+    def products_per_token(self) -> int:
+        """Multiply-adds of the layers' weights for one token."""
+        return sum(m.n_rows * m.n_cols * used for m, used in self._used() if m is not self._weights.output)
+
+    def _used(self) -> Iterator[tuple[Matrix, int]]:
+        """The matrices of the layers and of the head, each with how often one token goes through (one of) it."""
+        for layer in self._weights.layers:
+            yield from ((m, 1) for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output))
+            if isinstance(layer.ffn, Experts):
+                yield from ((m, 1) for m in (layer.ffn.gate_inp, *layer.ffn.shexp))
+                yield from ((m, self._config.n_experts_used) for m in layer.ffn.exps)
+            else:
+                yield from ((m, 1) for m in layer.ffn)
+        if self._heads:
+            yield self._weights.output, 1
+
+    def new_cache(self, ctx: int) -> KVCache:
+        """An empty cache for at most `ctx` tokens."""
+        return KVCache(self._config, ctx, self.layers)
+
+    def forward(self, x: Tokens | np.ndarray, runs: Sequence[Run]) -> np.ndarray:
+        """The stream after the layers, float32 [n, n_embd]: a view that the next call overwrites.
+
+        ModelFileError if the file was cut meanwhile: then the result would be wrong.
+        """
+        n = sum(run.n for run in runs)
+        self._reserve(n)
+        if self._embeds:
+            self._look_up(x, n)
+        else:
+            self._place(x)
+        if self.layers:
+            self._set_runs(runs)
+        self._set_rows(n, 0, n)
+        if self._embeds or self.layers:
+            self._run_layers(n)
+        self._check()
+        if self._lookup is not None:
+            self._decoded += n
+            if n > 1 or self._decoded % LOOK_EVERY == 0:
+                drop_pages(self._lookup.address, self._lookup.nbytes)
+        return self._buffers["x"][:n, : self._config.n_embd]
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits of rows of the stream, float32 [len(x), n_vocab]."""
+        self._reserve(len(x))
+        first, found = self._place(x), np.empty((len(x), self._config.n_vocab), np.float32)
+        for start in range(0, len(x), LOGITS_BATCH):
+            part = found[start : start + LOGITS_BATCH]
+            self._set_rows(len(x), first + start, len(part))
+            self._run(self._head, len(self._recorded.program))
+            part[:] = self._buffers["logits"][: len(part)]
+        self._check()
+        return found
+
+    def chosen(self, n: int) -> np.ndarray:
+        """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used], a view; 0 in dense layers."""
+        if "chosen" not in self._buffers:
+            return np.zeros((len(self.layers), n * self._config.n_experts_used), np.int64)
+        return self._buffers["chosen"][:, : n * self._choices]
+
+    def watch(self) -> list[Inputs]:
+        """From now on sum up the squares of all inputs to the layers' products; a call more begins anew.
+
+        The arrays returned grow with every batch. A routed expert sees its input times the router's score.
+        """
+        self._watched, self._capacity = {}, 0
+        self._reserve(INTERRUPTIBLE)
+        return list(self._watched.values())
+
+    def take_traffic(self) -> Traffic | None:
+        """What was read since the last call, None if all experts are mapped."""
+        return self.slots.take_traffic() if self.slots else None
+
+    def shrink(self, nbytes: int) -> int:
+        """Give back slots, up to so many bytes; returns how many."""
+        return self.slots.shrink(nbytes) if self.slots else 0
+
+    def close(self) -> None:
+        """Drop threads, buffers and slots."""
+        self._pool.close()
+        self._recorded = self._buffers = self.slots = None
+        self._capacity = 0
+
+    def allocated(self, n: int) -> int:
+        """Bytes of the buffers for prompts of `n` tokens, which are made if they are not there yet."""
+        self._reserve(min(n, self._most))
+        return sum(array.nbytes for array in self._buffers.arrays.values())
+
+    # input
+
+    def _reserve(self, n: int) -> None:
+        """Buffers for `n` tokens at a time, and the program over them."""
+        if n <= self._capacity:
+            return
+        self._recorded = self._buffers = None  # the old buffers make room for the new ones
+        self._capacity = 0
+        capacity = max(n, min(self._most, 1 << (n - 1).bit_length()))
+        kind = {"embeds": self._embeds, "heads": self._heads}
+        self._buffers = Buffers(
+            buffers.shapes(self._config, self.layers, capacity, self._pool.threads, slots=self.slots is not None, **kind)
+        )
+        self._buffers["dense"][2:] = np.arange(capacity)
+        self._recorded = Recorder(self._weights, self._config, self.layers, self._buffers, self.slots, self._watched)
+        self._recorded.compose(**kind)
+        self._layer_ends = self._recorded.layer_ends or [self._recorded.embedded]
+        self._head = self._layer_ends[-1]  # the step after the last layer's
+        self._capacity = capacity
+
+    def _set_rows(self, n: int, row: int, count: int) -> None:
+        """Tokens of the batch, and which of its rows norms work on."""
+        self._buffers["state"][[N, ROW, COUNT]] = n, row, count
+        self._buffers["dense"][1] = count
+
+    def _look_up(self, x: Tokens, n: int) -> None:
+        """Set ids, and the addresses of rows that stand in for embeddings."""
+        self._buffers["ids"][:n] = x.ids
+        rows = self._buffers["rows"]
+        rows[:n] = 0
+        self._given = {at: np.ascontiguousarray(row, np.float32) for at, row in x.rows.items()}  # kept until the next batch
+        for at, row in self._given.items():
+            rows[at] = row.ctypes.data
+
+    def _place(self, x: np.ndarray) -> int:
+        """Have rows of the stream in the buffer; returns the first one's number. A view of the buffer is there already."""
+        own = self._buffers["x"]
+        offset = x.ctypes.data - own.ctypes.data
+        if 0 <= offset < own.nbytes and x.strides[0] == own.strides[0]:
+            return offset // own.strides[0]
+        own[: len(x), : self._config.n_embd] = x
+        return 0
+
+    def _set_runs(self, runs: Sequence[Run]) -> None:
+        """Each token's position and cache, and the blocks of neighbours that attention works on."""
+        b, first, blocks = self._buffers, 0, []
+        most = tokens_per_block(self._config.n_heads, self._config.n_kv_heads)
+        for run in runs:
+            end = first + run.n
+            b["positions"][first:end] = np.arange(run.cache.pos, run.cache.pos + run.n)
+            b["tables"][first:end] = run.cache.table.ctypes.data
+            blocks += [(start, min(most, end - start)) for start in range(first, end, most)]
+            first = end
+        b["blocks"][: len(blocks)] = blocks
+        b["state"][BLOCKS] = len(blocks)
+
+    # running
+
+    def _run(self, first: int, last: int) -> None:
+        program = self._recorded.program
+        if first == last:
+            return
+        if self.timings is None:
+            self._pool.run(program, first, last)
+        else:
+            for label, seconds in zip(program.labels[first:last], self._pool.run_timed(program, first, last), strict=True):
+                self.timings[label] += seconds
+
+    def _run_layers(self, n: int) -> None:
+        ends = self._layer_ends
+        if self._recorded.expert_cuts:
+            self._run_fetching(n)
+        elif n < INTERRUPTIBLE:
+            self._run(0, ends[-1])
+        else:
+            for first, last in zip([0, *ends], ends, strict=False):
+                self._run(first, last)
+
+    def _run_fetching(self, n: int) -> None:
+        """All layers; each layer's experts are read while the shared one is computed."""
+        done, b = 0, self._buffers
+        for i, at in self._recorded.expert_cuts.items():
+            try:
+                self._run(done, at.guessed)
+                # of several choices in a prompt, sums are made in the experts' order, not as they come
+                if self._sure() if n == 1 else self._choices == 1:
+                    self.slots.expect(i, b["guess"][:n].tolist())
+                self._run(at.guessed, at.routed)
+                chosen = b["chosen"][i - self.layers.start, : n * self._choices].tolist()
+                visit = self.slots.visit(i, chosen, in_order=self._choices > 1)
+                self._run(at.routed, at.shared)
+                for expert in visit.gate_up:
+                    b["window"][:] = expert, expert + 1
+                    self._run(at.shared, at.multiplied)
+                down = visit.down()
+                self._run(at.multiplied, at.joined)
+                for expert in down:
+                    b["window"][:] = expert, expert + 1
+                    self._run(at.joined, at.end)
+            except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
+                self.slots.reset(i)
+                raise
+            done = at.end
+        self._run(done, self._layer_ends[-1])
+
+    def _sure(self) -> bool:
+        """Whether the guess for a single token is probably right; a wrong one costs more time than a right one saves."""
+        scores = sorted(self._buffers["router"][0, : self._config.n_experts].tolist())
+        return len(scores) == 1 or scores[-1] - scores[-2] > SURE * (scores[-1] - scores[0])
+
+    def _check(self) -> None:
+        """ModelFileError if the mapped file is no longer what it was: what was computed is wrong."""
+        if (part := self._guard.broken) is not None:
+            raise ModelFileError(
+                f"{self._paths[part]}: expected the file as it was opened, found it cut short or its disk failing; put it back "
+                f"and load it again"
+            )

@@ -1,0 +1,79 @@
+"""The seam between devices: a stage runs some layers, a cache keeps their keys and values.
+
+The engine is a row of stages. The first looks up embeddings, the last makes logits; both may have layers as well or none.
+Between two stages goes the residual stream, float32 [n_tokens, n_embd], and nothing else. How a device stores weights, which
+threads or queues it uses and where its experts come from is its own business.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+
+class Tokens(NamedTuple):
+    """What the first stage is given: ids, int64 [n], and for some positions in it a row that stands in for the embedding."""
+
+    ids: np.ndarray
+    rows: dict[int, np.ndarray]  # position in `ids` to float32 [n_embd]
+
+
+class Cache(Protocol):
+    """Keys and values of some layers for one sequence, up to `ctx` positions."""
+
+    pos: int  # positions held: 0 to pos - 1; the next token gets position `pos`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def reserve(self, n: int) -> None:
+        """Make room for `n` more positions; ContextFullError past ctx."""
+
+    def truncate(self, pos: int) -> int:
+        """Forget positions from `pos` on. Returns the position reached, which may be smaller: evaluate again from there."""
+
+    def held(self, layer: int) -> range:
+        """Positions of which a layer's keys and values can be exported."""
+
+    def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of positions start to end - 1, a copy, float16 [n_kv_heads, end - start, head_dim] each."""
+
+    def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Write what `export` returned, from position `start` on, after `reserve`. Set `pos` when all layers are restored."""
+
+
+class Run(NamedTuple):
+    """Some tokens of a batch that follow each other in one sequence: `n` of them, the first at position `cache.pos`.
+
+    A run does not cross the edge of a chunk, and the cache has room for it.
+    """
+
+    cache: Cache
+    n: int
+
+
+class Stage(Protocol):
+    """Layers i..j on one device."""
+
+    layers: range
+
+    def new_cache(self, ctx: int) -> Cache:
+        """An empty cache of the stage's layers for one sequence."""
+
+    def forward(self, x: Tokens | np.ndarray, runs: Sequence[Run]) -> np.ndarray:
+        """The residual stream after the stage's layers, float32 [n, n_embd], for tokens of one or several sequences in a row.
+
+        `x`: the stream before them, or Tokens for the first stage. Writes keys and values beyond `cache.pos` and leaves `pos`
+        to the caller, so that a call that breaks off changes nothing that counts. The result may be a view that lasts until the
+        next call of any stage of the device.
+        """
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits of rows of the stream, float32 [len(x), n_vocab]; of the last stage only."""
+
+    def shrink(self, nbytes: int) -> int:
+        """Give back up to so many bytes of what can be read again; returns how many."""
+
+    def close(self) -> None:
+        """Give back threads and memory; nothing may be called afterwards."""

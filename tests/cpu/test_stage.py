@@ -1,0 +1,182 @@
+"""The seam: a model cut into stages gives the same bytes; caches are exported and restored; sequences share a batch."""
+
+import threading
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from llamacli.device import Run, Tokens
+from llamacli.engine import Engine
+from llamacli.errors import LlamacliError, PromptError, UsageError
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
+
+SHAPES = {"scout": tiny.SCOUT, "maverick": tiny.MAVERICK, "two experts": {"used": 2}, "five layers": {"n_layers": 5}}
+CUTS = {"1": (), "2": (2,), "3": (1, 3), "the ends apart": (0, 4), "every layer": range(6)}
+
+
+def engine(path, slots=0, **more):
+    file = open_gguf(path)
+    config = Config.from_gguf(file)
+    return Engine(file, config, 2, slots * sum(map(config.is_moe, range(config.n_layers))), **more)
+
+
+def conversation(model):
+    """Logits after a prompt over three chunks, some single tokens, a rewind and another prompt."""
+    cache, ids = model.new_cache(64), np.random.RandomState(0).randint(0, 257, 50)
+    found = [model.forward(ids[:21], cache, all_logits=True)]
+    found += [model.forward([token], cache)[None] for token in ids[21:27]]
+    reached = cache.truncate(25)
+    found.append(model.forward(ids[reached:45], cache, all_logits=True))
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("slots", [0, 1, 3], ids=["mapped", "1 slot", "3 slots"])
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_any_number_of_stages_gives_the_same_bytes(shape, cuts, slots, tmp_path):
+    path = tiny.tiny_gguf(tmp_path / "tiny.gguf", **shape)
+    n_layers = shape.get("n_layers", 4)
+    cut = engine(path, slots, cuts=[c for c in cuts if c <= n_layers])
+    assert len(cut.stages) == 1 + len([c for c in cuts if c <= n_layers])
+    assert np.array_equal(conversation(cut), conversation(engine(path)))
+
+
+def test_the_ends_are_stages_without_layers(tmp_path):
+    stages = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), cuts=(0, 4)).stages
+    assert [list(stage.layers) for stage in stages] == [[], [0, 1, 2, 3], []]
+
+
+def test_tokens_of_several_sequences_share_a_batch(tmp_path):
+    """Three sequences at positions of their own, in different chunks, one token each and in runs; each as if it were alone."""
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", vocab=288))
+    stage, ids = model.stages[0], np.random.RandomState(3).randint(0, 257, (3, 24))
+    starts, lengths = (2, 9, 15), (1, 4, 1)
+    caches = [model.new_cache(32) for _ in starts]
+    for row, start, cache in zip(ids, starts, caches, strict=True):
+        model.forward(row[:start], cache)
+    alone = []
+    for row, start, n in zip(ids, starts, lengths, strict=True):
+        cache = model.new_cache(32)
+        model.forward(row[:start], cache)
+        alone.append(model.forward(row[start : start + n], cache, all_logits=True))
+    for cache, n in zip(caches, lengths, strict=True):
+        cache.reserve(n)
+    batch = np.concatenate([row[start : start + n] for row, start, n in zip(ids, starts, lengths, strict=True)])
+    x = stage.forward(Tokens(batch, {}), [Run(cache.parts[0], n) for cache, n in zip(caches, lengths, strict=True)])
+    together = stage.logits(x)
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4 * np.abs(together).max())
+    for cache, n in zip(caches, lengths, strict=True):
+        cache.pos += n
+    for row, cache, start, n in zip(ids, caches, starts, lengths, strict=True):  # what they wrote is right, too
+        whole = oracle.logits(tmp_path / "tiny.gguf", row[: start + n + 1], kv=np.float16)[-1]
+        np.testing.assert_allclose(model.forward(row[start + n : start + n + 1], cache), whole, atol=2e-3 * np.abs(whole).max())
+
+
+def test_single_tokens_of_few_sequences_give_the_bytes_of_each_alone(tmp_path):
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"))
+    stage, caches, alone = model.stages[0], [], []
+    for start in (1, 7, 12):
+        for keep in (True, False):
+            cache = model.new_cache(32)
+            model.forward(list(range(start)), cache)
+            if keep:
+                caches.append(cache)
+                cache.reserve(1)
+            else:
+                alone.append(model.forward([200], cache))
+    x = stage.forward(Tokens(np.array([200] * 3), {}), [Run(cache.parts[0], 1) for cache in caches])
+    assert np.array_equal(stage.logits(x), np.array(alone))
+
+
+# rows in place of embeddings
+
+
+class Row:
+    """A token whose embedding is given."""
+
+    def __init__(self, id, row):
+        self.id, self.row = id, row
+
+    def __index__(self):
+        return self.id
+
+
+def test_rows_that_stand_in_for_embeddings_are_used_as_they_are(tmp_path):
+    found = tiny.tensors(0)
+    path = tiny.tiny_gguf(tmp_path / "tiny.gguf")
+    model, ids = engine(path, cuts=(0,)), list(range(40, 60))
+    expected = model.forward(ids, model.new_cache(32), all_logits=True)
+    given = [Row(7, found["token_embd.weight"][i]) if 45 <= i < 52 else i for i in ids]
+    cache = model.new_cache(32)
+    assert np.array_equal(model.forward(given, cache, all_logits=True), expected)
+    assert not np.array_equal(model.forward([7 if isinstance(t, Row) else t for t in given], model.new_cache(32)), expected[-1])
+
+
+def test_a_row_of_another_width_is_refused(tmp_path):
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"))
+    with pytest.raises(PromptError, match="64 features"):
+        model.forward([Row(7, np.zeros(63, np.float32))], model.new_cache(8))
+
+
+# caches
+
+
+@pytest.mark.parametrize("cuts", [(), (1, 3)], ids=["1", "3"])
+@pytest.mark.parametrize("length", [5, 8, 13, 21])
+def test_an_exported_cache_goes_on_as_the_original_does(length, cuts, tmp_path):
+    model, ids = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), cuts=cuts), list(range(30))
+    cache, copy = model.new_cache(32), model.new_cache(32)
+    model.forward(ids[:length], cache)
+    copy.reserve(length)
+    for layer in range(4):
+        held = cache.held(layer)
+        assert held.stop == length
+        assert (held.start == 0) == (layer == 3 or length <= 8)  # layer 3 keeps everything, the others a chunk of 8
+        copy.restore(layer, held.start, *cache.export(layer, held.start, held.stop))
+    copy.pos = length
+    assert np.array_equal(model.forward(ids[length:], copy), model.forward(ids[length:], cache))
+
+
+def test_a_position_that_a_ring_has_lost_is_not_exported(tmp_path):
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"))
+    cache = model.new_cache(32)
+    model.forward(list(range(21)), cache)
+    with pytest.raises(ValueError, match="holds positions 16 to 20"):
+        cache.export(0, 8, 16)
+    assert cache.export(3, 8, 16)[0].shape == (2, 8, 16)
+
+
+# threads, closing
+
+
+def test_two_threads_on_one_model_get_right_answers(tmp_path):
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"))
+    prompts = [np.random.RandomState(n).randint(0, 257, 20) for n in range(2)]
+    expected = [model.forward(ids, model.new_cache(32)) for ids in prompts]
+    wrong = []
+
+    def ask(ids, right):
+        for _ in range(30):
+            if not np.array_equal(model.forward(ids, model.new_cache(32)), right):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in zip(prompts, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_closed_engine_says_so(tmp_path):
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), 2)
+    cache = model.new_cache(8)
+    model.forward([1, 2], cache)
+    model.close()
+    model.close()
+    with pytest.raises(UsageError, match="closed"):
+        model.forward([3], cache)
+    assert issubclass(UsageError, LlamacliError)
