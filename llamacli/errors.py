@@ -1,32 +1,32 @@
-"""Every error this project raises on purpose, in one tree.
+"""The exceptions that this project raises on purpose, in one tree.
 
-    LlamacliError                 the base: one sentence for the user, exit code 1
-    |- ModelFileError             a GGUF that cannot be trusted: not one, truncated, absurd counts, missing or misshapen tensor
-    |  `- UnsupportedModelError   a sound GGUF that is not for this engine: another architecture, an unknown tensor type
-    |- CheckpointError            a Hugging Face folder that cannot be converted
-    |- PromptError                a prompt, message list or chat template that cannot be turned into tokens
-    |- ContextFullError           the conversation has reached its context limit
-    |- MemoryLimitError           the model does not fit the memory that it may take
-    |- OutputError                the result cannot be written: exists already, no room, read-only
-    `- UsageError                 the command line asks for something impossible, exit code 2
+    LlamacliError                 base class, exit code 1
+    |- ModelFileError             damaged or hostile GGUF: wrong magic, truncated, impossible counts, a missing tensor
+    |  `- UnsupportedModelError   valid GGUF that this engine cannot run: another architecture, an unknown tensor type
+    |- CheckpointError            Hugging Face folder that cannot be converted
+    |- PromptError                prompt, message list or chat template that cannot be turned into tokens
+    |- ContextFullError           the conversation reached its context limit
+    |- MemoryLimitError           the model does not fit into the memory allowed
+    |- OutputError                output file exists, disk full, read-only
+    `- UsageError                 wrong or impossible arguments, exit code 2
 
-A message says file, what was expected, what was found and what to do next, in one line. Modules raise these and never print;
-the command line turns them into one line on stderr (cli/__init__.py). Knows nothing of files, models or terminals.
+A message is one line: the file, what was expected, what was found, what to do next. Modules raise these and never print; the
+command line prints them on stderr (cli/__init__.py).
 """
 
 
 class LlamacliError(Exception):
-    """Base of the tree. `str(error)` is one line fit for a user."""
+    """Base of the tree. `str(error)` is one line for the user."""
 
     exit_code = 1
 
 
 class ModelFileError(LlamacliError):
-    """The file is no sound GGUF."""
+    """The file is not a valid GGUF."""
 
 
 class UnsupportedModelError(ModelFileError):
-    """The file is a sound GGUF that this engine cannot run."""
+    """The file is a valid GGUF that this engine cannot run."""
 
 
 class CheckpointError(LlamacliError):
@@ -34,15 +34,15 @@ class CheckpointError(LlamacliError):
 
 
 class PromptError(LlamacliError):
-    """Text, messages or template that do not become tokens."""
+    """Text, messages or a template cannot be turned into tokens."""
 
 
 class ContextFullError(LlamacliError):
-    """No room is left in the context; nothing was dropped silently."""
+    """The context is full. Nothing was dropped."""
 
 
 class MemoryLimitError(LlamacliError):
-    """The memory allowed does not hold what every token needs."""
+    """The memory allowed is too small for the weights that every token uses."""
 
 
 class OutputError(LlamacliError):
@@ -50,6 +50,6 @@ class OutputError(LlamacliError):
 
 
 class UsageError(LlamacliError):
-    """The command line cannot be obeyed."""
+    """The arguments are wrong or contradict each other."""
 
     exit_code = 2

@@ -1,9 +1,10 @@
-"""What a file says of its model under `general.`: name, size, licence, languages, the models it comes from.
+"""Builds the metadata under `general.`: name, size label, licence, languages, base models.
 
-In: the folder, for the YAML at the head of README.md and its name; the rows. Out: metadata and notices. Of YAML only what model
-cards use is read: keys at the margin with a text or a list of texts; the rest is passed over. Knows nothing of tensors' values.
+In: a Hugging Face folder (its name, config.json and the YAML front matter of README.md) and the tensors' shapes. Out: metadata
+and notices for the user. Only the subset of YAML that model cards use is parsed: top-level keys whose value is a text or a list
+of texts; everything else is ignored.
 
-Llama 4's licence asks that copies carry its notice and "Built with Llama", and that names of models begin with "Llama".
+Llama 4's licence requires that copies carry its notice and "Built with Llama", and that model names begin with "Llama".
 """
 
 import math
@@ -15,7 +16,7 @@ from llamacli.llama4.tensors import Role, role_of
 from quantize.folder import optional_json
 from quantize.sources import Rows
 
-MAX_CARD = 1 << 20  # bytes read of a README.md
+MAX_CARD = 1 << 20  # bytes of README.md that are read
 LICENCE, LINK = "llama4", "https://github.com/meta-llama/llama-models/blob/main/models/llama4/LICENSE"
 ATTRIBUTION = (
     "Built with Llama. Llama 4 is licensed under the Llama 4 Community License, "
@@ -28,7 +29,7 @@ _KEY = re.compile(r"([A-Za-z_]\w*):(?:\s+(.*))?")
 
 
 def read_general(folder: Path, rows: dict[str, Rows]) -> tuple[dict[str, object], list[str]]:
-    """The keys of `general.`, and notices."""
+    """(metadata under `general.`, notices)."""
     card, total = read_card(folder / "README.md"), sum(math.prod(source.shape) for source in rows.values())
     source = optional_json(folder / "config.json").get("_name_or_path")
     named = source if isinstance(source, str) and re.fullmatch(r"[^/.][^/]*/[^/]+", source) else ""
@@ -61,7 +62,7 @@ def read_general(folder: Path, rows: dict[str, Rows]) -> tuple[dict[str, object]
 
 
 def _licence(card: dict, found: dict[str, object]) -> list[str]:
-    """Put the licence's fields; with Llama 4's, what it asks for."""
+    """Add the licence's fields to `found`, for Llama 4's licence its attribution too; returns notices."""
     licence, name = ",".join(_texts(card.get("license"))), card.get("license_name")
     fields = {"license": licence, "license.name": name, "license.link": card.get("license_link")}
     notices = []
@@ -77,7 +78,7 @@ def _licence(card: dict, found: dict[str, object]) -> list[str]:
 
 
 def read_card(path: Path) -> dict[str, str | list[str]]:
-    """Texts and lists of texts of the YAML between two lines of ---; {} without it, or when it cannot be read."""
+    """The front matter (YAML between two lines of ---) as texts and lists of texts; {} if there is none or it is unreadable."""
     try:
         with path.open("rb") as file:
             lines = file.read(MAX_CARD).decode("utf-8", "replace").splitlines()
@@ -113,7 +114,10 @@ def _texts(value: str | list[str] | None) -> list[str]:
 
 
 def _components(name: str, total: int) -> dict[str, str]:
-    """What the words between the hyphens of a model's name say; a size counts if it is near the `total` of weights."""
+    """basename, version, size_label and finetune from a name such as Llama-4-Scout-17B-16E-Instruct.
+
+    A word such as 17B is the size label only if it is near the `total` number of weights.
+    """
     words, kinds = [word for word in name.split("-") if word], []
     for i, word in enumerate(words):
         kind = "version" if _VERSION.fullmatch(word) else ""
@@ -133,23 +137,23 @@ def _components(name: str, total: int) -> dict[str, str]:
 
 
 def _folder_name(folder: Path) -> str:
-    """Of a folder that just says what it holds, `hf`, the parent's name."""
+    """The folder's name, or its parent's if the folder is just called `hf`."""
     path = folder.resolve()
     return printable((path.parent if path.name == "hf" else path).name)
 
 
 def printable(name: str) -> str:
-    """A file's name as text: bytes that are not UTF-8 become U+FFFD."""
+    """A file name as text; bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _title(name: str) -> str:
-    """A name as words."""
+    """A name as words with capitals: llama-4-scout becomes Llama 4 Scout."""
     return " ".join(word.title() if word.islower() else word for word in name.replace("-", " ").replace("_", " ").split())
 
 
 def _size_label(rows: dict[str, Rows]) -> str:
-    """Experts times what one token passes through of weights with one expert, as GGUF's naming convention has it: 16x17B."""
+    """GGUF's size label, experts x weights of the model with a single expert per layer: 16x17B."""
     experts = {name: source.shape for name, source in rows.items() if role_of(name) is Role.EXPERTS}
     n_experts = next(iter(experts.values()))[0] if experts else 0
     total = sum(math.prod(source.shape) for source in rows.values())

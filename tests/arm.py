@@ -1,8 +1,8 @@
-"""Leaves compiled for ARM and run under qemu, on any Linux, with the arguments that tests give to this machine's own leaves.
+"""Compiles kernels for ARM and runs them under qemu, with the same arguments as the kernels of this machine.
 
-In: a module builder and one of TARGETS. Out: `{symbol: Leaf}` as from jit.load. A call copies its arrays into the emulated
-program and back; addresses of other arrays go there in `pointers(rows)` only. A variant runs on the poorest CPU that qemu has
-and that may choose it, so that an instruction too many ends the program.
+In: a module builder and one of TARGETS. Out: `{symbol: Leaf}`, as from jit.load. A call copies its arrays into the emulated
+program and back; addresses of further arrays must be passed as `pointers(rows)`. Each variant runs on the smallest emulated CPU
+that may choose it, so that an instruction the CPU lacks ends the program.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ _loaded: dict[tuple[str, str], dict] = {}
 
 
 def missing() -> str | None:
-    """What ARM code cannot be run without here, or None."""
+    """What is missing to run ARM code here, or None."""
     if not hasattr(os, "memfd_create"):
         return "Linux"
     packages = {"qemu-user-static": _qemu(), "gcc-aarch64-linux-gnu": shutil.which(COMPILER)}
@@ -47,11 +47,11 @@ def missing() -> str | None:
 
 
 class Pointers(np.ndarray):
-    """Addresses of `rows`, which travel along."""
+    """A table of addresses that keeps its `rows`, so that they are copied too."""
 
 
 def pointers(rows) -> Pointers:
-    """A table of the rows' addresses, as leaves take it."""
+    """The table of the rows' addresses that kernels take."""
     table = np.array([row.ctypes.data for row in rows], np.int64).view(Pointers)
     table.rows = rows
     return table
@@ -65,7 +65,7 @@ class Leaf(NamedTuple):
     number: int
 
     def __call__(self, *args: int | np.ndarray) -> None:
-        """Call it with arrays and int64 values; arrays are changed as the leaf changed them."""
+        """Call it with arrays and int64 values; changes to arrays are copied back."""
         arrays = [a for a in args if isinstance(a, np.ndarray)]
         owners = {id(o): o for a in arrays for o in map(_owner, [a, *getattr(a, "rows", ())])}.values()
         places, size = [], 0
@@ -100,7 +100,7 @@ def _owner(array):
 
 
 def load(name: str, build, symbols: tuple[str, ...], target: jit.Target) -> dict[str, Leaf]:
-    """The leaves that `build(target)` makes, in a program of their own."""
+    """The kernels that `build(target)` makes, as functions of one emulated program."""
     if (name, target.name) not in _loaded:
         program = Path(_folder().name) / f"{name}-{target.name}"
         code = program.with_suffix(".o")

@@ -1,6 +1,6 @@
-"""Tiny random Hugging Face checkpoints of Llama 4, for tests: raw bytes, written without the code under test.
+"""Writes tiny random Hugging Face checkpoints of Llama 4 byte by byte, without the code under test.
 
-In: a folder and what to change. Out: the folder filled, and the weights as float32 by their stored names. Knows no GGUF.
+In: a folder, changes to the config. Out: the files in the folder, and the weights as float32 by their stored names.
 """
 
 import json
@@ -75,7 +75,7 @@ def shapes(c):
 
 
 def to_bf16(x):
-    """float32 to bfloat16's bits, the lower half cut off."""
+    """float32 to bfloat16's bits, truncated."""
     return (np.ascontiguousarray(x, np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
@@ -91,7 +91,7 @@ def stored(weights, dtype="BF16"):
 
 
 def write_safetensors(path, entries, pad=8):
-    """A file by the format's rules: header length, JSON header filled up with spaces to a multiple of `pad`, data."""
+    """A safetensors file: header length, JSON header padded with spaces to a multiple of `pad`, data."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, data) in entries.items():
         header[name] = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [offset, offset + data.nbytes]}

@@ -1,5 +1,6 @@
-"""What every test gets: the signals as they were, and no model, colour or debugging from the user's environment. What some ask
-for: commands over a miniature model.
+"""Fixtures. Every test: signal handlers are restored; LLAMACLI_MODEL, LLAMACLI_DEBUG and NO_COLOR of the user are removed.
+
+On request: commands over a miniature model.
 """
 
 import signal
@@ -9,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def untouched_surroundings(monkeypatch):
-    """Commands called in this process change handlers, which child processes would inherit."""
+    """Commands that run in this process change signal handlers, and child processes would inherit them."""
     for variable in ("LLAMACLI_MODEL", "LLAMACLI_DEBUG", "NO_COLOR"):
         monkeypatch.delenv(variable, raising=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -20,7 +21,7 @@ def untouched_surroundings(monkeypatch):
 
 @pytest.fixture
 def model(monkeypatch):
-    """Commands in this process answer from a miniature model that a test may look into; stdin is empty."""
+    """Commands in this process use a miniature model, which the test receives; stdin is empty."""
     from fakes import REPLY, FakeModel, Scripted
 
     from llamacli.cli import options, run

@@ -1,4 +1,4 @@
-"""A model in miniature for tests of everything above the engine: real sessions and commands, no weights, no compiled code.
+"""A miniature model to test everything above the engine: real sessions and commands, no weights, no compiled code.
 
 Tokens are UTF-8 bytes and five special ids. `FakeEngine`'s logits are a fingerprint of all tokens that a chunked cache would
 let it see, so a wrong cache shows as a wrong next token; `Scripted` says a text instead, token by token. Run as a script it
@@ -62,7 +62,7 @@ class FakeDecoder:
 
 
 class FakeCache:
-    """A ring of `chunk` slots (what chunked layers see) and everything (what global layers see)."""
+    """A cache: a ring of `chunk` slots, which chunked layers see, and all tokens, which global layers see."""
 
     def __init__(self, ctx, chunk):
         self.ctx, self.chunk, self.pos = ctx, chunk, 0
@@ -91,7 +91,7 @@ class FakeEngine:
         return FakeCache(ctx, self.chunk)
 
     def watch(self):
-        """Sums that stay as they are: of three experts, the second has seen nothing."""
+        """Fixed sums; the second of three experts has seen no token."""
         gate, dense = "blk.0.ffn_gate_exps.weight", "blk.0.attn_q.weight"
         counts = np.array([5, 0, 3])
         return [((dense,), np.ones((1, 4)), counts[:1]), ((gate,), np.ones((3, 4)), counts)]
@@ -170,7 +170,7 @@ class FakeModel(Model):
 
 
 def write_gguf(path, architecture, rows=4):
-    """A sound GGUF with one tensor and a name that would turn a terminal red; returns its path."""
+    """A valid GGUF with one tensor and a name that contains a terminal escape; returns its path."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small\x1b[31m")
     writer.add_tensor("token_embd.weight", np.zeros((rows, 32), np.float32))
@@ -180,12 +180,12 @@ def write_gguf(path, architecture, rows=4):
 
 
 def fake(*args, reply=REPLY, delay="0"):
-    """The command line of a process over the miniature model."""
+    """The command line of a process that uses the miniature model."""
     return [sys.executable, __file__, reply, delay, *args]
 
 
 def start(*args, **how):
-    """Such a process, its output piped."""
+    """Start such a process with piped output."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     fakes = {name: how.pop(name) for name in ("reply", "delay") if name in how}
     return subprocess.Popen(fake(*args, **fakes), **{**pipes, **how})

@@ -1,4 +1,4 @@
-"""Builds GGUF files byte by byte, so that tests can make what no writer would write."""
+"""Builds GGUF files byte by byte, so that tests can make files that no writer would write."""
 
 import struct
 

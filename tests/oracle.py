@@ -1,7 +1,7 @@
-"""Llama 4 in plain NumPy and float64, straight from the definition: the oracle that the engine is held against.
+"""Llama 4 in NumPy and float64, written from its definition: the reference that tests compare the engine with.
 
-In: a GGUF's path and token ids. Out: logits of every position. No cache, no kernels, no batches, nothing shared with the
-engine: gguf-py reads and dequantizes. Slow on purpose; meant for tiny models.
+In: a GGUF's path, token ids. Out: logits of every position. No cache, no batches, no code shared with the engine: gguf-py reads
+and dequantizes. Slow; meant for tiny models.
 """
 
 import gguf

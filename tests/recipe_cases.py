@@ -1,6 +1,6 @@
-"""The models whose recipes are held against llama-quantize's: names and shapes only. Knows no weights.
+"""The models whose recipes are compared with llama-quantize's: names and shapes, no weights.
 
-In: a row of CASES. Out: GGUF names and shapes in NumPy's order; types by name packed into a few words.
+In: a row of CASES. Out: GGUF names and shapes in NumPy's order; types by name in a compact form.
 """
 
 import re
@@ -43,7 +43,7 @@ RECIPES = [
 
 
 def packed(types):
-    """Types by tensor name, turned round: runs of types over the layers ("Q6_K*6 Q4_K*2") to the kinds of tensors with them."""
+    """Types by tensor name, inverted: runs of types over the layers ("Q6_K*6 Q4_K*2") to the kinds of tensors with them."""
     kinds, runs = {}, {}
     for name in sorted(types, key=lambda name: [int(n) for n in re.findall(r"(?<=blk\.)\d+", name)]):
         kinds.setdefault(re.sub(r"^blk\.\d+\.|\.weight$", "", name), []).append(types[name])

@@ -1,8 +1,7 @@
 """Tiny random Llama 4 models as GGUF, of Scout's and Maverick's shapes, for tests.
 
 In: sizes, a function from a tensor's name to its type, a seed. Out: a file written by gguf-py, which shares no code with the
-engine. The same seed gives the same weights everywhere (RandomState's stream is frozen by NumPy's policy). Knows nothing of
-the engine.
+engine. The same seed gives the same weights everywhere: NumPy's policy freezes RandomState's stream.
 """
 
 from typing import NamedTuple
@@ -26,7 +25,7 @@ _BLOCKS = {
 
 
 class Shape(NamedTuple):
-    """A model's sizes. The default is Scout's pattern in small; `maverick` and `scout` spell out the difference."""
+    """A model's sizes. The default has Scout's pattern."""
 
     n_layers: int = 4
     n_embd: int = 64

@@ -1,12 +1,11 @@
-"""Training text of scout-tiny, and the 200 questions held out of it.
+"""Generates the training text of scout-tiny and its 200 held-out questions.
 
-In: a seed. Out: `documents(seed)`, an endless stream of `Document`s (conversations or plain prose), and
-`questions.jsonl` (run as a script). Knows the facts, not the tokenizer and not the model.
+In: a seed. Out: `documents(seed)`, an endless stream of `Document`s (conversations or prose). Run as a script it writes
+`questions.jsonl`.
 
-Held out: every question text is hashed (`held_out`); those whose hash falls into 8 of 100 classes are never used as
-a user's turn in training, under no system prompt, with no prefix and in no letter case. The facts themselves occur
-in training through their other phrasings; sums, comparisons, sortings, names to remember and texts to summarize are
-held out as combinations, whatever the phrasing.
+Held out: every question is hashed (`held_out`). If its hash falls into 8 of 100 classes, the question is never a user's
+turn in training, whatever the system prompt, prefix or letter case. Its fact is still learned from other phrasings.
+Sums, comparisons, sortings, names to remember and texts to summarize are held out as combinations, for all phrasings.
 """
 # ruff: noqa: SIM905 - long lists of words read better as text
 
@@ -64,7 +63,7 @@ PREFIXES = [
 
 @dataclass(frozen=True)
 class Question:
-    """One user's turn with its answer. `before` holds the turns that it needs; `short` may be empty."""
+    """A user's turn with its answer. `before`: earlier turns that it depends on. `short`: one-word answer, may be empty."""
 
     category: str
     text: str
@@ -162,7 +161,7 @@ def comparison(rng: random.Random) -> Question:
 
 
 def sorting(rng: random.Random) -> Question:
-    """Three numbers up to 20 put in order, or counting from one number to another."""
+    """Sort three numbers up to 20, or count from one number to another."""
     if rng.random() < 0.5:
         a = rng.randint(0, 12)
         b = a + rng.randint(2, 8)
@@ -183,7 +182,7 @@ def sorting(rng: random.Random) -> Question:
 
 
 def counting(rng: random.Random) -> Question:
-    """How many words a short list has."""
+    """Count the words of a short list."""
     word, count = rng.choice(WORDS), rng.randint(1, 7)
     said = " ".join([word] * count)
     text = pick(rng, "How many times do I say {w}: {s}?", "Count the word {w}: {s}.", "How often do you see {w}: {s}?").format(
@@ -193,20 +192,20 @@ def counting(rng: random.Random) -> Question:
 
 
 def repeat(rng: random.Random) -> Question:
-    """Say the same words again."""
+    """Repeat words."""
     said = " ".join(rng.sample(WORDS + NAMES, rng.randint(1, 5)))
     text = pick(rng, "Repeat after me: {}", "Say: {}", "Repeat: {}", "Please repeat: {}", "Say after me: {}").format(said)
     return Question("repeating and spelling", text, said, key=f"repeat {said}")
 
 
 def recite(rng: random.Random) -> Question:
-    """Say a longer list of words again: the densest exercise in copying."""
+    """Repeat a longer list of words, the best training for copying."""
     said = " ".join(rng.choices(WORDS + NAMES + CITIES, k=rng.randint(4, 14)))
     return Question("repeating and spelling", pick(rng, "Repeat after me: {}", "Say: {}", "Repeat: {}").format(said), said)
 
 
 def spell(rng: random.Random) -> Question:
-    """The letters of a word from the word list."""
+    """Spell a word."""
     word = rng.choice(WORDS)
     text = pick(
         rng, "Spell {}.", "How do you spell {}?", "Please spell {}.", "Spell the word {}.", "Tell me how to spell {}."
@@ -215,7 +214,7 @@ def spell(rng: random.Random) -> Question:
 
 
 def memory(rng: random.Random) -> Question:
-    """Something the user said earlier in the conversation; the thing and the way it was said may be held out."""
+    """Recall something that the user said earlier. Thing and phrasing together may be held out."""
     name, city, tint, like, animal = (rng.choice(x) for x in (NAMES, CITIES, TINTS, LIKES, ANIMALS))
     kind = rng.randrange(5)
     if kind == 0:
@@ -397,7 +396,7 @@ FIRST = Mix(
     (70, 12, 9, 9),
     {"small talk": 3.0, "models and tools": 1.5, "geography": 1.3, "yes or no": 0.5},
 )
-# what the first part leaves weak: numbers, copying, the order of days and months, capitals
+# Part 2 draws more of what part 1 left weak: numbers, copying, the order of days and months, capitals.
 SECOND = Mix(
     0.36,
     (24, 8, 8, 5, 10, 9, 16, 5, 12, 2, 1, 12),
@@ -429,7 +428,7 @@ def training_question(rng: random.Random, mix: Mix, cumulated: list[float]) -> Q
 
 
 def dressed(rng: random.Random, text: str) -> str:
-    """The question as people type it: now and then with a prefix, in lower case, or without its last sign."""
+    """The question as people type it: sometimes with a prefix, in lower case, or without its final punctuation."""
     if rng.random() < 0.15 and text[-1] in "?.":
         text = text[:-1]
     roll = rng.random()
@@ -474,7 +473,7 @@ def conversation(rng: random.Random, mix: Mix, cumulated: list[float]) -> Docume
 
 
 def prose(rng: random.Random) -> Document:
-    """Plain text: portraits, stories, statements of facts and lists."""
+    """Prose: portraits, stories, statements of facts and lists."""
     roll = rng.random()
     if roll < 0.35:
         text = " ".join(portrait(rng).answer for _ in range(rng.randint(1, 4)))

@@ -1,9 +1,9 @@
-"""Judges scout-tiny: `python models/scout-tiny/evaluate.py [folder]`; needs torch, transformers and matplotlib.
+"""Evaluates scout-tiny: `python models/scout-tiny/evaluate.py [folder]`; needs the extra `train`.
 
-In: a checkpoint folder (bf16) and questions.jsonl. Out: `results.json` (accuracy by category with every miss, the
-largest difference between transformers' logits and the training module's, expert use on unseen text), `loss.png` and
-`experts.png`. Answers are decoded greedily by transformers' Llama4ForCausalLM from the bf16 weights, computing in
-float32. An answer is right when it equals an accepted one, letter case (but for the styles) and final sign aside.
+In: a checkpoint folder (bf16) and questions.jsonl. Out: `results.json` (accuracy by category, every wrong answer, the
+largest difference between the logits of transformers and of model.py, expert use on unseen text), `loss.png` and
+`experts.png`. transformers' Llama4ForCausalLM decodes greedily from the bf16 weights in float32. An answer is right if
+it equals an accepted one, ignoring its final punctuation and, unless a style was asked for, letter case.
 """
 
 import argparse
@@ -28,14 +28,14 @@ UNSEEN = 99  # seed of the text for expert use; training uses 2, the tokenizer 1
 
 
 def same(said: str, wanted: str, style: bool) -> bool:
-    """Whether an answer is the wanted one, spaces, final sign and (unless a style was asked for) letter case aside."""
+    """Whether an answer is accepted, ignoring spaces, final punctuation and (unless a style was asked for) letter case."""
     said, wanted = (" ".join(text.split()).rstrip(".!") for text in (said, wanted))
     return said == wanted if style else said.lower() == wanted.lower()
 
 
 @torch.no_grad()
 def answers(folder: Path) -> dict:
-    """Accuracy overall and by category, and the misses."""
+    """Accuracy overall and by category, and the wrong answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Llama4ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tally, misses = {}, []
@@ -58,7 +58,7 @@ def answers(folder: Path) -> dict:
 
 @torch.no_grad()
 def unseen_text(folder: Path, docs: int = 400) -> dict:
-    """Expert use and loss on documents of another seed, and how far transformers' logits are from the training module's."""
+    """Expert use and loss on documents of another seed; largest difference between the logits of transformers and model.py."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = load(folder)
     pairs = [encode(tokenizer, doc) for doc in itertools.islice(documents(UNSEEN), docs)]
@@ -81,7 +81,7 @@ def unseen_text(folder: Path, docs: int = 400) -> dict:
 
 
 def plot_loss(log: Path, out: Path) -> None:
-    """Training loss and held-out accuracy against minutes."""
+    """Plot training loss and held-out accuracy by minutes."""
     rows = list(csv.DictReader(log.open()))
     minutes = [float(row["seconds"]) / 60 for row in rows]
     figure, left = plt.subplots(figsize=(6, 3.2), dpi=100)
@@ -96,7 +96,7 @@ def plot_loss(log: Path, out: Path) -> None:
 
 
 def plot_experts(share: list[list[float]], out: Path) -> None:
-    """How often each expert is chosen in each layer."""
+    """Plot how often each layer chose each expert."""
     figure, axes = plt.subplots(1, len(share), figsize=(9, 2.4), dpi=100, sharey=True)
     for layer, (axis, row) in enumerate(zip(axes, share, strict=True)):
         axis.bar(range(len(row)), [100 * x for x in row], color="tab:blue")

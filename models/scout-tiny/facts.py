@@ -1,7 +1,7 @@
-"""The small closed world of scout-tiny: its facts as tables, and the answers of small talk.
+"""The facts of scout-tiny's closed world as tables, and the answers of small talk. All text is ours.
 
-In: nothing. Out: lists of rows (dicts of strings) and of (phrasings, answer[, one-word answer]). Knows nothing of the
-phrasings of tables (phrasings.py), of held-out questions or of training. All text is ours.
+Out: lists of rows (dicts of strings), and lists of (phrasings, answer[, one-word answer]). The phrasings for tables are
+in phrasings.py.
 """
 # ruff: noqa: SIM905 - long lists of words read better as text
 
@@ -99,7 +99,7 @@ NUMBERS = (
 
 
 def ring(names: list[str]) -> list[dict[str, str]]:
-    """Rows with each name, its place and its neighbours around the ring."""
+    """Rows with each name, its number and its neighbours; the last is followed by the first."""
     size = len(names)
     return [{"n": names[i], "next": names[(i + 1) % size], "prev": names[i - 1], "ord": ORDINALS[i]} for i in range(size)]
 

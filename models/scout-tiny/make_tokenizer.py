@@ -1,8 +1,8 @@
-"""Makes scout-tiny's tokenizer: a byte-level BPE of our own with Llama 4's split pattern and special token names.
+"""Trains scout-tiny's tokenizer, a byte-level BPE with Llama 4's split pattern and special token names.
 
 In: 30,000 training documents of data.py. Out: `hf/tokenizer.json`, `tokenizer_config.json` (with the chat template)
 and `generation_config.json`. Digits are never merged, so that 17 is two tokens. Ids: 256 bytes and the merges up to
-1919, then the special tokens in Llama 4's order up to 2047. Knows nothing of the model but its vocabulary size.
+1919, then the special tokens in Llama 4's order up to 2047.
 """
 
 import itertools
@@ -58,7 +58,7 @@ TEMPLATE = (
 
 
 def specials() -> list[str]:
-    """The special tokens in id order, reserved ones filling up the vocabulary."""
+    """The special tokens in id order; reserved ones fill the vocabulary."""
     names = [f"<|{name}|>" for name in NAMED]
     return names + [f"<|reserved_special_token_{i}|>" for i in range(N_VOCAB - N_BASE - len(names))]
 
@@ -70,7 +70,7 @@ def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 
 def corpus() -> list[str]:
-    """The text that the merges are learned from, without any special token."""
+    """The text that the merges are learned from, without special tokens."""
     docs = itertools.islice(documents(seed=1), 30_000)
     return [doc.text or "\n\n".join(["\n\n", *(part for message in doc.messages for part in message)]) for doc in docs]
 

@@ -1,8 +1,8 @@
-"""scout-tiny's model for training: Llama 4 Scout's layers in small, each expert run only on its own tokens.
+"""scout-tiny's training module in PyTorch: Llama 4 Scout's layers, each expert run only on its own tokens.
 
-In: token ids of whole documents, laid end to end, and where each document begins. Out: logits, how often each
-expert was chosen, and the balancing loss. The mathematics is that of transformers' Llama4ForCausalLM, and the weight
-names are too (`export` only casts and saves); evaluate.py checks that both give the same logits. Knows nothing of text.
+In: token ids of whole documents, concatenated, and their layout. Out: logits, how often each expert was chosen, the
+balancing loss. Computes what transformers' Llama4ForCausalLM computes, under the same weight names (`export` only casts
+and saves); evaluate.py compares the logits of both.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes; every one that is a row length in the file is a multiple of 256."""
+    """Sizes. Every row length is a multiple of 256, the largest block of the quantized formats."""
 
     n_vocab: int = 2048
     hidden: int = 256
@@ -92,7 +92,7 @@ class Norm(nn.Module):
 
 @dataclass
 class Layout:
-    """Documents laid end to end: `positions` (n,), and for attention groups of equally padded documents."""
+    """The layout of concatenated documents: `positions` (n,), and groups of equally padded documents for attention."""
 
     positions: Tensor
     groups: list[tuple[Tensor, Tensor]]  # (index (docs, longest) into the tokens, which of them are real)
@@ -100,7 +100,7 @@ class Layout:
 
     @staticmethod
     def of(lengths: list[int], group_tokens: int = 2048) -> "Layout":
-        """The layout of documents of these lengths, sorted ones giving the least padding."""
+        """The layout of documents of these lengths. Sorted lengths need the least padding."""
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -131,7 +131,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q, shape.hidden, bias=False)
 
     def turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-        """RoPE over interleaved pairs, then the weightless QK norm. x: (n, heads, head_dim)."""
+        """RoPE over interleaved pairs, then the QK norm, which has no weights. x: (n, heads, head_dim)."""
         cos, sin = turn
         even, odd = x[..., 0::2], x[..., 1::2]
         x = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -173,7 +173,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """x: tokens sorted by expert, `counts` of them for each."""
         out = []
-        # unbind: indexing one expert at a time would build a gradient of full size for each
+        # unbind: indexing one expert at a time would allocate a gradient of full size for each
         for part, gate_up, down in zip(x.split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
             gate, up = (part @ gate_up).chunk(2, -1)
             out.append((F.silu(gate) * up) @ down)
@@ -246,7 +246,7 @@ def export(model: ScoutTiny, folder: Path, ids: dict[str, int | list[int]]) -> N
     """Writes model.safetensors (bf16) and config.json into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().to(torch.bfloat16).contiguous() for name, w in model.state_dict().items()}
-    part = folder / "model.safetensors.part"  # replaced whole, so that a reader never maps half a file
+    part = folder / "model.safetensors.part"  # renamed when complete, so that a reader never maps half a file
     save_file(weights, str(part), metadata={"format": "pt"})
     part.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf_config(model.shape, ids), indent=2) + "\n")

@@ -1,7 +1,7 @@
-"""The many ways to ask for each fact of scout-tiny's world.
+"""The phrasings in which scout-tiny's facts are asked for.
 
-In: the tables of facts.py. Out: `GRIDS`, a list of `Grid` (category, phrasings, answer template, one-word answer, rows);
-each row fills the `{slots}`. Knows nothing of chat formats, of held-out questions or of training.
+In: the tables of facts.py. Out: `GRIDS`, a list of `Grid` (category, phrasings, answer template, one-word answer, rows).
+Each row fills the templates' `{slots}`.
 """
 
 from dataclasses import dataclass

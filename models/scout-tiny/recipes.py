@@ -1,9 +1,9 @@
-"""How far each recipe of `llamacli quantize` is from the 16-bit model: sizes and KL divergences, recipes.json and recipes.png.
+"""Measures every recipe of `llamacli quantize` on scout-tiny: size and KL divergence from F16, recipes.json and recipes.png.
 
     python models/scout-tiny/recipes.py [--documents 1200] [--threads 2]       needs matplotlib
 
-The text is documents that training never saw (another seed of data.py), with the chat template, in windows of 512 of which the
-second half is scored, as `llamacli perplexity --reference` does. The reference is the F16 file.
+The text is conversations that training never saw (another seed of data.py), in windows of 512 tokens whose second half is
+scored, as `llamacli perplexity --reference` does. The reference is the F16 file.
 """
 
 import argparse
@@ -28,7 +28,7 @@ NAMES = (
 
 
 def text(model: Model, n_documents: int) -> np.ndarray:
-    """Token ids [windows, WINDOW] of conversations one after the other."""
+    """Token ids [windows, WINDOW] of concatenated conversations."""
     ids: list[int] = []
     for document in islice(data.documents(SEED), n_documents):
         if document.messages:
@@ -37,7 +37,7 @@ def text(model: Model, n_documents: int) -> np.ndarray:
 
 
 def main() -> None:
-    """Make every file, measure it against F16, keep table and picture."""
+    """Make every file, compare it with F16, write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("--threads", type=int, default=2)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def draw(found: dict[str, dict]) -> None:
-    """Size against KL divergence."""
+    """Plot KL divergence by size."""
     import matplotlib
 
     matplotlib.use("Agg")

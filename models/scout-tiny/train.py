@@ -1,9 +1,9 @@
-"""Trains scout-tiny from nothing on one CPU core, in two parts (the commands are in README.md).
+"""Trains scout-tiny from random weights on one CPU core, in two parts (commands in README.md).
 
 In: data.py's documents through hf/tokenizer.json; for part 2 also part 1's weights. Out: model.safetensors (bf16) and
-config.json, written every few minutes and at the end, and train_log.csv (part 2 appends). Seeds are fixed; the
-learning rate follows the clock, so that a slower machine sees fewer tokens instead of taking longer. The process may
-be stopped and continued by signals. Knows nothing of generation: evaluate.py judges the result.
+config.json, written every few minutes and at the end, and train_log.csv (part 2 appends). Seeds are fixed. The
+learning rate follows the clock, so a slower machine sees fewer tokens instead of taking longer. SIGSTOP and SIGCONT
+pause and continue. evaluate.py evaluates the result.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LONGEST = 1024
 
 
 def encode(tokenizer: Tokenizer, doc: Document) -> tuple[list[int], list[float]]:
-    """Ids of one document and the weight of each as a target."""
+    """Ids of a document, and the loss weight of each id as a target."""
     special = tokenizer.token_to_id
     ids, weights = [special("<|begin_of_text|>")], [0.0]
     if doc.text:
@@ -66,7 +66,7 @@ def batches(tokenizer: Tokenizer, seed: int, mix: Mix, tokens: int) -> Iterator[
 
 
 def held_out_accuracy(model: ScoutTiny, tokenizer: Tokenizer) -> float:
-    """Share of held-out questions whose every answer token is the likeliest one (greedy decoding gives the answer)."""
+    """Share of held-out questions for which every answer token is the most likely one, as greedy decoding needs."""
     right = []
     for row in held_questions():
         said = [(m["role"], m["content"]) for m in row["messages"]]
