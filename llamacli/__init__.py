@@ -47,6 +47,12 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+DRY_BREAKERS = ("\n", ":", '"', "*")
+FILE_SAMPLING = {  # general.sampling.* to keywords of Sampler
+    **{name: name for name in ("temp", "top_k", "top_p", "min_p", "xtc_probability", "xtc_threshold")},
+    **{"penalty_last_n": "repeat_last_n", "penalty_repeat": "repeat_penalty"},
+    **{"mirostat_tau": "mirostat_tau", "mirostat_eta": "mirostat_eta"},
+}
 DEFAULT_CTX = 8192  # tokens; the file's own limit may be 10 million, which no memory holds
 
 
@@ -114,12 +120,22 @@ class Model:
 
         return render(self.tokenizer, list(messages), self.gguf.metadata.get("tokenizer.chat_template"))
 
-    def sampler(self, **settings):
-        """A Sampler; `settings`: temp, top_k, top_p, min_p, repeat_penalty, seed. None means the model's default."""
+    def sampler(self, *, ignore_eos: bool = False, dry_sequence_breakers: Sequence[str] | None = None, **settings):
+        """A Sampler; `settings` as for `Sampler`, None means the model's default.
+
+        `ignore_eos`: the tokens that end an answer are never picked. `dry_sequence_breakers`: texts that end a repetition, as
+        does every token with one of them in it (default: line break, colon, quotation mark, star).
+        """
         from llamacli.text.sampler import Sampler
 
-        chosen = {name: value for name, value in settings.items() if value is not None}
-        return Sampler(**{**self.defaults, **chosen}, hidden_ids=self.tokenizer.hidden_ids)
+        chosen = {**self.defaults, **{name: value for name, value in settings.items() if value is not None}}
+        if chosen.get("dry_multiplier"):
+            breakers = DRY_BREAKERS if dry_sequence_breakers is None else dry_sequence_breakers
+            chosen["dry_breakers"] = self.tokenizer.ids_with(breakers)
+        hidden = self.tokenizer.hidden_ids
+        if ignore_eos:
+            hidden = [*hidden, *self.tokenizer.stop_ids]
+        return Sampler(**chosen, hidden_ids=hidden)
 
     def stream(
         self, messages: Sequence[dict[str, str]], max_tokens: int | None = None, stop: Sequence[str] = (), **settings
@@ -129,13 +145,17 @@ class Model:
 
 
 def sampling_defaults(metadata) -> dict[str, float]:
-    """Sampling values by a file's metadata; Llama 4's where it says nothing or nonsense."""
+    """Sampling values by a file's metadata, as llama.cpp names them; Llama 4's where it says nothing or nonsense."""
+    from llamacli.text.samplers import checked
+
     values = {"temp": 0.6, "top_p": 0.9}
-    ranges = {"temp": (0.0, 5.0), "top_k": (0, 1 << 20), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0)}
-    for name, (low, high) in ranges.items():
-        value = metadata.get(f"general.sampling.{name}")
-        if type(value) in ((int,) if name == "top_k" else (int, float)) and low <= value <= high:
-            values[name] = value
+    for key, name in FILE_SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}")
+        try:
+            if value is not None and not (name == "temp" and value > 5):
+                values[name] = checked(name, value)
+        except (UsageError, TypeError):
+            continue
     return values
 
 

@@ -1,122 +1,217 @@
 """Logits to the next token.
 
-In: float32 logits [n_vocab] and the ids so far. Out: one id. The order is fixed: hidden tokens out, repeat penalty, (temp 0:
-the largest logit, done), temperature, top-k, top-p, min-p, then a draw from what is left. Only what is undecided is sorted: a
-vocabulary of 202,048 costs half a millisecond, a few where a model thinks everything possible. Knows nothing of text.
+In: float32 logits [n_vocab] and the ids so far. Out: one id.
+
+First logit biases are added and hidden and masked tokens taken out. Then come the steps of `samplers` (samplers.py), by default
+penalties, dry, temperature, top_n_sigma, top_k, typ_p, top_p, min_p, xtc; those that are off cost nothing. With mirostat, it
+stands in place of all steps that choose tokens. Last comes a draw from what is left. At temp 0 the largest logit is taken after
+the penalties. A vocabulary of 202,048 costs half a millisecond, a few where a model thinks everything possible.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from llamacli.errors import LlamacliError, UsageError
+from llamacli.text import samplers as steps
+from llamacli.text.samplers import DEFAULT_ORDER, SETTINGS, Candidates
 
-PENALTY_WINDOW = 64  # tokens that the repeat penalty looks back
 _NOTHING = 30  # a logit so many temperatures below the best has a weight of e^-30, a whole vocabulary of them 2e-8
-_LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
-_FEW = 256  # weights that are sorted rather than halved
+_LOGIT_LIMIT = 1e30  # of a bias that is finite
+_CHANGES = ("penalties", "dry")  # steps after which an unlikely token may be a likely one
+
+
+class Constraint(Protocol):
+    """What a grammar must offer to `Sampler`."""
+
+    def mask(self, logits: np.ndarray) -> None:
+        """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place."""
+
+    def accept(self, id: int) -> None:
+        """Take note of the token that was picked."""
 
 
 class Sampler:
     """How to pick. The same seed and the same logits give the same ids; `seed` None is a new draw each time.
 
-    `temp` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 are off. `hidden_ids` are never picked; ids past
-    the logits are ignored.
+    Settings are keywords with the names of `samplers.SETTINGS`, which holds defaults and ranges. `temp` 0 is greedy. Off are:
+    top_k 0, top_p 1, min_p 0, typical_p 1, top_n_sigma 0, repeat_penalty 1, presence_penalty and frequency_penalty 0,
+    dry_multiplier 0, xtc_probability 0, dynatemp_range 0. `repeat_last_n` and `dry_penalty_last_n` count tokens, -1 means all.
+
+    `mirostat`: 0 or 2. `dry_breakers`: ids that end a repetition. `logit_bias`: id to what is added to its logit, -inf bans it.
+    `samplers`: the order of the steps, names as in `DEFAULT_ORDER`; a step that is not named is off. `hidden_ids` are never
+    picked; ids past the logits are ignored. `logprobs`: after each pick, `chosen` holds the logarithm of the model's own
+    probability for the token and a list of the likeliest, (id, logarithm). `constraint`: see `Constraint`.
+
+    UsageError for a setting without sense.
     """
 
     def __init__(
         self,
-        temp: float = 0.6,
-        top_k: int = 0,
-        top_p: float = 0.9,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
+        *,
         seed: int | None = None,
+        mirostat: int = 0,
+        dry_breakers: Iterable[int] = (),
+        logit_bias: Mapping[int, float] | None = None,
+        samplers: Sequence[str] | None = None,
         hidden_ids: np.ndarray | None = None,
+        logprobs: int | None = None,
+        constraint: Constraint | None = None,
+        **settings: float,
     ):
-        for name, value, sound in (
-            ("temp", temp, temp >= 0),
-            ("top_k", top_k, top_k >= 0),
-            ("top_p", top_p, 0 <= top_p <= 1),
-            ("min_p", min_p, 0 <= min_p <= 1),
-            ("repeat_penalty", repeat_penalty, 0.01 <= repeat_penalty <= 100),
-            ("seed", seed, seed is None or seed >= 0),
-        ):
-            if not sound or (isinstance(value, float) and not np.isfinite(value)):
-                raise UsageError(f"{name} {value} makes no sense; see `llamacli run --help` for the ranges")
-        self.temp, self.top_k, self.top_p, self.min_p, self.repeat_penalty = temp, int(top_k), top_p, min_p, repeat_penalty
+        if unknown := sorted(settings.keys() - SETTINGS.keys()):
+            raise UsageError(f"expected settings among {', '.join(sorted(SETTINGS))}, found {unknown[0]}")
+        self.settings = {name: steps.checked(name, settings.get(name, rule[0])) for name, rule in SETTINGS.items()}
+        if seed is not None and (type(seed) is not int or seed < 0):
+            raise UsageError(f"seed: expected a whole number from 0 up, found {seed!r:.40}")
+        if mirostat not in (0, 2):
+            raise UsageError(f"mirostat: expected 0 or 2, found {mirostat!r:.40}")
+        if logprobs is not None and not 0 <= logprobs <= 1000:
+            raise UsageError(f"logprobs: expected a count from 0 to 1000, found {logprobs!r:.40}")
+        self.order = tuple(DEFAULT_ORDER if samplers is None else samplers)
+        if wrong := next((name for name in self.order if name not in DEFAULT_ORDER or self.order.count(name) > 1), None):
+            raise UsageError(f"samplers: expected each once of {', '.join(DEFAULT_ORDER)}, found {wrong!r:.40}")
+        self.mirostat, self.logprobs, self.constraint = mirostat, logprobs, constraint
+        self.chosen: tuple[float, list[tuple[int, float]]] | None = None
+        self._mu = 2 * self.settings["mirostat_tau"]
         self._hidden = np.unique(np.asarray(() if hidden_ids is None else hidden_ids, np.int64))
+        self._biased, self._bias = _biases(logit_bias or {})
+        self._breakers = frozenset(dry_breakers)
         self._random = np.random.default_rng(seed)
-        self._logits = np.empty(0, np.float32)
+        self._own = np.empty(0, np.float32)
+        self._in_use = self._active()
+        self._temp = self.settings["temp"] if "temperature" in self.order else 1.0
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
-        """The next id. `logits` are left as they are; of `history` the last 64 ids count, for the repeat penalty.
+        """The next id. `logits` are left as they are; `history` counts for the penalties.
 
         LlamacliError if a logit is NaN or none is left: a silent guess would hide a damaged model.
         """
-        logits = self._prepared(logits, history)
-        best = int(logits.argmax())
-        if not logits[best] > -np.inf:  # NaN comes out as the largest, so this sees it wherever it is
-            found = "NaN" if np.isnan(logits[best]) else "none that may be sampled"
-            raise LlamacliError(f"expected the model's logits to be numbers, found {found}; the model file is damaged")
-        if self.temp == 0 or self.top_k == 1 or logits[best] == np.inf:
-            return best
-        ids, weights = self._candidates(logits, logits[best])
-        total = np.cumsum(weights, dtype=np.float64)
-        return int(ids[min(np.searchsorted(total, self._random.random() * total[-1], "right"), len(ids) - 1)])
+        candidates = self.candidates(logits, history)
+        if len(candidates.logits) == 1:
+            id = int(candidates.ids[0])
+        else:
+            id = self._surprising(candidates) if self.mirostat else self._draw(candidates)
+        if self.logprobs is not None:
+            self.chosen = log_probabilities(logits, id, self.logprobs)
+        if self.constraint is not None:
+            self.constraint.accept(id)
+        return id
 
-    def _prepared(self, logits: np.ndarray, history: Sequence[int]) -> np.ndarray:
-        """A copy in the sampler's own buffer: hidden tokens at -inf, recent tokens penalised."""
-        if self._logits.shape != logits.shape:
-            self._logits = np.empty(logits.shape, np.float32)
-            self._hidden = self._hidden[(self._hidden >= 0) & (self._hidden < len(logits))]
-        own = self._logits
+    def candidates(self, logits: np.ndarray, history: Sequence[int] = ()) -> Candidates:
+        """The tokens that `pick` draws from, and their logits after all steps."""
+        candidates = Candidates(self._prepared(logits))
+        changes = max((i for i, name in enumerate(self._in_use) if name in _CHANGES), default=-1) + 1
+        first, then = self._in_use[:changes], self._in_use[changes:]  # what is unlikely may be dropped only in between
+        if any(name not in _CHANGES for name in first):
+            _best(candidates)  # before a step meets NaN
+        for name in first:
+            self._step(name, history, shifted=False)(candidates)
+        best = _best(candidates)
+        if self._temp == 0 or candidates.logits[best] == np.inf:
+            candidates.keep(np.array([best]))
+            return candidates
+        span = self.settings["dynatemp_range"]
+        plain = then[:1] == ("temperature",) and not span
+        measured = "top_n_sigma" in then or ("temperature" in then and span > 0)
+        candidates.cut(_NOTHING * (self._temp if plain else max(1.0, self._temp + span)), measured)
+        for name in then:
+            self._step(name, history)(candidates)
+        return candidates
+
+    def _active(self) -> tuple[str, ...]:
+        """The steps in order that do something."""
+        s = self.settings
+        off = {
+            "penalties": (s["repeat_penalty"], s["presence_penalty"], s["frequency_penalty"]) == (1, 0, 0)
+            or s["repeat_last_n"] == 0,
+            "dry": s["dry_multiplier"] == 0 or s["dry_penalty_last_n"] == 0,
+            "temperature": s["temp"] == 1 and s["dynatemp_range"] == 0,
+            "top_n_sigma": s["top_n_sigma"] == 0,
+            "top_k": s["top_k"] == 0,
+            "typ_p": s["typical_p"] == 1,
+            "top_p": s["top_p"] == 1,
+            "min_p": s["min_p"] == 0,
+            "xtc": s["xtc_probability"] == 0 or s["xtc_threshold"] > 0.5,
+        }
+        if self.mirostat:
+            off |= dict.fromkeys(("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc"), True)
+        return tuple(name for name in self.order if not off[name])
+
+    def _step(self, name: str, history: Sequence[int], shifted: bool = True) -> steps.Step:
+        s = self.settings
+        match name:
+            case "penalties":
+                amounts = (s["repeat_penalty"], s["presence_penalty"], s["frequency_penalty"])
+                return steps.penalties(*amounts, s["repeat_last_n"], history)
+            case "dry":
+                rule = (s["dry_multiplier"], s["dry_base"], s["dry_allowed_length"], s["dry_penalty_last_n"])
+                return steps.dry(*rule, self._breakers, history)
+            case "temperature":
+                return steps.temperature(s["temp"], s["dynatemp_range"], s["dynatemp_exponent"], shifted)
+            case "top_n_sigma":
+                return steps.top_n_sigma(s["top_n_sigma"])
+            case "top_k":
+                return steps.top_k(s["top_k"])
+            case "typ_p":
+                return steps.typical(s["typical_p"])
+            case "top_p":
+                return steps.top_p(s["top_p"])
+            case "min_p":
+                return steps.min_p(s["min_p"])
+        use = self._random.random() < s["xtc_probability"]
+        return steps.xtc(s["xtc_threshold"]) if use else lambda c: None
+
+    def _prepared(self, logits: np.ndarray) -> np.ndarray:
+        """A copy in the sampler's own buffer: biases added, hidden and masked tokens at -inf."""
+        if self._own.shape != logits.shape:
+            self._own = np.empty(logits.shape, np.float32)
+        own = self._own
         np.copyto(own, logits)
-        if self.repeat_penalty != 1.0 and len(history):
-            recent = np.unique(np.asarray(history[-PENALTY_WINDOW:], np.int64))
-            recent = recent[(recent >= 0) & (recent < len(own))]
-            seen = own[recent]
-            own[recent] = np.where(seen > 0, seen / self.repeat_penalty, seen * self.repeat_penalty)
-        own[self._hidden] = -np.inf
+        if len(self._biased):
+            own[self._biased[self._biased < len(own)]] += self._bias[self._biased < len(own)]
+        own[self._hidden[(self._hidden >= 0) & (self._hidden < len(own))]] = -np.inf
+        if self.constraint is not None:
+            self.constraint.mask(own)
         return own
 
-    def _candidates(self, logits: np.ndarray, best: np.float32) -> tuple[np.ndarray, np.ndarray]:
-        """The ids left after top-k, top-p and min-p, and their weights, float32: exp((logit - best) / temp), 1 for the best."""
-        temp = min(max(self.temp, _LEAST_TEMP), _MOST_TEMP)
-        few = 0 < self.top_k < len(logits)
-        ids = _largest(logits, self.top_k) if few else np.flatnonzero(logits >= best - temp * _NOTHING)
-        with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best minus infinity, as it should
-            weights = np.exp((logits[ids] - best) / temp)
-        if self.top_p < 1.0:
-            stay = _fewest(weights, self.top_p * weights.sum(dtype=np.float64))
-            ids, weights = ids[stay], weights[stay]
-        if self.min_p:
-            stay = weights >= self.min_p
-            ids, weights = ids[stay], weights[stay]
-        return ids, weights
+    def _draw(self, candidates: Candidates) -> int:
+        total = np.cumsum(candidates.weights(), dtype=np.float64)
+        at = min(int(np.searchsorted(total, self._random.random() * total[-1], "right")), len(total) - 1)
+        return int(candidates.ids[at])
+
+    def _surprising(self, candidates: Candidates) -> int:
+        """Mirostat 2: only tokens whose surprise in bits is at most mu, which follows the surprise of what was drawn."""
+        surprise = -np.log2(np.maximum(candidates.probabilities(), 1e-300))
+        candidates.keep((surprise <= self._mu) | (np.arange(len(surprise)) == np.argmin(surprise)))
+        id = self._draw(candidates)
+        drawn = -np.log2(candidates.probabilities()[np.searchsorted(candidates.ids, id)])
+        self._mu -= self.settings["mirostat_eta"] * (drawn - self.settings["mirostat_tau"])
+        return id
 
 
-def _largest(logits: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest logits, the lowest first."""
-    return np.sort(np.argpartition(logits, len(logits) - count)[len(logits) - count :])
+def log_probabilities(logits: np.ndarray, id: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """Logarithms of the model's own probabilities: of `id`, and of the `count` likeliest tokens, the likeliest first."""
+    best = float(logits.max())
+    normal = best + float(np.log(np.exp(logits - np.float32(best)).sum(dtype=np.float64)))
+    count = min(count, len(logits))
+    top = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
+    top = top[np.lexsort((top, -logits[top]))]
+    return float(logits[id]) - normal, [(int(i), float(logits[i]) - normal) for i in top]
 
 
-def _fewest(weights: np.ndarray, enough: float) -> np.ndarray:
-    """Where the fewest are that add up to `enough`, one at least, as booleans; of equal ones the first.
+def _best(candidates: Candidates) -> int:
+    """Where the largest logit is. NaN comes out as the largest, so this sees it wherever it is."""
+    best = int(candidates.logits.argmax())
+    if not candidates.logits[best] > -np.inf:
+        found = "NaN" if np.isnan(candidates.logits[best]) else "none that may be sampled"
+        raise LlamacliError(f"expected the model's logits to be numbers, found {found}; the model file is damaged")
+    return best
 
-    Halves what is undecided, and sorts only when little is left: thousands may have to stay where a model is unsure.
-    """
-    undecided, count = weights, 0
-    while len(undecided) > _FEW:
-        half = len(undecided) // 2
-        parts = np.partition(undecided, half)
-        total = parts[half:].sum(dtype=np.float64)
-        if total >= enough:
-            undecided = parts[half:]
-        else:
-            undecided, enough, count = parts[:half], enough - total, count + len(parts) - half
-    undecided = np.sort(undecided)[::-1]
-    last = min(int(np.searchsorted(np.cumsum(undecided, dtype=np.float64), enough, "left")), len(undecided) - 1)
-    stay = weights > undecided[last]
-    stay[np.flatnonzero(weights == undecided[last])[: count + last + 1 - np.count_nonzero(stay)]] = True
-    return stay
+
+def _biases(bias: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:
+    for id, value in bias.items():
+        if type(id) is not int or id < 0 or not (abs(value) <= _LOGIT_LIMIT or value == -np.inf):
+            raise UsageError(f"logit_bias: expected ids and finite numbers or -inf, found {id!r:.20}: {value!r:.20}")
+    return np.fromiter(bias.keys(), np.int64, len(bias)), np.fromiter(bias.values(), np.float32, len(bias))

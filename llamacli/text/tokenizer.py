@@ -216,6 +216,12 @@ class Tokenizer:
             return text.encode()
         return b"".join(_BYTES[c].to_bytes() if c in _BYTES else c.encode() for c in text)
 
+    def ids_with(self, texts: Iterable[str]) -> list[int]:
+        """Ids of the ordinary tokens whose text has one of `texts` in it."""
+        wanted = ["".join(BYTE_LETTERS[byte] for byte in text.encode()) for text in texts if text]
+        ordinary = (id for id in range(len(self._texts)) if id not in self._special and id not in self._unused)
+        return [id for id in ordinary if any(text in self._texts[id] for text in wanted)]
+
     def stream(self, special: bool = False) -> "StreamDecoder":
         """A decoder for ids that come one by one."""
         return StreamDecoder(self, special)

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import REPLY, FakeModel, Scripted, fake, prompt_of, start
 
@@ -41,6 +42,32 @@ def test_model_streams_messages_and_takes_the_files_sampling_values():
     assert llamacli.sampling_defaults({}) == {"temp": 0.6, "top_p": 0.9}
     odd = {"general.sampling.temp": 0.25, "general.sampling.top_p": 7.0, "general.sampling.top_k": 20}
     assert llamacli.sampling_defaults(odd) == {"temp": 0.25, "top_p": 0.9, "top_k": 20}
+    more = {"penalty_repeat": 1.1, "penalty_last_n": 32, "min_p": 0.05, "top_k": 2.5, "temp": True, "xtc_threshold": "x"}
+    assert llamacli.sampling_defaults({f"general.sampling.{name}": value for name, value in more.items()}) == {
+        **{"temp": 0.6, "top_p": 0.9, "min_p": 0.05, "repeat_penalty": 1.1, "repeat_last_n": 32}
+    }
+
+
+def test_a_models_sampler_knows_its_end_tokens_and_what_breaks_a_repetition():
+    import small_vocab
+
+    from llamacli.text.tokenizer import Tokenizer
+
+    made = FakeModel(Scripted("x"))
+    made.tokenizer = tokenizer = Tokenizer.from_gguf(small_vocab.in_memory())
+    made.defaults = llamacli.sampling_defaults({})
+    logits = np.zeros(tokenizer.n_vocab, np.float32)
+    eot, line = tokenizer.eos, tokenizer.encode("\n", bos=False)[0]
+    logits[[eot, 5]] = 9.0, 8.0
+
+    def sampler(**settings):
+        return llamacli.Model.sampler(made, temp=0, **settings)
+
+    assert sampler().pick(logits) == eot
+    assert sampler(ignore_eos=True).pick(logits) == 5
+    history = [1, line, 2, 5, 1, line, 2]
+    assert sampler(ignore_eos=True, dry_multiplier=4.0).pick(logits, history) == 5
+    assert sampler(ignore_eos=True, dry_multiplier=9.0, dry_sequence_breakers=[]).pick(logits, history) != 5
 
 
 def test_model_logits_come_from_a_fresh_context():

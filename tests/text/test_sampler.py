@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacli.errors import LlamacliError, UsageError
-from llamacli.text.sampler import PENALTY_WINDOW, Sampler
+from llamacli.text.sampler import Sampler
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
 LOGITS = np.log(PROBABILITIES).astype(np.float32)
@@ -79,7 +79,7 @@ def test_repeat_penalty_works_on_both_signs():
 
 def test_repeat_penalty_forgets():
     logits = np.array([2.0, 1.9], np.float32)
-    assert seen(logits=logits, temp=0, repeat_penalty=1.2, history=[0] + [5] * PENALTY_WINDOW) == {0}
+    assert seen(logits=logits, temp=0, repeat_penalty=1.2, history=[0] + [5] * 64) == {0}
 
 
 def test_a_seed_makes_it_repeatable_and_none_does_not():

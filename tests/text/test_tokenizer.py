@@ -257,6 +257,16 @@ def test_a_control_token_of_a_fine_tune_may_be_sampled_and_ends_the_answer_where
     assert id in padded.hidden_ids
 
 
+def test_ids_with_a_text_are_those_of_ordinary_tokens(tokenizer):
+    tokens = vocab.lists()[0]
+    assert {tokens[i] for i in tokenizer.ids_with(["\n"])} == {token for token in tokens if "Ċ" in token}
+    spaced = tokenizer.ids_with([" t", "|"])
+    assert {tokens[i] for i in spaced} == {
+        t for t in tokens if "Ġt" in t or ("|" in t and t not in tokenizer.special_names.ids)
+    }
+    assert tokenizer.ids_with([""]) == []
+
+
 def test_token_id(tokenizer):
     assert tokenizer.token_id("<|eot|>") == vocab.lists()[0].index("<|eot|>")
     assert tokenizer.token_id("a") == vocab.trained().token_to_id("a")

@@ -1,0 +1,266 @@
+"""The steps that a sampler is made of, each after its paper or llama.cpp's sampler of the same name.
+
+In: `Candidates`, the logits of the tokens that are left, and settings (`SETTINGS`). Out: the same, fewer or changed. Cost: all
+steps pass over arrays, none over single tokens; only what is undecided is sorted.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llamacli.errors import UsageError
+
+# Keyword of Sampler: default, least, most. An integer default takes integers only.
+SETTINGS: dict[str, tuple[float, float, float]] = {
+    "temp": (0.6, 0.0, float("inf")),
+    "dynatemp_range": (0.0, 0.0, 100.0),
+    "dynatemp_exponent": (1.0, 0.0, 100.0),
+    "top_k": (0, 0, 1 << 31),
+    "top_p": (0.9, 0.0, 1.0),
+    "min_p": (0.0, 0.0, 1.0),
+    "typical_p": (1.0, 0.0, 1.0),
+    "top_n_sigma": (0.0, 0.0, 1000.0),
+    "repeat_penalty": (1.0, 0.01, 100.0),
+    "presence_penalty": (0.0, -100.0, 100.0),
+    "frequency_penalty": (0.0, -100.0, 100.0),
+    "repeat_last_n": (64, -1, 1 << 31),
+    "dry_multiplier": (0.0, 0.0, 100.0),
+    "dry_base": (1.75, 1.0, 100.0),
+    "dry_allowed_length": (2, 1, 1 << 20),
+    "dry_penalty_last_n": (-1, -1, 1 << 31),
+    "xtc_probability": (0.0, 0.0, 1.0),
+    "xtc_threshold": (0.1, 0.0, 1.0),
+    "mirostat_tau": (5.0, 0.0, 100.0),
+    "mirostat_eta": (0.1, 0.0, 1.0),
+}
+DEFAULT_ORDER = ("penalties", "dry", "temperature", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc")
+
+_LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
+_FEW = 256  # weights that are sorted rather than halved
+_LONGEST_MATCH = 400  # tokens of a repetition, beyond which DRY's penalty no longer grows
+_MOST_PENALTY = 1e30  # so that no logit becomes infinite
+
+
+def checked(name: str, value) -> float:
+    """A setting within its range. UsageError that names the range."""
+    default, least, most = SETTINGS[name]
+    kinds = (int, np.integer) if isinstance(default, int) else (int, float, np.integer, np.floating)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == float("inf"):
+        wanted = "a whole number" if isinstance(default, int) else "a number"
+        above = "up" if most == float("inf") else f"to {most:g}"
+        raise UsageError(f"{name}: expected {wanted} from {least:g} {above}, found {value!r:.40}")
+    return value
+
+
+class Candidates:
+    """The tokens left: `ids` int64 in ascending order, None for all of the vocabulary; `logits` float32, one each.
+
+    `count` and `deviation` (standard deviation of the finite logits) are of all tokens that the steps have left, with those
+    that `cut` dropped because they are too unlikely to matter.
+    """
+
+    def __init__(self, logits: np.ndarray):
+        self.ids: np.ndarray | None = None
+        self.logits = logits
+        self.count = len(logits)
+        self.deviation: float | None = None
+        self._weights: np.ndarray | None = None
+
+    def weights(self) -> np.ndarray:
+        """Probabilities but for a factor, float32: 1 for the best."""
+        if self._weights is None:
+            self._weights = np.exp(self.logits - self.logits.max())
+        return self._weights
+
+    def probabilities(self) -> np.ndarray:
+        """Float64, their sum 1."""
+        weights = self.weights().astype(np.float64)
+        return weights / weights.sum()
+
+    def keep(self, which: np.ndarray) -> None:
+        """Keep these: booleans, or indices in ascending order."""
+        chosen = np.flatnonzero(which) if which.dtype == bool else which
+        self.ids = chosen if self.ids is None else self.ids[chosen]
+        self.logits = self.logits[chosen]
+        self._weights = None if self._weights is None else self._weights[chosen]
+        self.count, self.deviation = len(chosen), None
+
+    def cut(self, below: float, measured: bool) -> None:
+        """Drop what lies more than `below` under the best. `measured`: a later step needs `count` or `deviation`."""
+        count = deviation = None
+        if measured:
+            finite = self.logits[np.isfinite(self.logits)]
+            count, deviation = len(finite), float(finite.std(dtype=np.float64))
+        self.keep(self.logits >= self.logits.max() - np.float32(min(below, _MOST_PENALTY)))
+        self.count, self.deviation = count or len(self.logits), deviation
+
+    def change(self, logits: np.ndarray) -> None:
+        """Other logits for the same tokens."""
+        self.logits, self._weights = logits, None
+
+    def places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `logits` those of `ids` (ascending) are that are left; and which of `ids` these are, as booleans."""
+        if self.ids is None:
+            there = (ids >= 0) & (ids < len(self.logits))
+            return ids[there], there
+        at = np.searchsorted(self.ids, ids)
+        there = (at < len(self.ids)) & (self.ids[np.minimum(at, len(self.ids) - 1)] == ids)
+        return at[there], there
+
+
+Step = Callable[[Candidates], None]
+
+
+def penalties(repeat: float, presence: float, frequency: float, last_n: int, history: Sequence[int]) -> Step:
+    """Tokens of the last `last_n` (-1: all): positive logits divided by `repeat`, others times it; less presence and frequency.
+
+    `presence` is taken off once, `frequency` for each time that the token occurred.
+    """
+
+    def step(c: Candidates) -> None:
+        recent = history if last_n < 0 else history[len(history) - min(last_n, len(history)) :]
+        ids, counts = np.unique(np.asarray(recent, np.int64), return_counts=True)
+        at, there = c.places(ids)
+        seen = c.logits[at]
+        seen = np.where(seen > 0, seen / np.float32(repeat), seen * np.float32(repeat))
+        logits = c.logits if c.ids is None else c.logits.copy()
+        logits[at] = seen - (frequency * counts[there] + presence)
+        c.change(logits)
+
+    return step
+
+
+def dry(multiplier: float, base: float, allowed: int, last_n: int, breakers: np.ndarray, history: Sequence[int]) -> Step:
+    """Don't repeat yourself: a token that would carry on a repetition of n >= `allowed` tokens loses
+    multiplier * base ** (n - allowed). A repetition does not reach back over a breaker.
+    """
+
+    def step(c: Candidates) -> None:
+        recent = history if last_n < 0 else history[len(history) - min(last_n, len(history)) :]
+        said = np.asarray(recent, np.int64)
+        last, length, longest = len(said) - 1, 0, {}
+        places = np.arange(last)  # of earlier tokens that end the same sequence
+        while len(places) and length < min(last + 1, allowed + _LONGEST_MATCH) and said[last - length] not in breakers:
+            places = places[places >= length]
+            places = places[said[places - length] == said[last - length]]
+            length += 1
+            if length >= allowed:
+                longest.update(dict.fromkeys(said[places + 1].tolist(), length))
+        if not longest:
+            return
+        ids = np.array(sorted(longest), np.int64)
+        at, there = c.places(ids)
+        lengths = np.array([longest[id] for id in ids.tolist()], np.float64)[there]
+        with np.errstate(over="ignore"):
+            loss = np.minimum(multiplier * np.power(base, lengths - allowed), _MOST_PENALTY)
+        logits = c.logits if c.ids is None else c.logits.copy()
+        logits[at] -= loss.astype(np.float32)
+        c.change(logits)
+
+    return step
+
+
+def temperature(temp: float, span: float = 0.0, exponent: float = 1.0, shifted: bool = True) -> Step:
+    """Logits divided by `temp`; with `span` by temp - span where the model is sure, up to temp + span where it is not.
+
+    Sure is measured as entropy by the largest one possible, to the power `exponent`. `shifted`: the best becomes 0, which
+    float32 holds at any temperature; not if a repeat penalty follows, which asks for the sign.
+    """
+
+    def step(c: Candidates) -> None:
+        chosen = temp
+        if span and c.count > 1:
+            p = c.probabilities()
+            entropy = -(p * np.log(p, where=p > 0, out=np.zeros_like(p))).sum() / np.log(c.count)
+            low = max(0.0, temp - span)
+            chosen = low + (temp + span - low) * min(max(entropy, 0.0), 1.0) ** exponent
+        with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best minus infinity, as it should
+            chosen = min(max(chosen, _LEAST_TEMP), _MOST_TEMP)
+            c.change((c.logits - c.logits.max() if shifted else c.logits) / np.float32(chosen))
+        c.deviation = None if c.deviation is None else c.deviation / chosen
+
+    return step
+
+
+def top_n_sigma(n: float) -> Step:
+    """Logits not more than n standard deviations below the best."""
+
+    def step(c: Candidates) -> None:
+        deviation = c.logits[np.isfinite(c.logits)].std(dtype=np.float64) if c.deviation is None else c.deviation
+        c.keep(c.logits >= c.logits.max() - np.float32(min(n * deviation, _MOST_PENALTY)))
+
+    return step
+
+
+def top_k(k: int) -> Step:
+    """The `k` most likely."""
+
+    def step(c: Candidates) -> None:
+        if k < len(c.logits):
+            c.keep(np.sort(np.argpartition(c.logits, len(c.logits) - k)[len(c.logits) - k :]))
+
+    return step
+
+
+def top_p(p: float) -> Step:
+    """The fewest whose probabilities add up to `p` (nucleus sampling)."""
+
+    def step(c: Candidates) -> None:
+        weights = c.weights()
+        c.keep(fewest(weights, p * weights.sum(dtype=np.float64)))
+
+    return step
+
+
+def min_p(p: float) -> Step:
+    """Those at least `p` times as likely as the best."""
+    return lambda c: c.keep(c.weights() >= p)
+
+
+def typical(p: float) -> Step:
+    """Those whose surprise is nearest to the entropy, the fewest that add up to `p` (locally typical sampling)."""
+
+    def step(c: Candidates) -> None:
+        probabilities = c.probabilities()
+        surprise = -np.log(np.maximum(probabilities, 1e-300))
+        order = np.argsort(np.abs(surprise - (probabilities * surprise).sum()), kind="stable")
+        last = int(np.searchsorted(np.cumsum(probabilities[order]), p, "left"))
+        c.keep(np.sort(order[: last + 1]))
+
+    return step
+
+
+def xtc(threshold: float) -> Step:
+    """Exclude top choices: of all with at least `threshold`, only the least likely stays."""
+
+    def step(c: Candidates) -> None:
+        probabilities = c.probabilities()
+        top = np.flatnonzero(probabilities >= threshold)
+        if len(top) > 1:
+            stay = np.ones(len(probabilities), bool)
+            stay[top] = False
+            stay[top[len(top) - 1 - np.argmin(probabilities[top][::-1])]] = True
+            c.keep(stay)
+
+    return step
+
+
+def fewest(weights: np.ndarray, enough: float) -> np.ndarray:
+    """Where the fewest are that add up to `enough`, one at least, as booleans; of equal ones the first.
+
+    Halves what is undecided, and sorts only when little is left: thousands may have to stay where a model is unsure.
+    """
+    undecided, count = weights, 0
+    while len(undecided) > _FEW:
+        half = len(undecided) // 2
+        parts = np.partition(undecided, half)
+        total = parts[half:].sum(dtype=np.float64)
+        if total >= enough:
+            undecided = parts[half:]
+        else:
+            undecided, enough, count = parts[:half], enough - total, count + len(parts) - half
+    undecided = np.sort(undecided)[::-1]
+    last = min(int(np.searchsorted(np.cumsum(undecided, dtype=np.float64), enough, "left")), len(undecided) - 1)
+    stay = weights > undecided[last]
+    stay[np.flatnonzero(weights == undecided[last])[: count + last + 1 - np.count_nonzero(stay)]] = True
+    return stay
