@@ -34,7 +34,10 @@ _BITS = 4096  # of an integer
 
 
 def render(source: str, marks: Marks, variables: dict) -> str:
-    """The text that the template makes of `variables`. PromptError if it fails, refuses or asks for too much."""
+    """The text that the template makes of `variables`.
+
+    PromptError if it fails, refuses, asks for too much or has no use for a variable `messages`.
+    """
     try:
         with budget(variables) as longest:
             text = _compiled(source, marks).render(variables)
@@ -53,19 +56,12 @@ def render(source: str, marks: Marks, variables: dict) -> str:
 @lru_cache(8)
 def _compiled(source: str, marks: Marks):
     environment = Sandbox(marks)
-    tree = _Rewriter(marks).visit(environment.parse(source))
+    tree = environment.parse(source)
+    if not any(node.name == "messages" and node.ctx == "load" for node in tree.find_all(nodes.Name)):
+        raise PromptError("the model's chat template never uses the messages; --raw goes without it")
+    tree = _Rewriter(marks).visit(tree)
     tree.set_environment(environment)
     return environment.template_class.from_code(environment, environment.compile(tree), environment.make_globals(None))
-
-
-@lru_cache(8)
-def uses(source: str, name: str) -> bool:
-    """Whether a template mentions a variable; True for one that cannot be parsed, which `render` reports."""
-    try:
-        tree = Sandbox(None).parse(source)
-        return any(node.name == name and node.ctx == "load" for node in tree.find_all(nodes.Name))
-    except Exception:  # syntax, recursion, numbers of a million digits
-        return True
 
 
 class _Generation(Extension):
@@ -136,7 +132,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
-    def __init__(self, marks: Marks | None):
+    def __init__(self, marks: Marks):
         loops = "jinja2.ext.loopcontrols"
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_finalize, extensions=[loops, _Generation]

@@ -36,8 +36,6 @@ def render(
     source = _source(tokenizer, template)
     if len(source) > sandbox.LONGEST_SOURCE:
         raise PromptError(f"expected a chat template of at most {sandbox.LONGEST_SOURCE} characters, found {len(source)}")
-    if source is not _LLAMA4 and not sandbox.uses(source, "messages"):
-        raise PromptError("the model's chat template never uses the messages; --raw goes without it")
     own = marks(tokenizer.special_names, [source, *_strings(messages)])
     tokens = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.token_id("<unk>"), "pad": tokenizer.padding}
     variables = {f"{name}_token": own.mark(_name(tokenizer, id)) for name, id in tokens.items()}
