@@ -43,7 +43,14 @@ def dumb_terminal() -> bool:
     return os.environ.get("TERM") == "dumb"
 
 
-def history_file() -> Path:
-    """Where the chat keeps the lines typed into it."""
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(root) / "llamacli" / "history"
+def state_folder() -> Path:
+    """Where the program keeps what should last. Without a home, a folder of this user's in the temporary one."""
+    root = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if not os.path.isabs(root):
+        root = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"llamacli-{os.getuid()}")
+    return Path(root) / "llamacli"
+
+
+def conversations_file() -> Path:
+    """The database of conversations and of what was typed."""
+    return state_folder() / "conversations.db"
