@@ -14,7 +14,11 @@ HEAVY = {
     "matplotlib": ("llamacli/bench/plot.py",),
     "numba": ("llamacli/cpu/kernels/", "quantize/encoders/"),
     "llvmlite": ("llamacli/cpu/kernels/", "quantize/encoders/", "llamacli/bench/limits.py"),
-    "rich": ("llamacli/cli/console.py",),
+    "markdown_it": ("llamacli/cli/chat/",),
+    "prompt_toolkit": ("llamacli/cli/chat/prompt.py",),
+    "pygments": ("llamacli/cli/chat/markdown.py",),
+    "rich": ("llamacli/cli/console.py", "llamacli/cli/chat/"),
+    "sqlite3": ("llamacli/store.py", "llamacli/conversation.py"),
     "typer": ("llamacli/cli/",),
 }
 FLOORS = [  # a module may import from its own floor and those above it in this list; the longest matching name counts
@@ -27,6 +31,8 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "cpu",
     "engine",
     "session",
+    "store",
+    "conversation",
     "bench",
     "cli",
 ]

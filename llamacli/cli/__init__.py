@@ -20,6 +20,7 @@ COMMANDS = (
     "imatrix",
     "bench",
     "warmup",
+    "history",
 )  # a module each
 CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
 

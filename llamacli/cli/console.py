@@ -6,8 +6,10 @@ models or options.
 """
 
 import os
+import re
 import select
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,10 @@ CLEAR = "\x1b[K"  # the rest of the line
 SHADES, PLAIN_SHADES = " ░▒▓█", " .:+#"
 HEAT = (16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 227)
 MOST_CELLS = 128  # columns of a picture where the reader has no width
+# what a terminal obeys or hides: C0, C1, bidirectional controls, separators of lines, invisible and tag characters
+_STEERING = re.compile(
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb\\ud800-\\udfff\\U000e0000-\\U000e007f]"
+)
 DRAW_EVERY, TELL_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
 
 
@@ -28,6 +34,11 @@ def one_line(text: str) -> str:
     """`text` without line breaks and control characters: a hostile file must not steer the terminal."""
     words = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def visible(text: str) -> str:
+    """`text` with control characters and marks that turn the direction of writing shown as escapes; lines and tabs stay."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def amount(nbytes: float) -> str:
@@ -46,8 +57,17 @@ def _scaled(n: float, units, small: str) -> str:
 
 def complain(message: str) -> None:
     """The one line of an error."""
-    prefix = f"{RED}llamacli: error:{PLAIN}" if _coloured(sys.stderr, "auto") else "llamacli: error:"
-    _to_stderr(f"{prefix} {one_line(message)}\n")
+    text = _folded(f"llamacli: error: {one_line(message)}")
+    if _coloured(sys.stderr, "auto"):
+        text = text.replace("llamacli: error:", f"{RED}llamacli: error:{PLAIN}", 1)
+    _to_stderr(text + "\n")
+
+
+def _folded(text: str) -> str:
+    """One line as lines that a terminal need not break in the middle of a word; elsewhere one line."""
+    if not is_terminal(sys.stderr):
+        return text
+    return textwrap.fill(text, max(20, _width(2) - 1), break_long_words=False, break_on_hyphens=False)
 
 
 def _to_stderr(text: str) -> None:
@@ -85,7 +105,7 @@ class Console:
     def note(self, text: str) -> None:
         """A remark beside the answer."""
         if self.talks:
-            self.say(self.dim(one_line(text)))
+            self.say(self.dim(_folded(one_line(text))))
 
     def say(self, text: str) -> None:
         """A line to stderr that the user asked for."""
@@ -97,7 +117,12 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A line to stderr that is shown in any case."""
-        _to_stderr(f"llamacli: {one_line(text)}\n")
+        _to_stderr(_folded(f"llamacli: {one_line(text)}") + "\n")
+
+    def fail(self, text: str) -> None:
+        """What went wrong in a program that goes on."""
+        text = _folded(one_line(text))
+        self.say(f"{RED}{text}{PLAIN}" if _coloured(sys.stderr, self._color) else text)
 
     def dim(self, text: str) -> str:
         """`text` in grey where stderr has colours."""
@@ -112,6 +137,22 @@ class Console:
         if text:
             self._last = text[-1]
             _write(text.encode("utf-8", "replace"))
+
+    def draw(self, text: str) -> None:
+        """Text with control sequences of our own, to stdout, which is a terminal."""
+        _write(text.encode("utf-8", "replace"))
+
+    def coloured(self) -> bool:
+        """Whether stdout may show colours."""
+        return _coloured(sys.stdout, self._color)
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of the terminal that shows the answers."""
+        try:
+            size = os.get_terminal_size(1)
+        except OSError:
+            return 80, 24
+        return size.columns or 80, size.lines or 24
 
     def end(self, always: bool = True) -> None:
         """The answer is over: make sure that it ends in a newline. `always` False: only if there was an answer."""

@@ -1,0 +1,135 @@
+"""The chat from its first line to its last: what it begins with, turn after turn, and what ends it.
+
+In: the options of `llamacli chat`. Out: answers on stdout, everything else on stderr.
+"""
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+from llamacli import environment
+from llamacli.cli.chat.commands import ALIASES, COMMANDS, Commands
+from llamacli.cli.chat.lines import Lines
+from llamacli.cli.chat.show import Screen
+from llamacli.cli.chat.talk import Talk
+from llamacli.cli.console import Console, is_terminal
+from llamacli.cli.options import Generation, checked, find_model
+from llamacli.conversation import Conversation
+from llamacli.errors import LlamacliError, OutputError, UsageError
+from llamacli.store import Store
+
+TWICE = 1.0  # seconds between two Ctrl-C that mean it
+
+
+def talk_at_length(
+    options: Generation,
+    console: Console,
+    question: str,
+    files: list[Path],
+    go_on: bool = False,
+    resume: str | None = None,
+    no_save: bool = False,
+    plain: bool = False,
+) -> None:
+    """The whole chat. `go_on`: the latest conversation; `resume`: the one of this id or name."""
+    typed = is_terminal(sys.stdin)
+    if no_save and (go_on or resume is not None):
+        raise UsageError("--no-save: expected a new conversation, found one to go on with; leave one of the two out")
+    store = None if no_save else _store(console, required=go_on or resume is not None, wanted=typed)
+    earlier = store.latest() if go_on else store.find(resume) if resume is not None else None
+    if earlier and options.model is None and Path(earlier.model).exists():
+        options.model = earlier.model
+    options.model = str(find_model(options.model, console))
+    conversation = Conversation.resume(store, earlier) if earlier else Conversation(store, options.model)
+    if options.system is not None:
+        conversation.system = options.system
+    talk = Talk(options.load(console), options, console, conversation)
+    if earlier:
+        conversation.use(options.model)
+    edits = typed and not environment.dumb_terminal() and (is_terminal(sys.stdout) or is_terminal(sys.stderr))
+    screen = Screen(console, edits, plain)
+    commands = Commands(talk, console, screen, store, typed)
+    turns = _prompt(commands, store, console) if edits else Lines(console, typed)
+    if typed:
+        console.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+    if earlier:
+        commands.recall()
+    for path in files:
+        commands.attach(path)
+    with screen.quiet if edits else contextlib.nullcontext():
+        loop(commands, turns, console, checked(question, "question"))
+
+
+def _store(console: Console, required: bool, wanted: bool) -> Store | None:
+    """The database, if somebody types or asks for an earlier conversation. Without it a chat works all the same."""
+    if not (required or wanted):
+        return None
+    try:
+        return Store(environment.conversations_file())
+    except LlamacliError as error:
+        if required:
+            raise
+        console.warn(f"this conversation will not be kept: {error}")
+        return None
+
+
+def _prompt(commands: Commands, store: Store | None, console: Console):
+    from llamacli.cli.chat.prompt import Prompt, Words
+
+    names = {name: help for name, (_, help) in COMMANDS.items()} | {alias: f"as {name}" for alias, name in ALIASES.items()}
+    return Prompt(store, Words(names, commands.arguments), commands.status, console.coloured())
+
+
+def loop(commands: Commands, turns, console: Console, first: str) -> None:
+    """Turn after turn. Ctrl-C throws away what is typed, twice in a row it leaves. At a terminal errors are only told."""
+    interrupted, typed = float("-inf"), commands.typed
+    while True:
+        try:
+            turns.type_ahead(commands.screen.quiet.take())
+            text, first = first or turns.turn(commands.draft), ""
+            commands.take(text)
+        except EOFError:
+            if typed and not commands.screen.edits:
+                console.say("")
+            return
+        except KeyboardInterrupt:
+            now = time.monotonic()
+            if not commands.screen.edits and typed:
+                console.say("")
+            if now - interrupted < TWICE or not typed:
+                raise
+            interrupted = now
+            commands.forget_draft()
+            console.note("Ctrl-D or /exit leaves, Ctrl-C twice too")
+        except (BrokenPipeError, OutputError) as error:
+            if not typed or not _lasts(error):
+                raise
+            console.fail(str(error))
+        except LlamacliError as error:
+            if not typed:
+                raise
+            console.fail(str(error))
+        except MemoryError as error:
+            if not typed:
+                raise
+            console.fail(f"out of memory: {error or 'an allocation failed'}; /ctx with a smaller number needs less")
+        except OSError as error:
+            if not typed:
+                raise
+            console.fail(
+                f"{error.filename or 'reading or writing'}: expected it to work, found: {error.strerror or error}; try again"
+            )
+        except Exception as error:
+            if not typed or environment.debug():
+                raise
+            console.fail(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
+
+
+def _lasts(error: Exception) -> bool:
+    """Whether stdout still takes answers: the error may be of a file that /export wrote."""
+    if isinstance(error, BrokenPipeError):
+        return False
+    with contextlib.suppress(OSError):
+        return not str(error).startswith("stdout:")
+    return False

@@ -1,0 +1,121 @@
+"""Answers on the screen, or in a pipe.
+
+In: an answer piece by piece. Out: on a terminal rendered Markdown, or text with control characters shown; elsewhere the bytes
+themselves. While an answer is written, what is typed is neither shown nor lost.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+
+from llamacli import environment
+from llamacli.cli.chat.terminal import Quiet, unbroken
+from llamacli.cli.console import Console, is_terminal, visible
+from llamacli.cli.run import describe
+from llamacli.errors import PromptError
+
+RECALLED = 12  # lines of an earlier question that are shown
+_CODE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1[`~]*\s*$|\Z)", re.M | re.S)
+
+
+class Screen:
+    """`edits`: the prompt is an editor. `markdown`: answers are rendered. `stats`: a line about the speed after each answer.
+    `quiet` is the context in which nothing typed is echoed: for an editor all of the chat, else each answer.
+    """
+
+    def __init__(self, console: Console, edits: bool, plain: bool):
+        self.edits, self.stats, self.stream = edits, console.verbose, sys.stdout
+        self._console, self._shows = console, is_terminal(sys.stdout)
+        self._markdown = self._shows and not plain and not environment.dumb_terminal()
+        self._drawn = None  # what draws the answer under way
+        self.quiet = Quiet(edits, console.draw if self._shows else console.ask, self._moved)
+
+    @property
+    def markdown(self) -> bool:
+        return self._markdown
+
+    @markdown.setter
+    def markdown(self, on: bool) -> None:
+        self._markdown = on and self._shows and not environment.dumb_terminal()
+
+    def size(self) -> tuple[int, int]:
+        """Columns and rows."""
+        return self._console.size()
+
+    def send(self, text: str) -> None:
+        """Control sequences of our own."""
+        self._console.draw(text)
+
+    def answer(self, talk, answer: Iterator[str], typed: bool) -> None:
+        """Show an answer to its end. Ctrl-C ends it and keeps what was said; where nobody types, it ends the chat."""
+        self._space()
+        live = self._drawn = self._live() if self._markdown else None
+        stopped = False
+        with contextlib.nullcontext() if self.edits else self.quiet:
+            if self.edits:
+                self.quiet.mark_pastes()
+            try:
+                for text in answer:
+                    if live:
+                        with unbroken():
+                            live.feed(text)
+                    else:
+                        self._console.piece(visible(text) if self._shows else text)
+                    self.quiet.drain()
+            except KeyboardInterrupt:
+                answer.close()
+                if not typed:
+                    raise  # nobody is there to go on talking
+                stopped = True
+            finally:
+                if live:
+                    live.close()
+                else:
+                    self._console.end(always=talk.reason is not None)
+                self._drawn = None
+        if stopped or self.stats or talk.reason == "length":
+            self._console.note(describe(talk.session.stats, "stopped by Ctrl-C" if stopped else talk.reason))
+        self._space()
+
+    def message(self, message) -> None:
+        """A message of earlier."""
+        if message.role == "user":
+            lines = visible(message.content).split("\n")
+            if len(lines) > RECALLED:
+                lines = [*lines[: RECALLED - 1], f"... {len(lines) - RECALLED + 1} more lines"]
+            self._console.say(
+                "\n".join(self._console.dim(f"> {line}" if i == 0 else f"  {line}") for i, line in enumerate(lines))
+            )
+            self._space()
+        elif self._markdown:
+            live = self._live()
+            live.feed(message.content)
+            live.close()
+            self._space()
+        else:
+            self._console.piece(visible(message.content))
+            self._console.end()
+
+    def last_code(self, text: str) -> str:
+        """The last block of code in an answer. PromptError if there is none."""
+        found = _CODE.findall(text)
+        if not found:
+            raise PromptError("nothing to copy: expected a block of code in the latest answer, found none")
+        return found[-1][1]
+
+    def _moved(self) -> None:
+        if self._drawn:
+            self._drawn.disturbed = True
+
+    def _space(self) -> None:
+        """A blank line between what is typed and what is answered."""
+        if self.edits and self._shows:
+            self._console.draw("\n")
+
+    def _live(self):
+        from llamacli.cli.chat.live import Live
+        from llamacli.cli.chat.markdown import Renderer
+
+        signs = "utf" in (getattr(sys.stdout, "encoding", None) or "").lower()
+        return Live(Renderer(self._console.coloured(), signs), self._console.draw, self.size)

@@ -1,0 +1,156 @@
+"""A conversation with a model behind it: prompts, room in the context, settings, other models.
+
+In: a conversation, options. Out: answers piece by piece. Knows no terminal. Whatever goes wrong, the conversation stays as it
+was: a question without an answer waits for another try, and an old answer gives way only to one that came.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import get_args
+
+from llamacli.cli.options import Generation
+from llamacli.conversation import Answer, Conversation
+from llamacli.errors import ContextFullError, PromptError, UsageError
+
+SETTINGS = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens", "stop")
+
+
+class Talk:
+    """`reason`: how the latest answer ended, None if it broke off."""
+
+    def __init__(self, model, options: Generation, console, conversation: Conversation):
+        self.model, self.options, self.conversation, self._console = model, options, conversation, console
+        self.sampler = options.sampler(model, console)
+        self.session = model.session()
+        self.reason: str | None = None
+        self.unread: dict[str, str] = {}  # texts that go before the next question, by the names of their files
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Add a question and answer it."""
+        text = ""
+        for part in [*self.unread.values(), question]:
+            text += ("" if not text else "\n" if text.endswith("\n") else "\n\n") + part
+        self.conversation.ask(text)
+        self.unread.clear()
+        return self._answer(self.conversation.answer())
+
+    def edit(self, question: str) -> Iterator[str]:
+        """Ask the latest question in other words; the old one stays on a branch of its own."""
+        self.conversation.undo()
+        return self.ask(question)
+
+    def regenerate(self) -> Iterator[str]:
+        """Answer the latest question anew. The old answer comes back if no new one does. PromptError if there is none."""
+        put_back = self.conversation.retract()
+        answer = self.conversation.answer()
+
+        def answering() -> Iterator[str]:
+            try:
+                yield from self._answer(answer)
+            except (KeyboardInterrupt, GeneratorExit):
+                if not answer.text:
+                    put_back()
+                raise
+            except BaseException:
+                put_back()
+                raise
+
+        return answering()
+
+    def proceed(self) -> Iterator[str]:
+        """Go on with an answer that was cut off. PromptError if there is none."""
+        if self.conversation.messages and self.conversation.messages[-1].finish == "stop":
+            raise PromptError("nothing to continue: the answer is complete; /regen answers anew")
+        return self._answer(self.conversation.extend())
+
+    def resize(self, ctx: int) -> None:
+        """Another context limit; keys and values are computed again with the next question."""
+        self.session = self.model.session(ctx)
+
+    def set(self, name: str, text: str) -> None:
+        """Change a setting, checked as its option is; "default" gives the model's. UsageError if it makes no sense."""
+        name = name.lstrip("-").replace("-", "_")
+        if name not in SETTINGS:
+            raise UsageError(f"/set: expected one of {', '.join(SETTINGS)}, markdown or stats, found {name!r}")
+        before = getattr(self.options, name)
+        setattr(self.options, name, None if text == "default" else [text] if name == "stop" else _number(name, text))
+        try:
+            self.sampler = self.options.sampler(self.model, self._console)
+        except UsageError:
+            setattr(self.options, name, before)
+            raise
+
+    def settings(self) -> list[tuple[str, str]]:
+        """Names and values that differ from the model's defaults, and the defaults."""
+        defaults = self.model.defaults
+        rows = []
+        for name in SETTINGS:
+            value = getattr(self.options, name)
+            default = f"{defaults[name]} (default)" if name in defaults else "(default)"
+            rows.append((name, default if value is None else str(value)))
+        return rows
+
+    def use(self, load: Callable[[str], object], path: str) -> None:
+        """Answer with the model that `load(path)` returns. If it cannot be loaded, the old one is loaded again."""
+        ctx, before = self.session.ctx, self.conversation.model
+        self.session = self.sampler = self.model = None  # its memory must be free before the next model asks for it
+        try:
+            self.model = load(path)
+            self.conversation.use(path)
+        except BaseException:
+            self.model = load(before)
+            raise
+        finally:
+            self.session = self.model.session(ctx)
+            self.sampler = self.options.sampler(self.model, self._console)
+
+    @property
+    def used(self) -> int:
+        """Tokens in the context."""
+        return len(self.session.ids)
+
+    def _answer(self, answer: Answer) -> Iterator[str]:
+        """Yields text, which becomes the assistant's turn even if the reader breaks off."""
+        self.reason = None
+        said = answer.text
+        ids = self.model.prompt_ids(self.conversation.prompt()[: -1 if said else None])
+        if said:
+            ids = ids + self.model.tokenizer.encode(said, bos=False, special=False)
+        self._check_room(len(ids))
+        reason = None
+        try:
+            for piece in self.session.stream(ids, self.sampler, self.options.max_tokens, self.options.stop or ()):
+                answer.add(piece.text)
+                reason = piece.finish_reason
+                yield piece.text
+            self.reason = reason
+        finally:
+            answer.close(reason)
+
+    def _check_room(self, n: int) -> None:
+        ctx = self.session.ctx
+        if n <= ctx:
+            return
+        larger = f"/ctx {(n + 512 + 1023) // 1024 * 1024} holds more"
+        if sum(m.role == "user" for m in self.conversation.messages[self.conversation.start :]) > 1:
+            raise ContextFullError(
+                f"the conversation has {n} tokens with this question, the context holds {ctx}: /undo or /clear makes room, "
+                f"/drop forgets the oldest turn, {larger}; then /regen answers"
+            )
+        raise ContextFullError(f"this question alone has {n} tokens, the context holds {ctx}: shorten it, or {larger}")
+
+
+def _number(name: str, text: str) -> float | int:
+    """The value of an option, by the type and the range that the option has."""
+    field = next(f for f in dataclasses.fields(Generation) if f.name == name)
+    kind, info = field.type.__origin__, field.type.__metadata__[0]
+    kind = float if float in get_args(kind) else int
+    low, high = info.min, info.max
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or value != value or (low is not None and value < low) or (high is not None and value > high):
+        span = f" from {low} to {high}" if high is not None else f" from {low}" if low is not None else ""
+        raise UsageError(f"/set {name}: expected {'a number' if kind is float else 'a whole number'}{span}, found {text!r}")
+    return value

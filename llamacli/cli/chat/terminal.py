@@ -1,0 +1,134 @@
+"""The terminal while nobody reads it: nothing typed is echoed or lost, and the clipboard is reached by a sequence.
+
+In: a terminal's descriptor. Out: the bytes typed meanwhile; text for the clipboard. Suspending (Ctrl-Z) gives the shell its
+terminal back as it was.
+"""
+
+import base64
+import contextlib
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+
+from llamacli.errors import UsageError
+
+try:
+    import termios
+except ImportError:  # a system without POSIX terminals
+    termios = None
+
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # the terminal marks what is pasted
+MOST_COPIED = 100_000  # bytes in base64; terminals drop more, some without a word
+
+
+class Quiet:
+    """A context without echo. `raw`: keys come one by one, as an editor wants them, and `take` returns them; else the system
+    keeps the lines typed. `moved` is called when the process was suspended and goes on.
+    """
+
+    def __init__(self, raw: bool, write: Callable[[str], None], moved: Callable[[], None]):
+        self._raw, self._write, self._moved = raw, write, moved
+        self._before = self._handler = None
+        self._typed = b""
+
+    def __enter__(self) -> "Quiet":
+        with contextlib.suppress(OSError, ValueError, termios.error if termios else OSError):
+            if termios and sys.stdin is not None and os.isatty(0):
+                self._before = termios.tcgetattr(0)
+                self._silence()
+                self.drain()
+                self._typed = self._typed.replace(b"\n", b"\r")  # so far the system translated the key Enter
+                self._handler = signal.signal(signal.SIGTSTP, self._suspend)
+        return self
+
+    def _silence(self) -> None:
+        mode = termios.tcgetattr(0)
+        mode[3] &= ~termios.ECHO
+        mode[3] |= termios.NOFLSH  # Ctrl-C stops the answer; what was typed stays
+        if self._raw:
+            mode[0] &= ~termios.ICRNL
+            mode[3] &= ~termios.ICANON
+            mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
+        termios.tcsetattr(0, termios.TCSANOW, mode)
+        if self._raw:
+            self._write(PASTE_ON)
+
+    def mark_pastes(self) -> None:
+        """Ask the terminal again to mark what is pasted: the prompt's end has stopped it."""
+        if self._before and self._raw:
+            self._write(PASTE_ON)
+
+    def _restore(self) -> None:
+        if self._raw:
+            self._write(PASTE_OFF)
+        termios.tcsetattr(0, termios.TCSANOW, self._before)
+
+    def _suspend(self, signum, frame) -> None:
+        self._restore()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # stops here, and goes on here
+        signal.signal(signal.SIGTSTP, self._suspend)
+        self._silence()
+        self._moved()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The terminal as it was, for work that may end the process at once."""
+        if self._before:
+            self._restore()
+        try:
+            yield
+        finally:
+            if self._before:
+                self._silence()
+
+    def take(self) -> bytes:
+        """What was typed since the last call."""
+        self.drain()
+        typed, self._typed = self._typed, b""
+        return typed
+
+    def drain(self) -> None:
+        """Read what was typed so far, before the system's buffer is full."""
+        if self._before and self._raw:
+            with contextlib.suppress(OSError):
+                while select.select([0], [], [], 0)[0] and (data := os.read(0, 4096)):
+                    self._typed += data
+
+    def __exit__(self, *error) -> None:
+        if self._before:
+            signal.signal(signal.SIGTSTP, self._handler)
+            with contextlib.suppress(OSError, termios.error):
+                self._restore()
+            self._before = None
+
+
+@contextlib.contextmanager
+def unbroken():
+    """Put off a Ctrl-C until the end of what is drawn: half of it would leave the screen in disorder."""
+    came = []
+    before = signal.signal(signal.SIGINT, lambda *signal: came.append(signal))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came and callable(before):
+        before(*came[0])
+
+
+def copying(text: str, environ=os.environ) -> str:
+    """The sequence (OSC 52) that makes a terminal copy `text`, over ssh too. UsageError if that is impossible.
+
+    GNU screen passes on only what is wrapped for it, in parts.
+    """
+    data = base64.b64encode(text.encode()).decode()
+    if environ.get("TERM", "dumb") == "dumb":
+        raise UsageError("/copy: expected a terminal with a clipboard, found TERM=dumb; /export FILE writes the conversation")
+    if len(data) > MOST_COPIED:
+        raise UsageError(f"/copy: expected at most {MOST_COPIED // 4 * 3} bytes, found {len(text.encode())}; use /export FILE")
+    sequence = f"\x1b]52;c;{data}\x07"
+    if environ.get("TERM", "").startswith("screen") and not environ.get("TMUX"):
+        return "".join(f"\x1bP{sequence[i : i + 250]}\x1b\\" for i in range(0, len(sequence), 250))
+    return sequence
