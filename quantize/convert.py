@@ -23,10 +23,12 @@ import numpy as np
 
 from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.runtime.faults import Guard
-from llamacli.errors import ModelFileError, OutputError, UnsupportedModelError, UsageError
-from llamacli.files.gguf import open_gguf
+from llamacli.errors import CheckpointError, ModelFileError, OutputError, UnsupportedModelError, UsageError
+from llamacli.files.ggml import BY_NAME
+from llamacli.files.gguf import GGUF, Tensor, open_gguf
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, check, role_of, tensors
+from llamacli.text.tokenizer import Tokenizer
 from quantize import names, sources
 from quantize.encoders import encoder, widen
 from quantize.general import printable, read_general
@@ -37,7 +39,7 @@ from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
 from quantize.safetensors import INDEX, open_checkpoint, shard_paths
 from quantize.vocab import read_vocab
-from quantize.writer import check_output
+from quantize.writer import check_not_input, check_output
 
 CHUNK = 1 << 19  # weights per task: its floats fit a core's L2 cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
@@ -167,8 +169,7 @@ def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, f
     nbytes -= sum(path.stat().st_size for path in left)
     for file in files:
         for path in (file.path, part_of(file.path), log_of(files)):
-            if path.exists() and any(path.samefile(read) for read in inputs):
-                raise OutputError(f"{path}: expected another file than the source, found the source itself; choose a new name")
+            check_not_input(path, inputs)
         check_output(file.path, nbytes, force or file.path in left)
 
 
@@ -237,6 +238,7 @@ def _open_folder(folder: Path) -> _Source:
     if config.rope_freqs is not None:
         rows["rope_freqs.weight"] = sources.InMemory(config.rope_freqs)
     fields, more = read_vocab(folder, config.model.n_vocab, config.raw)
+    _check_vocab(folder, fields, rows["token_embd.weight"].shape)
     general, licence = read_general(folder, rows)
     inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
     metadata, notices = general | config.model.metadata | fields, config.notices + notices + more + licence
@@ -250,6 +252,8 @@ def _open_gguf(path: Path) -> _Source:
     if architecture != "llama4":
         found = str(architecture)[:40]
         raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
+    if "tokenizer.ggml.tokens" in gguf.metadata:
+        Tokenizer.from_gguf(gguf)  # an unsound vocabulary is an error now rather than when the new file is run
     kept = (key for key in gguf.metadata if not key.startswith("split.") and key != "general.alignment")
     metadata = {key: gguf.metadata.typed(key) for key in kept}
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if role_of(name) is not Role.VISION}
@@ -261,6 +265,15 @@ def _open_gguf(path: Path) -> _Source:
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
     return _Source(metadata, rows, notices, gguf.paths, dict(zip(gguf.paths, gguf.maps, strict=True)))
+
+
+def _check_vocab(folder: Path, metadata: dict[str, object], shape: tuple[int, ...]) -> None:
+    """Build the tokenizer that a reader of the file will build: CheckpointError before anything is written if it is unsound."""
+    embedding = Tensor("token_embd.weight", BY_NAME["F32"], shape, np.empty(0, np.uint8), folder, 0)
+    try:
+        Tokenizer.from_gguf(GGUF(folder / "tokenizer.json", 3, metadata, {embedding.name: embedding}, 0, [], []))
+    except ModelFileError as error:
+        raise CheckpointError(str(error)) from None
 
 
 class _Making:

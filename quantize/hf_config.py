@@ -100,8 +100,10 @@ def _translate(c: _Reader) -> HFConfig:
     if n_heads % n_kv_heads:
         raise c.refuse("num_key_value_heads", f"a divisor of {n_heads} heads")
     n_layers = c.count("num_hidden_layers", BOUNDS["n_layers"][1])
-    n_experts = c.count("num_local_experts", BOUNDS["n_experts"][1])
-    n_ff_exp = c.count("intermediate_size", BOUNDS["n_ff"][1])
+    n_experts, moe_step = _experts(c, n_layers)
+    n_ff = c.count("intermediate_size", BOUNDS["n_ff"][1])
+    if c.values.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise c.refuse("hidden_act", "silu")
     theta, freqs = _rope(c, head_dim)
     notices: list[str] = []
     config = Config(
@@ -110,11 +112,11 @@ def _translate(c: _Reader) -> HFConfig:
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        n_ff=c.count("intermediate_size_mlp", BOUNDS["n_ff"][1], n_ff_exp),
-        n_ff_exp=n_ff_exp,
+        n_ff=c.count("intermediate_size_mlp", BOUNDS["n_ff"][1], n_ff),
+        n_ff_exp=n_ff if n_experts else 0,
         n_experts=n_experts,
-        n_experts_used=c.count("num_experts_per_tok", n_experts, 1),
-        moe_step=_moe_step(c, n_layers),
+        n_experts_used=c.count("num_experts_per_tok", n_experts, 1) if n_experts else 0,
+        moe_step=moe_step,
         n_vocab=c.count("vocab_size", VOCABULARY),
         context_length=c.count("max_position_embeddings", CONTEXT, CHUNK),
         rope_theta=theta,
@@ -128,13 +130,21 @@ def _translate(c: _Reader) -> HFConfig:
     return HFConfig(config, freqs, c.values, notices)
 
 
-def _moe_step(c: _Reader, n_layers: int) -> int:
-    """The period of mixture layers; `moe_layers`, where config.json has it, must agree."""
-    step = c.count("interleave_moe_layer_step", BOUNDS["moe_step"][1], 1)
+def _experts(c: _Reader, n_layers: int) -> tuple[int, int]:
+    """How many experts a mixture has, and the period of mixture layers; both 0 for a dense model (Llama Guard 4, MobileLLM).
+
+    `moe_layers`, where config.json has it, must agree with the period.
+    """
+    n_experts = c.count("num_local_experts", BOUNDS["n_experts"][1], least=0)
+    step = c.count("interleave_moe_layer_step", BOUNDS["moe_step"][1], 1, least=0)
     layers = c.values.get("moe_layers")
+    if not n_experts or not step or layers == []:
+        if layers:
+            raise c.refuse("moe_layers", "none without experts")
+        return 0, 0
     if layers is not None and layers != list(range(step - 1, n_layers, step)):
         raise c.refuse("moe_layers", f"every layer number {step}, {2 * step}, ... counted from 1")
-    return step
+    return n_experts, step
 
 
 def _attention(c: _Reader, n_layers: int, notices: list[str]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from quantize.hf_config import HFConfig
 from quantize.safetensors import Stored
 from quantize.sources import Plain, Rows, Scaled, Stack, Transposed
 
-PREFIX = "language_model."
+_PREFIXES = {"language_model.": "", "model.language_model.": "model."}  # of the text model beside a vision model
 # Computed, not learned; or scales of activations and of a KV cache, for which this engine has its own precision.
 _UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|[._]input_scale$|\.[kv]_scale$")
 
@@ -27,10 +27,12 @@ def match(folder: Path, stored: dict[str, Stored], config: HFConfig) -> tuple[di
     """Name, check and lay out every tensor of the checkpoint."""
     found, vision, notices = _Found(folder, {}, {}), 0, []
     for name, tensor in stored.items():
-        plain = name.removeprefix(PREFIX)
+        plain = next((new + name.removeprefix(old) for old, new in _PREFIXES.items() if name.startswith(old)), name)
         if name.startswith(HF_VISION):
             vision += 1
         elif not _UNUSED.search(plain) and not (config.model.tied and plain == "lm_head.weight"):
+            if plain in found.left:
+                raise CheckpointError(f"{folder}: expected tensor {plain[:80]!r} once, found it under two names")
             found.left[plain] = tensor
     if vision:
         notices.append(f"{vision} vision tensors left out: the text model alone is converted")

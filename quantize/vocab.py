@@ -1,8 +1,8 @@
-"""tokenizer.json, or tiktoken's tokenizer.model, and their neighbours to GGUF's tokenizer fields.
+"""Reads the tokenizer of a Hugging Face folder and translates it to GGUF fields.
 
-In: the folder, the vocabulary's size, the text model's config. Out: metadata under `tokenizer.` and sampling hints under
-`general.`, and notices. Tokens stay in the GPT-2 byte alphabet that tokenizer.json and llama.cpp share; merges become "a b"
-whichever way they are stored. Knows nothing of tensors.
+In: the folder (tokenizer.json, or tiktoken's tokenizer.model, and the files beside it), the vocabulary's size, the text model's
+config. Out: metadata under `tokenizer.` and sampling hints under `general.`, and notices. Tokens stay in the GPT-2 byte
+alphabet that tokenizer.json and llama.cpp share; merges become "a b" however they are stored.
 """
 
 import base64
@@ -17,7 +17,7 @@ from quantize.folder import optional_json, read_json
 
 
 def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, object], list[str]]:
-    """Every tokenizer field; CheckpointError when the tokenizer is no byte-level BPE or does not fit the vocabulary."""
+    """Every tokenizer field; CheckpointError if the tokenizer is no byte-level BPE or does not fit the vocabulary."""
     path, ranked = folder / "tokenizer.json", folder / "tokenizer.model"
     if ranked.exists() and not path.exists():
         path, tokenizer = ranked, _from_ranks(ranked, n_vocab)
@@ -41,23 +41,26 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": _merges(path, model.get("merges")),
     }
-    notices = []
+    notices = _not_expressed(tokenizer)
     if [node.get("pattern") for node in _nodes(tokenizer.get("pre_tokenizer"), "Split")] != [{"Regex": SPLIT}]:
         notices.append("tokenizer.json splits text by another pattern than Llama 4's; the GGUF will say llama4 all the same")
     bos = _special(settings, "bos", ids, generation, config)
     eos = _special(settings, "eos", ids, generation, config)
     fields |= {f"tokenizer.ggml.{key}_token_id": value for key, value in (("bos", bos), ("eos", eos)) if value is not None}
+    ends = _ends(eos, ids, generation, config)
+    if len(ends) > 1:
+        fields["tokenizer.ggml.eos_token_ids"] = np.array(ends, np.int32)  # Ollama's key: every token that ends an answer
     fields |= {f"tokenizer.ggml.{key}_token_id": ids[f"<|{key}|>"] for key in ("eot", "eom") if f"<|{key}|>" in ids}
     pad = _special(settings, "pad", ids, generation, config)
     if pad is not None:
         fields["tokenizer.ggml.padding_token_id"] = pad
     fields["tokenizer.ggml.add_bos_token"] = _adds_bos(tokenizer, settings, tokens, bos)
     fields["tokenizer.ggml.add_eos_token"] = False
-    template = _chat_template(folder, settings)
+    template, notice = _chat_template(folder, settings)
     if template:
         fields["tokenizer.chat_template"] = template
-    else:
-        notices.append("no chat template in the checkpoint: Llama 4's own will be used")
+    if notice:
+        notices.append(notice)
     for key, (field, kind, most) in SAMPLING.items():
         value = generation.get(key)
         if value is None or not generation.get("do_sample", True):
@@ -88,9 +91,9 @@ MAX_RANKS, LONGEST_TOKEN = 1 << 27, 512  # bytes
 
 
 def _from_ranks(path: Path, n_vocab: int) -> dict:
-    """What tokenizer.json would say of a tiktoken file: a line a token, its bytes in base64 and its rank.
+    """A tiktoken file (a line for each token: its bytes in base64 and its rank) in the form of tokenizer.json.
 
-    A pair of tokens merges where the two together are a token; merges stand in the order of what they make.
+    Two tokens merge if they make a token together; merges are ordered by the rank of the result.
     """
     try:
         if path.stat().st_size > MAX_RANKS:
@@ -125,7 +128,7 @@ def _from_ranks(path: Path, n_vocab: int) -> dict:
 
 
 def _nodes(tree, kind: str) -> list[dict]:
-    """Every JSON object of `type` kind within three levels, where tokenizer.json puts them."""
+    """Every JSON object of `type` kind within the upper levels, where tokenizer.json puts them."""
     found, level = [], [tree]
     for _ in range(4):
         found += [node for node in level if isinstance(node, dict) and node.get("type") == kind]
@@ -135,8 +138,8 @@ def _nodes(tree, kind: str) -> list[dict]:
 
 
 def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[str], np.ndarray, dict[str, int]]:
-    """Texts and types by id; ids without a token are filled and marked unused."""
-    tokens: list[str] = [f"[PAD{i}]" for i in range(n_vocab)]
+    """Texts and types by id; ids without a token get a text of their own and the type unused."""
+    tokens: list[str] = [""] * n_vocab
     types = np.full(n_vocab, UNUSED, np.int32)
     ids: dict[str, int] = {}
 
@@ -145,6 +148,8 @@ def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[st
             raise CheckpointError(f"{path}: expected ids below the vocabulary's {n_vocab}, found {i} for {str(text)[:40]!r}")
         if types[i] == NORMAL and kind == NORMAL:
             raise CheckpointError(f"{path}: expected one token for each id, found {i} for {tokens[i]!r} and {text!r}")
+        if ids.get(text, i) != i:
+            raise CheckpointError(f"{path}: expected one id for each token, found {ids[text]} and {i} for {text[:40]!r}")
         tokens[i], types[i], ids[text] = text, kind, i
 
     for text, i in vocab.items():
@@ -155,7 +160,20 @@ def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[st
         text = token.get("content")
         looks_special = isinstance(text, str) and text.startswith("<|") and text.endswith("|>")
         put(text, token.get("id"), CONTROL if token.get("special") or looks_special else USER_DEFINED)
+    for i in np.flatnonzero(types == UNUSED).tolist():
+        tokens[i] = f"[PAD{i}]" if f"[PAD{i}]" not in ids else f"[PAD{i} unused]"
     return tokens, types, ids
+
+
+def _not_expressed(tokenizer: dict) -> list[str]:
+    """Notices of steps that a GGUF cannot express."""
+    notices, normalizer = [], tokenizer.get("normalizer")
+    if isinstance(normalizer, dict) and (normalizer.get("type") != "Sequence" or normalizer.get("normalizers")):
+        kind = str(normalizer.get("type"))[:20]
+        notices.append(f"tokenizer.json normalizes text ({kind}), which a GGUF cannot say: some text gets other tokens")
+    if any(node.get("add_prefix_space") for node in _nodes(tokenizer.get("pre_tokenizer"), "ByteLevel")):
+        notices.append("tokenizer.json puts a space before text, which a GGUF cannot say: the first token may differ")
+    return notices
 
 
 def _merges(path: Path, merges) -> list[str]:
@@ -167,11 +185,13 @@ def _merges(path: Path, merges) -> list[str]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(p, str) and p and " " not in p for p in pair):
             raise CheckpointError(f"{path}: expected merges of two parts, found {str(merge)[:40]!r}; download it again")
         found.append(f"{pair[0]} {pair[1]}")
+    if not found:
+        raise CheckpointError(f"{path}: expected merges, found none; this is no Llama 4 tokenizer")
     return found
 
 
 def _special(settings: dict, key: str, ids: dict[str, int], *fallbacks: dict) -> int | None:
-    """The id of the bos, eos or pad token: by its text, else by number; of several ends the one that ends a turn, <|eot|>."""
+    """The id of the bos, eos or pad token: by its text, else by number; of several ends <|eot|>, which ends a turn."""
     text = settings.get(f"{key}_token")
     text = text.get("content") if isinstance(text, dict) else text
     if isinstance(text, str) and text in ids:
@@ -185,6 +205,16 @@ def _special(settings: dict, key: str, ids: dict[str, int], *fallbacks: dict) ->
     return None
 
 
+def _ends(eos: int | None, ids: dict[str, int], *sources: dict) -> list[int]:
+    """`eos` and every id that generation_config.json and config.json call an end: transformers stops at any of them."""
+    found = [] if eos is None else [eos]
+    known = set(ids.values())
+    for source in sources:
+        value = source.get("eos_token_id")
+        found += [i for i in (value if isinstance(value, list) else [value]) if type(i) is int and i in known]
+    return list(dict.fromkeys(found))
+
+
 def _adds_bos(tokenizer: dict, settings: dict, tokens: list[str], bos: int | None) -> bool:
     """Whether text starts with BOS: what the post-processor says, else the settings, else yes, as Llama 4 does."""
     for node in _nodes(tokenizer.get("post_processor"), "TemplateProcessing"):
@@ -196,16 +226,28 @@ def _adds_bos(tokenizer: dict, settings: dict, tokens: list[str], bos: int | Non
     return bos is not None and bool(settings.get("add_bos_token", True))
 
 
-def _chat_template(folder: Path, settings: dict) -> str | None:
-    """chat_template.jinja, else chat_template.json, else tokenizer_config.json; of several the one named default."""
+def _chat_template(folder: Path, settings: dict) -> tuple[str | None, str | None]:
+    """The template from chat_template.jinja, else chat_template.json, else tokenizer_config.json; and a notice or None.
+
+    Of several templates it is the one named default, else the only one that is for chat.
+    """
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            return file.read_text("utf-8-sig")  # a byte order mark is no part of the template
+            template = file.read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: expected a readable UTF-8 template, found: {error}") from None
-    template = optional_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    else:
+        template = optional_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        template = {str(t.get("name")): t.get("template") for t in template if isinstance(t, dict)}
+    if isinstance(template, dict):
+        chat = [name for name in template if name not in ("tool_use", "rag")]
+        name = "default" if "default" in template else "chat" if "chat" in template else chat[0] if len(chat) == 1 else None
+        if name is None:
+            found = ", ".join(template)[:80] or "none"
+            return None, f"expected a chat template named default, found {found}: Llama 4's own will be used"
+        template = template[name]
+    if not isinstance(template, str) or not template.strip():
+        return None, "no chat template in the checkpoint: Llama 4's own will be used"
+    return template.removeprefix("\ufeff"), None

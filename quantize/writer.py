@@ -1,8 +1,8 @@
 """The header of a GGUF (version 3, little-endian), and small files written atomically.
 
 In: metadata and tensor descriptions; for a file, the bytes of each tensor in order. Out: the header's bytes, or the file. It
-grows as NAME.part, is synced and renamed; on any failure, Ctrl-C included, the part is removed (journal.py keeps the parts of
-long conversions). What cannot be written is an OutputError.
+grows as NAME.PID.part, is synced and renamed; on any failure, Ctrl-C included, the part is removed (journal.py keeps the parts
+of long conversions). What cannot be written is an OutputError.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -71,6 +71,19 @@ def _scalar_dtype(value) -> np.dtype:
     return np.dtype("<f4")
 
 
+def output_path(text: str) -> Path:
+    """The path of a file to write, as a user gives it; OutputError for what can only be a mistake."""
+    if text in ("", "-") or text.endswith(("/", "/.", "/..")):
+        raise OutputError(f"expected the name of a file to write, found {text!r}; name a file")
+    return Path(text)
+
+
+def check_not_input(path: Path, inputs: Iterable[Path]) -> None:
+    """OutputError if writing `path` would destroy one of the inputs, whatever name it goes by."""
+    if path.exists() and any(read.exists() and path.samefile(read) for read in inputs):
+        raise OutputError(f"{path}: expected another file than the source, found the source itself; choose a new name")
+
+
 def check_output(path: Path, nbytes: int, force: bool) -> None:
     """OutputError unless a file of `nbytes` can be written at `path`."""
     if path.is_dir():
@@ -88,9 +101,9 @@ def check_output(path: Path, nbytes: int, force: bool) -> None:
 
 def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterable]], force: bool) -> None:
     """Write `head`, then each tensor (name, planned bytes, chunks of bytes) padded to the alignment; rename when synced."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a name that no other program or run uses
     try:
-        with part.open("wb") as file:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(head)
             for name, nbytes, chunks in tensors:
                 written = 0
@@ -106,6 +119,8 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
             raise OutputError(f"{path}: expected no such file, found one made meanwhile; choose another name or add --force")
         part.replace(path)
         sync_folder(path.parent)
+    except FileExistsError:
+        raise OutputError(f"{part}: expected no such file, found one; move it away") from None
     except OSError as error:
         _remove(part)
         raise OutputError(f"{path}: expected to write it, found: {error.strerror or error}; nothing was kept") from None

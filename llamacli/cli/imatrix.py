@@ -1,7 +1,7 @@
 """`llamacli imatrix`: a model and a text to an importance matrix, which `quantize --imatrix` reads.
 
-In: paths. Out: the file; progress and experts that saw nothing on stderr, with --json one object on stdout. The engine adds up,
-the package quantize knows the file.
+In: paths. Out: the file; progress and experts without input on stderr, with --json one object on stdout. The engine collects
+the sums, the package quantize writes them.
 """
 
 import json
@@ -27,12 +27,14 @@ def imatrix(
     """
     from llamacli.bench.quality import windows
     from quantize.imatrix import collected, write_imatrix
-    from quantize.writer import check_output
+    from quantize.writer import check_not_input, check_output, output_path
 
-    console, path = output.console(), Path(out)
+    console, path, source = output.console(), output_path(out), find_model(model, output.console())
+    check_not_input(path, [Path(source), *([] if file == "-" else [Path(file)])])
     check_output(path, 0, force)
     text = read_file(file, console)
-    loaded = load_model(find_model(model, console), threads, ctx, console)
+    loaded = load_model(source, threads, ctx, console)
+    check_not_input(path, loaded.gguf.paths)  # the other parts of a split model
     ids = windows(loaded.tokenizer, text, ctx, file)
     inputs = loaded.engine.watch()
     cache = loaded.engine.new_cache(ctx)

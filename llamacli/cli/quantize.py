@@ -60,9 +60,10 @@ def quantize(
 ) -> None:
     """Convert and quantize a model."""
     from quantize.convert import convert
+    from quantize.writer import output_path
 
     console = output.console()
-    path = Path(out) if out else default_out(Path(source), type_name)
+    path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
         with console.progress("quantize") as update:
             follow = Follow(update)
@@ -72,7 +73,7 @@ def quantize(
                 type_name,
                 tensor_types=[_override(text) for text in tensor_types or ()],
                 imatrix=Path(imatrix) if imatrix else None,
-                split_max_size=byte_count(split_max_size, "--split-max-size") if split_max_size is not None else None,
+                split_max_size=_part_size(split_max_size),
                 force=force,
                 threads=threads,
                 progress=follow,
@@ -82,11 +83,11 @@ def quantize(
     except KeyboardInterrupt:
         console.note("stopped; the same command goes on where this one did")
         raise
-    _show(report, path, as_json, console)
+    _show(report, as_json, console)
 
 
 _LINES = "\n".join(f"{r.name:<10} {r.bits:>5.2f}  {r.purpose}" for r in RECIPES.values())
-quantize.__doc__ += f"\n\n\b\nTypes, bits per weight in a Scout, and what for:\n{_LINES}\n"
+quantize.__doc__ = (quantize.__doc__ or "") + f"\n\n\b\nTypes, bits per weight in a Scout, and what for:\n{_LINES}\n"
 
 
 def default_out(source: Path, type_name: str) -> Path:
@@ -94,6 +95,15 @@ def default_out(source: Path, type_name: str) -> Path:
     resolved = source.resolve()
     name = resolved.stem if resolved.suffix == ".gguf" else resolved.name
     return Path(f"{name or 'model'}-{find_recipe(type_name).name}.gguf")
+
+
+def _part_size(text: str | None) -> int | None:
+    """Bytes of a part at most. A number alone is more likely gigabytes than bytes, so it must have a unit."""
+    if text is None:
+        return None
+    if text.strip().isdigit():
+        raise UsageError(f"--split-max-size: expected a size with a unit, such as 48G or 500M, found {text!r}")
+    return byte_count(text, "--split-max-size")
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -123,7 +133,7 @@ class Follow:
             self._update(done, total, tensor.removesuffix(".weight"), weights + int(share * t["weights"]))
 
 
-def _show(report, path: Path, as_json: bool, console) -> None:
+def _show(report, as_json: bool, console) -> None:
     tensors = report["tensors"]
     by_type = sorted(summary(tensors, lambda t: t["type"]), key=lambda kind: -kind["nbytes"])
     groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: GROUPS.index(group["name"]))
@@ -139,9 +149,17 @@ def _show(report, path: Path, as_json: bool, console) -> None:
         groups.append(everything)
         rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
         console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), aside=True)
-        console.say(console.dim(one_line(f"wrote {path}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}")))
+        console.say(
+            console.dim(one_line(f"wrote {_written(report)}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}"))
+        )
     elif not report["written"]:
-        console.note(f"would write {path}: {_size(report)}")
+        console.note(f"would write {_written(report)}: {_size(report)}")
+
+
+def _written(report) -> str:
+    """The file, or the first part, by which a split model is opened."""
+    first, *others = report["files"]
+    return f"{first} and {len(others)} further parts" if others else first
 
 
 def _show_plan(report, by_type: list[dict], console) -> None:

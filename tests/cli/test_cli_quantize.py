@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +50,40 @@ def test_quantize_dry_run_prints_the_plan_and_what_it_needs_and_writes_nothing(f
         assert need in out
 
 
+@pytest.mark.parametrize("out", ["x/", "-", "", "."])
+def test_quantize_writes_no_file_under_a_name_that_can_only_be_a_mistake(folder, tmp_path, capfd, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quantize", str(folder), out]) == 1
+    assert "expected the name of a file to write" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantize_names_the_first_part_of_a_split_and_counts_the_others(folder, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["quantize", str(folder), "z.gguf", "--type", "Q8_0", "--split-max-size", "1M"]) == 0
+    first, *others = sorted(path.name for path in tmp_path.iterdir())
+    assert f"wrote {first} and {len(others)} further parts: " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("over", ["model", "text", "link to the model"])
+def test_imatrix_does_not_write_over_what_it_reads(tmp_path, capfd, over):
+    files = {"model": tmp_path / "own.gguf", "text": tmp_path / "text.txt", "link to the model": tmp_path / "link.gguf"}
+    for name in ("model", "text"):
+        files[name].write_text("precious")
+    files["link to the model"].symlink_to("own.gguf")
+    command = ["imatrix", "-f", str(files["text"]), "-m", str(files["model"]), "-o", str(files[over]), "--force"]
+    assert main(command) == 1
+    assert "found the source itself" in capfd.readouterr().err
+    assert {path.read_text() for path in files.values()} == {"precious"}
+
+
+def test_help_without_docstrings():
+    for command in ([], ["quantize"]):
+        arguments = [sys.executable, "-OO", "-m", "llamacli", *command, "--help"]
+        child = subprocess.run(arguments, capture_output=True, text=True, cwd=TESTS.parent)
+        assert child.returncode == 0, child.stderr
+
+
 def test_quantize_dry_run_as_json_is_one_object_with_the_same(folder, capfd):
     assert main(["quantize", str(folder), "--type", "q4_k", "--tensor-type", "attn_q=F16", "--dry-run", "--json"]) == 0
     out, err = capfd.readouterr()
@@ -85,6 +120,7 @@ def test_quantize_dry_run_as_json_is_one_object_with_the_same(folder, capfd):
         (["--tensor-type", "attn_q=Q9_Z"], "found 'Q9_Z'"),
         (["--split-max-size", "much"], "found 'much'"),
         (["--split-max-size", ""], "found ''"),
+        (["--split-max-size", "4"], "a size with a unit, such as 48G or 500M, found '4'"),
     ],
 )
 def test_quantize_options_that_make_no_sense_are_usage_errors_that_name_them(folder, tmp_path, capfd, args, words):

@@ -17,10 +17,12 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from gguf.quants import quantize as reference
 
+import llamacli
 from llamacli.errors import CheckpointError, LlamacliError, ModelFileError, OutputError, UnsupportedModelError, UsageError
 from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
+from llamacli.text.tokenizer import Tokenizer
 from quantize import convert as convert_module
 from quantize.convert import convert
 from quantize.hf_config import read_config, rope_divisors
@@ -292,6 +294,147 @@ def test_without_tokenizer_config_the_ids_come_from_the_config(tmp_path):
     assert gguf.metadata["tokenizer.ggml.bos_token_id"] == 265
     assert gguf.metadata["tokenizer.ggml.eos_token_id"] == 270  # of [266, 269, 270] the one that ends a turn
     assert any("no chat template" in notice for notice in report["notices"])
+
+
+# --- checkpoints as others save them
+
+
+def changed(folder, file, change):
+    """Change a JSON file of a checkpoint."""
+    value = json.loads((folder / file).read_text())
+    change(value)
+    (folder / file).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("kind", ["no experts", "period 0", "no mixture layers"])
+def test_a_dense_model(tmp_path, kind):
+    """Llama Guard 4, MobileLLM-R1."""
+    weights = checkpoint.write(tmp_path / "hf", interleave_moe_layer_step=99)
+    odd = {"no experts": {"num_local_experts": 0, "num_experts_per_tok": 0, "moe_layers": []}, "period 0": {"moe_layers": None}}
+    odd["period 0"]["interleave_moe_layer_step"] = odd["no experts"]["interleave_moe_layer_step"] = 0
+    changed(tmp_path / "hf", "config.json", lambda c: c.update(odd.get(kind, {"moe_layers": []})))
+    gguf, _ = made(tmp_path / "hf", weights)
+    config = Config.from_gguf(gguf)
+    assert (config.n_experts, config.n_experts_used, config.moe_step) == (0, 0, 0)
+    assert not any(config.is_moe(i) for i in range(4))
+    assert llamacli.Model.load(gguf.path, threads=1, ctx=16).logits([1, 2]).shape == (2, 288)
+
+
+def test_experts_that_contradict_the_list_of_mixture_layers_are_refused(tmp_path):
+    checkpoint.write(tmp_path / "hf", num_local_experts=0, moe_layers=[1])
+    assert "moe_layers" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
+
+
+def test_an_activation_that_the_engine_has_not_is_refused(tmp_path):
+    checkpoint.write(tmp_path / "hf", hidden_act="gelu")
+    assert "hidden_act" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
+
+
+@pytest.mark.parametrize(("ending", "expected"), [([266, 269], [270, 266, 269]), (266, [270, 266]), ([270], None), ("x", None)])
+def test_every_end_of_the_generation_config_ends_an_answer(tmp_path, ending, expected):
+    checkpoint.write(tmp_path / "hf", eos_token_id=None)
+    changed(tmp_path / "hf", "generation_config.json", lambda c: c.update(eos_token_id=ending))
+    convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
+    found = open_gguf(tmp_path / "out.gguf")
+    ends = found.metadata.get("tokenizer.ggml.eos_token_ids")
+    assert (ends if ends is None else ends.tolist()) == expected
+    assert found.metadata["tokenizer.ggml.eos_token_id"] == 270
+    assert Tokenizer.from_gguf(found).stop_ids >= set(expected or [270])
+
+
+def test_two_ids_for_one_token_are_refused(tmp_path):
+    checkpoint.write(tmp_path / "hf")
+    changed(tmp_path / "hf", "tokenizer.json", lambda t: t["added_tokens"][-1].update(content="hello"))
+    assert "found 259 and 271 for 'hello'" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
+
+
+def test_a_token_named_like_a_filler_is_no_second_one(tmp_path):
+    checkpoint.write(tmp_path / "hf")
+    changed(tmp_path / "hf", "tokenizer.json", lambda t: t["added_tokens"][-1].update(content="[PAD280]"))
+    gguf = convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
+    tokens = open_gguf(gguf["out"]).metadata["tokenizer.ggml.tokens"]
+    assert len(set(tokens)) == len(tokens) == 288 and tokens[271] == "[PAD280]"
+
+
+def test_a_vocabulary_that_no_reader_takes_is_refused_before_anything_is_written(scout, tmp_path):
+    checkpoint.write(tmp_path / "hf")
+    changed(tmp_path / "hf", "tokenizer.json", lambda t: t["model"]["vocab"].pop("!"))
+    assert "of 256 bytes" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
+    convert(scout[0], tmp_path / "whole.gguf", "F32")
+    raw = (tmp_path / "whole.gguf").read_bytes()
+    word = len("Ġworld".encode()).to_bytes(8, "little") + "Ġworld".encode()
+    (tmp_path / "odd.gguf").write_bytes(raw.replace(word, len(word[8:]).to_bytes(8, "little") + b"<|eom|>"[: len(word[8:])], 1))
+    assert "tokenizer.ggml" in refusal(ModelFileError, tmp_path / "odd.gguf", tmp_path / "out.gguf", "F16")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole.gguf", "odd.gguf"}
+
+
+def test_what_a_gguf_cannot_say_of_a_tokenizer_is_told(tmp_path):
+    checkpoint.write(tmp_path / "hf")
+
+    def change(t):
+        t["normalizer"] = {"type": "NFC"}
+        t["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+    changed(tmp_path / "hf", "tokenizer.json", change)
+    notices = convert(tmp_path / "hf", tmp_path / "out.gguf", "F32", dry_run=True)["notices"]
+    assert any("NFC" in notice for notice in notices) and any("space before" in notice for notice in notices)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected", "notice"),
+    [
+        ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "yes"}], "yes", None),
+        ([{"name": "chat", "template": "yes"}, {"name": "tool_use", "template": "x"}], "yes", None),
+        ({"default": "yes", "rag": "x"}, "yes", None),
+        ({"mine": "yes"}, "yes", None),
+        ({"one": "x", "two": "y"}, None, "named default, found one, two"),
+        ("\ufeffyes", "yes", None),
+        (" ", None, "no chat template"),
+        ([], None, "named default, found none"),
+        (7, None, "no chat template"),
+    ],
+)
+def test_the_template_for_chat_is_found(tmp_path, template, expected, notice):
+    checkpoint.write(tmp_path / "hf")
+    changed(tmp_path / "hf", "tokenizer_config.json", lambda t: t.update(chat_template=template))
+    report = convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
+    assert open_gguf(tmp_path / "out.gguf").metadata.get("tokenizer.chat_template") == expected
+    assert notice is None or any(notice in text for text in report["notices"])
+
+
+def test_a_template_file_with_a_byte_order_mark(tmp_path):
+    weights = checkpoint.write(tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_bytes(b"\xef\xbb\xbffrom the file")
+    assert made(tmp_path / "hf", weights)[0].metadata["tokenizer.chat_template"] == "from the file"
+
+
+def test_names_under_model_language_model(tmp_path):
+    """As newer versions of transformers save a model that has a vision part."""
+    weights = checkpoint.write(tmp_path / "hf")
+    entries = checkpoint.stored(weights)
+    new = {
+        name.replace("model.", "model.language_model.") if name.startswith("model.") else name: x for name, x in entries.items()
+    }
+    checkpoint.write_safetensors(tmp_path / "hf" / "model.safetensors", new)
+    made(tmp_path / "hf", weights)
+    checkpoint.write_safetensors(tmp_path / "hf" / "model.safetensors", new | entries)
+    assert "two names" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out2.gguf", "F32")
+
+
+def test_tensors_beside_the_model_may_be_of_any_kind(tmp_path):
+    extra = {"vision_model.position_ids": ("I64", np.arange(3)), "vision_model.empty": ("F32", np.empty(0, np.float32))}
+    _, report = made(tmp_path / "hf", checkpoint.write(tmp_path / "hf", extra=extra))
+    assert any("2 vision tensors left out" in notice for notice in report["notices"])
+
+
+def test_a_source_whose_name_is_no_text(scout, tmp_path):
+    source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.gguf"))
+    convert(scout[0], source, "F16")
+    convert(source, tmp_path / "out.gguf", "Q8_0")
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    checkpoint.write(folder)
+    convert(folder, tmp_path / "from_folder.gguf", "Q8_0")
+    assert open_gguf(tmp_path / "from_folder.gguf").metadata["general.name"].endswith("\ufffd")
 
 
 # --- from a GGUF

@@ -76,6 +76,27 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     assert "found neither" in refusal(tmp_path)
 
 
+def test_shards_without_an_index_are_found_by_their_names(tmp_path):
+    for i, name in enumerate(WEIGHTS, 1):
+        write_safetensors(tmp_path / f"model-{i:05}-of-00002.safetensors", stored({name: WEIGHTS[name]}, "F32"))
+    assert set(open_checkpoint(tmp_path)) == set(WEIGHTS)
+    write_safetensors(tmp_path / "model-00002-of-00002.safetensors", stored(WEIGHTS, "F32"))
+    assert "once" in refusal(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert "no shard 2" in refusal(tmp_path)
+    write_safetensors(tmp_path / "other-00001-of-00001.safetensors", stored(WEIGHTS, "F32"))
+    assert "2 models" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "model-00001-of-00001.safetensors"])
+def test_one_file_of_any_name_is_the_checkpoint(tmp_path, name):
+    write_safetensors(tmp_path / name, stored(WEIGHTS, "F32"))
+    assert set(open_checkpoint(tmp_path)) == set(WEIGHTS)
+    write_safetensors(tmp_path / "another.safetensors", stored(WEIGHTS, "F32"))
+    if name.startswith("weights"):
+        assert "2 safetensors files without an index" in refusal(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     sharded(tmp_path)
     (tmp_path / "two.safetensors").unlink()
