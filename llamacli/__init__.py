@@ -57,7 +57,7 @@ DEFAULT_CTX = 8192  # tokens; the file's own limit may be 10 million, which no m
 
 
 class Model:
-    """A loaded model. One caller at a time.
+    """A loaded model. Threads may share it: calls of the engine wait for each other; a session belongs to one thread at a time.
 
     `tokenizer` and `config` are the file's; `ctx` is the limit of a session's tokens; `defaults` are the sampling values that
     the file asks for, else Llama 4's own (temp 0.6, top_p 0.9).
@@ -103,6 +103,16 @@ class Model:
 
             slots, batch = allot(gguf, config, ctx, threads, memory, experts)
             return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx)
+
+    def close(self) -> None:
+        """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def session(self, ctx: int | None = None) -> Session:
         """A new, empty conversation of at most `ctx` tokens (default: the model's)."""

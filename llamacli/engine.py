@@ -25,6 +25,7 @@ from llamacli.files.gguf import GGUF
 from llamacli.files.pages import on_large_pages
 from llamacli.llama4.config import Config
 from llamacli.plan.machine import memory_short
+from llamacli.prompt import FeatureRow
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 
@@ -154,7 +155,7 @@ class Engine:
         return sum(stage.products_per_token for stage in self.stages)
 
     def forward(self, ids: Sequence, cache: Cache, all_logits: bool = False, first: int = 0) -> np.ndarray:
-        """Evaluate tokens after what `cache` holds and remember them. A token is an id or a session.FeatureRow.
+        """Evaluate tokens after what `cache` holds and remember them. A token is an id or a prompt.FeatureRow.
 
         Returns the last token's logits, float32 [n_vocab], or with `all_logits` those of every token from ids[first] on,
         [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
@@ -166,7 +167,9 @@ class Engine:
             return self._forward(tokens, cache, all_logits, first)
 
     def _tokens(self, ids: Sequence) -> Tokens:
-        rows = {} if isinstance(ids, np.ndarray) else {at: token.row for at, token in enumerate(ids) if hasattr(token, "row")}
+        rows = {}
+        if not isinstance(ids, np.ndarray):
+            rows = {at: token.row for at, token in enumerate(ids) if isinstance(token, FeatureRow)}
         ids = np.ascontiguousarray(ids, np.int64)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= self.config.n_vocab:
             raise PromptError(f"expected token ids from 0 to {self.config.n_vocab - 1}, at least one")

@@ -15,6 +15,7 @@ import numpy as np
 
 from llamacli.cpu.experts import Traffic
 from llamacli.errors import ContextFullError, PromptError, UsageError
+from llamacli.prompt import Token, tokens
 
 
 class Piece(NamedTuple):
@@ -87,22 +88,23 @@ class Session:
     def __init__(self, engine, tokenizer, ctx: int):
         self.engine, self.tokenizer, self.ctx = engine, tokenizer, ctx
         self.cache = engine.new_cache(ctx)
-        self.ids: list[int] = []
+        self.ids: list[Token] = []
         self.stats = Stats()
         self._touched = 0  # positions below this one may have been written, by a finished call or by one that broke off
 
-    def eval(self, ids: Sequence[int]) -> np.ndarray:
-        """Evaluate `ids` after those already held; returns the last one's logits, float32 [n_vocab], the caller's own copy."""
-        if not len(ids):
+    def eval(self, prompt: Sequence) -> np.ndarray:
+        """Evaluate a prompt (prompt.py) after what is held; returns the last token's logits, float32 [n_vocab]."""
+        ids = tokens(prompt)
+        if not ids:
             raise PromptError("nothing to evaluate: expected at least one token id, found none")
-        return self._evaluate(self._rewind(len(self.ids)) + [int(i) for i in ids]).copy()
+        return self._evaluate(self._rewind(len(self.ids)) + ids)
 
-    def sync(self, ids: Sequence[int]) -> np.ndarray:
-        """Make the session hold exactly `ids` and return the last one's logits, float32 [n_vocab], a view until the next call.
+    def sync(self, prompt: Sequence) -> np.ndarray:
+        """Make the session hold exactly this prompt (prompt.py) and return the last token's logits, float32 [n_vocab].
 
-        What the cache shares with `ids` from the start is kept. ContextFullError if `ids` are more than `ctx`.
+        What the cache shares with it from the start is kept. ContextFullError if it has more than `ctx` tokens.
         """
-        ids = [int(i) for i in ids]
+        ids = tokens(prompt)
         if not ids:
             raise PromptError("the prompt is empty: expected at least one token")
         if len(ids) > self.ctx:
@@ -116,26 +118,25 @@ class Session:
         self.stats.cached_tokens = len(self.ids)
         return self._evaluate(ids[len(self.ids) :])
 
-    def stream(
-        self, prompt_ids: Sequence[int], sampler, max_tokens: int | None = None, stop: Sequence[str] = ()
-    ) -> Iterator[Piece]:
+    def stream(self, prompt: Sequence, sampler, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """Answer the prompt piece by piece, until a stop token, a stop string, `max_tokens` or a full context.
 
         On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the KeyboardInterrupt.
         """
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens: expected at least 1, found {max_tokens}; None sets no limit")
-        stats = self.stats = Stats(prompt_tokens=len(prompt_ids))
+        ids = tokens(prompt)
+        stats = self.stats = Stats(prompt_tokens=len(ids))
         decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
         try:
             began = perf_counter()
-            logits = self.sync(prompt_ids)
+            logits = self.sync(ids)
             stats.prefill_s = perf_counter() - began
             stats.prefill_traffic = self.engine.take_traffic()
             while True:
                 began = perf_counter()
-                token = sampler.pick(logits, self.ids)
+                token = sampler.pick(logits, self._history())
                 stats.decode_s += perf_counter() - began
                 if token in self.tokenizer.stop_ids:
                     reason = "stop"
@@ -158,7 +159,11 @@ class Session:
         tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
         yield Piece(tail, None, reason)
 
-    def _evaluate(self, ids: list[int]) -> np.ndarray:
+    def _history(self) -> list[int]:
+        """The ids that were said, for penalties: positions of pictures are no words."""
+        return [t for t in self.ids if type(t) is int] if any(type(t) is not int for t in self.ids) else self.ids
+
+    def _evaluate(self, ids: list[Token]) -> np.ndarray:
         """Forward `ids` from where the cache stands. They count as held only once the engine is through."""
         if len(self.ids) + len(ids) > self.ctx:
             raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start anew")
@@ -169,7 +174,7 @@ class Session:
         self.ids.extend(ids)
         return logits
 
-    def _rewind(self, length: int) -> list[int]:
+    def _rewind(self, length: int) -> list[Token]:
         """Forget from `length` on; returns the ids that the cache had to forget besides, to be evaluated again.
 
         A call that broke off may have written past the cache's own position, into a ring even over older tokens. So the cache

@@ -26,7 +26,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "cpu.kernels",
     "files",
     "llama4 plan.machine",
-    "text device cpu.weights cpu.kvcache cpu.experts cpu.buffers",
+    "text device prompt cpu.weights cpu.kvcache cpu.experts cpu.buffers",
     "plan.placement",
     "cpu",
     "engine",

@@ -280,7 +280,8 @@ def test_an_interrupt_while_the_cache_grows_leaves_it_sound(tmp_path, monkeypatc
     ids = [i % 40 + 5 for i in range(300)]
     cache = model.new_cache(1000)
     model.forward(ids[:250], cache)
-    real, calls = cache._empty, []
+    part = cache.parts[0]
+    real, calls = part._empty, []
 
     def third_time_unlucky(capacity):
         calls.append(capacity)
@@ -289,7 +290,7 @@ def test_an_interrupt_while_the_cache_grows_leaves_it_sound(tmp_path, monkeypatc
         return real(capacity)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_empty", third_time_unlucky)
+        patch.setattr(part, "_empty", third_time_unlucky)
         with pytest.raises(KeyboardInterrupt):
             model.forward(ids[250:], cache)
     assert cache.pos == 250

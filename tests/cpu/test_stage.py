@@ -12,6 +12,7 @@ from llamacli.engine import Engine
 from llamacli.errors import LlamacliError, PromptError, UsageError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
+from llamacli.prompt import Features, tokens
 
 SHAPES = {"scout": tiny.SCOUT, "maverick": tiny.MAVERICK, "two experts": {"used": 2}, "five layers": {"n_layers": 5}}
 CUTS = {"1": (), "2": (2,), "3": (1, 3), "the ends apart": (0, 4), "every layer": range(6)}
@@ -94,31 +95,21 @@ def test_single_tokens_of_few_sequences_give_the_bytes_of_each_alone(tmp_path):
 # rows in place of embeddings
 
 
-class Row:
-    """A token whose embedding is given."""
-
-    def __init__(self, id, row):
-        self.id, self.row = id, row
-
-    def __index__(self):
-        return self.id
-
-
 def test_rows_that_stand_in_for_embeddings_are_used_as_they_are(tmp_path):
     found = tiny.tensors(0)
     path = tiny.tiny_gguf(tmp_path / "tiny.gguf")
     model, ids = engine(path, cuts=(0,)), list(range(40, 60))
     expected = model.forward(ids, model.new_cache(32), all_logits=True)
-    given = [Row(7, found["token_embd.weight"][i]) if 45 <= i < 52 else i for i in ids]
+    given = tokens([ids[:5], Features(7, found["token_embd.weight"][45:52], b"picture"), ids[12:]])
     cache = model.new_cache(32)
     assert np.array_equal(model.forward(given, cache, all_logits=True), expected)
-    assert not np.array_equal(model.forward([7 if isinstance(t, Row) else t for t in given], model.new_cache(32)), expected[-1])
+    assert not np.array_equal(model.forward(list(map(int, given)), model.new_cache(32)), expected[-1])
 
 
 def test_a_row_of_another_width_is_refused(tmp_path):
     model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"))
     with pytest.raises(PromptError, match="64 features"):
-        model.forward([Row(7, np.zeros(63, np.float32))], model.new_cache(8))
+        model.forward(tokens([Features(7, np.zeros((1, 63), np.float32), b"")]), model.new_cache(8))
 
 
 # caches
