@@ -63,7 +63,11 @@ class Model:
     the file asks for, else Llama 4's own (temp 0.6, top_p 0.9).
     """
 
-    def __init__(self, gguf, config, tokenizer, engine, ctx: int):
+    def __init__(self, gguf, config, tokenizer, engine, ctx: int, nbytes: int = 0):
+        """`nbytes`: what the model may come to hold, which models loaded later must leave to it."""
+        from llamacli.plan.machine import reserve
+
+        self._release = reserve(engine, nbytes)
         self.gguf, self.config, self.tokenizer, self.engine, self.ctx = gguf, config, tokenizer, engine, ctx
         self.defaults = sampling_defaults(gguf.metadata)
 
@@ -101,12 +105,13 @@ class Model:
             from llamacli.engine import Engine
             from llamacli.plan.placement import allot
 
-            slots, batch = allot(gguf, config, ctx, threads, memory, experts)
-            return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx)
+            slots, batch, nbytes = allot(gguf, config, ctx, threads, memory, experts)
+            return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx, nbytes)
 
     def close(self) -> None:
         """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""
         self.engine.close()
+        self._release()
 
     def __enter__(self) -> Model:
         return self

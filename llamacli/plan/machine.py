@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,21 @@ from pathlib import Path
 from llamacli.files import pages
 
 RESERVE_SHARE, RESERVE_MOST = 20, 2 << 30  # of free memory, one part in twenty is left to others, 2 GiB at most
+
+
+_reserved: dict[object, int] = {}  # bytes that each model of this process may come to hold
+
+
+def reserve(owner: object, nbytes: int) -> weakref.finalize:
+    """Count `nbytes` against the memory of models loaded later, until `owner` is gone or the result is called."""
+    key = object()
+    _reserved[key] = nbytes
+    return weakref.finalize(owner, _reserved.pop, key, None)
+
+
+def reserved() -> int:
+    """Bytes that the models of this process may come to hold, whether they hold them already or not."""
+    return sum(list(_reserved.values()))
 
 
 def budget() -> int:

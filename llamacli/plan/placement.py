@@ -252,19 +252,22 @@ def products_per_token(config: Config) -> int:
 # at load
 
 
-def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int]:
-    """For Engine: the slots of all layers, 0 if all experts are to be used where the file is mapped, and the largest batch.
+def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int, int]:
+    """For Engine: the slots of all layers (0: all experts are used where the file is mapped) and the largest batch; and the
+    bytes that the model may come to hold, for machine.reserve.
 
-    `memory` None: what the machine has free, less a reserve. `experts`: "mapped", "slots" or "auto".
+    `memory`: bytes for all models of this process; None: what the machine has free, less a reserve. What other models have
+    reserved is subtracted. `experts`: "mapped", "slots" or "auto".
     """
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
+    sizes, threads = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config), threads or default_threads()
     if experts == "mapped" or not config.n_experts:
-        return 0, BATCH
-    sizes = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config)
-    memory, threads = memory or machine.budget() + machine.private(), threads or default_threads()
+        needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
+        return 0, BATCH, needed + working_bytes(config, threads, BATCH)
+    memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved())
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
-    return placement.n_slots if placement.mode == "slots" else 0, placement.batch
+    return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident
 
 
 def batch_within(config: Config, memory: int, threads: int) -> int:

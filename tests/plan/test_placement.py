@@ -1,18 +1,20 @@
 """Where bytes go under a promise of memory: Scout and Maverick by their shapes, the engine's own buffers, the arithmetic of
 speed."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 from tiny import MAVERICK, SCOUT, tiny_gguf
 
+import llamacli
 from llamacli.cpu import kvcache
 from llamacli.cpu.experts import spread
 from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
-from llamacli.plan import placement
+from llamacli.plan import machine, placement
 from llamacli.plan.placement import (
     allot,
     batch_within,
@@ -211,7 +213,43 @@ def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, s
         with pytest.raises(MemoryLimitError, match=r"tiny\.gguf"):
             allot(gguf, config, 64, 1, memory, experts)
     else:
-        assert allot(gguf, config, 64, 1, memory, experts) == (slots, 2048)
+        assert allot(gguf, config, 64, 1, memory, experts)[:2] == (slots, 2048)
+
+
+class Owner:
+    """Something that a reservation lives with."""
+
+
+@pytest.mark.parametrize("memory", [None, 40 * GB])
+def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeypatch, memory):
+    """Whether the first holds it already or not; with a limit of the user's, too."""
+    gguf, free, held = open_gguf(tiny_gguf(tmp_path / "tiny.gguf")), 40 * GB, [0]
+    config = Config.from_gguf(gguf)
+    monkeypatch.setattr(machine, "budget", lambda: free - held[0])
+    monkeypatch.setattr(machine, "private", lambda: held[0])
+    _, _, nbytes = allot(gguf, config, 64, 1, memory, "slots")
+    assert nbytes > sum(t.nbytes for t in gguf.tensors.values())
+    first = Owner()
+    release = machine.reserve(first, free - nbytes // 2)
+    for held[0] in (0, free - nbytes // 2):
+        with pytest.raises(MemoryLimitError):
+            allot(gguf, config, 64, 1, memory, "slots")
+    held[0] = 0
+    release()
+    assert allot(gguf, config, 64, 1, memory, "slots")[2] == nbytes
+    machine.reserve(first, free)
+    assert machine.reserved() >= free
+    del first
+    gc.collect()
+    assert machine.reserved() < free
+
+
+def test_a_loaded_model_reserves_until_it_is_closed(tmp_path):
+    before = machine.reserved()
+    model = llamacli.Model.load(tiny_gguf(tmp_path / "tiny.gguf"), threads=1, ctx=16)
+    assert machine.reserved() > before + model.gguf.nbytes
+    model.close()
+    assert machine.reserved() == before
 
 
 def test_a_model_without_experts_is_mapped_or_refused():
