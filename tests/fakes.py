@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import numpy as np
 
 from llamacli import Model
@@ -171,6 +170,8 @@ class FakeModel(Model):
 
 def write_gguf(path, architecture, rows=4):
     """A valid GGUF with one tensor and a name that contains a terminal escape; returns its path."""
+    import gguf  # late: it takes longer to import than all else here
+
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small\x1b[31m")
     writer.add_tensor("token_embd.weight", np.zeros((rows, 32), np.float32))

@@ -14,6 +14,9 @@ import pytest
 from fakes import fake
 from terminal import Terminal
 
+from llamacli.cli.chat.terminal import copying
+from llamacli.errors import UsageError
+
 TESTS = Path(__file__).parents[1]
 READY = "ctx 0 of"
 TITLE = "Ask something, or /help"
@@ -533,3 +536,35 @@ def test_help_loads_neither_editor_nor_database(args):
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stderr.split()
     assert "llamacli.cli.chat" in loaded or "chat" not in args
     assert not {"prompt_toolkit", "sqlite3", "markdown_it", "rich", "pygments", "numpy"} & set(loaded)
+
+
+@pytest.mark.parametrize("end", ["Ctrl-D", "SIGTERM at the prompt", "SIGTERM during an answer"])
+def test_the_terminal_is_given_back_as_it_was(tmp_path, end):
+    command = " ".join(f"'{word}'" for word in fake("chat", "--no-save", reply="many words", delay="0.3"))
+    t = Terminal(["bash", "-c", f"set -m; {command}; echo status=$?; stty -a"])
+    t.wait(READY)
+    if end == "Ctrl-D":
+        t.type("\x04")
+    else:
+        if "answer" in end:
+            t.type("hello\r")
+            t.wait("m")
+            t.pump(0.5)
+        process = int(subprocess.run(["pgrep", "-P", str(t.child.pid)], capture_output=True, text=True).stdout)
+        os.kill(process, signal.SIGTERM)
+    t.wait("status=0" if end == "Ctrl-D" else "status=143")
+    t.wait("icanon")
+    assert re.search(r"(?<!-)icanon", t.text)
+    assert re.search(r"(?<!-)\becho\b", t.text)
+    assert re.search(r"(?<!-)icrnl", t.text)
+    assert t.raw.rindex("\x1b[?2004l") > t.raw.rindex("\x1b[?2004h")
+
+
+def test_the_clipboard_is_reached_through_screen_and_refused_where_there_is_none():
+    assert copying("é", {"TERM": "xterm"}) == "\x1b]52;c;w6k=\x07"
+    assert copying("é", {"TERM": "screen-256color", "TMUX": "/tmp/tmux"}) == "\x1b]52;c;w6k=\x07"
+    wrapped = copying("x" * 600, {"TERM": "screen"})
+    assert "".join(re.findall(r"\x1bP(.*?)\x1b\\", wrapped, re.S)) == copying("x" * 600, {"TERM": "xterm"})
+    for text, term in (("x", "dumb"), ("x" * 80_000, "xterm")):
+        with pytest.raises(UsageError):
+            copying(text, {"TERM": term})

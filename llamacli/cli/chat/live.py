@@ -18,7 +18,7 @@ from wcwidth import wcwidth
 
 from llamacli.cli.chat.markdown import HIGHLIGHTED, NARROWEST, Renderer, blank_before, parse
 
-EVERY = 0.05  # seconds between two drawings
+EVERY, SHARE = 0.05, 0.1  # seconds between two drawings, at least; of a core's time, at most: the model needs it more
 SYNC = "\x1b[?2026h", "\x1b[?2026l"  # terminals that know it show what is between at once, others ignore it
 _FENCE = re.compile(r"( {0,3})(`{3,}|~{3,})(.*)")
 
@@ -58,16 +58,16 @@ class Live:
         self._number: int | None = None  # of the item that the tail begins with, if its list began before
         self._fence: Fence | None = None
         self._shown: list[str] = []  # the rows on the screen that may change, the cursor at the end of the last one
-        self._columns, self._drawn = 0, float("-inf")
+        self._columns, self._due = 0, float("-inf")
         self.disturbed = False  # something else was written to the terminal
 
     def feed(self, text: str) -> None:
         """Take a piece of the answer."""
         self._tail += text.replace("\r\n", "\n").replace("\r", "\n")
-        now = self._clock()
-        if now - self._drawn >= EVERY:
+        if self._clock() >= self._due:
+            began = time.thread_time()
             self._draw(final=False)
-            self._drawn = now
+            self._due = self._clock() + max(EVERY, (time.thread_time() - began) / SHARE)
 
     def close(self) -> None:
         """The answer is over: print what is left; the cursor stands at the beginning of a line."""
