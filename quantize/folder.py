@@ -1,6 +1,6 @@
-"""The JSON files of a Hugging Face folder, read as hostile input.
+"""Reads the JSON files of a Hugging Face folder as hostile input.
 
-In: a path. Out: a dict, or a CheckpointError that names the file. Knows nothing of what the files mean.
+In: a path. Out: a dict, or a CheckpointError that names the file.
 """
 
 import json
@@ -12,7 +12,7 @@ MAX_JSON = 1 << 28  # bytes; a tokenizer.json of 200,000 tokens takes 28 MB
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`; CheckpointError when it is missing, unreadable, too large or not an object."""
+    """The JSON object in `path`; CheckpointError if it is missing, unreadable, too large or no object."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON:
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict:
 
 
 def optional_json(path: Path) -> dict:
-    """The same, and {} when there is no such file."""
+    """The same, or {} if there is no such file."""
     return read_json(path) if path.exists() else {}
 
 

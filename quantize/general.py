@@ -81,7 +81,7 @@ def read_card(path: Path) -> dict[str, str | list[str]]:
     """The front matter (YAML between two lines of ---) as texts and lists of texts; {} if there is none or it is unreadable."""
     try:
         with path.open("rb") as file:
-            lines = file.read(MAX_CARD).decode("utf-8", "replace").splitlines()
+            lines = file.read(MAX_CARD).decode("utf-8-sig", "replace").splitlines()
     except OSError:
         return {}
     if not lines or lines[0].rstrip() != "---" or "---" not in (line.rstrip() for line in lines[1:]):

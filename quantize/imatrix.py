@@ -1,9 +1,9 @@
-"""Importance matrices: how large the inputs of each column of each weight were on some text; read, checked, written.
+"""Importance matrices: how large the inputs of each column of each weight were on some text.
 
-In: a file of llama.cpp's, the GGUF of `llama-imatrix` and `llamacli imatrix` or the older .dat, or what an engine has seen.
-Out: `Imatrix`, whose `weights` are what an encoder weighs squared errors with. In the GGUF a tensor NAME has two of its own:
-NAME.in_sum2, float32 [n_matrices, n_cols], sums of squared inputs, and NAME.counts, float32 [n_matrices, 1]; a matrix is an
-expert, or all there is. Knows nothing of engines, texts or encoders.
+In: a file of llama.cpp's (the GGUF of `llama-imatrix` and `llamacli imatrix`, or the older .dat), or sums that an engine
+collected. Out: `Imatrix`, whose `weights` are the weights of squared errors in the encoders; and the GGUF. There a tensor NAME
+has two of its own: NAME.in_sum2, float32 [n_matrices, n_cols], sums of squared inputs, and NAME.counts, float32
+[n_matrices, 1]. A matrix is an expert, or the whole tensor.
 """
 
 import os
@@ -21,12 +21,12 @@ from quantize.writer import ALIGNMENT, header, write_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 _MAX_NAME, _LEAST_ENTRY = 1 << 12, 4 + 1 + 4 + 4 + 4  # bytes in a .dat: a name of one letter, one value
-MOST = 1e30  # mean square of an input; what is larger leaves float32 when it is put in relation to others
+MOST = 1e30  # mean square of an input; larger ones overflow float32 when they are divided by others
 _HINT = "make it again with llamacli imatrix"
 
 
 class Entry(NamedTuple):
-    """One tensor's: sums of squared inputs [n_matrices, n_cols] and how many inputs they are of [n_matrices], both float32.
+    """Of one tensor: sums of squared inputs [n_matrices, n_cols] and the number of inputs [n_matrices], both float32.
 
     A .dat file has one row for all experts of a tensor.
     """
@@ -48,7 +48,7 @@ class Imatrix(NamedTuple):
     chunk_size: int
 
     def weights(self, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Mean squared inputs of a tensor of that shape, float32 [n_matrices, n_cols]; None where the file has nothing on it.
+        """Mean squared inputs of a tensor of that shape, float32 [n_matrices, n_cols]; None if the file does not have it.
 
         An expert that saw no input gets the mean of those that did, all ones if none did. UsageError if the shape does not fit.
         """
@@ -73,14 +73,14 @@ class Imatrix(NamedTuple):
 
     @property
     def unseen(self) -> dict[str, list[int]]:
-        """For each tensor that has some, the experts that saw no input."""
+        """The experts without input, by tensor; tensors without such experts are left out."""
         found = {name: np.flatnonzero(entry.counts == 0).tolist() for name, entry in self.entries.items()}
         return {name: experts for name, experts in found.items() if experts}
 
 
 def checked(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> Entry:
     """An Entry of sums [n_matrices, n_cols] and counts [n_matrices]; ModelFileError unless all are finite and none negative."""
-    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+    with np.errstate(over="ignore"):  # overflow to infinity is refused below
         sums, counts = np.ascontiguousarray(sums, np.float32), np.ascontiguousarray(counts, np.float32)
     for values, what in ((sums, "sums of squares"), (counts, "counts")):
         if not (np.isfinite(values) & (values >= 0)).all():
@@ -106,10 +106,10 @@ def write_imatrix(imatrix: Imatrix, force: bool = False) -> None:
 
 
 def read_imatrix(path: str | Path) -> Imatrix:
-    """Open either format. ModelFileError says what is wrong with a file that is neither or damaged."""
+    """Read either format. ModelFileError if the file is neither, or damaged."""
     path = Path(path)
     if not path.is_file():
-        return _read_gguf(path)  # which says what is wrong
+        return _read_gguf(path)  # raises the error
     with _opened(path) as file:
         legacy = file.read(4) != b"GGUF"
     return _read_dat(path) if legacy else _read_gguf(path)
@@ -144,7 +144,7 @@ def _read_gguf(path: Path) -> Imatrix:
 
 
 def _floats(path: Path, tensors: dict, name: str) -> np.ndarray:
-    """A tensor as float32, its leading dimensions taken together."""
+    """A tensor as float32, its leading dimensions joined."""
     tensor = tensors.get(name)
     if tensor is None or tensor.type.name != "F32":
         found = "none" if tensor is None else tensor.type.name
@@ -158,11 +158,12 @@ def _read_dat(path: Path) -> Imatrix:
     """
     with _opened(path) as file:
         left, entries = os.fstat(file.fileno()).st_size, {}
+        damaged = ModelFileError(f"{path}: expected an importance matrix, found something else or half of one; {_HINT}")
 
         def take(n: int, least: int = 0, most: int | None = None) -> bytes:
             nonlocal left
             if not least <= n <= (left if most is None else min(most, left)):
-                raise ModelFileError(f"{path}: expected an importance matrix, found something else or half of one; {_HINT}")
+                raise damaged
             left -= n
             return file.read(n)
 
@@ -170,7 +171,8 @@ def _read_dat(path: Path) -> Imatrix:
             return struct.unpack("<i", take(4))[0]
 
         n_entries = number()
-        take(0 if 0 < n_entries <= left // _LEAST_ENTRY else -1)
+        if not 0 < n_entries <= left // _LEAST_ENTRY:
+            raise damaged
         for _ in range(n_entries):
             name = take(number(), 1, _MAX_NAME).decode("utf-8", "replace")
             calls = number()
@@ -182,6 +184,6 @@ def _read_dat(path: Path) -> Imatrix:
 
 
 def collected(path: Path, inputs: Iterable, dataset: str, chunk_count: int, chunk_size: int) -> Imatrix:
-    """What an engine has seen (names, square_sums, counts for each of `inputs`), to be written to `path`."""
+    """An Imatrix of the sums that an engine collected (each of `inputs` has names, square_sums, counts)."""
     entries = {name: checked(path, name, sums, counts) for names, sums, counts in inputs for name in names}
     return Imatrix(path, entries, [dataset], chunk_count, chunk_size)

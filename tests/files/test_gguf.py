@@ -349,6 +349,11 @@ class TestDamagedFiles:
         assert words in refused(raw)
         assert time.process_time() - began < 1
 
+    @pytest.mark.parametrize("length", [1, 1 << 20, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 8])
+    def test_the_length_of_a_string_past_the_end_is_not_believed(self, refused, length):
+        raw = file([string("words") + struct.pack("<IIQQQ", 9, 8, 2, 0, length)])
+        assert "2 strings for words" in refused(raw)
+
     def test_a_list_of_more_strings_than_any_vocabulary_has_is_refused(self, refused):
         pairs = [string("words") + struct.pack("<IIQ", 9, 8, 1 << 23) + bytes(8 << 23)]
         assert "at most 4194304 strings" in refused(file(pairs))
