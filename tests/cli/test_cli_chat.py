@@ -204,6 +204,15 @@ def test_a_short_paste_is_shown_with_its_tabs_and_without_what_steers(begin, tmp
     assert conversation(tmp_path)[0] == "x\tyz"
 
 
+def test_a_paste_without_its_end_does_not_swallow_the_keyboard(begin, tmp_path):
+    t = begin()
+    t.type("\x1b[200~one\ntwo")
+    t.wait("> one", "  two")
+    t.type("!\r")
+    t.wait("fine")
+    assert conversation(tmp_path)[0] == "one\ntwo!"
+
+
 def test_history_holds_whole_turns_of_all_chats(begin, tmp_path):
     first, second = begin(), begin()
     first.type("\x1b[200~one\ntwo\nthree\x1b[201~\r")

@@ -4,6 +4,7 @@ In: keys. Out: turns. A long paste is shown as "[500 lines pasted]" and sent who
 prompt_toolkit; nothing else runs while it reads.
 """
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -26,6 +27,8 @@ from llamacli.cli.console import is_terminal
 from llamacli.cli.options import checked
 from llamacli.store import Store
 
+PASTE_END = "\x1b[201~"
+TORN = 2.0  # seconds without a byte, after which a paste whose end was lost on the way counts as whole
 LONG_PASTE = 10, 2000  # lines, characters from which on a paste is only named
 LOOK = Style.from_dict(
     {
@@ -132,8 +135,24 @@ class Prompt:
 
     def turn(self, default: str = "") -> str:
         """The next turn, `default` ready to be edited. EOFError at the end; KeyboardInterrupt on Ctrl-C."""
-        text = self._pastes.expand(self._session.prompt(default=self._pastes.collapse(default)))
+        text = self._session.prompt(
+            default=self._pastes.collapse(default), pre_run=lambda: get_app().create_background_task(self._end_torn_pastes())
+        )
+        text = self._pastes.expand(text)
         return unfenced(checked(text, "input"))
+
+    async def _end_torn_pastes(self) -> None:
+        """A paste without its end would swallow every key for good, Ctrl-C too; the editor's parser knows no limit of time."""
+        app, length = self._session.app, 0
+        while True:
+            await asyncio.sleep(TORN)
+            parser = app.input.vt100_parser
+            now = len(parser._paste_buffer) if getattr(parser, "_in_bracketed_paste", False) else 0
+            if now and now == length:
+                parser.feed(PASTE_END)
+                app.key_processor.feed_multiple(app.input.read_keys())
+                app.key_processor.process_keys()
+            length = now
 
     def type_ahead(self, data: bytes) -> None:
         """Keys pressed while nobody read them."""
