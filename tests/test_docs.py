@@ -1,0 +1,63 @@
+"""The documentation: every command that is shown with its output gives that output."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMACLI = f"llamacli() {{ {sys.executable} -c 'import sys; from llamacli.cli import main; sys.exit(main())' \"$@\"; }}; "
+SCOUT = {  # what differs from the small model's config.json
+    **{"vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8},
+    **{"intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760},
+}
+
+
+def shown():
+    """(page, command, output) of every `$ command` in a fenced block that is followed by output; in a chat, `> ` is typed."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.S | re.M):
+            for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.M):
+                if output.strip():
+                    yield pytest.param(command, output, id=f"{page.name}: {command[:60]}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder that has what the commands name: the project's models, and Scout's config.json."""
+    here = tmp_path_factory.mktemp("docs")
+    (here / "models").symlink_to(ROOT / "models")
+    config = json.loads((ROOT / "models" / "scout-tiny" / "hf" / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("moe_layers", "no_rope_layers")} | SCOUT
+    (here / "Llama-4-Scout-17B-16E-Instruct").mkdir()
+    (here / "Llama-4-Scout-17B-16E-Instruct" / "config.json").write_text(json.dumps(config))
+    return here
+
+
+@pytest.mark.parametrize("command, output", list(shown()))
+def test_a_command_gives_the_output_that_the_page_shows(command, output, folder):
+    if "| jq" in command and not shutil.which("jq"):
+        pytest.skip("needs jq")
+    typed = "\n".join(re.findall(r"^> (.*)", output, re.M))
+    env = {name: value for name, value in os.environ.items() if name not in ("LLAMACLI_MODEL", "NO_COLOR")}
+    done = subprocess.run(
+        ["bash", "-c", LLAMACLI + command + " 2>&1"],
+        cwd=folder,
+        env=env,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    expected = "".join(line for line in output.splitlines(keepends=True) if not line.startswith("> "))
+    assert _untimed(done.stdout) == _untimed(expected)
+
+
+def _untimed(text):
+    """Without the seconds that something took."""
+    return re.sub(r"\bin \d+:\d\d$", "in TIME", text, flags=re.M).strip()
