@@ -17,7 +17,7 @@ from llamacli.errors import PromptError
 
 STEP = 128  # units of a call, or of a pass of a loop
 NODE = 32  # units of an item in a list or dictionary
-_BASE = 1 << 26  # units that any template may spend: half a million steps
+_BASE = 1 << 25  # units that any template may spend: a quarter of a million steps, some two seconds
 _PER_UNIT = 64  # units more for each unit of the variables
 _LONGEST = 1 << 20  # characters of the result
 

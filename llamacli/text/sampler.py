@@ -9,6 +9,7 @@ the penalties. A vocabulary of 202,048 costs half a millisecond, a few where a m
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -112,6 +113,9 @@ class Sampler:
         if self._temp == 0 or candidates.logits[best] == np.inf:
             candidates.keep(np.array([best]))
             return candidates
+        if then[:1] == ("top_k",):
+            self._step("top_k", history)(candidates)
+            then = then[1:]
         span = self.settings["dynatemp_range"]
         plain = then[:1] == ("temperature",) and not span
         measured = "top_n_sigma" in then or ("temperature" in then and span > 0)
@@ -137,7 +141,11 @@ class Sampler:
         }
         if self.mirostat:
             off |= dict.fromkeys(("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc"), True)
-        return tuple(name for name in self.order if not off[name])
+        active = [name for name in self.order if not off[name]]
+        for i, pair in enumerate(pairwise(active)):
+            if pair == ("temperature", "top_k") and s["dynatemp_range"] == 0:  # the same tokens, found before they are divided
+                active[i : i + 2] = reversed(pair)
+        return tuple(active)
 
     def _step(self, name: str, history: Sequence[int], shifted: bool = True) -> steps.Step:
         s = self.settings

@@ -53,7 +53,8 @@ def checked(name: str, value) -> float:
 
 
 class Candidates:
-    """The tokens left: `ids` int64 in ascending order, None for all of the vocabulary; `logits` float32, one each.
+    """The tokens left: `ids` int64 in ascending order, None for all of the vocabulary; `logits` float32, one each, which steps
+    change in place.
 
     `count` and `deviation` (standard deviation of the finite logits) are of all tokens that the steps have left, with those
     that `cut` dropped because they are too unlikely to matter.
@@ -69,7 +70,8 @@ class Candidates:
     def weights(self) -> np.ndarray:
         """Probabilities but for a factor, float32: 1 for the best."""
         if self._weights is None:
-            self._weights = np.exp(self.logits - self.logits.max())
+            weights = self.logits - self.logits.max()
+            self._weights = np.exp(weights, out=weights)
         return self._weights
 
     def probabilities(self) -> np.ndarray:
@@ -123,7 +125,7 @@ def penalties(repeat: float, presence: float, frequency: float, last_n: int, his
         at, there = c.places(ids)
         seen = c.logits[at]
         seen = np.where(seen > 0, seen / np.float32(repeat), seen * np.float32(repeat))
-        logits = c.logits if c.ids is None else c.logits.copy()
+        logits = c.logits
         logits[at] = seen - (frequency * counts[there] + presence)
         c.change(logits)
 
@@ -153,7 +155,7 @@ def dry(multiplier: float, base: float, allowed: int, last_n: int, breakers: np.
         lengths = np.array([longest[id] for id in ids.tolist()], np.float64)[there]
         with np.errstate(over="ignore"):
             loss = np.minimum(multiplier * np.power(base, lengths - allowed), _MOST_PENALTY)
-        logits = c.logits if c.ids is None else c.logits.copy()
+        logits = c.logits
         logits[at] -= loss.astype(np.float32)
         c.change(logits)
 
@@ -176,7 +178,11 @@ def temperature(temp: float, span: float = 0.0, exponent: float = 1.0, shifted: 
             chosen = low + (temp + span - low) * min(max(entropy, 0.0), 1.0) ** exponent
         with np.errstate(over="ignore"):  # a temperature next to 0 makes all but the best minus infinity, as it should
             chosen = min(max(chosen, _LEAST_TEMP), _MOST_TEMP)
-            c.change((c.logits - c.logits.max() if shifted else c.logits) / np.float32(chosen))
+            logits = c.logits
+            if shifted:
+                logits -= logits.max()
+            logits /= np.float32(chosen)
+            c.change(logits)
         c.deviation = None if c.deviation is None else c.deviation / chosen
 
     return step
