@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from markdown_it.tree import SyntaxTreeNode
 from pygments.token import Comment, Generic, Keyword, Name, Number, Operator, String, Token
 from rich.cells import cell_len
+from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
@@ -105,7 +106,7 @@ class Renderer:
             return line.plain
         console = _canvas()
         return "".join(
-            part.style.render(part.text, color_system=console._color_system) if part.style else part.text
+            part.style.render(part.text, color_system=ColorSystem.STANDARD) if part.style else part.text
             for part in line.render(console, end="")
         )
 
