@@ -1,9 +1,9 @@
 """Mutation fuzzing of every file format that the program reads, by hand: `python tests/fuzz.py gguf 10000 [SEED]`.
 
-A kind is gguf, safetensors, config, tokenizer or imatrix. Each input is a small sound file that was damaged: bits, integers,
-slices, cuts, repetitions; in JSON also values of other types. A finding is anything but success or a one-line LlamacliError,
-an input that takes over 10 seconds, or memory over 1 GB (RLIMIT_AS, beside what the process has at the start). Findings are
-written to fuzz-KIND-N in the working folder. The tests run some hundred inputs of each kind (tests/test_fuzz.py).
+A kind is gguf, safetensors, config, tokenizer, imatrix (.dat) or imatrix-gguf. Each input is a small sound file that was
+damaged: bits, integers, slices, cuts, repetitions; in JSON also values of other types. A finding is anything but success or a
+one-line LlamacliError, an input that takes over 10 seconds, or memory over 1 GB (RLIMIT_AS, beside what the process has at the
+start). Findings are written to fuzz-KIND-N in the working folder. The tests run a hundred inputs of each kind (test_fuzz.py).
 """
 
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import checkpoint
+import numpy as np
 from gguf_bytes import file, info, pair
 
 from llamacli.cli.console import one_line
@@ -29,7 +30,7 @@ from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.text.tokenizer import Tokenizer
 from quantize.convert import convert
-from quantize.imatrix import read_imatrix
+from quantize.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 
 SECONDS, MEMORY = 10, 1 << 30
 NUMBERS = (0, 1, -1, 2, 127, 255, 1 << 15, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 62, 1 << 63, (1 << 64) - 1)
@@ -86,6 +87,9 @@ def kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     return {
         "gguf": lambda: Kind(folder, model(), folder / "x.gguf", lambda: read_model(folder / "x.gguf")),
         "imatrix": lambda: Kind(folder, imatrix(), folder / "x.imatrix", lambda: read_imatrix(folder / "x.imatrix")),
+        "imatrix-gguf": lambda: Kind(
+            folder, imatrix_gguf(folder / "s.gguf"), folder / "x.gguf", lambda: read_imatrix(folder / "x.gguf")
+        ),
         "safetensors": lambda: folder_kind("model.safetensors"),
         "config": lambda: folder_kind("config.json"),
         "tokenizer": lambda: folder_kind("tokenizer.json"),
@@ -128,6 +132,13 @@ def imatrix() -> bytes:
     for name in (b"blk.0.attn_q.weight", b"blk.0.ffn_up_exps.weight"):
         raw += struct.pack("<i", len(name)) + name + struct.pack("<ii8f", 3, 8, *range(8))
     return raw + struct.pack("<i", 5) + struct.pack("<i", 4) + b"text"
+
+
+def imatrix_gguf(path: Path) -> bytes:
+    """The format that llamacli writes."""
+    entries = {f"blk.{i}.attn_q.weight": Entry(np.ones((2, 8), np.float32), np.ones(2, np.float32)) for i in range(3)}
+    write_imatrix(Imatrix(path, entries, ["text"], 5, 512))
+    return path.read_bytes()
 
 
 def damaged(raw: bytes, rng: random.Random, head: int = 1 << 13) -> bytes:

@@ -3,7 +3,7 @@
 import fuzz
 import pytest
 
-KINDS = ("gguf", "imatrix", "safetensors", "config", "tokenizer")
+KINDS = ("gguf", "imatrix", "imatrix-gguf", "safetensors", "config", "tokenizer")
 
 
 @pytest.mark.parametrize("name", KINDS)
