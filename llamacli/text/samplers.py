@@ -229,8 +229,14 @@ def typical(p: float) -> Step:
     def step(c: Candidates) -> None:
         probabilities = c.probabilities()
         surprise = -np.log(np.maximum(probabilities, 1e-300))
-        order = np.argsort(np.abs(surprise - (probabilities * surprise).sum()), kind="stable")
-        last = int(np.searchsorted(np.cumsum(probabilities[order]), p, "left"))
+        far = np.abs(surprise - (probabilities * surprise).sum())
+        count, total = 0, None
+        while total is None or (total[-1] < p and count < len(far)):  # few are enough where a model is sure
+            count = min(len(far), max(1024, 8 * count))
+            near = np.argpartition(far, count - 1)[:count]
+            order = near[np.lexsort((near, far[near]))]
+            total = np.cumsum(probabilities[order])
+        last = int(np.searchsorted(total, p, "left"))
         c.keep(np.sort(order[: last + 1]))
 
     return step

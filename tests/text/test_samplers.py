@@ -137,6 +137,15 @@ def test_each_sampler_alone_is_its_definition(name):
     assert found != pytest.approx(softmax(dict(enumerate(LOGITS.tolist()))), rel=1e-3), "it has done nothing"
 
 
+@pytest.mark.parametrize("p, spread", [(0.0, 1.0), (0.3, 0.1), (0.9, 0.01), (0.9, 3.0), (0.999, 0.5)])
+def test_typical_among_many_tokens_is_its_definition(p, spread):
+    logits = (np.random.default_rng(5).normal(size=5000) * spread).astype(np.float32)
+    found = Sampler(**OFF, typical_p=p).candidates(logits)
+    expected = Plain([], typical_p=p).typ_p({id: float(value) for id, value in enumerate(logits)})
+    assert len(set(found.ids.tolist()) ^ set(expected)) <= 2  # at the border rounding may decide
+    assert len(found.ids) >= 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 2**32),
