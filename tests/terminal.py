@@ -58,7 +58,7 @@ class Terminal:
             except pexpect.EOF:
                 return False
 
-    def wait(self, *texts, times=1, seconds=12):
+    def wait(self, *texts, times=1, seconds=40):
         """Until every one of `texts` is on the screen or above it, `times` times."""
         until = time.monotonic() + seconds
         while not all(self.text.count(text) >= times for text in texts):

@@ -143,7 +143,7 @@ def test_turns_and_answers_stand_apart(begin):
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(begin, tmp_path):
-    t = begin(reply="a rather long answer", delay="0.05")
+    t = begin(reply="a rather long answer", delay="0.1")
     t.type("hello\r")
     t.wait("a rather")
     t.type("\x03")
@@ -297,21 +297,23 @@ def test_a_paste_during_an_answer_is_one_turn(begin, tmp_path):
     assert conversation(tmp_path)[2] == "tab\there\nand more"
 
 
-def test_a_suspended_answer_goes_on(begin):
-    t = Terminal(["bash", "--norc", "-i"], XDG_STATE_HOME="/nonexistent", PS1="$ ")
+def test_a_suspended_answer_goes_on():
+    t = Terminal(["bash", "--norc", "-i"], PS1="$ ")
     t.wait("$")
     words = " ".join(
         f"'{word}'" for word in fake("chat", "--no-save", "hello", reply="a long answer of many words", delay="0.1")
     )
     t.type(words + "\r")
-    t.wait("a long")
+    t.wait("\na long")
     t.type("\x1a")
     t.wait("Stopped")
-    t.type("echo shell\r")
+    t.type("echo she''ll\r")
     t.wait("\nshell")
     t.type("fg\r")
-    t.wait("many words", TITLE)
-    t.type("\x04")
+    t.wait(TITLE)
+    said = t.text[t.text.index("\na long") :]
+    before, after = said[: said.index("[1]")], said[said.index("\nshell") : said.index(f"> {TITLE}")]
+    assert (before.split("\n")[1] + after.rstrip().split("\n")[-1]).replace(" ", "") == "alonganswerofmanywords"
     t.child.close(force=True)
 
 
