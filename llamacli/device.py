@@ -72,6 +72,9 @@ class Stage(Protocol):
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits of rows of the stream, float32 [len(x), n_vocab]; of the last stage only."""
 
+    def interrupt(self) -> None:
+        """From another thread: have the call under way end soon, by a KeyboardInterrupt."""
+
     def shrink(self, nbytes: int) -> int:
         """Give back up to so many bytes of what can be read again; returns how many."""
 

@@ -111,7 +111,7 @@ class Engine:
             ends = {"embeds": first < 0, "heads": end > config.n_layers}
             own = {i: share[i] for i in layers if i in share}
             self.stages.append(CpuStage(gguf, config, layers, pool, guard, slots=own, most=self._max_batch, **ends))
-        self._fetches = bool(share)
+        self._fetches, self._interrupted = bool(share), False
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
         # Called after each batch of `forward`: the tokens evaluated so far, and all of that call.
@@ -125,6 +125,15 @@ class Engine:
             self._closed = True
             for stage in self.stages:
                 stage.close()
+
+    def interrupt(self) -> None:
+        """From another thread: have a `forward` that is under way end soon, by a KeyboardInterrupt. The cache stays sound.
+
+        The main thread hears no signal while it is in compiled code; whoever watches for signals calls this.
+        """
+        self._interrupted = True
+        for stage in self.stages:
+            stage.interrupt()
 
     def new_cache(self, ctx: int) -> Cache:
         """An empty cache for at most `ctx` tokens."""
@@ -179,6 +188,7 @@ class Engine:
 
     def _forward(self, tokens: Tokens, cache: Cache, all_logits: bool, first: int) -> np.ndarray:
         ids, done, result = tokens.ids, 0, None
+        self._interrupted = False
         if len(ids) > 1 or cache.pos % LOOK_EVERY == 0:
             self._make_room()
         cache.reserve(len(ids))
@@ -190,6 +200,8 @@ class Engine:
             x = Tokens(ids[done : done + n], rows)
             for stage, part in zip(self.stages, cache.parts, strict=True):
                 x = stage.forward(x, [Run(part, n)])
+                if self._interrupted:
+                    raise KeyboardInterrupt
             if self.follow_routing:
                 chosen = [stage.chosen(n) for stage in self.stages if stage.layers]
                 self.follow_routing(cache.pos, chosen[0] if len(chosen) == 1 else np.concatenate(chosen))

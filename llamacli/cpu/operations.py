@@ -282,6 +282,7 @@ class Recorder:
             self._buffers["scratch"],
             self._scratch,
             self.program.counter(),
+            self._state,
             add=add,
             x_div=x_div,
             out_div=out_div,

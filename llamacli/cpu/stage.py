@@ -13,8 +13,8 @@ import numpy as np
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import LOGITS_BATCH, Buffers
 from llamacli.cpu.experts import Slots, Traffic
-from llamacli.cpu.kernels.ops.attention import BLOCKS, tokens_per_block
-from llamacli.cpu.kernels.ops.elementwise import COUNT, ROW, N
+from llamacli.cpu.kernels.ops.attention import tokens_per_block
+from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, STOP, N
 from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
@@ -179,6 +179,11 @@ class CpuStage:
         """What was read since the last call, None if all experts are mapped."""
         return self.slots.take_traffic() if self.slots else None
 
+    def interrupt(self) -> None:
+        """Have the call that another thread is in end soon, within one piece of a product; it raises KeyboardInterrupt."""
+        if (buffers := self._buffers) is not None:
+            buffers["state"][STOP] = 1
+
     def shrink(self, nbytes: int) -> int:
         """Give back slots, up to so many bytes; returns how many."""
         return self.slots.shrink(nbytes) if self.slots else 0
@@ -216,7 +221,7 @@ class CpuStage:
 
     def _set_rows(self, n: int, row: int, count: int) -> None:
         """Tokens of the batch, and which of its rows norms work on."""
-        self._buffers["state"][[N, ROW, COUNT]] = n, row, count
+        self._buffers["state"][[N, ROW, COUNT, STOP]] = n, row, count, 0
         self._buffers["dense"][1] = count
 
     def _look_up(self, x: Tokens, n: int) -> None:
@@ -261,6 +266,8 @@ class CpuStage:
         else:
             for label, seconds in zip(program.labels[first:last], self._pool.run_timed(program, first, last), strict=True):
                 self.timings[label] += seconds
+        if self._buffers["state"][STOP]:
+            raise KeyboardInterrupt
 
     def _run_layers(self, n: int) -> None:
         ends = self._layer_ends

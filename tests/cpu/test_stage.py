@@ -162,6 +162,32 @@ def test_two_threads_on_one_model_get_right_answers(tmp_path):
     assert not wrong
 
 
+@pytest.mark.parametrize("slots", [0, 2], ids=["mapped", "slots"])
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_an_interrupt_from_another_thread_ends_the_call_and_harms_nothing(at, slots, tmp_path, monkeypatch):
+    """It comes while the threads are in compiled code: products end without results, and the call raises."""
+    model, ids = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), slots), list(range(40))
+    expected = model.forward(ids, model.new_cache(64), all_logits=True)
+    cache, real, runs = model.new_cache(64), model.stages[0]._pool.run, []
+    model.forward(ids[:10], cache)
+
+    def interrupted(*arguments):
+        runs.append(1)
+        if len(runs) == at + 1:
+            model.interrupt()
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.stages[0]._pool, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.forward(ids[10:], cache)
+    assert len(runs) == at + 1
+    assert cache.truncate(10) <= 10
+    np.testing.assert_allclose(
+        model.forward(ids[cache.pos :], cache, all_logits=True)[-1], expected[-1], atol=1e-4 * np.abs(expected).max()
+    )
+
+
 def test_a_closed_engine_says_so(tmp_path):
     model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), 2)
     cache = model.new_cache(8)

@@ -16,15 +16,24 @@ from typing import NamedTuple
 
 from numpy import float32, float64, int64
 
-from llamacli.cpu.kernels.jit.intrinsics import Address, Count, Flag, Microkernel, OptionalAddress, call, kernel, pointer
-from llamacli.cpu.kernels.ops.elementwise import N
+from llamacli.cpu.kernels.jit.intrinsics import (
+    Address,
+    Count,
+    Flag,
+    Microkernel,
+    OptionalAddress,
+    atomic_load,
+    call,
+    kernel,
+    pointer,
+)
+from llamacli.cpu.kernels.ops.elementwise import BLOCKS, STOP, N
 
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work item
 MANY = 16  # query rows from which on it pays to lay keys and values out anew
 FILL = 6  # rows that may be needed to fill up a tile
 ONE, EPS, ATTN_SCALE, TEMP_LENGTH, TEMP_SCALE = range(5)  # slots of the float constants
-BLOCKS = 3  # of the state block, after elementwise's: blocks of tokens
 
 
 class Scratch(NamedTuple):
@@ -181,6 +190,8 @@ def attend(a, thread, threads):
     group, blocks = a.n_heads // a.n_kv_heads, pointer(a.state, int64)[BLOCKS]
 
     for item in range(thread, a.n_kv_heads * blocks, threads):
+        if atomic_load(a.state + 8 * STOP) != 0:
+            return
         kv, block = item // blocks, item % blocks
         start, tokens = block_table[2 * block], block_table[2 * block + 1]
         cache = pointer(tables[start] + 24 * a.layer, int64)

@@ -1,7 +1,7 @@
 """Operations between matrix products: embedding, norms, quantizing activations, SwiGLU, routing, sums of squares.
 
 Drivers over rows of float32 with a stride in bytes. `codes` are the int8 form of the same rows (formats/layout.py); 0 where
-nobody needs it. `state` is an int64 block [N, ROW, COUNT] that all steps of a run share.
+nobody needs it. `state` is an int64 block that all steps of a run share.
 """
 
 import math
@@ -20,7 +20,9 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     pointer,
 )
 
-N, ROW, COUNT = range(3)  # of the state block: tokens of the run; first and number of the rows that the head works on
+# of the state block: tokens of the run; first and number of the rows that norms work on; attention's blocks of tokens; whether
+# the run is to end soon, whatever comes out
+N, ROW, COUNT, BLOCKS, STOP = range(5)
 
 
 class EmbedArguments(NamedTuple):

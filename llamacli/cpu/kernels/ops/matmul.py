@@ -24,6 +24,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     OptionalAddress,
     OptionalMicrokernel,
     atomic_add,
+    atomic_load,
     atomic_store,
     call,
     kernel,
@@ -31,6 +32,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     pointer,
 )
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
+from llamacli.cpu.kernels.ops.elementwise import STOP
 
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
@@ -162,6 +164,7 @@ class MatmulArguments(NamedTuple):
     window: OptionalAddress  # int64 [2]: the first group to do, and the one to stop before
     unit: Count  # rows of an item of work are a multiple of it
     taken: Address  # int64, 0 between runs: items of work that threads have taken
+    state: Address  # elementwise's block
 
 
 def arguments(
@@ -172,6 +175,7 @@ def arguments(
     scratch: np.ndarray,
     offsets: Scratch,
     taken: int,
+    state: int,
     *,
     add: bool = False,
     x_div: int = 1,
@@ -226,6 +230,7 @@ def arguments(
         window=window,
         unit=UNIT if f.quantized else FLOAT_UNIT,
         taken=taken,
+        state=state,
     )
 
 
@@ -338,7 +343,9 @@ def matmul(a, thread, threads):
         packed_block = int64(-1)
         while item < before + items:
             row, row_end = low + whole, high
-            if not tiled:
+            if atomic_load(a.state + 8 * STOP) != 0:  # the items are still taken, so that the counter ends as it should
+                row = row_end
+            elif not tiled:
                 row, row_end = _rows_of(item - before, high - low, a.unit, sharing)
                 row, row_end = low + row, low + row_end
             elif item - before < items - 1:
