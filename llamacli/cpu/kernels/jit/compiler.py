@@ -140,7 +140,7 @@ def call(typingctx, address, arguments):
 @intrinsic
 def _atomic_load(typingctx, address):
     def codegen(context, builder, signature, values):
-        return builder.load_atomic(builder.inttoptr(values[0], _i64.as_pointer()), "acquire", 8)
+        return builder.load_atomic(builder.inttoptr(values[0], _i64.as_pointer()), "seq_cst", 8)
 
     return types.int64(types.int64), codegen
 
@@ -169,9 +169,9 @@ def _pause(typingctx):
         if triple.startswith("x86_64"):
             fn = builder.module.declare_intrinsic("llvm.x86.sse2.pause", (), ir.FunctionType(ir.VoidType(), []))
             builder.call(fn, [])
-        elif triple.startswith(("aarch64", "arm64")):
-            fn = builder.module.declare_intrinsic("llvm.aarch64.hint", (), ir.FunctionType(ir.VoidType(), [ir.IntType(32)]))
-            builder.call(fn, [ir.IntType(32)(1)])
+        elif triple.startswith(("aarch64", "arm64")):  # `yield` does nothing there, `isb` waits for the pipeline to be empty
+            fn = builder.module.declare_intrinsic("llvm.aarch64.isb", (), ir.FunctionType(ir.VoidType(), [ir.IntType(32)]))
+            builder.call(fn, [ir.IntType(32)(15)])
         return context.get_dummy_value()
 
     return types.void(), codegen

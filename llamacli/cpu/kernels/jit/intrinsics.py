@@ -26,7 +26,7 @@ def call(address, arguments):
 
 
 def atomic_load(address):
-    """The int64 at `address`, in acquire order."""
+    """The int64 at `address`, sequentially consistent."""
 
 
 def atomic_store(address, value):

@@ -1,11 +1,14 @@
-"""Threads that stay in compiled code and run programs (program.py). `Pool.run` lets every thread walk the rows from
-`first` to `last` and call each kernel with (arguments, thread, threads); after a row with `meet` they wait for each other at a
-spin barrier, which costs well under a microsecond where a parallel region of Numba's costs 4 to 45. Between runs the workers
-spin for about two milliseconds, then nap for longer and longer, so that a waiting prompt costs next to no CPU. A run is one
-compiled call: a signal such as Ctrl-C is seen before or after it, never in between. Knows nothing of what the kernels do.
+"""A pool of threads that run programs (program.py) in compiled code.
+
+`Pool.run` lets every thread walk the rows from `first` to `last` and call each kernel with (arguments, thread, threads). After
+a row with a barrier the threads wait for each other. A run is one compiled call: a signal such as Ctrl-C is seen before or
+after it, never in between.
+
+Waiting, for the barrier and for the next run: spin, then sleep in the kernel (waiting.py). A barrier among running threads
+costs well under a microsecond; a parallel region of Numba's costs 4 to 45. An idle pool uses no CPU.
 """
 
-import ctypes
+import os
 import threading
 import weakref
 from time import perf_counter
@@ -13,101 +16,122 @@ from time import perf_counter
 import numpy as np
 from numpy import int64
 
-from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_load, atomic_store, call, kernel, part, pause, pointer, run
+from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_load, atomic_store, call, kernel, part, pointer, run
 from llamacli.cpu.kernels.runtime.program import Program
+from llamacli.cpu.kernels.runtime.waiting import (
+    ARRIVED,
+    JOB,
+    PHASE,
+    STOP,
+    TICKET,
+    await_change,
+    new_control,
+    prefer_fast_cores,
+    wake,
+)
+from llamacli.errors import UsageError
 
-# int64 slots of the control block, a cache line apart
-TICKET, ARRIVED, PHASE, JOB, STOP, LIBC = 0, 8, 16, 24, 32, 40
-PATIENCE = 30_000  # spins before a worker starts to nap
-LONGEST_NAP = 5_000  # microseconds
-
-
-def _libc() -> tuple[int, int]:
-    """Addresses of a function that gives the core away and of one that sleeps for some microseconds."""
-    libc = ctypes.CDLL(None)
-    return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (libc.sched_yield, libc.usleep))
+AT_BARRIER = 50_000  # nanoseconds that a thread spins for the others before it sleeps
+BETWEEN_RUNS = 2_000_000  # nanoseconds that a worker spins for the next run: a sampler's time, or a short read's
 
 
 @part
-def _barrier(control, threads):
-    phase = atomic_load(control + 8 * PHASE)
-    if atomic_add(control + 8 * ARRIVED, 1) == threads - 1:
-        atomic_store(control + 8 * ARRIVED, 0)
-        atomic_store(control + 8 * PHASE, phase + 1)
+def _barrier(control, thread, threads):
+    phase = atomic_load(control + PHASE)
+    if atomic_add(control + ARRIVED, 1) == threads - 1:
+        atomic_store(control + ARRIVED, 0)
+        atomic_store(control + PHASE, phase + 1)
+        wake(control, PHASE)
         return
-    spins = 0
-    while atomic_load(control + 8 * PHASE) == phase:
-        pause()
-        spins += 1
-        if spins & 1023 == 0:  # somebody else wants this core: let them have it rather than spin against them
-            call(pointer(control + 8 * LIBC, int64)[0], ())
+    await_change(control, PHASE, phase, thread, AT_BARRIER)
 
 
 @part
 def _walk(control, thread, threads):
-    job = pointer(control + 8 * JOB, int64)
+    job = pointer(control + JOB, int64)
     rows, first, last = job[0], job[1], job[2]
     for step in range(first, last):
         row = pointer(rows + 24 * step, int64)
         call(row[0], (row[1], thread, threads))
         if row[2] and threads > 1:
-            _barrier(control, threads)
+            _barrier(control, thread, threads)
 
 
 @kernel(None)
 def work(control, thread, threads):
     """A worker's whole life."""
-    ticket, spins, nap = 0, 0, 50
-    while not atomic_load(control + 8 * STOP):
-        if atomic_load(control + 8 * TICKET) != ticket:
-            ticket += 1
-            _walk(control, thread, threads)
-            spins, nap = 0, 50
-        elif spins < PATIENCE:
-            pause()
-            spins += 1
-        else:
-            call(pointer(control + 8 * LIBC, int64)[1], (nap,))
-            nap = min(LONGEST_NAP, nap + nap // 64 + 1)
+    ticket = 0
+    while True:
+        await_change(control, TICKET, ticket, thread, BETWEEN_RUNS)
+        ticket += 1
+        if atomic_load(control + STOP):
+            return
+        _walk(control, thread, threads)
 
 
 @kernel(None)
 def lead(control, thread, threads):
-    """The caller's part of a run: call the workers, and walk with them."""
-    atomic_add(control + 8 * TICKET, 1)
+    """The caller's part of a run: start the workers and walk with them."""
+    atomic_add(control + TICKET, 1)
+    wake(control, TICKET)
     _walk(control, thread, threads)
 
 
-def _close(control):
-    control[STOP] = 1
+@kernel(None)
+def dismiss(control, thread, threads):
+    """Let all workers return."""
+    atomic_store(control + STOP, 1)
+    atomic_add(control + TICKET, 1)
+    wake(control, TICKET)
+
+
+def _dismiss(control: np.ndarray) -> None:
+    dismiss(control.ctypes.data, 0, 0)
 
 
 class Pool:
-    """`threads` threads, the caller's included."""
+    """`threads` threads, the caller's included. One caller at a time.
+
+    A child process made by fork has none of the threads; its pool starts new ones on the next run.
+    """
 
     def __init__(self, threads: int):
+        """UsageError if the system does not give so many threads; none is left behind."""
         self.threads = threads
-        self._control = np.zeros(64, np.int64)
-        self._control[LIBC : LIBC + 2] = _libc()
-        entry = work.address  # before any thread needs it
-        for thread in range(1, threads):
-            arguments = (self._control.ctypes.data, thread, threads)
-            # the array travels along so that it outlives the thread
-            threading.Thread(target=lambda a, keep: run(entry, *a), args=(arguments, self._control), daemon=True).start()
-        self._finalizer = weakref.finalize(self, _close, self._control)
+        self._start()
+        _pools.add(self)
+
+    def _start(self) -> None:
+        control, entry = new_control(self.threads), work.address  # compiled before any thread needs it
+        _ = lead.address, dismiss.address
+        self._control, self._workers = control, []
+        self._finalizer = weakref.finalize(self, _dismiss, control)
+        try:
+            for thread in range(1, self.threads):
+                # the array is an argument so that it outlives the thread
+                worker = threading.Thread(target=_work, args=(entry, control, thread, self.threads), daemon=True)
+                worker.start()
+                self._workers.append(worker)
+        except RuntimeError as error:
+            started = len(self._workers) + 1
+            self.close()
+            raise UsageError(f"threads: expected to start {self.threads}, found room for {started}; use fewer (-t)") from error
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers. Closing twice is allowed, running afterwards is not."""
         self._finalizer()
+        for worker in self._workers:
+            worker.join()
+        self._workers = []
 
     def run(self, program: Program, first: int = 0, last: int | None = None) -> None:
-        """Run rows first..last on all threads; returns when all are done. The last of them must meet."""
+        """Run rows first..last on all threads; returns when all are done. The last of them must have a barrier."""
         last = len(program) if last is None else last
-        assert first < last and program.table[last - 1, 2], "a run needs a step, and its last step must meet"
+        assert first < last and program.table[last - 1, 2], "a run needs a step, and its last step a barrier"
         self._lead(program.table, first, last)
 
     def run_timed(self, program: Program, first: int = 0, last: int | None = None) -> list[float]:
-        """The same one step at a time; returns the seconds of each, the meeting of all threads after it included."""
+        """The same one step at a time; returns the seconds of each, the barrier after it included."""
         table, seconds = program.table.copy(), []
         table[:, 2] = 1
         for step in range(first, len(program) if last is None else last):
@@ -117,5 +141,30 @@ class Pool:
         return seconds
 
     def _lead(self, table: np.ndarray, first: int, last: int) -> None:
-        self._control[JOB : JOB + 3] = table.ctypes.data, first, last
+        if self._control is None:
+            self._start()
+        job = JOB // 8
+        self._control[job : job + 3] = table.ctypes.data, first, last
         lead(self._control.ctypes.data, 0, self.threads)
+
+    def _forget(self) -> None:
+        """In a forked child: the workers are the parent's."""
+        self._finalizer.detach()
+        self._control, self._workers = None, []
+
+
+def _work(entry: int, control: np.ndarray, thread: int, threads: int) -> None:
+    prefer_fast_cores()
+    run(entry, control.ctypes.data, thread, threads)
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pool in list(_pools):
+        pool._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
