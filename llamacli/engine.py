@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from llamacli.cpu import buffers
+from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import Traffic, spread
 from llamacli.cpu.kernels.jit.features import default_threads
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.operations import Inputs
-from llamacli.cpu.stage import INTERRUPTIBLE, LOOK_EVERY, CpuStage
+from llamacli.cpu.stage import LOOK_EVERY, CpuStage
 from llamacli.device import Run, Stage, Tokens
 from llamacli.errors import MemoryLimitError, PromptError, UnsupportedModelError, UsageError
 from llamacli.files.gguf import GGUF
@@ -26,8 +28,6 @@ from llamacli.files.pages import on_large_pages
 from llamacli.llama4.config import Config
 from llamacli.plan.machine import memory_short
 from llamacli.prompt import FeatureRow
-
-MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 
 
 class Cache:
@@ -92,8 +92,8 @@ class Engine:
         cuts: Iterable[int] = (),
     ):
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
-        are used where the file is mapped. `max_batch`: tokens that go through a layer together. `cuts`: layers at which another
-        stage begins; 0 parts the embedding from the layers, n_layers the head.
+        are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
+        layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head.
         """
         if config.head_dim % chosen_target().lanes:
             raise UnsupportedModelError(
@@ -102,7 +102,7 @@ class Engine:
         self.config, self.threads = config, threads or default_threads()
         self._path, self._lock, self._closed = gguf.path, threading.RLock(), False
         routed = [i for i in range(config.n_layers) if config.is_moe(i)]
-        self._max_batch = max(INTERRUPTIBLE, max_batch // max(1, config.n_experts_used if routed else 0))
+        self._max_batch = buffers.tokens(config, max_batch)
         share = dict(zip(routed, spread(slots, len(routed)), strict=True)) if slots and routed else {}
         pool, guard, cuts = Pool(self.threads), Guard(gguf.maps), sorted(set(cuts))
         self.stages: list[Stage] = []

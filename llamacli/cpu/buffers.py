@@ -13,6 +13,8 @@ from llamacli.cpu.kernels.ops import attention, matmul
 from llamacli.cpu.kernels.ops.matmul import Rows
 from llamacli.llama4.config import Config
 
+MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
+MIN_BATCH = 16  # tokens that there are always buffers for
 LOGITS_BATCH = 64  # rows of logits made at a time, so that a long prompt does not ask for gigabytes
 ALIGNMENT = 64  # bytes; of a cache line and of the widest vector
 
@@ -76,6 +78,12 @@ def matmul_scratch(c: Config, layers: range, n: int, heads: bool) -> matmul.Scra
     widest = max(c.n_embd, c.n_heads * c.head_dim, *(c.n_ff_exp if c.is_moe(i) else c.n_ff for i in layers), 0)
     tallest = max(widest, c.n_experts if mixture else 0, c.n_vocab if heads else 0)
     return matmul.Scratch.of(n * (c.n_experts_used if mixture else 1), tallest, widest)
+
+
+def tokens(c: Config, pairs: int) -> int:
+    """Tokens of a batch of at most `pairs` pairs of a token and one of its experts; MIN_BATCH at least."""
+    used = c.n_experts_used if any(map(c.is_moe, range(c.n_layers))) else 0
+    return max(MIN_BATCH, pairs // max(1, used))
 
 
 def nbytes(shapes: Shapes) -> int:

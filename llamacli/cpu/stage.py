@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llamacli.cpu import buffers
-from llamacli.cpu.buffers import LOGITS_BATCH, Buffers
+from llamacli.cpu.buffers import LOGITS_BATCH, MAX_BATCH, MIN_BATCH, Buffers
 from llamacli.cpu.experts import Slots, Traffic
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
 from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, STOP, N
@@ -28,7 +28,6 @@ from llamacli.files.pages import drop_pages, populate, random_access
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role
 
-INTERRUPTIBLE = 16  # from this many tokens on, Python looks up between layers, so that Ctrl-C is heard
 SURE = 0.08  # of the scores' range the best must be ahead of the next: then more than nine guesses in ten are right
 LOOK_EVERY = 64  # decoded tokens after which the embedding's pages are dropped
 
@@ -47,7 +46,7 @@ class CpuStage:
         embeds: bool = True,
         heads: bool = True,
         slots: dict[int, int] | None = None,
-        most: int = 2048,
+        most: int = MAX_BATCH,
     ):
         """`embeds`, `heads`: whether the stage begins with the embedding, ends with the head. `guard`: over the file's maps.
 
@@ -71,7 +70,7 @@ class CpuStage:
         self._recorded: Recorder | None = None
         self._capacity = self._decoded = 0
         self._choices = config.n_experts_used if any(config.is_moe(i) for i in layers) else 0
-        self._reserve(min(INTERRUPTIBLE, most))
+        self._reserve(MIN_BATCH)
         if not slots:
             populate((m.address, m.nbytes) for m, _ in self._used() if m.n_groups == 1)
 
@@ -172,7 +171,7 @@ class CpuStage:
         The arrays returned grow with every batch. A routed expert sees its input times the router's score.
         """
         self._watched, self._capacity = {}, 0
-        self._reserve(INTERRUPTIBLE)
+        self._reserve(MIN_BATCH)
         return list(self._watched.values())
 
     def take_traffic(self) -> Traffic | None:
@@ -273,7 +272,7 @@ class CpuStage:
         ends = self._layer_ends
         if self._recorded.expert_cuts:
             self._run_fetching(n)
-        elif n < INTERRUPTIBLE:
+        elif n < MIN_BATCH:
             self._run(0, ends[-1])
         else:
             for first, last in zip([0, *ends], ends, strict=False):

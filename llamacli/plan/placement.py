@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from llamacli.cpu import buffers, kvcache
+from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import RING, spread
 from llamacli.cpu.kernels.jit.features import default_threads
 from llamacli.errors import MemoryLimitError, UsageError
@@ -25,7 +26,7 @@ from llamacli.llama4.tensors import Role, find, role_of
 from llamacli.plan import machine
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
-BATCH, LEAST_BATCH, SINGLE_BATCH = 2048, 64, 16  # tokens at a time, most and least of a prompt, and least of all (engine.py)
+LEAST_BATCH = 64  # tokens that a prompt goes through a layer with at least
 AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
@@ -200,8 +201,7 @@ def _gb(nbytes: int) -> str:
 def working_bytes(config: Config, threads: int, batch: int) -> int:
     """Bytes of the buffers of an engine whose `max_batch` is `batch`, for its longest batches."""
     mixture = any(map(config.is_moe, range(config.n_layers)))
-    n = max(SINGLE_BATCH, batch // max(1, config.n_experts_used if mixture else 0))
-    return buffers.nbytes(buffers.shapes(config, range(config.n_layers), n, threads, slots=mixture))
+    return buffers.nbytes(buffers.shapes(config, range(config.n_layers), buffers.tokens(config, batch), threads, slots=mixture))
 
 
 # expected speed
@@ -264,18 +264,18 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
     sizes, threads = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config), threads or default_threads()
     if experts == "mapped" or not config.n_experts:
         needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
-        return 0, BATCH, needed + working_bytes(config, threads, BATCH)
+        return 0, MAX_BATCH, needed + working_bytes(config, threads, MAX_BATCH)
     memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved())
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
     return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident
 
 
 def batch_within(config: Config, memory: int, threads: int) -> int:
-    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, BATCH at most.
+    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, MAX_BATCH at most.
 
     More of them read the experts less often, but what they take is missing for slots.
     """
-    batch = BATCH
+    batch = MAX_BATCH
     while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
         batch //= 2
     return batch
