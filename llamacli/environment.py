@@ -2,10 +2,11 @@
 
     LLAMACLI_MODEL   the model when -m is absent            LLAMACLI_DEBUG   1: a traceback with an error
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
-    NO_COLOR, TERM   no colour                              XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME   the user's folders
+    NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
+    XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
 
-The kernels read their two themselves, when they are first used (cpu/kernels/__init__.py, cpu/kernels/jit/loader.py); all others
-are read here only. Knows nothing of models or terminals; importing it costs nothing.
+The kernels read their two themselves, when they are first used (cpu/kernels/__init__.py, cpu/kernels/jit/loader.py), the parser
+those of settings (cli/grammar.py); all others are read here only. Importing this costs nothing.
 """
 
 import os
@@ -41,6 +42,12 @@ def plain_terminal() -> bool:
 def dumb_terminal() -> bool:
     """Whether the terminal knows no control sequences."""
     return os.environ.get("TERM") == "dumb"
+
+
+def config_file() -> Path:
+    """The user's settings file, which `llamacli config` shows and edits."""
+    root = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(root) / "llamacli" / "config.toml"
 
 
 def state_folder() -> Path:

@@ -198,9 +198,10 @@ def prompt_of(model):
 
 
 if __name__ == "__main__":
-    from llamacli.cli import main, options
+    from llamacli.cli import enter, options
 
     reply, delay = sys.argv[1], float(sys.argv[2])
     options.load_model = lambda path, threads, ctx, console, **more: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
     options.find_model = lambda name, console: name
-    sys.exit(main(sys.argv[3:]))
+    sys.argv[1:3] = []
+    enter()

@@ -19,7 +19,7 @@ HEAVY = {
     "pygments": ("llamacli/cli/chat/markdown.py",),
     "rich": ("llamacli/cli/console.py", "llamacli/cli/chat/"),
     "sqlite3": ("llamacli/store.py", "llamacli/conversation.py"),
-    "typer": ("llamacli/cli/",),
+    "click": ("llamacli/cli/",),
 }
 FLOORS = [  # a module may import from its own floor and those above it in this list; the longest matching name counts
     "errors environment",

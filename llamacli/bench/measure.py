@@ -16,7 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llamacli.plan.machine import memory_free
+
 HALF = 2  # bytes of a number in the KV cache
+LEAST_BUFFER, LARGEST_BUFFER = 48, 512  # megabytes read to find the bandwidth
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
 
@@ -99,15 +102,21 @@ def speed(
 
 
 def limits(threads: int) -> tuple[float, float]:
-    """GB/s that `threads` threads read from memory, and Gop/s of their int8 dot products."""
+    """GB/s that `threads` threads read from memory, and Gop/s of their int8 dot products.
+
+    The buffer comes on top of the model, which may have taken all that a limit allows but for a reserve; so it is at most half
+    of what is free, and at least larger than any cache.
+    """
     from llamacli.bench.limits import multiply_gops, read_gbps
 
-    return read_gbps(threads), multiply_gops(threads)
+    megabytes = max(LEAST_BUFFER, min(LARGEST_BUFFER, memory_free() // 2 >> 20))
+    return read_gbps(threads, megabytes), multiply_gops(threads)
 
 
-def startup(path: os.PathLike, threads: int, repetitions: int) -> dict:
+def startup(path: os.PathLike, threads: int | None, repetitions: int) -> dict:
     """Seconds of whole processes, `llamacli run -n 1` on the file, its pages and the compiled kernels being in memory."""
-    args = ["run", "--raw", "--no-stdin", "-m", str(path), "-n", "1", "-c", "4096", "-t", str(threads), "--temp", "0", "Hello"]
+    args = ["run", "--raw", "--no-stdin", "-m", str(path), "-n", "1", "-c", "4096", "--temp", "0", "-p", "Hello"]
+    args += ["-t", str(threads)] if threads else []
     runs = []
     for _ in range(repetitions + 1):
         began = perf_counter()

@@ -1,7 +1,7 @@
 """The command line's two edges: arguments go in to one command a file, every error comes out as one line and an exit code.
 
-In: sys.argv. Out: an exit code (0 answered, 1 could not, 2 usage, 130 Ctrl-C, 141 closed pipe, 143 SIGTERM). Everything else
-is imported late, so that Ctrl-C and errors are caught from the first moment and `--help` stays fast. Knows nothing of models.
+In: sys.argv. Out: an exit code (0 answered, 1 could not, 2 usage, 141 closed pipe), or death by the signal that ended the
+command (a shell shows 130 or 143). Everything else is imported late, so that `--help` stays fast.
 """
 
 import os
@@ -9,7 +9,7 @@ import signal
 import sys
 from importlib import import_module
 
-COMMANDS = (
+COMMANDS = (  # a module each
     "run",
     "chat",
     "quantize",
@@ -21,7 +21,9 @@ COMMANDS = (
     "bench",
     "warmup",
     "history",
-)  # a module each
+    "config",
+    "completion",
+)
 CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
 
 
@@ -30,69 +32,90 @@ def enter() -> None:
 
     There is nothing to tidy up, and taking apart a vocabulary and a map of gigabytes takes the interpreter a tenth of a second.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):  # nothing has been said yet: die of it, quietly
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    from llamacli.cli import signals
+
+    signals.install()
     code = main()
     if sys.stderr is not None:
         sys.stderr.flush()
+    if code in (INTERRUPTED, TERMINATED):
+        signals.die(code - 128)
     os._exit(code)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one command. Never raises, never shows a traceback unless LLAMACLI_DEBUG=1."""
     try:
-        signal.signal(signal.SIGTERM, _terminate)
         _occupy_standard_streams()
         return _flushed(_run(args))
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return _quietly(INTERRUPTED)
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else 1
     except BrokenPipeError:
         return _quietly(CLOSED_PIPE)
     except Exception as error:
         return _quietly(_report(error))
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the interpreter's own end, nothing to interrupt
 
 
 def _run(args: list[str] | None) -> int:
-    import typer
-
-    from llamacli.cli.options import flat
-
-    app = typer.Typer(
-        help="Llama 4 in the terminal: GGUF in, tokens out.",
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-
-    @app.callback(invoke_without_command=True)
-    def top(
-        context: typer.Context, version: bool = typer.Option(False, "--version", help="Show the version and leave.")
-    ) -> None:
-        if version:
-            from llamacli import __version__
-
-            typer.echo(f"llamacli {__version__}")
-        elif context.invoked_subcommand is None:
-            typer.echo(context.get_help())
+    import click
 
     args = sys.argv[1:] if args is None else list(args)
-    for name in args[:1] if args[:1] and args[0] in COMMANDS else COMMANDS:  # one is enough where one is asked for
-        app.command()(flat(getattr(import_module(f"llamacli.cli.{name}"), name)))
-    group = typer.main.get_command(app)
+    if len(args) > 1 and args[0] in ("-v", "--verbose", "-q", "--quiet"):  # a habit from other programs
+        args = [args[1], args[0], *args[2:]]
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
+    if args[:1] in (["-V"], ["--version"]):
+        from llamacli import __version__
+        from llamacli.cli.console import Console
+
+        Console().result(f"llamacli {__version__}")
+        return 0
+    group = parser()
     if "_LLAMACLI_COMPLETE" in os.environ:
         group(prog_name="llamacli")  # a shell asks for completions; leaves by SystemExit
     try:
-        with group.make_context("llamacli", args) as context:
+        with group.make_context("llamacli", args or ["--help"]) as context:
             group.invoke(context)
-    except typer.Exit as leaving:
+    except click.exceptions.Exit as leaving:
         return leaving.exit_code
     return 0
 
 
-def _terminate(signum, frame) -> None:
-    raise SystemExit(TERMINATED)
+def parser():
+    """The click group of all commands; a command's module is imported when it is asked for."""
+    import click
+
+    from llamacli.cli import grammar
+    from llamacli.errors import UsageError
+
+    class Program(click.Group):
+        def list_commands(self, ctx):
+            return list(COMMANDS)
+
+        def get_command(self, ctx, name):
+            return grammar.command(getattr(import_module(f"llamacli.cli.{name}"), name)) if name in COMMANDS else None
+
+        def resolve_command(self, ctx, args):
+            if args[0] not in COMMANDS and not ctx.resilient_parsing:
+                if " " in args[0]:
+                    raise UsageError(f"expected a command, found a text; `llamacli run {args[0]!r}` answers it")
+                near = grammar.meant(args[0], COMMANDS) or f"; commands: {', '.join(COMMANDS)}"
+                raise UsageError(f"expected a command, found {args[0]!r}{near} (see llamacli --help)")
+            return super().resolve_command(ctx, args)
+
+    return Program(
+        "llamacli",
+        help="Llama 4 in the terminal: GGUF in, tokens out.",
+        epilog='`llamacli run "What is the capital of France?"` answers once, `llamacli chat` starts a conversation, and '
+        "`llamacli COMMAND --help` shows a command's options.",
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        params=[click.Option(["-V", "--version"], is_flag=True, help="Show the version and leave.")],
+    )
 
 
 def _occupy_standard_streams() -> None:
@@ -122,8 +145,11 @@ def _quietly(code: int) -> int:
 
 
 def _report(error: Exception) -> int:
+    from click import ClickException
+
     from llamacli import environment
     from llamacli.cli.console import complain
+    from llamacli.cli.grammar import explain
     from llamacli.errors import LlamacliError
 
     if environment.debug():
@@ -132,14 +158,14 @@ def _report(error: Exception) -> int:
         traceback.print_exc()
     if isinstance(error, LlamacliError):
         message, code = str(error), error.exit_code
-    elif hasattr(error, "format_message"):  # the parser's own errors, wherever this version of it keeps their class
-        context = getattr(error, "ctx", None)
-        where = context.command_path if context else "llamacli"
-        message, code = f"{error.format_message()} (see {where} --help)", getattr(error, "exit_code", 2)
+    elif isinstance(error, ClickException):
+        message, code = explain(error), error.exit_code
     elif isinstance(error, MemoryError):
         message, code = f"out of memory: {error or 'an allocation failed'}; use a smaller -c or a smaller file", 1
     elif isinstance(error, OSError) and error.filename is not None:  # a name too long, for one
         message, code = f"{error.filename}: expected a path that can be used, found: {error.strerror}; check it", 1
+    elif isinstance(error, OSError) and error.errno in (5, 28):  # of a buffered stream: help, completions
+        message, code = f"stdout: expected to write, found: {error.strerror}; free some room or redirect elsewhere", 1
     else:
         message, code = f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)", 1
     complain(message)

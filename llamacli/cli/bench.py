@@ -12,10 +12,20 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from llamacli.cli.console import amount
-from llamacli.cli.options import Json, ModelName, Output, Threads, find_model, load_model, option
+from llamacli.cli.console import amount, rate
+from llamacli.cli.grammar import argument, option
+from llamacli.cli.options import (
+    Json,
+    Memory,
+    ModelName,
+    Output,
+    Threads,
+    find_model,
+    load_model,
+    memory_bytes,
+    model_names,
+    one_model,
+)
 from llamacli.errors import UsageError
 from llamacli.plan.machine import memory_free
 
@@ -29,24 +39,28 @@ class ShapeName(StrEnum):
     maverick = "maverick"
 
 
-def _counts(text: str) -> str:
+def _counts(text: str, where: str) -> str:
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) or any(int(n) > LONGEST for n in text.split(",")):
-        raise typer.BadParameter(f"expected numbers from 0 to {LONGEST}, such as 512,4096, found {text!r}.")
+        raise UsageError(f"{where}: expected numbers from 0 to {LONGEST}, such as 512,4096, found {text!r}")
     return text
 
 
-def _counted(names: tuple[str, ...], help: str):
-    return Annotated[str, option(*names, metavar="N,N,...", callback=_counts, help=help)]
+def _counted(names: tuple[str, ...], help: str, *aliases: str):
+    return Annotated[str, option(*names, metavar="N,N,...", aliases=aliases, check=_counts, help=help)]
 
 
 def bench(
+    file: Annotated[
+        str | None, argument("[MODEL]", "A GGUF file or a model's name, as after -m.", complete=lambda start: model_names())
+    ] = None,
     model: ModelName = None,
-    prompt: _counted(("-p", "--prompt"), "Tokens of the prompts to prefill; 0 leaves them out (512).") = "512",
-    generate: _counted(("-n", "--generate"), "Tokens to decode; 0 leaves them out (128).") = "128",
-    depth: _counted(("-d", "--depth"), "Tokens that the context holds before (0).") = "0",
+    prompt: _counted(("-p", "--prompt"), "Tokens of the prompts to prefill; 0 leaves them out (512).", "--n-prompt") = "512",
+    generate: _counted(("-n", "--generate"), "Tokens to decode; 0 leaves them out (128).", "--n-gen") = "128",
+    depth: _counted(("-d", "--depth"), "Tokens that the context holds before (0).", "--n-depth") = "0",
     threads: Threads = None,
+    memory: Memory = None,
     repetitions: Annotated[
-        int, option("-r", "--repetitions", metavar="N", min=1, max=1000, help="Runs of each test; the median counts (3).")
+        int, option("-r", "--repetitions", metavar="N", least=1, most=1000, help="Runs of each test; the median counts (3).")
     ] = 3,
     startup: Annotated[bool, option("--startup", help="Time whole processes, `run -n 1` on the file, too.")] = False,
     profile: Annotated[bool, option("--profile", help="Show where the time goes, by operation and layer.")] = False,
@@ -60,7 +74,7 @@ def bench(
     shape: Annotated[
         ShapeName | None, option("--shape", help="Measure a random file of this model's shape, to see what it would do here.")
     ] = None,
-    layers: Annotated[int, option("--layers", metavar="N", min=1, max=48, help="Layers of the file of --shape (2).")] = 2,
+    layers: Annotated[int, option("--layers", metavar="N", least=1, most=48, help="Layers of the file of --shape (2).")] = 2,
     keep: Annotated[bool, option("--keep", help="Keep the file of --shape for the next time.")] = False,
     as_json: Json = False,
     output: Output = None,
@@ -68,7 +82,13 @@ def bench(
     """Measure prefill and decode, after one run to warm up.
 
     GB/s counts the weights, keys and values that must be read, Gop/s two for each multiply-add. The limits are what the same
-    threads read and multiply at best, measured here; decode is held against the first, prefill against the second.
+    threads read and multiply at best, measured here; "share" holds decode against the first, prefill against the second. Speeds
+    have the digits that repeat; --json has all.
+
+    Examples:
+    llamacli bench scout.gguf
+    llamacli bench scout.gguf -p 512,4096 -d 0,8192 --json > before.json
+    llamacli bench --shape maverick --layers 4
     """
     from llamacli.bench import measure
 
@@ -76,6 +96,7 @@ def bench(
     tests = measure.plan(*(sorted({int(n) for n in text.split(",")}) for text in (prompt, generate, depth)))
     if not tests:
         raise UsageError("nothing to measure: expected -p or -n above 0")
+    model = one_model(file, model)
     if shape and model:
         raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
     if shape and compare and layers < 4:
@@ -96,13 +117,14 @@ def bench(
             else find_model(model, console)
         )
         longest = max(test.depth + test.n for test in tests)
-        loaded = load_model(path, threads, longest + 1, console)
+        # before this process holds a model: two of them may not fit
+        starts = [measure.startup(path, threads, repetitions)] if startup else []
+        loaded = load_model(path, threads, longest + 1, console, **({} if memory is None else {"memory": memory_bytes(memory)}))
         _check_room(loaded.config, longest)
         peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
         with console.progress("bench") as update:
             records = measure.speed(loaded, tests, repetitions, update, peers, profile or shape is not None)
-        if startup:
-            records.append(measure.startup(path, loaded.engine.threads, repetitions))
+        records += starts
         for record in records:
             if record["test"] in earlier:
                 record["ratio_to_earlier"] = round(_value(record) / earlier[record["test"]], 4)
@@ -125,11 +147,14 @@ def _earlier(path: Path) -> dict[str, float]:
     """Test to its value in a file of an earlier run."""
     try:
         records = json.loads(path.read_text())
-        return {str(record["test"]): float(_value(record)) for record in records if float(_value(record)) > 0}
+        found = {str(record["test"]): float(_value(record)) for record in records if float(_value(record)) > 0}
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path}: expected what `llamacli bench --json` printed, found {type(error).__name__}; make it anew"
         ) from None
+    if not found:
+        raise UsageError(f"{path}: expected measurements by `llamacli bench --json`, found nothing to compare; make it anew")
+    return found
 
 
 def _value(record: dict) -> float:
@@ -199,17 +224,17 @@ def _show(records: list[dict], title: str, console) -> None:
     head = ["test", "tokens/s", "range", "GB/s", "Gop/s", "limit", "share", "peak memory"]
     rows = []
     for r in speeds:
-        limit = f"{r['bandwidth_limit']:.2f} GB/s" if r["test"].startswith("tg") else f"{r['compute_limit']:.0f} Gop/s"
-        rows.append([r["test"], f"{r['tokens_per_second']:.2f}", f"{r['min']:.2f} to {r['max']:.2f}"])
+        limit = f"{rate(r['bandwidth_limit'])} GB/s" if r["test"].startswith("tg") else f"{rate(r['compute_limit'])} Gop/s"
+        rows.append([r["test"], rate(r["tokens_per_second"]), f"{rate(r['min'])} to {rate(r['max'])}"])
         rows[-1] += [
-            f"{r['gbytes_per_second']:.2f}",
-            f"{r['gops_per_second']:.1f}",
+            rate(r["gbytes_per_second"]),
+            rate(r["gops_per_second"]),
             limit,
             f"{100 * r['share_of_limit']:.0f} %",
         ]
         rows[-1].append(amount(r["peak_memory_bytes"]))
         if peers:
-            rows[-1] += [f"{peer['tokens_per_second']:.2f}" for peer in r["peers"].values()] + [f"{r['ratio']:.2f}"]
+            rows[-1] += [rate(peer["tokens_per_second"]) for peer in r["peers"].values()] + [f"{r['ratio']:.2f}"]
     if peers:
         head += [*speeds[0]["peers"], "ratio to the faster" if len(speeds[0]["peers"]) > 1 else "ratio"]
     for r in records:
@@ -220,7 +245,7 @@ def _show(records: list[dict], title: str, console) -> None:
         head.append("ratio to earlier")
         for row, r in zip(rows, records, strict=True):
             row.append(f"{r['ratio_to_earlier']:.2f}" if "ratio_to_earlier" in r else "")
-    console.table(title, [tuple(row) for row in rows], tuple(head))
+    console.table(title, [tuple(row) for row in rows], tuple(head), spare=(7, 5, 4, 3, 2))
 
 
 def _show_profiles(records: list[dict], console) -> None:
@@ -242,11 +267,11 @@ def _show_profiles(records: list[dict], console) -> None:
         for i in range(len(profiles[0][1]["layers"]))
     ]
     rows.append(("all", *(f"{1e3 * total:.3f} ms" for total in totals)))
-    console.table("\nWhere the time goes, steps timed one by one", rows, head)
+    console.table("\nWhere the time goes, steps timed one by one", rows, head, tuple(range(1, len(head))))
 
 
 def _show_whole(records: list[dict], name: str, layers: int, console) -> None:
-    rows = [(r["test"], f"{r['whole_model']['tokens_per_second']:.2f}") for r in records if "whole_model" in r]
+    rows = [(r["test"], rate(r["whole_model"]["tokens_per_second"])) for r in records if "whole_model" in r]
     whole, free = records[0]["whole_model"], memory_free()
     fits = ", which fits" if whole["weights_bytes"] < free else ", more than that: its disk will decide"
     console.table(f"\nWhat {name} with {whole['layers']} layers would do here", rows, ("test", "tokens/s"))

@@ -1,8 +1,7 @@
 """Where bytes meet the terminal: answers to stdout, everything else to stderr, colour only where it is wanted.
 
-In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece at once and nothing is left to fail at the
-end; notes, tables and progress. The only file that imports rich, and only for tables. Knows nothing of
-models or options.
+In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece at once and nothing is left to fail at the end;
+notes, tables and progress. Tables on a terminal are drawn by rich; in a pipe they are plain aligned text of any width.
 """
 
 import os
@@ -10,8 +9,9 @@ import re
 import select
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 
 from llamacli import environment
@@ -27,6 +27,7 @@ MOST_CELLS = 128  # columns of a picture where the reader has no width
 _STEERING = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb\\ud800-\\udfff\\U000e0000-\\U000e007f]"
 )
+NUMBER = re.compile(r"-|([-+]|about )?[0-9][0-9.,]*( to [0-9.,]+)?( [^ 0-9]{1,7}){0,2}|")  # a cell that stands to the right
 DRAW_EVERY, TELL_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
 
 
@@ -49,6 +50,14 @@ def amount(nbytes: float) -> str:
 def count(n: float) -> str:
     """A large number for a reader."""
     return _scaled(n, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)), f"{n:.0f}")
+
+
+def rate(n: float) -> str:
+    """A speed with the digits that repeat: two, or all before the point from 100 up rounded to two."""
+    if n >= 100:
+        places = 10 ** (len(str(int(n))) - 2)
+        return f"{round(n / places) * places:.0f}"
+    return f"{n:.0f}" if n >= 10 else f"{n:.1f}" if n >= 1 else f"{n:.2g}"
 
 
 def _scaled(n: float, units, small: str) -> str:
@@ -94,11 +103,11 @@ def is_terminal(stream) -> bool:
 
 
 class Console:
-    """`color` is auto, always or never. `talks`: whether notes are shown, on a terminal or with -v."""
+    """`color` is auto, always or never. `talks`: whether notes are shown, on a terminal or with -v, but not with -q."""
 
-    def __init__(self, color: str = "auto", verbose: bool = False):
+    def __init__(self, color: str = "auto", verbose: bool = False, quiet: bool = False):
         self.verbose = verbose
-        self.talks = verbose or is_terminal(sys.stderr)
+        self.talks = not quiet and (verbose or is_terminal(sys.stderr))
         self._color = color
         self._last = ""  # the last character of the answer under way; empty before its first
 
@@ -154,6 +163,14 @@ class Console:
             return 80, 24
         return size.columns or 80, size.lines or 24
 
+    def wrap(self) -> Callable[[str], str]:
+        """What breaks an answer between words, where stdout is a terminal; elsewhere nothing does."""
+        if not is_terminal(sys.stdout) or environment.dumb_terminal():
+            return lambda text: text
+        from llamacli.cli.wrap import WordWrap
+
+        return WordWrap(_width(1)).push
+
     def end(self, always: bool = True) -> None:
         """The answer is over: make sure that it ends in a newline. `always` False: only if there was an answer."""
         last, self._last = self._last, ""
@@ -174,50 +191,58 @@ class Console:
         title: str,
         rows: Iterable[tuple[str, ...]],
         head: tuple[str, ...] = (),
-        numbers: tuple[int, ...] = (),
+        numbers: tuple[int, ...] | None = None,
         spare: tuple[int, ...] = (),
         aside: bool = False,
     ) -> None:
-        """A result as aligned columns to stdout; the first is text, the others numbers or words.
+        """A result as aligned columns to stdout.
 
-        The columns `numbers` stand to the right; those in `spare` give way one after the other where a terminal is too narrow.
-        `aside`: to stderr, and no result.
+        The columns `numbers` stand to the right; None: of a table with a head, those that hold numbers alone. Where a terminal
+        is too narrow the columns `spare` give way one after the other, then each row becomes lines of its own; a number is
+        never folded. `aside`: to stderr, and no result.
         """
         to = sys.stderr if aside else sys.stdout
-        lines = [tuple(one_line(cell) for cell in row) for row in ([head] if head else []) + [*rows]]
+        body = [tuple(one_line(cell) for cell in row) for row in rows]
+        right = numbers if numbers is not None else tuple(i for i in range(len(head)) if _is_numeric([row[i] for row in body]))
+        lines = ([head] if head else []) + body
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         limit = _width(to.fileno()) if is_terminal(to) else None
         kept = list(range(len(widths)))
         for column in spare:
-            if limit and sum(widths[i] + 2 for i in kept) > limit:
+            if limit and _room(widths, kept) > limit:
                 kept.remove(column)
-        text = self._aligned(title, lines, bool(head), numbers, kept, widths, limit, to)
+        if head and limit and _room(widths, kept) > limit:
+            text = _stacked(lines[0], body)
+        elif limit or _coloured(to, self._color):
+            text = self._drawn_table(lines, bool(head), right, kept, limit or _room(widths, kept), _coloured(to, self._color))
+        else:
+            text = "\n".join(
+                "  " + "  ".join(line[i].rjust(widths[i]) if i in right else line[i].ljust(widths[i]) for i in kept).rstrip()
+                for line in lines
+            )
+        if title:
+            shown = one_line(title) if not limit else textwrap.fill(one_line(title), limit - 1, break_on_hyphens=False)
+            shown = f"{BOLD}{shown}{PLAIN}" if _coloured(to, self._color) else shown
+            text = "\n" * title.startswith("\n") + f"{shown}\n{text}"
         self.say(text) if aside else self.result(text)
 
-    def _aligned(self, title, lines, headed, numbers, kept, widths, limit, to) -> str:
-        if not _coloured(to, self._color):
-            text = [title] if title else []
-            for line in lines:
-                cells = [line[i].rjust(widths[i]) if i in numbers else line[i].ljust(widths[i]) for i in kept]
-                text.append("  " + "  ".join(cells).rstrip())
-            return "\n".join(text)
+    def _drawn_table(self, lines, headed, right, kept, width, coloured) -> str:
         import io
 
         from rich.console import Console as Rich
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            box=None, show_header=headed, title=title or None, title_justify="left", title_style="bold", pad_edge=True
-        )
+        table = Table(box=None, show_header=headed, padding=(0, 0, 0, 2), pad_edge=True)
         for i in kept:
-            side = "right" if i in numbers else "left"
-            table.add_column(lines[0][i] if headed else None, style=None if i else "cyan", overflow="fold", justify=side)
+            side = "right" if i in right else "left"
+            table.add_column(lines[0][i] if headed else None, style=None if i else "cyan", justify=side, no_wrap=i in right)
         for line in lines[headed:]:
             table.add_row(*(Text(line[i]) for i in kept))
         rendered = io.StringIO()
-        Rich(file=rendered, force_terminal=True, width=limit or 100).print(table)
-        return "\n".join(line.rstrip() for line in rendered.getvalue().rstrip("\n").split("\n"))
+        Rich(file=rendered, force_terminal=True, width=width, color_system="standard" if coloured else None).print(table)
+        text = rendered.getvalue() if coloured else re.sub("\x1b\\[[0-9;]*m", "", rendered.getvalue())
+        return "\n".join(line.rstrip() for line in text.rstrip("\n").split("\n"))
 
     def shades(self, title: str, rows: Iterable[tuple[str, Sequence[float]]]) -> None:
         """A picture to stdout: a row a label, a cell a number from 0 to 1, the larger the denser, or the brighter in colours.
@@ -237,6 +262,48 @@ class Console:
             drawn = [_painted(v, wide) if coloured else wide * signs[round(v * (len(signs) - 1))] for v in cells]
             lines.append(f"  {label.rjust(margin - 2)} " + "".join(drawn).rstrip())
         self.result("\n".join(lines))
+
+    @contextmanager
+    def waiting(self, words: Callable[[], str], after: float = 1.0):
+        """While inside, from `after` seconds on, a line on a terminal that says what is waited for; gone at the end.
+
+        `words` is asked again and again. Yields a function that takes the line away before the end. In a pipe: nothing.
+        """
+        if not self.talks or not is_terminal(sys.stderr):
+            yield lambda: None
+            return
+        over = threading.Event()
+        drawer = threading.Thread(target=self._draw_waiting, args=(words, after, over), daemon=True)
+        drawer.start()
+
+        def stop() -> None:
+            over.set()
+            drawer.join()
+
+        try:
+            yield stop
+        finally:
+            stop()
+
+    def _draw_waiting(self, words: Callable[[], str], after: float, over: threading.Event) -> None:
+        if over.wait(after):
+            return
+        if environment.dumb_terminal():
+            self.note(words())
+            return
+        while True:
+            _to_stderr(f"\r{self.dim(words()[: _width(2) - 1])}{CLEAR}")
+            if over.wait(DRAW_EVERY * 2):
+                break
+        _to_stderr(f"\r{CLEAR}")
+
+    def signs(self) -> tuple[str, str]:
+        """The filled and the empty part of a bar, as the terminal's encoding allows."""
+        return ("━", "─") if "utf" in (getattr(sys.stderr, "encoding", None) or "").lower() else ("#", "-")
+
+    def width(self) -> int:
+        """Columns of the terminal of stderr."""
+        return _width(2)
 
     @contextmanager
     def progress(self, what: str):
@@ -268,7 +335,7 @@ class Console:
         return update
 
     def _drawn(self, meter: Meter):
-        drawn, signs = 0.0, ("━", "─") if "utf" in (sys.stderr.encoding or "").lower() else ("#", "-")
+        drawn, signs = 0.0, self.signs()
         colours = {"filled": CYAN, "empty": DIM, "speed": DIM} if _coloured(sys.stderr, self._color) else {}
 
         def paint(text: str, part: str) -> str:
@@ -283,6 +350,24 @@ class Console:
                 _to_stderr(f"\r{meter.bar(_width(2) - 1, *signs, paint)}{CLEAR}")  # a full line would wrap on some terminals
 
         return update
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    return any(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
+
+
+def _room(widths: Sequence[int], kept: Sequence[int]) -> int:
+    """Columns that a table takes."""
+    return sum(widths[i] + 2 for i in kept)
+
+
+def _stacked(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A row as lines of their own, for a terminal too narrow for columns: its first cell, then each other one by its head."""
+    widest, lines = max(map(len, head[1:]), default=0), []
+    for first, *others in body:
+        lines.append(f"  {first}")
+        lines += [f"    {name.ljust(widest)}  {cell}".rstrip() for name, cell in zip(head[1:], others, strict=True) if cell]
+    return "\n".join(lines)
 
 
 def _painted(value: float, wide: int) -> str:

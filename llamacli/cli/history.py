@@ -10,11 +10,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from llamacli import environment
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.options import Json, Output, option
+from llamacli.cli.grammar import argument, option
+from llamacli.cli.options import Json, Output
 from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,12 +38,8 @@ class Format(StrEnum):
 
 
 def history(
-    action: Annotated[
-        Action, typer.Argument(metavar="list|search|show|export|delete", help="What to do (list).", show_default=False)
-    ] = Action.list,
-    what: Annotated[
-        list[str] | None, typer.Argument(metavar="ID|TEXT", help="A conversation's id or name; the words to search for.")
-    ] = None,
+    action: Annotated[Action, argument("[list|search|show|export|delete]", "What to do (list).")] = Action.list,
+    what: Annotated[list[str] | None, argument("[ID|TEXT]...", "A conversation's id or name; the words to search for.")] = None,
     form: Annotated[Format, option("--format", metavar="md|jsonl", help="Of export: Markdown (md) or JSON lines.")] = Format.md,
     as_json: Json = False,
     output: Output = None,

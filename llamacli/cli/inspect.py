@@ -10,10 +10,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from llamacli.cli.console import amount, count
-from llamacli.cli.options import Json, Output, find_model, option
+from llamacli.cli.grammar import argument, option
+from llamacli.cli.options import Json, ModelName, Output, find_model, model_names, one_model
 from llamacli.cli.routing import show_routing
 from llamacli.errors import LlamacliError, UsageError
 from llamacli.llama4.tensors import Role, role_of
@@ -24,10 +23,12 @@ CONTEXTS = (4096, 8192, 32768, 131072, 1048576)
 
 def inspect(
     file: Annotated[
-        str | None, typer.Argument(metavar="FILE", help="A GGUF file or a model's name.", show_default=False)
+        str | None, argument("[FILE]", "A GGUF file or a model's name, as after -m.", complete=lambda start: model_names())
     ] = None,
+    model: ModelName = None,
     routing: Annotated[
-        Path | None, option("--routing", metavar="LOG", help="Draw which experts were used, by a log of --routing-log.")
+        Path | None,
+        option("--routing", metavar="LOG", complete="file", help="Draw which experts a log of --routing-log saw used."),
     ] = None,
     plot: Annotated[
         Path | None, option("--plot", metavar="FILE", help="Draw that as an image, too (needs matplotlib).")
@@ -35,18 +36,24 @@ def inspect(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Say what is inside a GGUF and how much memory it will need."""
+    """Say what is inside a GGUF and how much memory it will need.
+
+    Examples:
+    llamacli inspect scout.gguf
+    llamacli inspect --json scout.gguf | jq .memory.weights_bytes
+    llamacli run --routing-log a.log "Hello" && llamacli inspect --routing a.log
+    """
     from llamacli.files.gguf import open_gguf
 
     console = output.console()
     if routing is not None:
-        if file is not None:
+        if file is not None or model is not None:
             raise UsageError("--routing: expected a log alone, found a model's file beside it; leave one of them out")
         show_routing(routing, plot, as_json, console)
         return
     if plot is not None:
         raise UsageError("--plot: expected --routing LOG with it, found none; there is nothing else to draw")
-    record = describe(open_gguf(find_model(file, console)))
+    record = describe(open_gguf(find_model(one_model(file, model), console)))
     if as_json:
         console.result(json.dumps(record, ensure_ascii=False))
     else:
@@ -169,6 +176,6 @@ def _show(r: dict, console) -> None:
     rows = []
     for kv in r["memory"]["kv"]:
         need = weights + kv["bytes"]
-        fits = "fits in memory" if need <= free else "more than this machine has free"
+        fits = "fits" if need <= free else "more than this machine has free"
         rows.append((f"{kv['ctx']}", amount(kv["bytes"]), amount(kv["without_chunks_bytes"]), amount(need), fits))
-    console.table("\nMemory by context", rows, ("tokens", "KV cache", "(unchunked)", "with weights", ""))
+    console.table("\nMemory by context", rows, ("tokens", "KV cache", "without chunks", "with weights", "here"))

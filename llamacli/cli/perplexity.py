@@ -1,10 +1,14 @@
 """`llamacli perplexity`: how well a model predicts a text, and how far it is from another. quality.py measures, this shows."""
 
 import json
+import os
 from typing import Annotated
 
+from llamacli.cli.console import rate
+from llamacli.cli.grammar import argument, option
 from llamacli.cli.options import (
     Json,
+    Memory,
     ModelName,
     Output,
     TextFile,
@@ -12,34 +16,49 @@ from llamacli.cli.options import (
     Window,
     find_model,
     load_model,
-    option,
+    memory_bytes,
+    model_and_text,
     read_file,
 )
+from llamacli.errors import UsageError
 
 
 def perplexity(
+    words: Annotated[
+        list[str] | None, argument("[MODEL] [TEXTFILE]", "The model and the text, as after -m and -f.", complete="file")
+    ] = None,
     model: ModelName = None,
-    file: TextFile = ...,
+    file: TextFile = None,
     ctx: Window = 512,
     reference: Annotated[
         str | None,
         option("--reference", metavar="FILE|NAME", help="Add the KL divergence from this model and how often both agree."),
     ] = None,
     threads: Threads = None,
+    memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
     """Measure perplexity on a text.
 
     The text is cut into windows; the second half of each is scored. Less is better. KL divergence is in nats.
+
+    Examples:
+    llamacli perplexity -m scout-q4.gguf -f wiki.txt
+    llamacli perplexity -m scout-q4.gguf -f wiki.txt --reference scout-q8.gguf
     """
     from llamacli.bench import quality
 
     console = output.console()
+    model, file = model_and_text(words or [], model, file)
     text = read_file(file, console)
-    loaded = load_model(find_model(model, console), threads, ctx, console)
+    if not text and file == "-":
+        raise UsageError("expected a text, found none; give -f FILE, or pipe it in")
+    paths = [find_model(name, console) for name in (model, reference)[: 1 if reference is None else 2]]
+    limits = _shares(paths, memory_bytes(memory))
+    loaded = load_model(paths[0], threads, ctx, console, **limits[0])
     ids = quality.windows(loaded.tokenizer, text, ctx, file)
-    other = load_model(find_model(reference, console), threads, ctx, console) if reference else None
+    other = load_model(paths[1], threads, ctx, console, **limits[1]) if reference is not None else None
     with console.progress("perplexity") as update:
         record = quality.perplexity(loaded, ids, other, update)
     if as_json:
@@ -54,8 +73,21 @@ def perplexity(
             ("same best token", f"{100 * record['top1_agreement']:.2f} %"),
         ]
     rows.append(("tokens", f"{record['tokens']} scored in {record['windows']} windows of {ctx}"))
-    rows.append(("speed", f"{record['tokens_per_second']:.2f} tokens/s"))
+    rows.append(("speed", f"{rate(record['tokens_per_second'])} tokens/s"))
     console.table(f"{loaded.gguf.path.name} on {file}", rows)
+
+
+def _shares(paths: list, memory: int | None) -> list[dict]:
+    """The memory of each model. Of two, the first is held to the part that its file is of both, so that the other finds room;
+    what the first holds then counts against the limit of the second (placement.allot).
+    """
+    if len(paths) == 1:
+        return [{} if memory is None else {"memory": memory}]
+    from llamacli.plan import machine
+
+    memory = memory or machine.budget() + machine.private()
+    sizes = [os.path.getsize(path) if os.path.exists(str(path)) else 0 for path in paths]
+    return [{"memory": memory * sizes[0] // max(1, sum(sizes)) or 1}, {"memory": memory}]
 
 
 def _with_error(record: dict, value: str, error: str) -> str:

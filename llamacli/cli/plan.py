@@ -9,10 +9,9 @@ import math
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import typer
-
-from llamacli.cli.console import amount, count
-from llamacli.cli.options import Json, Output, Threads, byte_count, find_model, option, token_count
+from llamacli.cli.console import amount, count, rate
+from llamacli.cli.grammar import argument, option, token_count
+from llamacli.cli.options import Json, ModelName, Output, Threads, byte_count, find_model, model_names, one_model
 from llamacli.errors import MemoryLimitError, UsageError
 
 ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
@@ -32,16 +31,31 @@ class Model(NamedTuple):
     notices: list[str]
 
 
+def _recipes(start: str) -> list[str]:
+    from quantize.recipe import RECIPES
+
+    return [*RECIPES]
+
+
 def plan(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="FILE|FOLDER", help="A GGUF, a model's name, or a Hugging Face folder.", show_default=False),
+        argument("[FILE|FOLDER]", "A GGUF, a model's name, or a Hugging Face folder.", complete=lambda start: model_names()),
     ] = None,
+    model_option: ModelName = None,
     memory: Annotated[
-        str | None, option("--memory", metavar="SIZE,...", help="Memory allowed, such as 24G (default: what is free).")
+        str | None,
+        option(
+            "--memory",
+            metavar="SIZE,...",
+            help="Memory allowed, such as 24G or 32G,64G (default: what is free). G is 10^9 bytes.",
+        ),
     ] = None,
     ctx: Annotated[
-        str | None, option("-c", "--ctx", metavar="N", help="Context in tokens, such as 128K or 1M (8192 at most).")
+        str | None,
+        option(
+            "-c", "--ctx", metavar="N", aliases=("--ctx-size",), help="Context in tokens, such as 128K or 1M (8192 at most)."
+        ),
     ] = None,
     disk: Annotated[
         str | None, option("--disk", metavar="GB/S,...", help="Speed of the disk (default: that of the file's, measured).")
@@ -50,7 +64,8 @@ def plan(
         str | None, option("--bandwidth", metavar="GB/S,...", help="Speed of the memory (default: this machine's, measured).")
     ] = None,
     type_name: Annotated[
-        str | None, option("--type", metavar="TYPE", help="For a folder: what it will be quantized to (Q4_EXPERTS).")
+        str | None,
+        option("--type", metavar="TYPE", complete=_recipes, help="For a folder: its type to be (Q4_EXPERTS)."),
     ] = None,
     plot: Annotated[
         Path | None, option("--plot", metavar="FILE", help="Draw the speeds as an image (needs matplotlib).")
@@ -61,7 +76,12 @@ def plan(
 ) -> None:
     """Say what will be resident and how fast it should be, before anything is loaded.
 
-    Several sizes or speeds, such as --memory 32G,64G --disk 1,3,7, give a table of tokens per second.
+    Several sizes or speeds, such as --memory 32G,64G --disk 1,3,7, give a table of tokens per second. Speeds are estimates:
+    memory and disk are measured in a moment, and other programs take their part.
+
+    Examples:
+    llamacli plan scout.gguf -c 128K
+    llamacli plan Llama-4-Maverick-17B-128E-Instruct --type Q4_K_M --memory 64G,128G --disk 3,7
     """
     from llamacli.cpu.kernels.jit.features import default_threads
     from llamacli.plan import placement
@@ -71,6 +91,7 @@ def plan(
 
         picture.check()
     console = output.console()
+    source = one_model(source, model_option)
     path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)
     model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name)
     for notice in model.notices:
@@ -242,9 +263,10 @@ def _planned(p, disk: float, bandwidth: float, compute: float | None, placement)
 
 def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, console) -> None:
     config, sizes, planned = model.config, model.sizes, record["plans"][0]
+    console.result(_verdict(p, planned))
     rows = [(kind, amount(nbytes)) for kind, nbytes in sizes.kinds.items() if nbytes]
     rows.append(("all", f"{amount(record['weights_bytes'])}, {count(model.parameters)} parameters"))
-    console.table(f"{model.title}: weights", rows)
+    console.table(f"\n{model.title}: weights", rows)
     rows = []
     for ctx in sorted({*CONTEXTS, p.ctx}):
         try:
@@ -253,7 +275,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
             rows.append((f"{ctx}", amount(_kv(config, ctx)), "does not fit", "", ""))
             continue
         rates = [
-            f"{1 / placement.decode_seconds(at, planned['disk_gbps'] * 1e9, planned['bandwidth_gbps'] * 1e9, depth):.2f}"
+            rate(1 / placement.decode_seconds(at, planned["disk_gbps"] * 1e9, planned["bandwidth_gbps"] * 1e9, depth))
             for depth in (0, ctx)
         ]
         rows.append((f"{ctx}", amount(at.kv), _mode(at), *rates))
@@ -269,10 +291,25 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     origins = {name: f"{values[0]:.1f} GB/s, {origin}" for name, (values, origin) in speeds.items() if name != "compute"}
     rows = [("disk", origins["disk"]), ("memory", origins["bandwidth"])]
     rows.append(("read from disk", f"{amount(planned['read_per_token_bytes'])} a token, {100 * p.miss:.0f} % of its experts"))
-    rows.append(("decode", f"{planned['tokens_per_second']:.2f} tokens/s"))
+    rows.append(("decode", f"about {rate(planned['tokens_per_second'])} tokens/s"))
     least = "" if speeds["compute"][0][0] else "at least "
-    rows += [(f"prompt of {n}", f"{least}{seconds:.1f} s") for n, seconds in planned["prefill_seconds"].items() if seconds]
+    rows += [
+        (f"prompt of {n}", f"{least or 'about '}{rate(seconds)} s")
+        for n, seconds in planned["prefill_seconds"].items()
+        if seconds
+    ]
     console.table("\nExpected, every expert being equally likely", rows)
+
+
+def _verdict(p, planned: dict) -> str:
+    """The answer before the numbers."""
+    speed = f"about {rate(planned['tokens_per_second'])} tokens/s"
+    if p.mode == "mapped":
+        return f"It fits: {amount(p.resident)} of {amount(p.memory)} with a context of {p.ctx} tokens, {speed}."
+    return (
+        f"It runs in {amount(p.memory)} with a context of {p.ctx} tokens, {speed}: {_mode(p)} of the experts stay in memory, "
+        f"the others are read when they are needed."
+    )
 
 
 def _kv(config, ctx: int) -> int:
@@ -292,7 +329,7 @@ def _show_many(record: dict, console) -> None:
     for first in cells:
         line = [first, *(next(cells) for _ in disks[1:])]
         where = {"mapped": "all", None: "does not fit"}.get(first["mode"], f"{first.get('slots', 0):.1f} a layer")
-        rates = [f"{c['tokens_per_second']:.2f}" if c["mode"] else "" for c in line]
+        rates = [rate(c["tokens_per_second"]) if c["mode"] else "" for c in line]
         rows.append((amount(first["memory_bytes"]), f"{first['bandwidth_gbps']:g} GB/s", where, *rates))
     head = ("memory", "its speed", "experts held", *(f"disk {disk:g} GB/s" for disk in disks))
     console.table(f"{record['model']}: expected tokens/s", rows, head)

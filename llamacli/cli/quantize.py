@@ -7,13 +7,13 @@ In: paths, a recipe, options. Out: the file; progress and a table of what it hol
 import json
 import math
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from llamacli.cli.console import amount, count, one_line
-from llamacli.cli.options import Json, Output, Threads, byte_count, option
+from llamacli.cli.grammar import argument, meant, option
+from llamacli.cli.options import Json, Output, Threads, byte_count
 from llamacli.cli.progress import clock_time
 from llamacli.errors import UsageError
 from llamacli.llama4.tensors import Role, find
@@ -33,13 +33,36 @@ _OTHERS = "norms, routers"
 GROUPS = (*_GROUPS.values(), _OTHERS)
 
 
+def _type_name(text: str, where: str) -> str:
+    try:
+        return find_recipe(text).name
+    except UsageError:
+        near = meant(text, [*RECIPES])
+        raise UsageError(f"{where}: expected a type, found {text!r}{near or '; see quantize --help'}") from None
+
+
+def _is_type(text: str) -> bool:
+    with suppress(UsageError):
+        return bool(find_recipe(text))
+    return False
+
+
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face folder or a GGUF.", show_default=False)],
+    source: Annotated[str, argument("SRC", "A Hugging Face folder or a GGUF.", complete="file")] = ...,
     out: Annotated[
-        str | None,
-        typer.Argument(metavar="[OUT]", help="The file to write (default: SRC's name and the type).", show_default=False),
+        str | None, argument("[OUT]", "The file to write (default: SRC's name and the type).", complete="file")
     ] = None,
-    type_name: Annotated[str, option("--type", metavar="TYPE", help=f"One of the types above ({DEFAULT}).")] = DEFAULT,
+    type_word: Annotated[str | None, argument("[TYPE]", "The same as --type.", complete=lambda start: [*RECIPES])] = None,
+    type_name: Annotated[
+        str | None,
+        option(
+            "--type",
+            metavar="TYPE",
+            check=_type_name,
+            complete=lambda start: [*RECIPES],
+            help=f"One of the types below (default: {DEFAULT}).",
+        ),
+    ] = None,
     tensor_types: Annotated[
         list[str] | None,
         option(
@@ -50,7 +73,8 @@ def quantize(
     ] = None,
     imatrix: Annotated[str | None, option("--imatrix", metavar="FILE", help="Weigh errors by an importance matrix.")] = None,
     split_max_size: Annotated[
-        str | None, option("--split-max-size", metavar="SIZE", help="Write parts of at most SIZE, such as 48G or 500M.")
+        str | None,
+        option("--split-max-size", metavar="SIZE", help="Write parts of at most SIZE, such as 48G or 500M (G is 10^9 bytes)."),
     ] = None,
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
@@ -58,11 +82,19 @@ def quantize(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Convert and quantize a model."""
+    """Convert and quantize a model.
+
+    An interrupted conversion goes on where it stopped when the same command is given again.
+
+    Examples:
+    llamacli quantize Llama-4-Scout-17B-16E-Instruct scout.gguf --type Q4_K_M
+    llamacli quantize scout-f16.gguf --imatrix scout.imatrix --dry-run
+    """
     from quantize.convert import convert
     from quantize.writer import output_path
 
     console = output.console()
+    out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
         with console.progress("quantize") as update:
@@ -73,7 +105,7 @@ def quantize(
                 type_name,
                 tensor_types=[_override(text) for text in tensor_types or ()],
                 imatrix=Path(imatrix) if imatrix else None,
-                split_max_size=_part_size(split_max_size),
+                split_max_size=None if split_max_size is None else byte_count(split_max_size, "--split-max-size"),
                 force=force,
                 threads=threads,
                 progress=follow,
@@ -86,8 +118,19 @@ def quantize(
     _show(report, as_json, console)
 
 
-_LINES = "\n".join(f"{r.name:<10} {r.bits:>5.2f}  {r.purpose}" for r in RECIPES.values())
-quantize.__doc__ = (quantize.__doc__ or "") + f"\n\n\b\nTypes, bits per weight in a Scout, and what for:\n{_LINES}\n"
+quantize.notes = "\n".join(
+    ["Types, bits per weight in a Scout, and what for:"]
+    + [f"{r.name:<10} {r.bits:>5.2f}  {r.purpose}" for r in RECIPES.values()]
+)
+
+
+def _out_and_type(out: str | None, word: str | None, type_name: str | None) -> tuple[str | None, str]:
+    """OUT and the type, which may also be the last word, as in llama-quantize."""
+    if word is None and out is not None and _is_type(out):
+        out, word = None, out
+    if word is not None and type_name is not None:
+        raise UsageError(f"expected one type, found {word} and --type {type_name}; leave one of them out")
+    return out, type_name or (DEFAULT if word is None else _type_name(word, "TYPE"))
 
 
 def default_out(source: Path, type_name: str) -> Path:
@@ -95,15 +138,6 @@ def default_out(source: Path, type_name: str) -> Path:
     resolved = source.resolve()
     name = resolved.stem if resolved.suffix == ".gguf" else resolved.name
     return Path(f"{name or 'model'}-{find_recipe(type_name).name}.gguf")
-
-
-def _part_size(text: str | None) -> int | None:
-    """Bytes of a part at most. A number alone is more likely gigabytes than bytes, so it must have a unit."""
-    if text is None:
-        return None
-    if text.strip().isdigit():
-        raise UsageError(f"--split-max-size: expected a size with a unit, such as 48G or 500M, found {text!r}")
-    return byte_count(text, "--split-max-size")
 
 
 def _override(text: str) -> tuple[str, str]:

@@ -1,48 +1,107 @@
 """`llamacli run`: one prompt, one answer on stdout.
 
-In: words, files, stdin. Out: the answer's bytes and one newline, or one JSON object. Knows nothing of decoding; session.py
-does it.
+In: words, files, stdin. Out: the answer's bytes and one newline, or one JSON object. On a terminal also how far the prompt has
+been read, until the first token.
 """
 
 import json
+import re
+import sys
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from llamacli.cli.console import Console
-from llamacli.cli.options import Generation, Json, Output, checked, option, read_file, read_stdin, stdin_is_piped
-from llamacli.errors import UsageError
+from llamacli.cli import signals
+from llamacli.cli.console import Console, is_terminal
+from llamacli.cli.grammar import OTHER, Given, argument, option
+from llamacli.cli.options import Generation, Json, Output, checked, is_model, read_file, read_stdin, stdin_is_piped
+from llamacli.cli.progress import Meter, clock_time
+from llamacli.errors import OutputError, UsageError
 from llamacli.plan.machine import resident
+
+REASONS = {
+    "stop": "complete",
+    "length": "stopped at the -n limit",
+    "context": "context full",
+    "interrupt": "stopped by Ctrl-C",
+}
 
 
 def run(
-    prompt: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="The prompt; words are joined by spaces.")
+    prompt: Annotated[list[str] | None, argument("[PROMPT]...", "The prompt; words are joined by spaces.", empty=True)] = None,
+    prompt_option: Annotated[
+        str | None, option("-p", "--prompt", metavar="TEXT", hidden=True, empty=True, help="The prompt.")
     ] = None,
     file: Annotated[
-        list[str] | None, option("-f", "--file", metavar="FILE", help="Text before the prompt; repeatable, - is stdin.")
+        list[str] | None,
+        option("-f", "--file", metavar="FILE", group="Text", help="Text before the prompt; repeatable, - is stdin."),
     ] = None,
-    raw: Annotated[bool, option("--raw", help="Continue the text as it is: no chat template.")] = False,
+    raw: Annotated[bool, option("--raw", group="Text", help="Continue the text as it is: no chat template.")] = False,
+    no_stdin: Annotated[bool, option("--no-stdin", group="Text", help="Leave stdin alone (for ssh, cron and loops).")] = False,
+    single_turn: Annotated[bool, option("-st", "--single-turn", hidden=True, help="What run always does.")] = False,
+    out: Annotated[
+        str | None, option("-o", "--output", metavar="FILE", group=OTHER, help="Write the answer to a new file, not to stdout.")
+    ] = None,
+    no_stream: Annotated[
+        bool, option("--no-stream", group=OTHER, help="Write the answer at its end, in one piece (for parallel runs).")
+    ] = False,
+    extract: Annotated[
+        bool, option("-x", "--extract", group=OTHER, help="Write only the first block of code of the answer, if it has one.")
+    ] = False,
     as_json: Json = False,
-    no_stdin: Annotated[bool, option("--no-stdin", help="Leave stdin alone (for ssh, cron and loops).")] = False,
     options: Generation = None,
     output: Output = None,
 ) -> None:
-    """Answer one prompt; text piped in comes before it."""
+    """Answer one prompt; text piped in comes before it.
+
+    The answer alone goes to stdout. Exit code: 0 answered (also at the -n limit), 1 could not, 2 usage.
+
+    Examples:
+    llamacli run "What is the capital of France?"
+    git diff | llamacli run "Write a commit message for this" -n 200
+    llamacli run -m scout.gguf -f report.txt --temp 0 "Summarize in five points"
+    llamacli run --json "Name three rivers" | jq -r .text
+    """
     console = output.console()
-    if raw and options.system is not None:
+    words = ([prompt_option] if prompt_option is not None else []) + [*(prompt or [])]
+    if prompt_option is None:
+        options.model, words = _model_first(options.model, words, bool(file) or (not no_stdin and stdin_is_piped()), console)
+    if raw and getattr(options.system, "typed", options.system is not None):
         raise UsageError("--raw and --system exclude each other: without the chat template there is no system prompt")
-    text = _prompt(prompt or [], file or [], no_stdin, console)
+    if out is not None:
+        _check_new(Path(out))
+    text = _prompt(words, file or [], no_stdin, console)
     began = time.perf_counter()
     model = options.load(console)
     load_s = time.perf_counter() - began
     if raw:
         ids = model.tokenizer.encode(text, bos=True, special=False)
     else:
-        system = [{"role": "system", "content": options.system}] if options.system else []
+        system = [{"role": "system", "content": str(options.system)}] if options.system else []
         ids = model.prompt_ids([*system, {"role": "user", "content": text}])
-    _answer(model, ids, options, console, load_s, as_json)
+    answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract)
+    answer.take(model, ids, options)
+
+
+def _model_first(model: str | None, words: list[str], more: bool, console: Console) -> tuple[str | None, list[str]]:
+    """`run MODEL PROMPT`, as other programs have it: the first word is the model if it surely names one."""
+    if model is not None or not words or not is_model(words[0]):
+        return model, words
+    name, rest = str(words[0]), words[1:]
+    if not rest and not more:
+        raise UsageError(
+            f"expected a prompt, found {name} alone, which is a model; `llamacli chat -m {name}` talks with it, "
+            f"`-p {name}` makes it the prompt"
+        )
+    console.note(f"model: {name}, by the first word (-m {name} says the same)")
+    return Given(name, "PROMPT"), rest
+
+
+def _check_new(path: Path) -> None:
+    if path.exists() or not path.parent.is_dir():
+        found = "one that exists" if path.exists() else "no such folder"
+        raise OutputError(f"{path}: expected the name of a new file, found {found}; choose another name")
 
 
 def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console) -> str:
@@ -50,6 +109,8 @@ def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console
     parts = [read_file(name, console) for name in files]
     if "-" not in files and not no_stdin and stdin_is_piped():
         parts.insert(0, read_stdin(console))
+        if parts[0] and words and is_terminal(sys.stderr) and is_terminal(sys.stdout):
+            console.note(f"read {len(parts[0].encode())} bytes of stdin before the prompt; --no-stdin leaves it alone")
     parts = [part for part in [*parts, checked(" ".join(words), "prompt")] if part]
     if not parts:
         raise UsageError(
@@ -61,36 +122,107 @@ def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console
     return text
 
 
-def _answer(model, ids: list[int], options: Generation, console: Console, load_s: float, as_json: bool) -> None:
-    session, text, reason = model.session(), [], None
-    try:
-        for piece in session.stream(ids, options.sampler(model, console), options.max_tokens, options.stop or ()):
-            text.append(piece.text)
-            reason = piece.finish_reason
-            if not as_json:
-                console.piece(piece.text)
-    finally:  # also on Ctrl-C and SIGTERM
-        if as_json:
-            if reason:
-                _print_json(console, "".join(text), reason, session.stats, load_s)
+class Answer:
+    """Streams one answer to where it belongs, and says its end."""
+
+    def __init__(self, console: Console, load_s: float, as_json: bool, out: Path | None, whole: bool, extract: bool):
+        self._console, self._load_s, self._as_json, self._out, self._extract = console, load_s, as_json, out, extract
+        self._held = as_json or whole or out is not None  # nothing is shown before the end
+        self._text: list[str] = []
+        self._said = False
+
+    def take(self, model, ids: list[int], options: Generation) -> None:
+        """Answer `ids`; what was said is kept on Ctrl-C and SIGTERM."""
+        session, console, reason = model.session(), self._console, None
+        wrap = None if self._held else console.wrap()
+        with ExitStack() as stack:
+            first = stack.enter_context(reading(console, model, len(ids)))
+            stack.enter_context(signals.last_words(lambda: self._end(session.stats, "interrupt")))
+            try:
+                for piece in session.stream(ids, options.sampler(model, console), options.max_tokens, options.stop or ()):
+                    first()
+                    self._text.append(piece.text)
+                    reason = piece.finish_reason
+                    if not self._held:
+                        console.piece(wrap(piece.text))
+            finally:  # also on Ctrl-C and SIGTERM
+                first()
+                broken = sys.exc_info()[0]
+                if broken is None or broken in (KeyboardInterrupt, SystemExit):
+                    self._end(session.stats, reason or "interrupt")
+                elif not self._held:
+                    console.end(always=False)
+        if reason == "context":
+            console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
+        if console.verbose or reason not in ("stop", None):
+            console.note(describe(session.stats, reason, self._load_s))
+
+    def _end(self, stats, reason: str) -> None:
+        if self._said:
+            return
+        self._said, text = True, "".join(self._text)
+        if self._extract:
+            text = code_block(text)
+        if self._as_json:
+            text = json.dumps(_record(text, reason, stats, self._load_s), ensure_ascii=False)
+        if self._out is not None:
+            self._write(text)
+        elif self._as_json:
+            self._console.result(text)
+        elif self._held:
+            self._console.piece(text)
+            self._console.end(always=reason != "interrupt")
         else:
-            console.end(always=reason not in (None, "interrupt"))
-    if reason == "context":
-        console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
-    console.note(describe(session.stats, reason, load_s))
+            self._console.end(always=reason != "interrupt")
+
+    def _write(self, text: str) -> None:
+        try:
+            with open(self._out, "x", encoding="utf-8", errors="replace") as file:
+                file.write(text if text.endswith("\n") else text + "\n")
+        except OSError as error:
+            raise OutputError(f"{self._out}: expected a new file, found: {error.strerror}; choose another name") from None
 
 
-def _print_json(console: Console, text: str, reason: str, stats, load_s: float) -> None:
+def reading(console: Console, model, n_tokens: int | None = None):
+    """While a prompt is read, from a second on: how far it is. The context yields a function to call at the first token."""
+    began = time.monotonic()
+    meter, signs = Meter("reading the prompt"), console.signs()
+    streams = any(getattr(stage, "slots", None) for stage in getattr(model.engine, "stages", ()))
+    what = "reading the prompt and experts" if streams else "reading the prompt"
+    reports = 0
+
+    def follow(done: int, total: int) -> None:
+        nonlocal reports
+        reports += 1
+        meter.update(done, total, f"{what}, {done:,} of {total:,} tokens")
+
+    def words() -> str:
+        if not reports:
+            size = f", {n_tokens:,} tokens" if n_tokens else ""
+            return f"{what}{size}, {clock_time(time.monotonic() - began)}"
+        return meter.bar(console.width() - 1, *signs)
+
+    meter.update(0, n_tokens or 0, what)
+    model.engine.follow_progress = follow
+    return console.waiting(words)
+
+
+def code_block(text: str) -> str:
+    """The first fenced block of code in Markdown; the whole text if there is none."""
+    found = re.search(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1|\Z)", text, re.M | re.S)
+    return found[2] if found else text
+
+
+def _record(text: str, reason: str, stats, load_s: float) -> dict:
     timings = {"load_s": load_s} | {
         name: getattr(stats, name) for name in ("prefill_s", "decode_s", "prefill_tps", "decode_tps")
     }
-    record = {
+    return {
         "text": text,
         "finish_reason": reason,
         "usage": {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens},
         "timings": {name: value if value is None else round(value, 4) for name, value in timings.items()},
     }
-    console.result(json.dumps(record, ensure_ascii=False))
 
 
 def describe(stats, reason: str | None, load_s: float | None = None) -> str:
@@ -106,7 +238,7 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     if reason:
-        parts.append({"stop": "complete", "length": "stopped at the -n limit", "context": "context full"}.get(reason, reason))
+        parts.append(REASONS.get(reason, reason))
     return "[" + ", ".join(parts) + "]"
 
 

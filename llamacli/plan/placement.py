@@ -29,6 +29,7 @@ PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, 
 LEAST_BATCH = 64  # tokens that a prompt goes through a layer with at least
 AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
+LAYER_SECONDS = 30e-6  # a token's least time in a layer: its steps, their barriers, Python around them; measured
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
 COUNTED = (Role.EXPERTS, Role.SHARED, Role.ATTENTION, Role.DENSE, Role.EMBEDDING, Role.OUTPUT)
 OTHERS = "norms and routers"  # every other tensor
@@ -213,13 +214,14 @@ def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) 
     Every byte that a token needs is read from memory once, at the share of the bandwidth that decode reaches. An expert that
     is missing is read from disk before; this cannot begin before the layer's router has chosen, and the next layer cannot
     begin without the result. So only the same layer's shared expert and the expert's own products, piece by piece, are done
-    meanwhile: of those and the reading the longer counts, everything else is added. Every expert is equally likely.
+    meanwhile: of those and the reading the longer counts, everything else is added. Every expert is equally likely. Each layer
+    adds LAYER_SECONDS, which a small model feels and a large one does not.
     """
     sizes, k, reached = p.sizes, p.config.n_experts_used, REACHED_READING * bandwidth
     before = (sizes.always - sizes.kinds[Role.SHARED] + kvcache.nbytes(p.config, depth)) / reached
     beside = (sizes.kinds[Role.SHARED] + k * sizes.one_each) / reached
     reading = k * sizes.one_each / disk
-    return before + (1 - p.miss) * beside + p.miss * max(beside, reading)
+    return before + (1 - p.miss) * beside + p.miss * max(beside, reading) + p.config.n_layers * LAYER_SECONDS
 
 
 def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | None) -> float:
@@ -262,7 +264,7 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
     sizes, threads = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config), threads or default_threads()
-    if experts == "mapped" or not config.n_experts:
+    if experts == "mapped" or (not config.n_experts and memory is None):
         needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
         return 0, MAX_BATCH, needed + working_bytes(config, threads, MAX_BATCH)
     memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved())

@@ -52,7 +52,7 @@ def measured(model, monkeypatch):
     """`bench` measures the miniature model; the machine's limits are given."""
     monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0))
     monkeypatch.setattr(bench, "find_model", lambda name, console: name)
-    monkeypatch.setattr(bench, "load_model", lambda path, threads, ctx, console: model)
+    monkeypatch.setattr(bench, "load_model", lambda path, threads, ctx, console, **more: model)
     return model
 
 
@@ -157,7 +157,7 @@ def scored(model, monkeypatch, tmp_path):
     """The miniature model for perplexity and imatrix, in a folder with a text of 40 tokens."""
     for command in (perplexity, imatrix):
         monkeypatch.setattr(command, "find_model", lambda name, console: name)
-        monkeypatch.setattr(command, "load_model", lambda path, threads, ctx, console: model)
+        monkeypatch.setattr(command, "load_model", lambda path, threads, ctx, console, **more: model)
     (tmp_path / "text").write_text("a" * 39)
     monkeypatch.chdir(tmp_path)
     return model
@@ -193,7 +193,8 @@ def test_perplexity_reads_stdin(scored, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("command", [["perplexity"], ["imatrix", "-o", "out.gguf"]], ids=lambda c: c[0])
-def test_a_text_that_cannot_be_used_is_one_line(scored, command, capfd, tmp_path):
+def test_a_text_that_cannot_be_used_is_one_line(scored, command, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
     (tmp_path / "empty").write_text("")
     (tmp_path / "latin").write_bytes(b"\xe4" * 100)
     for arguments, code, word in (
@@ -248,6 +249,6 @@ def test_ctrl_c_ends_a_long_measurement_quietly(command, tmp_path):
     process.stderr.readline()  # progress: the measurement has begun
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (130, b"")
+    assert (process.returncode, out) == (-signal.SIGINT, b"")
     assert b"Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

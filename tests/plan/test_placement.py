@@ -257,7 +257,7 @@ def test_a_model_without_experts_is_mapped_or_refused():
     sizes = weigh([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], config)
     p = place(config, sizes, 10 * GB, 1024)
     assert (p.mode, p.weights) == ("mapped", 3 * GB)
-    assert decode_seconds(p, 1, 1e9) == pytest.approx(2 / placement.REACHED_READING)
+    assert decode_seconds(p, 1, 1e9) == pytest.approx(2 / placement.REACHED_READING + config.n_layers * placement.LAYER_SECONDS)
     assert prefill_seconds(p, 10, 1e9, None) == 0
     with pytest.raises(MemoryLimitError):
         place(config, sizes, 3 * GB, 1024)
@@ -290,7 +290,7 @@ def test_a_slow_disk_decides_about_decode(p):
 def test_without_misses_memory_alone_decides(scout):
     mapped = place(*scout, 128 * GB, 8192)
     sizes = mapped.sizes
-    seconds = (sizes.always + sizes.one_each) / (placement.REACHED_READING * 20e9)
+    seconds = (sizes.always + sizes.one_each) / (placement.REACHED_READING * 20e9) + 48 * placement.LAYER_SECONDS
     assert decode_seconds(mapped, 1, 20e9) == pytest.approx(seconds)
     assert decode_seconds(mapped, 1, 20e9, 10**6) > 1.5 * seconds  # keys and values are read too
 

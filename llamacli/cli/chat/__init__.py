@@ -13,14 +13,13 @@ Markdown and the conversation is kept; in a pipe, or where TERM is dumb, turns a
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from llamacli.cli.options import Generation, Output, option
+from llamacli.cli.grammar import argument, option
+from llamacli.cli.options import Generation, Output
 
 
 def chat(
     question: Annotated[
-        list[str] | None, typer.Argument(metavar="QUESTION", help="The first question; words are joined by spaces.")
+        list[str] | None, argument("[QUESTION]...", "The first question; words are joined by spaces.", empty=True)
     ] = None,
     file: Annotated[
         list[Path] | None, option("-f", "--file", metavar="FILE", help="Text before the first question; repeatable.")

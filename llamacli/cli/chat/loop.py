@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from llamacli import environment
+from llamacli.cli import signals
 from llamacli.cli.chat.commands import ALIASES, COMMANDS, Commands
 from llamacli.cli.chat.lines import Lines
 from llamacli.cli.chat.show import Screen
@@ -94,6 +95,7 @@ def loop(commands: Commands, turns, console: Console, first: str) -> None:
                 console.say("")
             return
         except KeyboardInterrupt:
+            signals.obeyed()
             now = time.monotonic()
             if not commands.screen.edits and typed:
                 console.say("")

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 
 from llamacli import environment
+from llamacli.cli import signals
 from llamacli.cli.chat.terminal import Quiet, unbroken
 from llamacli.cli.console import Console, is_terminal, visible
-from llamacli.cli.run import describe
+from llamacli.cli.run import describe, reading
 from llamacli.errors import PromptError
 
 RECALLED = 12  # lines of an earlier question that are shown
@@ -56,7 +57,7 @@ class Screen:
             if self.edits:
                 self.quiet.mark_pastes()
             try:
-                for text in answer:
+                for text in self._reading(talk, answer, typed):
                     if live:
                         with unbroken():
                             live.feed(text)
@@ -77,6 +78,13 @@ class Screen:
         if stopped or self.stats or talk.reason == "length":
             self._console.note(describe(talk.session.stats, "stopped by Ctrl-C" if stopped else talk.reason))
         self._space()
+
+    def _reading(self, talk, answer: Iterator[str], typed: bool) -> Iterator[str]:
+        """The answer's pieces; before the first one, how far the prompt has been read. Ctrl-C ends the answer, not the chat."""
+        with signals.surviving() if typed else contextlib.nullcontext(), reading(self._console, talk.model) as first:
+            for text in answer:
+                first()
+                yield text
 
     def message(self, message) -> None:
         """A message of earlier."""

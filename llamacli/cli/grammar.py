@@ -1,0 +1,352 @@
+"""The grammar of the command line: functions with annotated parameters become commands of the parser (click).
+
+In: a command's function; each parameter is annotated with `option(...)` or `argument(...)`, dataclass parameters stand for
+shared groups of options. Out: a click command whose values come from the command line, else from the environment, else from the
+settings file, else from the function's default. Help is printed in groups; errors of the parser become one line in our words.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from llamacli.errors import UsageError
+
+OTHER = "Output and help"  # the group of options that belong to no other
+COLUMNS = {"col_max": 26, "col_spacing": 2}  # of names and of explanations
+GROUPS = ("Text", "Model", "Answer", "Sampling", "Options", OTHER)  # in the order of the help
+
+
+class Given(str):
+    """A text value that knows where it comes from: an option, a variable, a line of the settings file."""
+
+    where: str
+    typed: bool  # on the command line
+
+    def __new__(cls, text: str, where: str, typed: bool = True):
+        given = super().__new__(cls, text)
+        given.where, given.typed = where, typed
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a parameter is called and which values it takes. `least`, `most`: bounds of a number."""
+
+    names: tuple[str, ...]  # as the help shows them; none for an argument
+    help: str
+    metavar: str | None = None
+    group: str = "Options"
+    aliases: tuple[str, ...] = ()  # names that other programs use; accepted, not shown
+    least: float | None = None
+    most: float | None = None
+    unlimited: bool = False  # -1 stands for no limit, which is None
+    tokens: bool = False  # a count of tokens: 8192, 128K, 1M
+    empty: bool = False  # an empty text is a value
+    hidden: bool = False  # accepted, not shown
+    setting: bool = False  # LLAMACLI_NAME and the settings file may give it, too
+    check: Callable[[str, str], typing.Any] | None = None  # (text, where) -> value, or UsageError
+    complete: Callable[[str], Sequence[str]] | str | None = None  # the words that may stand here, or "file"
+
+
+def option(*names: str, help: str, metavar: str | None = None, **more) -> Spec:
+    """An option, for `Annotated`; see Spec."""
+    return Spec(names, help, metavar, **more)
+
+
+def argument(metavar: str, help: str, **more) -> Spec:
+    """A word without an option's name, for `Annotated`; see Spec."""
+    return Spec((), help, metavar, **more)
+
+
+# values
+
+
+class _Type(click.ParamType):
+    """Converts a word by its Spec; the message of an error names what was written, and where."""
+
+    name = "text"
+
+    def __init__(self, spec: Spec, kind: type):
+        self.spec, self.kind = spec, kind
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                return value
+            value = str(value)  # a number of the settings file
+        where, typed = written(param, ctx)
+        if not value and not self.spec.empty:
+            raise UsageError(f"{where}: expected {self._expected()}, found ''; a variable that is not set, perhaps?")
+        if self.spec.check:
+            value = self.spec.check(value, where)
+            return Given(value, where, typed) if isinstance(value, str) else value
+        if issubclass(self.kind, Enum):
+            return self._choice(value, where)
+        if self.kind in (int, float):
+            return self._number(value, where)
+        return Path(value) if self.kind is Path else Given(value, where, typed)
+
+    def _choice(self, value: str, where: str):
+        known = [each.value for each in self.kind]
+        found = next((each for each in self.kind if each.value == value.lower()), None)
+        if found is None:
+            raise UsageError(f"{where}: expected {_or(known)}, found {value!r}{meant(value, known)}")
+        return found
+
+    def _number(self, value: str, where: str):
+        if self.spec.tokens:
+            return token_count(value, where, int(self.spec.least or 1))
+        try:
+            number = self.kind(value)
+        except ValueError:
+            raise UsageError(f"{where}: expected {self._expected()}, found {value!r}") from None
+        if self.spec.unlimited and number == -1:
+            return None
+        low = -math.inf if self.spec.least is None else self.spec.least
+        high = math.inf if self.spec.most is None else self.spec.most
+        if not (math.isfinite(number) and low <= number <= high):
+            raise UsageError(f"{where}: expected {self._expected()}, found {value}")
+        return number
+
+    def _expected(self) -> str:
+        if self.kind not in (int, float):
+            return {"FILE": "a file's name", None: "some text"}.get(self.spec.metavar, "some text")
+        what = "a whole number" if self.kind is int else "a number"
+        low, high = self.spec.least, self.spec.most
+        if low is None:
+            return what
+        text = f"{what} from {low:g}" + (" up" if high is None else f" to {high:g}")
+        return text + (", or -1 for no limit" if self.spec.unlimited else "")
+
+    def shell_complete(self, ctx, param, incomplete):
+        from click.shell_completion import CompletionItem
+
+        complete = self.spec.complete
+        if issubclass(self.kind, Enum):
+            words = [each.value for each in self.kind]
+        elif callable(complete):
+            words = complete(incomplete)
+        elif complete == "file" or self.spec.metavar == "FILE" or self.kind is Path:
+            return [CompletionItem(incomplete, type="file")]
+        else:
+            words = ()
+        return [CompletionItem(word) for word in words if word.lower().startswith(incomplete.lower())]
+
+
+def token_count(text: str, where: str, least: int = 1) -> int:
+    """A number of tokens such as 8192, 128K or 1M, which is 1,048,576; UsageError else."""
+    word = text.strip().upper()
+    digits, unit = (word[:-1], word[-1]) if word[-1:] in ("K", "M") else (word, "")
+    count = int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit] if digits.isascii() and digits[:13].isdigit() else 0
+    if not least <= count < 1 << 40 or len(digits) > 12:
+        raise UsageError(f"{where}: expected a number of tokens from {least} up, such as 8192, 128K or 1M, found {text!r}")
+    return count
+
+
+def written(param: click.Parameter, ctx: click.Context | None) -> tuple[str, bool]:
+    """The name by which the user gave a parameter its value, and whether that was on the command line."""
+    source = ctx.get_parameter_source(param.name) if ctx else None
+    if source is ParameterSource.ENVIRONMENT:
+        return param.envvar, False
+    if source is ParameterSource.DEFAULT_MAP:
+        from llamacli.cli import settings
+
+        return f"{settings.path()}: {_setting_name(param)}", False
+    if isinstance(param, click.Argument):
+        return param.metavar.strip("[].") if param.metavar else param.name, True
+    words = ctx.meta.get("llamacli.words", ()) if ctx else ()
+    names = [*param.opts, *getattr(param, "aliases", ())]
+    used = (name for word in words for name in names if word == name or (name[:2] == "--" and word.startswith(f"{name}=")))
+    return next(used, "/".join(param.opts)), True
+
+
+def _setting_name(param: click.Parameter) -> str:
+    return next(name for name in param.opts if name.startswith("--"))[2:]
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    """ "; did you mean ...?" where one of `known` resembles the word."""
+    upper = {name.upper().replace("_", ""): name for name in known}
+    near = difflib.get_close_matches(word.upper().replace("_", ""), upper, 1, 0.6)
+    return f"; did you mean {upper[near[0]]}?" if near else ""
+
+
+def _or(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+# commands
+
+
+class Option(click.Option):
+    """An option with a group in the help and with hidden aliases."""
+
+    def __init__(self, *args, spec: Spec, **more):
+        self.spec, self.aliases = spec, spec.aliases
+        super().__init__(*args, **more)
+
+    def add_to_parser(self, parser, ctx):
+        shown = self.opts
+        self.opts = [*shown, *self.aliases]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+    def get_help_record(self, ctx):
+        names = ", ".join(self.opts) + (f" {self.metavar}" if self.metavar else "")
+        return names, self.help or ""
+
+
+class Command(click.Command):
+    """A command of ours: help in groups with examples, settings as defaults."""
+
+    examples = notes = ""
+
+    def make_context(self, info_name, args, parent=None, **extra):
+        if any(p.envvar for p in self.params):
+            from llamacli.cli import settings
+
+            extra["default_map"] = settings.defaults(self)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def parse_args(self, ctx, args):
+        ctx.meta["llamacli.words"] = [*args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx, formatter):
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        arguments = [(p.metavar, p.help) for p in self.params if isinstance(p, Argument)]
+        if arguments:
+            with formatter.section("Arguments"):
+                formatter.write_dl(arguments, **COLUMNS)
+        for group, options in self.grouped(ctx):
+            with formatter.section(group):
+                formatter.write_dl([each.get_help_record(ctx) for each in options], **COLUMNS)
+        for title, text in (("Examples", self.examples), ("", self.notes)):
+            if text:
+                formatter.write_paragraph()
+                formatter.write(f"{title}:\n" if title else "")
+                formatter.write("".join(f"  {line}".rstrip() + "\n" for line in text.splitlines()))
+
+    def grouped(self, ctx) -> list[tuple[str, list[click.Option]]]:
+        """Options by the groups of the help, in their order."""
+        found: dict[str, list] = {}
+        for p in self.get_params(ctx):
+            if isinstance(p, click.Option) and not p.hidden:
+                found.setdefault(p.spec.group if isinstance(p, Option) else OTHER, []).append(p)
+        return [(group, found[group]) for group in GROUPS if group in found]
+
+
+class Argument(click.Argument):
+    """A word without a name, with help."""
+
+    def __init__(self, *args, help: str = "", **more):
+        super().__init__(*args, **more)
+        self.help = help
+
+    def make_metavar(self, *_):
+        return self.metavar
+
+
+def command(function: Callable) -> Command:
+    """The click command of a function. "Examples:" in its docstring begins lines that the help shows as they are."""
+    parameters, groups = _flat(function)
+
+    def call(**values):
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in dataclasses.fields(group)})
+        return function(**values)
+
+    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("Examples:\n")
+    made = Command(
+        function.__name__,
+        params=[_parameter(*p) for p in parameters],
+        callback=call,
+        help=text.strip(),
+        short_help=text.partition("\n")[0],
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+    made.examples, made.notes = inspect.cleandoc(examples), getattr(function, "notes", "")
+    return made
+
+
+def _flat(function: Callable) -> tuple[list[tuple], dict[str, type]]:
+    """(name, annotation, default) of all parameters, dataclasses spread out; and the dataclasses by their parameter's name."""
+    parameters, groups = [], {}
+    for p in inspect.signature(function).parameters.values():
+        if dataclasses.is_dataclass(p.annotation):
+            groups[p.name] = p.annotation
+            parameters += [(f.name, f.type, f.default) for f in dataclasses.fields(p.annotation)]
+        else:
+            parameters.append((p.name, p.annotation, p.default))
+    return parameters, groups
+
+
+def _parameter(name: str, annotation, default) -> click.Parameter:
+    kind, spec = typing.get_args(annotation)
+    multiple = False
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is list:
+        kind, multiple = typing.get_args(kind)[0], True
+    required = default is ...
+    if not spec.names:
+        return Argument(
+            [name],
+            type=_Type(spec, kind),
+            required=required,
+            nargs=-1 if multiple else 1,
+            metavar=spec.metavar,
+            help=spec.help,
+        )
+    envvar = f"LLAMACLI_{name.upper()}" if spec.setting else None
+    if kind is bool:
+        return Option(
+            [name, *spec.names], is_flag=True, default=False, help=spec.help, envvar=envvar, hidden=spec.hidden, spec=spec
+        )
+    return Option(
+        [name, *spec.names],
+        type=_Type(spec, kind),
+        required=required,
+        multiple=multiple,
+        metavar=spec.metavar or ("|".join(each.value for each in kind) if issubclass(kind, Enum) else kind.__name__.upper()),
+        help=spec.help,
+        envvar=envvar,
+        hidden=spec.hidden,
+        spec=spec,
+        **({} if required else {"default": default}),
+    )
+
+
+def explain(error: click.ClickException) -> str:
+    """An error of the parser in our words."""
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context else "llamacli"
+    see = f"(see {where} --help)"
+    if isinstance(error, click.NoSuchOption):
+        known = [name for p in context.command.get_params(context) for name in p.opts] if context else []
+        near = difflib.get_close_matches(error.option_name, known, 2, 0.6) or [
+            name for name in known if len(error.option_name) > 3 and name.startswith(error.option_name)
+        ]
+        return f"{error.option_name}: no such option{f'; did you mean {_or(near)}?' if near else ''} {see}"
+    if isinstance(error, click.BadOptionUsage):
+        found = "none" if "requires" in error.message else "one that it does not take"
+        return f"{error.option_name}: expected {'a value after it' if found == 'none' else 'no value'}, found {found} {see}"
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        name = error.param.metavar if isinstance(error.param, Argument) else "/".join(error.param.opts)
+        return f"expected {name}, found none {see}"
+    if isinstance(error, click.UsageError) and context and "extra" in error.message:
+        *_, taken = "options alone", *[p.metavar for p in context.command.params if isinstance(p, Argument)]
+        return f"expected {taken} as the last word, found one too many: {error.message.partition('(')[2].rstrip(')')} {see}"
+    return f"{error.format_message()} {see}"

@@ -1,0 +1,194 @@
+"""What options stand for: a model's file, found and loaded, and texts read from files and stdin.
+
+In: words from the command line. Out: a path, a loaded `Model`, text; errors name the option, variable or file that was wrong.
+"""
+
+import contextlib
+import errno
+import os
+import select
+import sys
+import threading
+from pathlib import Path
+
+from llamacli import environment
+from llamacli.cli import settings, signals
+from llamacli.cli.console import Console, amount, is_terminal
+from llamacli.cli.grammar import meant
+from llamacli.errors import ModelFileError, PromptError, UsageError
+
+
+def model_names(start: str = "") -> list[str]:
+    """Names of models that are installed, for completion."""
+    return sorted(
+        {path.stem for folder in environment.model_folders() for path in (*folder.glob("*.gguf"), *folder.glob("*/*.gguf"))}
+    )
+
+
+def named_model(name: str) -> Path | None:
+    """The file of a model's name; None if it is no name of one."""
+    if not name or len(Path(name).parts) != 1:
+        return None
+    known = [folder / inner for folder in environment.model_folders() for inner in (f"{name}.gguf", f"{name}/{name}.gguf")]
+    return next((candidate for candidate in known if candidate.exists()), None)
+
+
+def is_model(word: str) -> bool:
+    """Whether a word is surely meant as a model: the name of one, or a .gguf that is there."""
+    with contextlib.suppress(OSError, ValueError):  # a word may be no path at all
+        return (word.endswith(".gguf") and os.path.isfile(word)) or named_model(word) is not None
+    return False
+
+
+def one_model(given: str | None, model: str | None) -> str | None:
+    """The model, by its argument or by -m; UsageError for both."""
+    if given is not None and model is not None:
+        raise UsageError(f"expected one model, found {given} and -m {model}; leave one of them out")
+    return model if given is None else given
+
+
+def model_and_text(words: list[str], model: str | None, file: str | None) -> tuple[str | None, str]:
+    """The model and the file of a text, by words in any order or by -m and -f; the text is stdin if that is piped."""
+    for word in words:
+        if is_model(word) or (word.endswith(".gguf") and model is None):
+            model = one_model(word, model)
+        elif file is not None:
+            raise UsageError(f"expected one text, found {file} and {word}; leave one of them out")
+        else:
+            file = word
+    if file is None:
+        if not stdin_is_piped():
+            raise UsageError("expected a text, found none; give -f FILE, or pipe it in")
+        file = "-"
+    return model, file
+
+
+def find_model(name: str | None, console: Console) -> Path:
+    """The file that -m, else LLAMACLI_MODEL, else the settings file, else the project's own small model stands for."""
+    where, chosen = getattr(name, "where", "the path after -m"), name
+    if chosen is None:
+        where, chosen = "LLAMACLI_MODEL", environment.model()
+    if chosen is None:
+        where, chosen = f"{settings.path()}: model", settings.model()
+    if chosen is None:
+        if not environment.SMALL_MODEL.exists():
+            raise UsageError(
+                "no model: expected -m FILE or the variable LLAMACLI_MODEL, and the small model is not installed here"
+            )
+        console.note(
+            f"model: {environment.SMALL_MODEL.name}, the small one that comes with llamacli (choose with -m or LLAMACLI_MODEL)"
+        )
+        return environment.SMALL_MODEL
+    path = Path(os.path.expanduser(chosen))  # Path's own raises for an unknown user
+    if path.exists() or len(path.parts) != 1:
+        return path
+    found = named_model(chosen)
+    if found is None:
+        folders = " or ".join(map(str, environment.model_folders()))
+        raise ModelFileError(
+            f"{chosen}: expected a GGUF file or the name of one in {folders}, found neither"
+            + (meant(chosen, model_names()) or f"; check {where}")
+        )
+    return found
+
+
+def load_model(path: Path, threads: int | None, ctx: int | None, console: Console, **more):
+    """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
+    from llamacli import Model
+
+    with console.waiting(lambda: _loading(path)), signals.at_once():
+        model = Model.load(path, threads, ctx, **more)
+    if ctx and model.config.context_length and ctx > model.config.context_length:
+        console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
+    for notice in (getattr(model.tokenizer, "warning", None), *getattr(model.engine, "notices", ())):
+        if notice:
+            console.note(notice)
+    return model
+
+
+def _loading(path: Path) -> str:
+    """What is waited for: the compiler, which is imported only where kernels are missing, or the file."""
+    if "numba" in sys.modules:
+        return "compiling the kernels for this machine, once ..."
+    return f"loading {path.name} ({amount(path.stat().st_size)}) ..."
+
+
+@contextlib.contextmanager
+def patience(console: Console, words: str, seconds: float = 3.0):
+    """Say `words` if what is done inside takes long."""
+    timer = threading.Timer(seconds, console.note, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def checked(text: str, where: str) -> str:
+    """`text` from the command line if it is sound Unicode; PromptError else."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{where}: expected UTF-8, found an undecodable byte at character {error.start}; convert it with iconv"
+        ) from None
+    return text
+
+
+def decoded(data: bytes, where: str) -> str:
+    """`data` as text; PromptError unless it is UTF-8."""
+    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{where}: expected UTF-8, found byte 0x{data[error.start]:02x} at offset {error.start}; convert it with iconv"
+        ) from None
+
+
+def read_stdin(console: Console) -> str:
+    """All of stdin, exactly. A descriptor that cannot be read, as nohup leaves it, counts as empty."""
+    if not _readable(sys.stdin):
+        return ""
+    with patience(console, "reading stdin until it ends (Ctrl-D); --no-stdin leaves it alone", 1.0):
+        return decoded(b"".join(iter(lambda: _some(sys.stdin.buffer), b"")), "stdin")
+
+
+def _some(stream) -> bytes:
+    """The next bytes of a stream, b"" at its end; waits where the other side made it non-blocking."""
+    while (data := stream.read1(1 << 20) if hasattr(stream, "read1") else stream.read()) is None:
+        select.select([stream], [], [])
+    return data
+
+
+def _readable(stream) -> bool:
+    """Whether a stream is open for reading; GNU nohup replaces a terminal by /dev/null opened for writing only."""
+    if stream is None:
+        return False
+    try:
+        os.read(stream.fileno(), 0)
+    except BlockingIOError:
+        return True
+    except ValueError:  # closed; or a stream without a descriptor, which a caller of main() put there
+        return not stream.closed
+    except OSError as error:
+        return error.errno != errno.EBADF
+    return True
+
+
+def stdin_is_piped() -> bool:
+    """Whether stdin is there, can be read and is no terminal."""
+    return not is_terminal(sys.stdin) and _readable(sys.stdin)
+
+
+def read_file(name: str, console: Console) -> str:
+    """A file's text, exactly but for a byte order mark; "-" is stdin."""
+    if name == "-":
+        return read_stdin(console)
+    try:
+        return decoded(Path(name).read_bytes(), name)
+    except (OSError, ValueError) as error:
+        raise PromptError(
+            f"{name}: expected a readable text file, found: {getattr(error, 'strerror', error)}; check the path"
+        ) from None

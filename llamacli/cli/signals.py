@@ -1,0 +1,148 @@
+"""Ctrl-C and SIGTERM: heard wherever the program is, and the process then dies of them.
+
+The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM) in the main thread, so that a command can keep what
+it has. Compiled code hears neither. So a thread of its own watches the descriptor to which the interpreter writes the number of
+each signal: where the main thread does not answer within GRACE seconds, the thread ends the process, unless the command said
+that it goes on (`chat`); and a second signal ends it at once. Ending means: restore the terminal, then die of the signal, so
+that a shell's loop stops as well.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+
+INTERRUPTED, TERMINATED = 130, 143
+GRACE = 0.3  # seconds
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _State:
+    """What the handlers and the watching thread share."""
+
+    writer = -1  # the descriptor that the interpreter writes to
+    watching = False
+    heard = threading.Event()  # the main thread runs Python again
+    first: int | None = None  # the signal that is being obeyed
+    survives = False  # the command goes on after a first Ctrl-C
+    last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
+
+
+def install() -> None:
+    """Take both signals over. One that was ignored when the program started, as under nohup, stays ignored."""
+    for number in _NUMBERS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _handle)
+    arm()
+
+
+def arm() -> None:
+    """Watch again, after a library such as asyncio took the descriptor away."""
+    if not _State.watching:
+        reader, _State.writer = os.pipe()
+        os.set_blocking(_State.writer, False)
+        threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals").start()
+        _State.watching = True
+    with suppress(ValueError):  # not the main thread
+        signal.set_wakeup_fd(_State.writer, warn_on_full_buffer=False)
+
+
+def die(number: int) -> None:
+    """End this process by the signal itself."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, signal.SIG_DFL)
+    else:  # where the interpreter lets no handler be set
+        import ctypes
+
+        ctypes.CDLL(None).signal(int(number), None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+    os.kill(os.getpid(), number)
+
+
+@contextmanager
+def last_words(say: Callable[[], None]):
+    """While inside, `say` is called if the process must end while the main thread is in compiled code."""
+    _State.last_words.append(say)
+    try:
+        yield
+    finally:
+        _State.last_words.remove(say)
+
+
+@contextmanager
+def surviving():
+    """While inside, a first Ctrl-C that the main thread does not hear is left to it: the command goes on afterwards."""
+    before, _State.survives = _State.survives, True
+    if _State.watching:
+        arm()  # the editor's event loop takes the descriptor away
+    try:
+        yield
+    finally:
+        _State.survives = before
+        obeyed()
+
+
+def obeyed() -> None:
+    """The command has dealt with the signal and goes on; the next one is a first one again."""
+    _State.first = None
+    _State.heard.clear()
+
+
+@contextmanager
+def at_once():
+    """While inside, the first signal ends the process.
+
+    The compiler calls back into Python where an exception cannot travel on: it would be printed, and the interrupt lost.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _NUMBERS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: _end(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handle(number, frame):
+    _State.heard.set()
+    if number == signal.SIGTERM:
+        raise SystemExit(TERMINATED)
+    raise KeyboardInterrupt
+
+
+def _watch(reader: int) -> None:
+    while data := os.read(reader, 1):
+        number = data[0]
+        if number not in _NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        if _State.first is not None:
+            _end(number)
+        _State.first = number
+        if _State.heard.wait(GRACE):
+            continue  # the main thread runs: it ends the command, or goes on and calls `obeyed`
+        if _State.survives and number == signal.SIGINT:
+            _tell("stopping ...; once more ends the program\n")
+        else:
+            _end(number)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):
+        if os.isatty(2):
+            os.write(2, f"\r\x1b[K{text}".encode())
+
+
+def _end(number: int) -> None:
+    """Die of the signal from any thread: the last words first, then a fresh line on a terminal."""
+    for say in reversed(_State.last_words):
+        with suppress(Exception):
+            say()
+    _tell("" if sys.stderr is None else "\n")
+    die(number)

@@ -1,0 +1,147 @@
+"""Ctrl-C and SIGTERM: heard within half a second wherever the program is, and the process dies of them.
+
+Compiled code that hears no Python is stood in for by a call that keeps the main thread in the C library. The real program is
+measured by `python tests/signals.py`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pexpect
+import pytest
+from fakes import REPLY, fake, start
+
+DEAF = """
+import ctypes, sys
+from llamacli.cli import enter, options
+from fakes import FakeModel, Scripted
+
+class Engine(Scripted):
+    calls_left = int(sys.argv[1])
+    def forward(self, ids, cache, **more):
+        self.calls_left -= 1
+        if self.calls_left < 0:
+            print("deaf", file=sys.stderr, flush=True)
+            lock = ctypes.create_string_buffer(64)
+            libc = ctypes.CDLL(None)
+            libc.pthread_mutex_lock(lock)
+            libc.pthread_mutex_lock(lock)  # waits for itself, and hears no signal: as a compiled layer, but idle
+        return super().forward(ids, cache, **more)
+
+model = FakeModel(Engine("first line\\nsecond line", chunk=64))
+options.load_model = lambda *args, **more: model
+options.find_model = lambda name, console: name
+sys.argv[1:2] = []
+enter()
+"""
+
+
+@contextmanager
+def deaf(after, *args, **how):
+    """A `llamacli` whose engine is deaf from its call number `after` on."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    env = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    process = subprocess.Popen([sys.executable, "-c", DEAF, str(after), *args], env=env, **pipes)
+    try:
+        assert process.stderr.readline() == b"deaf\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_compiled_code_ends_the_process_soon(number):
+    with deaf(0, "run", "hi") as process:
+        began = time.monotonic()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=10)
+        seconds = time.monotonic() - began
+    assert (process.returncode, out, err) == (-number, b"", b"")
+    assert seconds < 5  # it would wait for ever; how soon it is on an idle machine tests/signals.py measures
+
+
+def test_an_interrupted_answer_keeps_what_it_has():
+    with deaf(3, "run", "hi") as process:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out) == (-signal.SIGINT, REPLY[:3].encode() + b"\n")
+
+
+@pytest.mark.parametrize("calls, text", [(0, ""), (4, REPLY[:4])])
+def test_json_interrupted_in_compiled_code_prints_what_it_has(calls, text):
+    with deaf(calls, "run", "--json", "hi") as process:
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=10)
+    record = json.loads(out)
+    assert process.returncode == -signal.SIGINT
+    assert (record["text"], record["finish_reason"]) == (text, "interrupt")
+
+
+def test_json_interrupted_between_tokens_prints_what_it_has():
+    with start("run", "--json", "hi", delay="0.05") as process:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        record = json.loads(process.stdout.read())
+    assert process.returncode == -signal.SIGINT
+    assert record["finish_reason"] == "interrupt"
+    assert REPLY.startswith(record["text"])
+
+
+def test_a_shell_loop_stops_at_the_first_ctrl_c():
+    script = (
+        f"for i in 1 2 3; do {sys.executable} {start.__code__.co_filename} 'reply {'x' * 300}' 0.05 run hi; done; echo over"
+    )
+    child = pexpect.spawn("bash", ["-c", script], timeout=20, encoding="utf-8")
+    child.expect("reply x")
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert "over" not in child.before
+    assert child.before.count("reply") == 0
+
+
+def test_a_second_signal_ends_a_command_that_cannot_stop():
+    code = (
+        "import time\nfrom llamacli.cli import enter, run\n"
+        "def stuck(*args, **more):\n"
+        "    try:\n        print('ready', flush=True); time.sleep(20)\n"
+        "    finally:\n        print('stopping', flush=True); time.sleep(20)\n"
+        "run._prompt = stuck\nenter()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, "run", "hi"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == b"stopping\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """As under nohup and in the background of a script."""
+    code = "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    args = fake("run", "hi", delay="0.05")
+    process = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    assert process.stdout.read(1) == b"f"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out.decode()) == (0, REPLY[1:] + "\n")
+
+
+def test_ctrl_c_while_the_program_starts_is_quiet():
+    """Between the program's first line and its handlers, which is where most of a start is spent."""
+    code = (
+        "import os, signal, builtins\nfrom llamacli.cli import enter\nreal = builtins.__import__\n"
+        "def watched(name, *args, **more):\n"
+        "    if name == 'llamacli.cli':\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return real(name, *args, **more)\n"
+        "builtins.__import__ = watched\nenter()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "run", "hi"], capture_output=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
