@@ -202,6 +202,6 @@ if __name__ == "__main__":
 
     reply, delay = sys.argv[1], float(sys.argv[2])
     options.load_model = lambda path, threads, ctx, console, **more: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
-    options.find_model = lambda name, console: name
+    options.find_model = lambda name, console: name or "miniature.gguf"
     sys.argv[1:3] = []
     enter()

@@ -38,7 +38,12 @@ def enter() -> None:
     from llamacli.cli import signals
 
     signals.install()
-    code = main()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # while main was already leaving
+        code = INTERRUPTED
+    except SystemExit:
+        code = TERMINATED
     if sys.stderr is not None:
         sys.stderr.flush()
     if code in (INTERRUPTED, TERMINATED):

@@ -58,7 +58,7 @@ def model_and_text(words: list[str], model: str | None, file: str | None) -> tup
             file = word
     if file is None:
         if not stdin_is_piped():
-            raise UsageError("expected a text, found none; give -f FILE, or pipe it in")
+            raise UsageError("expected a text, found none; give -f/--file FILE, or pipe it in")
         file = "-"
     return model, file
 

@@ -53,7 +53,7 @@ def perplexity(
     model, file = model_and_text(words or [], model, file)
     text = read_file(file, console)
     if not text and file == "-":
-        raise UsageError("expected a text, found none; give -f FILE, or pipe it in")
+        raise UsageError("expected a text, found none; give -f/--file FILE, or pipe it in")
     paths = [find_model(name, console) for name in (model, reference)[: 1 if reference is None else 2]]
     limits = _shares(paths, memory_bytes(memory))
     loaded = load_model(paths[0], threads, ctx, console, **limits[0])

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
+from llamacli.cli import signals
 from llamacli.cli.console import amount, count, one_line
 from llamacli.cli.grammar import argument, meant, option
 from llamacli.cli.options import Json, Output, Threads, byte_count
@@ -97,7 +98,7 @@ def quantize(
     out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
-        with console.progress("quantize") as update:
+        with signals.unhurried(), console.progress("quantize") as update:
             follow = Follow(update)
             report = convert(
                 Path(source),

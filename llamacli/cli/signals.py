@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
 INTERRUPTED, TERMINATED = 130, 143
-GRACE = 0.3  # seconds
+GRACE = 0.3  # seconds for the main thread to run a handler
+UNWINDING = 3.0  # seconds for it to end then: an exception raised in a callback is lost
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -27,6 +28,7 @@ class _State:
     heard = threading.Event()  # the main thread runs Python again
     first: int | None = None  # the signal that is being obeyed
     survives = False  # the command goes on after a first Ctrl-C
+    unhurried = False  # the command may take its time to end
     last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
 
 
@@ -84,6 +86,16 @@ def surviving():
         obeyed()
 
 
+@contextmanager
+def unhurried():
+    """While inside, a command that has heard the first signal may take its time: it writes what it has to disk."""
+    _State.unhurried = True
+    try:
+        yield
+    finally:
+        _State.unhurried = False
+
+
 def obeyed() -> None:
     """The command has dealt with the signal and goes on; the next one is a first one again."""
     _State.first = None
@@ -126,8 +138,9 @@ def _watch(reader: int) -> None:
             _end(number)
         _State.first = number
         if _State.heard.wait(GRACE):
-            continue  # the main thread runs: it ends the command, or goes on and calls `obeyed`
-        if _State.survives and number == signal.SIGINT:
+            if not (_State.survives or _State.unhurried):
+                threading.Timer(UNWINDING, _end, [number]).start()
+        elif _State.survives and number == signal.SIGINT:
             _tell("stopping ...; once more ends the program\n")
         else:
             _end(number)

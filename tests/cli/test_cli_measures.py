@@ -156,7 +156,7 @@ def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(
 def scored(model, monkeypatch, tmp_path):
     """The miniature model for perplexity and imatrix, in a folder with a text of 40 tokens."""
     for command in (perplexity, imatrix):
-        monkeypatch.setattr(command, "find_model", lambda name, console: name)
+        monkeypatch.setattr(command, "find_model", lambda name, console: name or "miniature.gguf")
         monkeypatch.setattr(command, "load_model", lambda path, threads, ctx, console, **more: model)
     (tmp_path / "text").write_text("a" * 39)
     monkeypatch.chdir(tmp_path)

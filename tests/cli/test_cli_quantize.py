@@ -50,7 +50,7 @@ def test_quantize_dry_run_prints_the_plan_and_what_it_needs_and_writes_nothing(f
         assert need in out
 
 
-@pytest.mark.parametrize("out", ["x/", "-", "", "."])
+@pytest.mark.parametrize("out", ["x/", "-", "."])
 def test_quantize_writes_no_file_under_a_name_that_can_only_be_a_mistake(folder, tmp_path, capfd, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
     assert main(["quantize", str(folder), out]) == 1
@@ -120,7 +120,7 @@ def test_quantize_dry_run_as_json_is_one_object_with_the_same(folder, capfd):
         (["--tensor-type", "attn_q=Q9_Z"], "found 'Q9_Z'"),
         (["--split-max-size", "much"], "found 'much'"),
         (["--split-max-size", ""], "found ''"),
-        (["--split-max-size", "4"], "a size with a unit, such as 48G or 500M, found '4'"),
+        (["--split-max-size", "4"], "with its unit, found '4'"),
     ],
 )
 def test_quantize_options_that_make_no_sense_are_usage_errors_that_name_them(folder, tmp_path, capfd, args, words):

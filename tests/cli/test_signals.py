@@ -58,18 +58,16 @@ def deaf(after, *args, **how):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_compiled_code_ends_the_process_soon(number):
     with deaf(0, "run", "hi") as process:
-        began = time.monotonic()
         process.send_signal(number)
-        out, err = process.communicate(timeout=10)
-        seconds = time.monotonic() - began
+        out, err = process.communicate(timeout=40)
     assert (process.returncode, out, err) == (-number, b"", b"")
-    assert seconds < 5  # it would wait for ever; how soon it is on an idle machine tests/signals.py measures
+    # it would wait for ever; how soon it ends tests/signals.py measures
 
 
 def test_an_interrupted_answer_keeps_what_it_has():
     with deaf(3, "run", "hi") as process:
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=10)
+        out, _ = process.communicate(timeout=40)
     assert (process.returncode, out) == (-signal.SIGINT, REPLY[:3].encode() + b"\n")
 
 
@@ -77,7 +75,7 @@ def test_an_interrupted_answer_keeps_what_it_has():
 def test_json_interrupted_in_compiled_code_prints_what_it_has(calls, text):
     with deaf(calls, "run", "--json", "hi") as process:
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=10)
+        out, _ = process.communicate(timeout=40)
     record = json.loads(out)
     assert process.returncode == -signal.SIGINT
     assert (record["text"], record["finish_reason"]) == (text, "interrupt")
@@ -119,7 +117,7 @@ def test_a_second_signal_ends_a_command_that_cannot_stop():
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == b"stopping\n"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
+    process.communicate(timeout=40)
     assert process.returncode == -signal.SIGINT
 
 

@@ -145,7 +145,7 @@ def _number(name: str, text: str) -> float | int:
     field = next(f for f in dataclasses.fields(Generation) if f.name == name)
     kind, info = field.type.__origin__, field.type.__metadata__[0]
     kind = float if float in get_args(kind) else int
-    low, high = (getattr(info, new, getattr(info, old, None)) for new, old in (("least", "min"), ("most", "max")))
+    low, high = info.least, info.most
     try:
         value = kind(text)
     except ValueError:
