@@ -309,6 +309,7 @@ def _parameter(name: str, annotation, default) -> click.Parameter:
             nargs=-1 if multiple else 1,
             metavar=spec.metavar,
             help=spec.help,
+            **({} if required or multiple else {"default": default}),
         )
     envvar = f"LLAMACLI_{name.upper()}" if spec.setting else None
     if kind is bool:
