@@ -6,15 +6,17 @@ measured by `python tests/signals.py`.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import pexpect
 import pytest
-from fakes import REPLY, fake, start
+from fakes import REPLY, fake
+
+from llamacli.cli import main
 
 DEAF = """
 import ctypes, sys
@@ -81,21 +83,25 @@ def test_json_interrupted_in_compiled_code_prints_what_it_has(calls, text):
     assert (record["text"], record["finish_reason"]) == (text, "interrupt")
 
 
-def test_json_interrupted_between_tokens_prints_what_it_has():
-    with start("run", "--json", "hi", delay="0.05") as process:
-        time.sleep(1.5)
-        process.send_signal(signal.SIGINT)
-        record = json.loads(process.stdout.read())
-    assert process.returncode == -signal.SIGINT
-    assert record["finish_reason"] == "interrupt"
-    assert REPLY.startswith(record["text"])
+def test_json_interrupted_between_tokens_prints_what_it_has(model, monkeypatch, capfd):
+    answered, logits = [], model.engine.logits
+
+    def interrupted(*args):
+        answered.append(1)
+        if len(answered) > 11:  # 7 tokens of the prompt, 4 of the answer
+            raise KeyboardInterrupt
+        return logits(*args)
+
+    monkeypatch.setattr(model.engine, "logits", interrupted)
+    assert main(["run", "--json", "hi"]) == 130
+    record = json.loads(capfd.readouterr().out)
+    assert (record["text"], record["finish_reason"]) == (REPLY[:5], "interrupt")
 
 
 def test_a_shell_loop_stops_at_the_first_ctrl_c():
-    script = (
-        f"for i in 1 2 3; do {sys.executable} {start.__code__.co_filename} 'reply {'x' * 300}' 0.05 run hi; done; echo over"
-    )
-    child = pexpect.spawn("bash", ["-c", script], timeout=20, encoding="utf-8")
+    command = shlex.join(fake("run", "hi", reply="reply " + "x" * 300, delay="0.05"))
+    script = f"for i in 1 2 3; do {command}; done; echo over"
+    child = pexpect.spawn("bash", ["-c", script], timeout=40, encoding="utf-8")
     child.expect("reply x")
     child.sendintr()
     child.expect(pexpect.EOF)
