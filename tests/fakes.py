@@ -5,11 +5,15 @@ let it see, so a wrong cache shows as a wrong next token; `Scripted` says a text
 is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
 """
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+if __name__ == "__main__":  # as `enter` does, before anything slow is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
@@ -154,7 +158,7 @@ class Greedy:
 
 class FakeModel(Model):
     def __init__(self, engine, ctx=None):
-        gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), tensors={})
+        gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), paths=[Path("miniature.gguf")], tensors={})
         super().__init__(gguf, CONFIG, FakeTokenizer(), engine, ctx or 4096)
 
     def prompt_ids(self, messages):
