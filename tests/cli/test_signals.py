@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: heard within half a second wherever the program is, and the process dies of them.
 
-Compiled code that hears no Python is stood in for by a call that keeps the main thread in the C library. The real program is
-measured by `python tests/signals.py`.
+Compiled code that hears no Python is stood in for by a call that keeps the main thread in the C library. How soon the real
+program ends on a real model is not measured here.
 """
 
 import json
@@ -63,7 +63,7 @@ def test_a_signal_in_compiled_code_ends_the_process_soon(number):
         process.send_signal(number)
         out, err = process.communicate(timeout=40)
     assert (process.returncode, out, err) == (-number, b"", b"")
-    # it would wait for ever; how soon it ends tests/signals.py measures
+    # the call alone would wait for ever
 
 
 def test_an_interrupted_answer_keeps_what_it_has():
