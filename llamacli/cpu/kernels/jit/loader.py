@@ -62,9 +62,9 @@ def targets(triple: str, cpu: str, features: dict[str, bool]) -> list[Target]:
         if avx512:
             found.append(Target("avx512", triple, "skylake-avx512", "", 64, "maddubs", True, 6, 2))
         if {"avxvnni", "avx2", "fma", "f16c"} <= has and not avx512:  # where both are, AVX-512's registers are twice as wide
-            found.append(Target("avxvnni", triple, cpu, flags, 32, "vnni", True, 4, 1))
+            found.append(Target("avxvnni", triple, cpu, flags, 32, "vnni", True, 4, 2))
         if {"avx2", "fma", "f16c"} <= has:
-            found.append(Target("avx2", triple, "haswell", "", 32, "maddubs", True, 4, 1))
+            found.append(Target("avx2", triple, "haswell", "", 32, "maddubs", True, 4, 2))
         found.append(Target("plain", triple, "x86-64", "", 32, "plain", False, 4, 1))
     elif triple.startswith(("aarch64", "arm64")):
         if "i8mm" in has:
