@@ -11,9 +11,9 @@ LANES = 16
 ROUND = 12582912.0  # 1.5 * 2**23: adding and taking it away rounds a small float32 to a whole number
 
 
-def splat(s, value):
-    """A constant in every lane."""
-    return s.fill(f32, LANES, float(value))
+def splat(s, value, n=LANES):
+    """A constant in each of n lanes."""
+    return s.fill(f32, n, float(value))
 
 
 class Uniform(NamedTuple):
@@ -29,8 +29,9 @@ class Uniform(NamedTuple):
 
     def level(self, s, t, origin=None):
         """The level nearest to t, as float32; counted from `origin` - ROUND."""
-        bounded = s.fmin(s.fmax(t, splat(s, self.low)), splat(s, self.high))
-        return s.b.fsub(s.b.fadd(bounded, splat(s, ROUND)), splat(s, ROUND) if origin is None else origin)
+        n = t.type.count
+        bounded = s.fmin(s.fmax(t, splat(s, self.low, n)), splat(s, self.high, n))
+        return s.b.fsub(s.b.fadd(bounded, splat(s, ROUND, n)), splat(s, ROUND, n) if origin is None else origin)
 
     def code(self, s, t):
         """The code of that level, as int32."""
@@ -59,10 +60,11 @@ class Table(NamedTuple):
 
     def level(self, s, t):
         """The level nearest to t, as float32: a step up for every border passed."""
-        value = splat(s, self.levels[0])
+        n = t.type.count
+        value = splat(s, self.levels[0], n)
         for below, above in zip(self.levels, self.levels[1:], strict=False):
-            passed = s.b.fcmp_ordered(">", t, splat(s, (below + above) / 2))
-            value = s.b.select(passed, splat(s, above), value)
+            passed = s.b.fcmp_ordered(">", t, splat(s, (below + above) / 2, n))
+            value = s.b.select(passed, splat(s, above, n), value)
         return value
 
     def code(self, s, t):

@@ -23,23 +23,45 @@ HALVES = 12  # half floats to begin a superblock from
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
 
 
+def by_register(s, split, part, *vectors):
+    """`part(first, *halves)` for as many lanes as a register has, from lane `first` on; its results with all lanes again.
+
+    Without `split`, or where a register holds LANES numbers, that is one call. A loop over all LANES keeps two registers of
+    every sum and constant where a register has 32 bytes. Where these are more than there are registers, what does not fit is
+    stored and loaded again for every weight.
+    """
+    n = min(s.lanes, LANES) if split else LANES
+    found = []
+    for first in range(0, LANES, n):
+        lanes = list(range(first, first + n))
+        found.append(part(first, *(v and s.shuffle(v, lanes) for v in vectors)))
+    while len(found) > 1:
+        found = [[s.concat(a, b) for a, b in zip(*two, strict=True)] for two in zip(found[::2], found[1::2], strict=True)]
+    return found[0]
+
+
 def pass_over(s, fmt, room, inverse, offset, origin=None):
     """Sums of w l, w l^2 and w x l for the levels l nearest to x * inverse + offset; affine's count from `origin`."""
     values = room.x if origin is None else room.centred
 
-    def some(i, sums):
-        total, square, product = sums
-        for j in range(UNROLL):
-            at = s.mul(s.add(s.mul(i, UNROLL), j), 4 * LANES)
-            x = s.load(vec(f32, LANES), s.add(values, at))
-            t = s.fma(x, inverse, offset)
-            level = fmt.LEVELS.level(s, t) if origin is None else fmt.LEVELS.level(s, t, origin)
-            part = level if room.w is None else s.b.fmul(level, s.load(vec(f32, LANES), s.add(room.w, at)))
-            total = s.b.fadd(total, part)
-            square, product = s.fma(part, level, square), s.fma(part, x, product)
-        return [total, square, product]
+    def part(first, inverse, offset, origin):
+        n = inverse.type.count
 
-    return s.loop(fmt.GROUP // UNROLL, [s.zeros(f32, LANES)] * 3, some)
+        def some(i, sums):
+            total, square, product = sums
+            for j in range(UNROLL):
+                at = s.add(s.mul(s.add(s.mul(i, UNROLL), j), 4 * LANES), 4 * first)
+                x = s.load(vec(f32, n), s.add(values, at))
+                t = s.fma(x, inverse, offset)
+                level = fmt.LEVELS.level(s, t) if origin is None else fmt.LEVELS.level(s, t, origin)
+                part = level if room.w is None else s.b.fmul(level, s.load(vec(f32, n), s.add(room.w, at)))
+                total = s.b.fadd(total, part)
+                square, product = s.fma(part, level, square), s.fma(part, x, product)
+            return [total, square, product]
+
+        return s.loop(fmt.GROUP // UNROLL, [s.zeros(f32, n)] * 3, some)
+
+    return by_register(s, origin is not None, part, inverse, offset, origin)
 
 
 class Left(NamedTuple):
@@ -55,24 +77,28 @@ class Left(NamedTuple):
 def left_over(s, fmt, room, a, m):
     """The error itself, weight by weight: where the fit is all but exact, the closed form is all rounding."""
     inverse = inverse_of(s, a)
-    offset, minus = s.b.fmul(m, inverse), s.b.fneg(a)
 
-    def some(i, sums):
-        total, square, product, rest, error = sums
-        for j in range(UNROLL):
-            at = s.mul(s.add(s.mul(i, UNROLL), j), 4 * LANES)
-            x = s.load(vec(f32, LANES), s.add(room.x, at))
-            level = fmt.LEVELS.level(s, s.fma(x, inverse, offset))
-            e = s.fma(level, minus, s.b.fadd(x, m))
-            part, left = level, e
-            if room.w is not None:
-                w = s.load(vec(f32, LANES), s.add(room.w, at))
-                part, left = s.b.fmul(level, w), s.b.fmul(e, w)
-            total, square, product = s.b.fadd(total, part), s.fma(part, level, square), s.fma(part, e, product)
-            rest, error = s.b.fadd(rest, left), s.fma(left, e, error)
-        return [total, square, product, rest, error]
+    def part(first, a, m, inverse, offset, minus):
+        n = a.type.count
 
-    return Left(*s.loop(fmt.GROUP // UNROLL, [s.zeros(f32, LANES)] * 5, some))
+        def some(i, sums):
+            total, square, product, rest, error = sums
+            for j in range(UNROLL):
+                at = s.add(s.mul(s.add(s.mul(i, UNROLL), j), 4 * LANES), 4 * first)
+                x = s.load(vec(f32, n), s.add(room.x, at))
+                level = fmt.LEVELS.level(s, s.fma(x, inverse, offset))
+                e = s.fma(level, minus, s.b.fadd(x, m))
+                part, left = level, e
+                if room.w is not None:
+                    w = s.load(vec(f32, n), s.add(room.w, at))
+                    part, left = s.b.fmul(level, w), s.b.fmul(e, w)
+                total, square, product = s.b.fadd(total, part), s.fma(part, level, square), s.fma(part, e, product)
+                rest, error = s.b.fadd(rest, left), s.fma(left, e, error)
+            return [total, square, product, rest, error]
+
+        return s.loop(fmt.GROUP // UNROLL, [s.zeros(f32, n)] * 5, some)
+
+    return Left(*by_register(s, True, part, a, m, inverse, s.b.fmul(m, inverse), s.b.fneg(a)))
 
 
 def extremes(s, fmt, room, values, least=None):
