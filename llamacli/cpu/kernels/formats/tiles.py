@@ -13,6 +13,8 @@ from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, FLOATS, QUANTIZED, S16, S32, D
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i16, i32, i64, vec
 
+UNROLL = 2  # steps of `_short_products` in one round of its loop
+
 
 def panel_bytes(name, lanes):
     """Bytes of one panel superblock (0 for the float types, whose tiles read the weights themselves)."""
@@ -231,23 +233,35 @@ def _products(s, fmt, w, x, part, tokens, starts):
 def _short_products(s, fmt, w, x, part, tokens, starts, by=None):
     """_products by sums in 16 bits, which are widened as rarely as they fit: by `by`, pairs of 16-bit factors of each panel, or
     ones. Signed codes do not fit twice.
+
+    The steps are a loop of their own, UNROLL at a time. All in one line, LLVM loads so far ahead that registers run out.
     """
     steps, signed = fmt.group // 4, hasattr(fmt, "signed")
-    run = 1 if signed else steps if starts else min(steps, s.fits(fmt.largest))
-    multiply, each, dots = s.signed_pairs if signed else s.pairs, [(v, t) for v in range(len(w)) for t in range(tokens)], {}
+    run = steps if signed or starts else min(steps, s.fits(fmt.largest))
+    each, total = [(v, t) for v in range(len(w)) for t in range(tokens)], {}
+    element, n = (i32, s.lanes) if signed else (i16, 2 * s.lanes)
+    ones = s.fill(i16, 2 * s.lanes, 1)
     for first in range(part * steps, (part + 1) * steps, run):
-        sums = {(v, t): s.bits(starts[t], i16) for v, t in each} if starts else {}
-        for k in range(first, first + run):
-            columns = [s.load(vec(i8, s.width), at, k * s.width) for at in w]
-            for t in range(tokens):
-                codes = s.bits(s.splat(s.load(i32, x, 4 * (tokens * k + t))), i8)
-                for v, column in enumerate(columns):
-                    pairs = multiply(column, codes)
-                    sums[v, t] = s.b.add(sums[v, t], pairs) if (v, t) in sums else pairs
+
+        def some(i, sums, first=first):
+            sums = dict(zip(each, sums, strict=True))
+            k = s.add(s.mul(i, UNROLL), first)
+            columns_at, words_at = [s.add(at, s.mul(k, s.width)) for at in w], s.add(x, s.mul(k, 4 * tokens))
+            for step in range(UNROLL):
+                columns = [s.load(vec(i8, s.width), at, step * s.width) for at in columns_at]
+                for t in range(tokens):
+                    codes = s.bits(s.splat(s.load(i32, words_at, 4 * (tokens * step + t))), i8)
+                    for v, column in enumerate(columns):
+                        product = s.widen_pairs(s.signed_pairs(column, codes), ones) if signed else s.pairs(column, codes)
+                        sums[v, t] = s.b.add(sums[v, t], product)
+            return [sums[key] for key in each]
+
+        before = [s.bits(starts[t], element) if starts else s.fill(element, n, 0) for _, t in each]
+        sums = dict(zip(each, s.loop(run // UNROLL, before, some), strict=True))
         for v, t in each:
-            wide = s.widen_pairs(sums[v, t], s.fill(i16, s.width // 2, 1) if by is None else by[v])
-            dots[v, t] = s.b.add(dots[v, t], wide) if (v, t) in dots else wide
-    return dots
+            wide = sums[v, t] if signed else s.widen_pairs(sums[v, t], ones if by is None else by[v])
+            total[v, t] = s.b.add(total[v, t], wide) if (v, t) in total else wide
+    return total
 
 
 def _products_of_pairs(s, fmt, w, x, part, tokens, _):
