@@ -13,7 +13,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 if __name__ == "__main__":  # as `enter` does, before anything slow is imported
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 

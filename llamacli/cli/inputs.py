@@ -98,6 +98,7 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
 
     with console.waiting(lambda: _loading(path)), signals.at_once():
         model = Model.load(path, threads, ctx, **more)
+    signals.interrupts(model.engine)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
     for notice in (getattr(model.tokenizer, "warning", None), *getattr(model.engine, "notices", ())):

@@ -2,15 +2,16 @@
 
 The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM) in the main thread, so that a command can keep what
 it has. Compiled code hears neither. So a thread of its own watches the descriptor to which the interpreter writes the number of
-each signal: where the main thread does not answer within GRACE seconds, the thread ends the process, unless the command said
-that it goes on (`chat`); and a second signal ends it at once. Ending means: restore the terminal, then die of the signal, so
-that a shell's loop stops as well.
+each signal. It asks the engines to end their calls. Where the main thread does not answer within GRACE seconds all the same, it
+ends the process, unless the command said that it goes on (`chat`); a second signal ends it at once. Ending means: restore the
+terminal, then die of the signal, so that a shell's loop stops as well.
 """
 
 import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
@@ -29,6 +30,7 @@ class _State:
     first: int | None = None  # the signal that is being obeyed
     survives = False  # the command goes on after a first Ctrl-C
     unhurried = False  # the command may take its time to end
+    engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
     last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
 
 
@@ -49,6 +51,11 @@ def arm() -> None:
         _State.watching = True
     with suppress(ValueError):  # not the main thread
         signal.set_wakeup_fd(_State.writer, warn_on_full_buffer=False)
+
+
+def interrupts(engine) -> None:
+    """Have a signal end the engine's call, which may be in compiled code for seconds (Engine.interrupt)."""
+    _State.engines.add(engine)
 
 
 def die(number: int) -> None:
@@ -137,6 +144,8 @@ def _watch(reader: int) -> None:
         if _State.first is not None:
             _end(number)
         _State.first = number
+        for engine in list(_State.engines):
+            engine.interrupt()
         if _State.heard.wait(GRACE):
             if not (_State.survives or _State.unhurried):
                 threading.Timer(UNWINDING, _end, [number]).start()
