@@ -5,8 +5,8 @@
     NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
     XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
 
-The kernels read their two themselves, when they are first used (cpu/kernels/__init__.py, cpu/kernels/jit/loader.py), the parser
-those of settings (cli/grammar.py); all others are read here only. Importing this costs nothing.
+LLAMACLI_SIMD is read by cpu/kernels/jit/loader.py, the variables of settings by cli/grammar.py, all others here only. Importing
+this module costs nothing. Every function works without HOME and for a user without an entry in the password file.
 """
 
 import os
@@ -25,8 +25,7 @@ def model() -> str | None:
 
 def model_folders() -> list[Path]:
     """Folders in which the name of a model is looked up: the project's `models/`, then the user's own."""
-    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return [MODELS, Path(data) / "llamacli" / "models"]
+    return [MODELS, _user_folder("XDG_DATA_HOME", ".local/share") / "models"]
 
 
 def debug() -> bool:
@@ -46,18 +45,31 @@ def dumb_terminal() -> bool:
 
 def config_file() -> Path:
     """The user's settings file, which `llamacli config` shows and edits."""
-    root = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
-    return Path(root) / "llamacli" / "config.toml"
+    return _user_folder("XDG_CONFIG_HOME", ".config") / "config.toml"
+
+
+def cache_root() -> Path:
+    """The folder of what can be made again: compiled kernels, random models of `bench --shape`."""
+    named = os.environ.get("LLAMACLI_CACHE")
+    return Path(named) if named else _user_folder("XDG_CACHE_HOME", ".cache")
 
 
 def state_folder() -> Path:
-    """Where the program keeps what should last. Without a home, a folder of this user's in the temporary one."""
-    root = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    if not os.path.isabs(root):
-        root = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"llamacli-{os.getuid()}")
-    return Path(root) / "llamacli"
+    """The folder of what should last, such as conversations."""
+    return _user_folder("XDG_STATE_HOME", ".local/state")
 
 
 def conversations_file() -> Path:
     """The database of conversations and of what was typed."""
     return state_folder() / "conversations.db"
+
+
+def _user_folder(variable: str, below_home: str) -> Path:
+    """Our folder in the one that `variable` names, else below the home (XDG Base Directory Specification).
+
+    Without a home it lies in the temporary folder, under a name that holds the user's number.
+    """
+    root = os.environ.get(variable) or os.path.join(os.path.expanduser("~"), below_home)
+    if not os.path.isabs(root):
+        root = os.path.join(os.environ.get("TMPDIR") or "/tmp", f"llamacli-{os.getuid()}", below_home)
+    return Path(root) / "llamacli"

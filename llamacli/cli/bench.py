@@ -26,7 +26,7 @@ from llamacli.cli.options import (
     model_names,
     one_model,
 )
-from llamacli.errors import UsageError
+from llamacli.errors import OutputError, UsageError
 from llamacli.plan.machine import memory_free
 
 LONGEST = 1 << 24  # tokens
@@ -193,7 +193,10 @@ def _random_file(name: str, layers: int, tests, keep: bool, console):
         raise UsageError(
             "--shape: expected depths up to 8192 tokens, or a multiple of 4 as --layers: every fourth layer sees beyond that"
         )
-    path = cache_folder().parent / f"{name}-{layers}-layers.gguf"
+    folder = cache_folder()
+    if folder is None:
+        raise OutputError("--shape: expected a folder for the random model, found none; name one with LLAMACLI_CACHE")
+    path = folder.parent / f"{name}-{layers}-layers.gguf"
     if not path.exists():
         with console.progress(f"writing {path}") as update:
             write(shape, layers, path, progress=update)

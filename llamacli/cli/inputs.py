@@ -104,7 +104,16 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
     for notice in (getattr(model.tokenizer, "warning", None), *getattr(model.engine, "notices", ())):
         if notice:
             console.note(notice)
+    show_kernel_notices(console)
     return model
+
+
+def show_kernel_notices(console: Console) -> None:
+    """Note once in a process if compiled code cannot be kept."""
+    from llamacli.cpu import kernels
+
+    while kernels.notices:
+        console.note(kernels.notices.pop(0))
 
 
 def _loading(path: Path) -> str:

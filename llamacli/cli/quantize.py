@@ -14,6 +14,7 @@ from typing import Annotated
 from llamacli.cli import signals
 from llamacli.cli.console import amount, count, one_line
 from llamacli.cli.grammar import argument, meant, option
+from llamacli.cli.inputs import show_kernel_notices
 from llamacli.cli.options import Json, Output, Threads, byte_count
 from llamacli.cli.progress import clock_time
 from llamacli.errors import UsageError
@@ -175,6 +176,7 @@ def _show(report, as_json: bool, console) -> None:
     everything = {"name": "all", "count": len(tensors), "types": [], **_sums(tensors)}
     for notice in report["notices"]:
         console.warn(notice)
+    show_kernel_notices(console)
     if as_json:
         sums = {"by_type": by_type, "groups": groups, "weights_nbytes": everything["nbytes"]}
         console.result(json.dumps(report | sums, ensure_ascii=False))

@@ -1,7 +1,7 @@
 """`llamacli warmup`: compile now, once, whatever this machine may need, so that no later start has to.
 
-In: nothing. Out: one line on stdout. Every tensor type's leaves, the vectors of usual head sizes, all drivers, the yardsticks
-of `bench` and the encoders of `quantize` end up in the cache folder. Knows nothing of what they compute.
+In: nothing. Out: one line on stdout; OutputError if the cache folder cannot keep the code. Compiles every tensor type's leaves,
+the vectors of usual head sizes, all drivers, the yardsticks of `bench` and the encoders of `quantize`.
 """
 
 import pkgutil
@@ -9,6 +9,7 @@ import time
 from importlib import import_module
 
 from llamacli.cli.options import Output, leave_at_once, patience
+from llamacli.errors import OutputError
 
 HEAD_SIZES = (32, 64, 96, 128)  # Scout and Maverick have 128
 
@@ -18,11 +19,14 @@ def warmup(output: Output = None) -> None:
     console = output.console()
     began = time.perf_counter()
     with patience(console, "compiling kernels; this is done once ..."), leave_at_once():
-        from llamacli.cpu.kernels import cache_folder
+        from llamacli.cpu import kernels
 
-        folder = cache_folder()
-        before = _files(folder)
-        _compile_all()
+        folder = kernels.cache_folder()
+        if folder is not None:
+            before = _files(folder)
+            _compile_all()
+        if kernels.notices:
+            raise OutputError(kernels.notices.pop())
         made, total, seconds = len(_files(folder) - before), len(_files(folder)), time.perf_counter() - began
     console.result(
         f"compiled {made} kernels in {seconds:.1f} s into {folder}"

@@ -1,13 +1,14 @@
-"""Drivers to LLVM IR, through Numba, and what their words mean. Imported only when something must be compiled.
+"""Drivers to LLVM IR, through Numba, and what their intrinsics mean. Imported only when something must be compiled.
 
-In: a Python function of `words`. Out: the text of an LLVM module with one function of three int64, named like the driver.
-Numba's own function returns a status and takes places for a result and an exception; drivers have neither, so a wrapper drops
-them, and nothing of Python is left in the code. Knows nothing of what drivers do.
+In: a Python function that uses intrinsics.py. Out: the text of an LLVM module with one function of three int64, named like the
+driver. Numba's own function returns a status and takes places for a result and an exception; drivers have neither, so a wrapper
+drops them, and nothing of Python is left in the code.
 """
 
 import threading
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
+from pathlib import Path
 from types import FunctionType
 
 import llvmlite.binding as llvm
@@ -16,7 +17,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from llamacli.cpu.kernels import cache_folder
+from llamacli.cpu.kernels import cache_folder, not_kept
 from llamacli.cpu.kernels.jit import intrinsics as words
 from llamacli.cpu.kernels.jit.loader import chosen_target
 
@@ -28,28 +29,52 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and
 def compiled(**options) -> Callable:
     """Decorator: a function of arrays that Numba compiles on the first call, or reads from our cache folder.
 
-    It runs without the interpreter's lock. `options` are those of `numba.njit`. Numba asks for its cache folder once, when a
-    function is made, so the setting is ours only for that moment and the host program keeps its own.
+    It runs without the interpreter's lock. `options` are those of `numba.njit`. Where the folder cannot be used, the function
+    is compiled in memory.
     """
 
     def decorate(function: Callable) -> Callable:
-        @cache
-        def dispatcher():
-            before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_folder())
-            try:
-                return njit(nogil=True, cache=True, **options)(function)
-            finally:
-                numba.config.CACHE_DIR = before
+        plain = njit(nogil=True, **options)  # makes a dispatcher, which compiles nothing before its first call
+        made = []
 
         @wraps(function)
         def run(*arguments):
-            with _making:  # functools.cache lets two threads in
-                made = dispatcher()
-            return made(*arguments)
+            with _making:
+                if not made:
+                    made.append(_with_cache(function, options) or plain(function))
+            try:
+                return made[0](*arguments)
+            except OSError as error:  # from Numba's writing: functions of arrays open no files
+                not_kept(error)
+                with _making:
+                    made[:] = [plain(function)]
+            return made[0](*arguments)
 
         return run
 
     return decorate
+
+
+def _with_cache(function: Callable, options: dict):
+    """A dispatcher that keeps its code in our cache folder, or None if Numba cannot write there.
+
+    Numba asks for its cache folder once, when a dispatcher is made, so the setting is ours only for that moment and the host
+    program keeps its own. If it cannot write there, it takes the sources' folder or the home's.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return None
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        made = njit(nogil=True, cache=True, **options)(function)
+        if Path(made.stats.cache_path).is_relative_to(folder):
+            return made
+    except (OSError, RuntimeError):  # RuntimeError: Numba found no folder at all
+        pass
+    finally:
+        numba.config.CACHE_DIR = before
+    not_kept(OSError(0, "it cannot be written", str(folder)))
+    return None
 
 
 def driver_ir(function: FunctionType, arguments: type | None) -> str:

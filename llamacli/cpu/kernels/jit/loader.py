@@ -1,10 +1,10 @@
 """From LLVM IR to callable addresses: choose the CPU's variant, compile, keep the object code on disk, load it.
 
 In: a name and a function that builds a module, with `simd.Simd` for leaves, with compiler.py for drivers. Out: `{symbol:
-address}`. Drivers call leaves with `words.call(address, (a, b, ...))`, every argument an int64. Knows nothing of what the
-code computes.
+address}`. Drivers call leaves with `intrinsics.call(address, (a, b, ...))`, every argument an int64.
 """
 
+import contextlib
 import os
 import threading
 from functools import cache
@@ -16,7 +16,7 @@ from zlib import crc32
 import llvmlite
 import llvmlite.binding as llvm
 
-from llamacli.cpu.kernels import cache_folder
+from llamacli.cpu.kernels import cache_folder, not_kept
 from llamacli.cpu.kernels.jit.features import features
 from llamacli.errors import UsageError
 
@@ -141,11 +141,12 @@ def load(name: str, build, symbols, target: Target | None = None) -> dict[str, i
     tag = f"{name}-{target.name}-{target.cpu}-{crc32(f'{target.triple} {target.features}'.encode()):08x}-{version}"
     with _loading:
         if tag not in _libraries:
-            path = cache_folder() / f"{tag}.o"
-            code = _read(path)
+            folder = cache_folder()
+            code = _read(folder / f"{tag}.o") if folder else None
             if code is None:
                 code = machine(target).emit_object(optimized(build, target))
-                _keep(path, code)
+                if folder:
+                    _keep(folder / f"{tag}.o", code)
             builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
             for symbol in symbols:
                 builder.export_symbol(symbol)
@@ -164,12 +165,15 @@ def _read(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, code: bytes) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
+    """Write a cache file, whole or not at all. One that cannot be written costs time, not the answer."""
+    part = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.part")  # containers that share a cache share process ids
     try:
         part.write_bytes(blake2b(code, digest_size=_DIGEST).digest() + code)
         part.replace(path)
-    except OSError:  # a cache that cannot be written costs time, not the answer
-        part.unlink(missing_ok=True)
+    except OSError as error:
+        not_kept(error)
+        with contextlib.suppress(OSError):  # a read-only file system refuses this as well
+            part.unlink(missing_ok=True)
 
 
 def _compiler():
