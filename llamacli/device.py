@@ -5,6 +5,7 @@ Between two stages goes the residual stream, float32 [n_tokens, n_embd], and not
 threads or queues it uses and where its experts come from is its own business.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ class Tokens(NamedTuple):
 class Cache(Protocol):
     """Keys and values of some layers for one sequence, up to `ctx` positions."""
 
+    layers: range
     pos: int  # positions held: 0 to pos - 1; the next token gets position `pos`
 
     @property
@@ -54,9 +56,13 @@ class Run(NamedTuple):
 
 
 class Stage(Protocol):
-    """Layers i..j on one device."""
+    """Layers i..j on one device. The engine calls a stage from one thread at a time, but for `interrupt`."""
 
     layers: range
+    notices: list[str]  # what a user should know about the weights and how they are read
+    bytes_per_token: int  # bytes of weights read to decode one token
+    products_per_token: int  # multiply-adds of the layers' weights for one token
+    timings: Counter | None  # if set, seconds by (layer or None, operation) are added here
 
     def new_cache(self, ctx: int) -> Cache:
         """An empty cache of the stage's layers for one sequence."""
@@ -66,7 +72,7 @@ class Stage(Protocol):
 
         `x`: the stream before them, or Tokens for the first stage. Writes keys and values beyond `cache.pos` and leaves `pos`
         to the caller, so that a call that breaks off changes nothing that counts. The result may be a view that lasts until the
-        next call of any stage of the device.
+        stage's next call.
         """
 
     def logits(self, x: np.ndarray) -> np.ndarray:
@@ -77,6 +83,21 @@ class Stage(Protocol):
 
     def shrink(self, nbytes: int) -> int:
         """Give back up to so many bytes of what can be read again; returns how many."""
+
+    def resume(self) -> None:
+        """Forget an interrupt."""
+
+    def chosen(self, n: int) -> np.ndarray:
+        """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]."""
+
+    def watch(self) -> list:
+        """From now on sum the squares of all inputs to the layers' products; begins anew (cpu/operations.Inputs)."""
+
+    def take_traffic(self):
+        """What was read since the last call (cpu/experts.Traffic), None if nothing is fetched."""
+
+    def after_fork(self) -> None:
+        """In a forked child: forget what another thread may have been in the middle of."""
 
     def close(self) -> None:
         """Give back threads and memory; nothing may be called afterwards."""

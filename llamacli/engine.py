@@ -6,7 +6,9 @@ at chunk edges; within a batch, layer after layer, tokens are grouped by expert,
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,20 +16,18 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import MAX_BATCH
-from llamacli.cpu.experts import Traffic, spread
+from llamacli.cpu.experts import Traffic
 from llamacli.cpu.kernels.jit.features import default_threads
-from llamacli.cpu.kernels.jit.loader import chosen_target
-from llamacli.cpu.kernels.runtime.faults import Guard
-from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.operations import Inputs
-from llamacli.cpu.stage import LOOK_EVERY, CpuStage
+from llamacli.cpu.stage import LOOK_EVERY, cpu_stages
 from llamacli.device import Run, Stage, Tokens
-from llamacli.errors import MemoryLimitError, PromptError, UnsupportedModelError, UsageError
+from llamacli.errors import MemoryLimitError, PromptError, UsageError
 from llamacli.files.gguf import GGUF
-from llamacli.files.pages import on_large_pages
 from llamacli.llama4.config import Config
 from llamacli.plan.machine import memory_short
 from llamacli.prompt import FeatureRow
+
+_engines: weakref.WeakSet = weakref.WeakSet()
 
 
 class Cache:
@@ -63,6 +63,12 @@ class Cache:
             return self.truncate(reached)
         return reached
 
+    def agree(self) -> None:
+        """After an interrupt that moved some parts only: all go back to the first position."""
+        if any(part.pos != self.pos for part in self.parts):
+            lowest, self.pos = min(part.pos for part in self.parts), max(part.pos for part in self.parts)
+            self.truncate(lowest)
+
     def held(self, layer: int) -> range:
         """Positions of which a layer's keys and values can be exported."""
         return self._part(layer).held(layer)
@@ -77,6 +83,18 @@ class Cache:
 
     def _part(self, layer: int):
         return next(part for part in self.parts if layer in part.layers)
+
+
+def _after_fork() -> None:
+    """In a forked child the threads of the parent are gone, and one may have held a lock or been in the middle of a call."""
+    for engine in _engines:
+        engine._lock = threading.RLock()
+        for stage in engine.stages:
+            stage.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Engine:
@@ -95,29 +113,17 @@ class Engine:
         are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
         layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head.
         """
-        if config.head_dim % chosen_target().lanes:
-            raise UnsupportedModelError(
-                f"{gguf.path}: expected a head size that is a multiple of {chosen_target().lanes}, found {config.head_dim}"
-            )
         self.config, self.threads = config, threads or default_threads()
-        self._path, self._lock, self._closed = gguf.path, threading.RLock(), False
-        routed = [i for i in range(config.n_layers) if config.is_moe(i)]
+        self._path, self._closed, self._interrupted = gguf.path, False, False
         self._max_batch = buffers.tokens(config, max_batch)
-        share = dict(zip(routed, spread(slots, len(routed)), strict=True)) if slots and routed else {}
-        pool, guard, cuts = Pool(self.threads), Guard(gguf.maps), sorted(set(cuts))
-        self.stages: list[Stage] = []
-        for first, end in zip([-1, *cuts], [*cuts, config.n_layers + 1], strict=True):
-            layers = range(max(0, first), min(end, config.n_layers))
-            ends = {"embeds": first < 0, "heads": end > config.n_layers}
-            own = {i: share[i] for i in layers if i in share}
-            self.stages.append(CpuStage(gguf, config, layers, pool, guard, slots=own, most=self._max_batch, **ends))
-        self._fetches, self._interrupted = bool(share), False
+        self.stages: list[Stage] = cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)))
+        self._fetches = slots > 0 and any(map(config.is_moe, range(config.n_layers)))
+        self._lock = threading.RLock()
+        _engines.add(self)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
         # Called after each batch of `forward`: the tokens evaluated so far, and all of that call.
         self.follow_progress: Callable[[int, int], None] | None = None
-        if not share:
-            on_large_pages(gguf.maps)
 
     def close(self) -> None:
         """Give back threads and memory; any later call is a UsageError."""
@@ -137,15 +143,19 @@ class Engine:
 
     def new_cache(self, ctx: int) -> Cache:
         """An empty cache for at most `ctx` tokens."""
+        self._check_open()
         return Cache([stage.new_cache(ctx) for stage in self.stages], ctx)
 
     def watch(self) -> list[Inputs]:
         """From now on sum up the squares of all inputs to the layers' products; a call more begins anew (CpuStage.watch)."""
-        return [inputs for stage in self.stages for inputs in stage.watch()]
+        with self._lock:
+            self._check_open()
+            return [inputs for stage in self.stages for inputs in stage.watch()]
 
     def take_traffic(self) -> Traffic | None:
         """What was read since the last call, None if all experts are mapped."""
-        found = [traffic for stage in self.stages if (traffic := stage.take_traffic()) is not None]
+        with self._lock:
+            found = [traffic for stage in self.stages if (traffic := stage.take_traffic()) is not None]
         return sum(found[1:], start=found[0]) if found else None
 
     @property
@@ -171,9 +181,12 @@ class Engine:
         """
         tokens = self._tokens(ids)
         with self._lock:
-            if self._closed:
-                raise UsageError("the model is closed: load it again")
+            self._check_open()
             return self._forward(tokens, cache, all_logits, first)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the model is closed: load it again")
 
     def _tokens(self, ids: Sequence) -> Tokens:
         rows = {}
@@ -189,6 +202,9 @@ class Engine:
     def _forward(self, tokens: Tokens, cache: Cache, all_logits: bool, first: int) -> np.ndarray:
         ids, done, result = tokens.ids, 0, None
         self._interrupted = False
+        for stage in self.stages:
+            stage.resume()
+        cache.agree()
         if len(ids) > 1 or cache.pos % LOOK_EVERY == 0:
             self._make_room()
         cache.reserve(len(ids))
@@ -200,8 +216,6 @@ class Engine:
             x = Tokens(ids[done : done + n], rows)
             for stage, part in zip(self.stages, cache.parts, strict=True):
                 x = stage.forward(x, [Run(part, n)])
-                if self._interrupted:
-                    raise KeyboardInterrupt
             if self.follow_routing:
                 chosen = [stage.chosen(n) for stage in self.stages if stage.layers]
                 self.follow_routing(cache.pos, chosen[0] if len(chosen) == 1 else np.concatenate(chosen))
@@ -210,6 +224,8 @@ class Engine:
                 result[done + row - first : done + n - first] = self.stages[-1].logits(x[row:])
             elif done + n == len(ids):
                 result = self.stages[-1].logits(x[n - 1 :])[0]
+            if self._interrupted:
+                raise KeyboardInterrupt
             cache.pos += n
             done += n
             if self.follow_progress:

@@ -5,7 +5,8 @@ the same row of the same content made them, so that whoever reuses a prefix neve
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -48,8 +49,10 @@ Token = int | FeatureRow
 def tokens(prompt: Iterable[int | FeatureRow | Features | Sequence[int]]) -> list[Token]:
     """A prompt, as ids or as segments, as a list with one token for each position.
 
-    PromptError for a segment of features whose rows are not a matrix.
+    PromptError for anything else, and for features whose rows are not a matrix.
     """
+    if isinstance(prompt, str | bytes):
+        raise PromptError("expected token ids or features, found text: encode it first")
     found: list[Token] = []
     for part in prompt:
         if isinstance(part, Features):
@@ -59,8 +62,10 @@ def tokens(prompt: Iterable[int | FeatureRow | Features | Sequence[int]]) -> lis
             found += [FeatureRow(part.id, row, (part.digest, n)) for n, row in enumerate(rows)]
         elif isinstance(part, FeatureRow):
             found.append(part)
-        elif isinstance(part, list | tuple):
-            found += map(int, part)
+        elif isinstance(part, SupportsIndex) and not np.ndim(part):
+            found.append(index(part))
+        elif isinstance(part, Iterable) and not isinstance(part, str | bytes):
+            found += map(index, part)
         else:
-            found.append(int(part))
+            raise PromptError(f"expected token ids or features, found {type(part).__name__}")
     return found

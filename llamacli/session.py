@@ -90,6 +90,7 @@ class Session:
         self.cache = engine.new_cache(ctx)
         self.ids: list[Token] = []
         self.stats = Stats()
+        self._pictures = False  # whether a token may be a row of features
         self._touched = 0  # positions below this one may have been written, by a finished call or by one that broke off
 
     def eval(self, prompt: Sequence) -> np.ndarray:
@@ -161,7 +162,7 @@ class Session:
 
     def _history(self) -> list[int]:
         """The ids that were said, for penalties: positions of pictures are no words."""
-        return [t for t in self.ids if type(t) is int] if any(type(t) is not int for t in self.ids) else self.ids
+        return [t for t in self.ids if type(t) is int] if self._pictures else self.ids
 
     def _evaluate(self, ids: list[Token]) -> np.ndarray:
         """Forward `ids` from where the cache stands. They count as held only once the engine is through."""
@@ -172,6 +173,7 @@ class Session:
         self._touched = len(self.ids) + len(ids)
         logits = self.engine.forward(ids, self.cache)
         self.ids.extend(ids)
+        self._pictures = self._pictures or any(type(t) is not int for t in ids)
         return logits
 
     def _rewind(self, length: int) -> list[Token]:

@@ -32,7 +32,7 @@ def shapes(
     used = c.n_experts_used if any(mixtures) else 0
     n_experts, n_ff_exp = (c.n_experts, c.n_ff_exp) if used else (0, 0)
     n_ff = max((c.n_ff_exp if mixture else c.n_ff for mixture in mixtures), default=0)
-    pairs, q, kv = n * max(1, used), c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    pairs, q, kv = n * max(1, used), c.n_q, c.n_kv
     found: Shapes = {}
 
     def rows(name: str, count: int, width: int, codes: bool = False) -> None:
@@ -75,7 +75,7 @@ def shapes(
 def matmul_scratch(c: Config, layers: range, n: int, heads: bool) -> matmul.Scratch:
     """The layout of each thread's scratch for the products of a stage."""
     mixture = any(c.is_moe(i) for i in layers)
-    widest = max(c.n_embd, c.n_heads * c.head_dim, *(c.n_ff_exp if c.is_moe(i) else c.n_ff for i in layers), 0)
+    widest = max(c.n_embd, c.n_q, *(c.n_ff_exp if c.is_moe(i) else c.n_ff for i in layers), 0)
     tallest = max(widest, c.n_experts if mixture else 0, c.n_vocab if heads else 0)
     return matmul.Scratch.of(n * (c.n_experts_used if mixture else 1), tallest, widest)
 

@@ -46,7 +46,8 @@ class KVCache:
         need = self.pos + n
         if need > self.ctx:
             raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
-        self._newest = need - 1
+        if n:
+            self._newest = need - 1
         if need <= self._room:
             return
         self._room = 0  # an interrupt from here on leaves table and layers at odds: the next call must go through all of them

@@ -61,10 +61,13 @@ class Recorder:
         config: Config,
         layers: range,
         buffers: Buffers,
+        stop: int,
         slots: Slots | None = None,
         watched: dict[tuple[str, ...], Inputs] | None = None,
     ):
-        """`watched`: if not None, steps that sum the squares of every product's input are recorded, and the sums kept here."""
+        """`stop`: the address of an int64 that is not 0 when a run is to end soon. `watched`: if not None, steps that sum the
+        squares of every product's input are recorded, and the sums kept here.
+        """
         self.program, self.layer_ends, self.expert_cuts = Program(), [], {}
         self.embedded = 0
         self._weights, self._config, self._layers, self._buffers = weights, config, layers, buffers
@@ -76,11 +79,11 @@ class Recorder:
         )
         factors = 1.0 if weights.rope_freqs is None else weights.rope_freqs.astype(np.float64)
         self._frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim) / factors
-        self._state = buffers.address("state")
+        self._state, self._stop = buffers.address("state"), stop
         self._scratch = matmul_scratch(c, layers, len(buffers["x"]), "logits" in buffers)
         assert self._scratch.end == buffers["scratch"].shape[1], "the buffers were made for other products"
         self._layer: int | None = None  # the one that is being recorded
-        self._fetching, self._cuts = False, []  # whether its experts are fetched, and its cuts so far
+        self._fetching, self._cuts = False, {}  # whether its experts are fetched, and its cuts so far
 
     def compose(self, embeds: bool, heads: bool) -> Program:
         """Record the stage: the embedding if it has one, its layers, the head if it has one."""
@@ -91,7 +94,7 @@ class Recorder:
         else:
             self.embedded = self.program.barrier()
         for i in self._layers:
-            self._layer, self._cuts = i, []
+            self._layer, self._cuts = i, {}
             weights = self._weights.layers[i - self._layers.start]
             self._fetching = self._slots is not None and isinstance(weights.ffn, Experts)
             if self._fetching:
@@ -99,7 +102,7 @@ class Recorder:
             llama4.layer(self, self._config, i, weights, "x")
             self.layer_ends.append(self.program.barrier())
             if self._fetching:
-                self.expert_cuts[i] = ExpertCuts(*self._cuts)
+                self.expert_cuts[i] = ExpertCuts(**self._cuts)
         self._layer, self._fetching = None, False
         if heads:
             self._head()
@@ -164,6 +167,7 @@ class Recorder:
             tall=chosen_target().tile,
             floats=self._float(0),
             blocks=b.address("blocks"),
+            stop=self._stop,
             scratch=scratch.ctypes.data,
             scratch_stride=scratch.strides[0],
             **{f"{name}_offset": offset for name, offset in layout._asdict().items() if name != "end"},
@@ -174,7 +178,7 @@ class Recorder:
         quantize = elementwise.QuantizeArguments(
             x=out.address,
             x_stride=out.stride,
-            n_cols=c.n_heads * c.head_dim,
+            n_cols=c.n_q,
             codes=out.codes,
             codes_stride=out.codes_stride,
             quantize=self._microkernels["quantize"],
@@ -193,30 +197,30 @@ class Recorder:
         self._matmul(w.gate, h, "gate")
         self._matmul(w.up, h, "up")
         self._swiglu("gate", "up", w.gate)
-        self._cut()
         return "gate"
 
     def route(self, h: str, w: Matrix) -> str:
         self._watch((w,), h)
         self._matmul(w, h, "router")
         self._route("scores", self._buffers["chosen"][self._layer - self._layers.start].ctypes.data, "moe")
-        self._cut()
+        self._cut("routed")
         return "moe"
 
     def expert_gate_up(self, h: str, w: Dense, routed: str) -> str:
         self._watch((w.gate, w.up), h, routed, scored=True)
+        self._cut("shared")  # what follows is repeated for each expert that is fetched
         used = self._config.n_experts_used
         self._matmul(w.gate, h, "gate_exps", routed, x_div=used, part=GATE)
         self._matmul(w.up, h, "up_exps", routed, x_div=used, part=UP)
-        self._cut()
+        self._cut("multiplied")
         self._swiglu("gate_exps", "up_exps", w.gate, scored=True)
         return "gate_exps"
 
     def add_expert_matmul(self, x: str, h: str, w: Matrix, routed: str) -> str:
         self._watch((w,), h, routed)
-        self._cut()
+        self._cut("joined")
         self._matmul(w, h, x, routed, add=True, out_div=self._config.n_experts_used, part=DOWN)
-        self._cut()
+        self._cut("end")
         return x
 
     # around the layers
@@ -239,7 +243,7 @@ class Recorder:
     def _angles(self) -> None:
         arguments = attention.AnglesArguments(
             frequencies=self._frequencies.ctypes.data,
-            pairs=self._config.head_dim // 2,
+            pairs=self._config.n_rot,
             angles=self._buffers.address("angles"),
             positions=self._buffers.address("positions"),
             state=self._state,
@@ -254,17 +258,17 @@ class Recorder:
         """Ask the router which experts it would choose if attention added nothing, so that they can be read meanwhile."""
         self._matmul(w.ffn.gate_inp, self.norm("x", w.ffn_norm), "router")
         self._route("scores", self._buffers.address("guess"), "guess_table")
-        self._cut()
+        self._cut("guessed")
 
     # steps
 
     def _add(self, kernel, arguments, reads, writes, purpose: str) -> None:
         self.program.add(kernel, arguments, reads, writes, (self._layer, purpose))
 
-    def _cut(self) -> None:
-        """A place where the program may stop to wait for experts."""
+    def _cut(self, name: str) -> None:
+        """A place where the program may stop to wait for experts: a field of ExpertCuts."""
         if self._fetching:
-            self._cuts.append(self.program.barrier())
+            self._cuts[name] = self.program.barrier()
 
     def _float(self, slot: int) -> int:
         return self._floats[slot:].ctypes.data
@@ -282,7 +286,7 @@ class Recorder:
             self._buffers["scratch"],
             self._scratch,
             self.program.counter(),
-            self._state,
+            self._stop,
             add=add,
             x_div=x_div,
             out_div=out_div,

@@ -12,9 +12,10 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import LOGITS_BATCH, MAX_BATCH, MIN_BATCH, Buffers
-from llamacli.cpu.experts import Slots, Traffic
+from llamacli.cpu.experts import Slots, Traffic, spread
+from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
-from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, STOP, N
+from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, N
 from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
@@ -22,14 +23,39 @@ from llamacli.cpu.kvcache import KVCache
 from llamacli.cpu.operations import Inputs, Recorder
 from llamacli.cpu.weights import Experts, bind, has_kernels, in_map, needed
 from llamacli.device import Run, Tokens
-from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.errors import ModelFileError, UnsupportedModelError, UsageError
 from llamacli.files.gguf import GGUF, Tensor
-from llamacli.files.pages import drop_pages, populate, random_access
+from llamacli.files.pages import drop_pages, on_large_pages, populate, random_access
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role
 
 SURE = 0.08  # of the scores' range the best must be ahead of the next: then more than nine guesses in ten are right
 LOOK_EVERY = 64  # decoded tokens after which the embedding's pages are dropped
+
+
+def cpu_stages(
+    gguf: GGUF, config: Config, threads: int, n_slots: int, max_batch: int, cuts: Sequence[int] = ()
+) -> list["CpuStage"]:
+    """A whole model as stages that share threads. `n_slots`: routed experts of all layers kept in memory, 0: all are mapped.
+
+    `cuts`: layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. Each stage that
+    fetches experts has buffers of its own for those under way, which `plan` counts once; a stage without experts is mapped.
+    UnsupportedModelError if heads do not fill vectors, or experts are of a type without kernels.
+    """
+    lanes = chosen_target().lanes
+    if config.head_dim % lanes:
+        raise UnsupportedModelError(f"{gguf.path}: expected a head size that is a multiple of {lanes}, found {config.head_dim}")
+    routed = [i for i in range(config.n_layers) if config.is_moe(i)]
+    share = dict(zip(routed, spread(n_slots, len(routed)), strict=True)) if n_slots and routed else {}
+    pool, guard, found = Pool(threads), Guard(gguf.maps), []
+    for first, end in zip([-1, *cuts], [*cuts, config.n_layers + 1], strict=True):
+        layers = range(max(0, first), min(end, config.n_layers))
+        ends = {"embeds": first < 0, "heads": end > config.n_layers}
+        own = {i: share[i] for i in layers if i in share}
+        found.append(CpuStage(gguf, config, layers, pool, guard, slots=own, most=max_batch, **ends))
+    if not share:
+        on_large_pages(gguf.maps)
+    return found
 
 
 class CpuStage:
@@ -65,14 +91,21 @@ class CpuStage:
         if slots and embeds and embedding.name not in resident and has_kernels(gguf.tensors[embedding.name]):
             self._lookup = embedding
             random_access(embedding.address, embedding.nbytes)
+        self._stop = np.zeros(8, np.int64)  # not 0: the run is to end soon
+        self._forked = False
         self._watched: dict[tuple[str, ...], Inputs] | None = None
         self._buffers: Buffers | None = None
         self._recorded: Recorder | None = None
         self._capacity = self._decoded = 0
         self._choices = config.n_experts_used if any(config.is_moe(i) for i in layers) else 0
         self._reserve(MIN_BATCH)
+        used = list(self._used())
+        row = self._weights.token_embd.row_bytes if embeds else 0
+        self.notices = [*self._weights.notices, *(self.slots.notices if self.slots else ())]
+        self.bytes_per_token = row + sum(m.nbytes * times for m, times in used)
+        self.products_per_token = sum(m.n_rows * m.n_cols * times for m, times in used if m is not self._weights.output)
         if not slots:
-            populate((m.address, m.nbytes) for m, _ in self._used() if m.n_groups == 1)
+            populate([(m.address, m.nbytes) for m, _ in used if m.n_groups == 1])
 
     def _fetch(self, gguf: GGUF, share: dict[int, int]) -> tuple[Slots, dict[str, int]]:
         """Slots for the routed experts; and the addresses of what every token uses, which is read into memory."""
@@ -91,22 +124,6 @@ class CpuStage:
                 resident.append(tensor)
         slots = Slots(routed, self._config.n_experts, share)
         return slots, slots.hold(resident)
-
-    @property
-    def notices(self) -> list[str]:
-        """What a user should know about the weights and how they are read."""
-        return [*self._weights.notices, *(self.slots.notices if self.slots else ())]
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of weights read to decode one token."""
-        row = self._weights.token_embd.row_bytes if self._embeds else 0
-        return row + sum(m.nbytes * used for m, used in self._used())
-
-    @property
-    def products_per_token(self) -> int:
-        """Multiply-adds of the layers' weights for one token."""
-        return sum(m.n_rows * m.n_cols * used for m, used in self._used() if m is not self._weights.output)
 
     def _used(self) -> Iterator[tuple[Matrix, int]]:
         """The matrices of the layers and of the head, each with how often one token goes through (one of) it."""
@@ -130,6 +147,8 @@ class CpuStage:
         ModelFileError if the file was cut meanwhile: then the result would be wrong.
         """
         n = sum(run.n for run in runs)
+        if self._forked and self.slots:
+            raise UsageError("a forked process cannot fetch experts, its reading threads are gone: load the model again")
         self._reserve(n)
         if self._embeds:
             self._look_up(x, n)
@@ -180,18 +199,26 @@ class CpuStage:
 
     def interrupt(self) -> None:
         """Have the call that another thread is in end soon, within one piece of a product; it raises KeyboardInterrupt."""
-        if (buffers := self._buffers) is not None:
-            buffers["state"][STOP] = 1
+        self._stop[0] = 1
+
+    def resume(self) -> None:
+        """Forget an interrupt."""
+        self._stop[0] = 0
 
     def shrink(self, nbytes: int) -> int:
         """Give back slots, up to so many bytes; returns how many."""
         return self.slots.shrink(nbytes) if self.slots else 0
 
     def close(self) -> None:
-        """Drop threads, buffers and slots."""
+        """Drop threads, buffers, slots and weights. The pool is the other stages' as well: the engine closes all of them."""
         self._pool.close()
-        self._recorded = self._buffers = self.slots = None
-        self._capacity = 0
+        self._recorded = self._buffers = self._weights = self._watched = self.slots = None
+        self._given, self._capacity = {}, 0
+
+    def after_fork(self) -> None:
+        """In a forked child: forget what another thread of the parent may have been in the middle of."""
+        self._recorded = self._buffers = None
+        self._capacity, self._forked = 0, True
 
     def allocated(self, n: int) -> int:
         """Bytes of the buffers for prompts of `n` tokens, which are made if they are not there yet."""
@@ -212,7 +239,9 @@ class CpuStage:
             buffers.shapes(self._config, self.layers, capacity, self._pool.threads, slots=self.slots is not None, **kind)
         )
         self._buffers["dense"][2:] = np.arange(capacity)
-        self._recorded = Recorder(self._weights, self._config, self.layers, self._buffers, self.slots, self._watched)
+        self._recorded = Recorder(
+            self._weights, self._config, self.layers, self._buffers, self._stop.ctypes.data, self.slots, self._watched
+        )
         self._recorded.compose(**kind)
         self._layer_ends = self._recorded.layer_ends or [self._recorded.embedded]
         self._head = self._layer_ends[-1]  # the step after the last layer's
@@ -220,7 +249,7 @@ class CpuStage:
 
     def _set_rows(self, n: int, row: int, count: int) -> None:
         """Tokens of the batch, and which of its rows norms work on."""
-        self._buffers["state"][[N, ROW, COUNT, STOP]] = n, row, count, 0
+        self._buffers["state"][[N, ROW, COUNT]] = n, row, count
         self._buffers["dense"][1] = count
 
     def _look_up(self, x: Tokens, n: int) -> None:
@@ -265,7 +294,7 @@ class CpuStage:
         else:
             for label, seconds in zip(program.labels[first:last], self._pool.run_timed(program, first, last), strict=True):
                 self.timings[label] += seconds
-        if self._buffers["state"][STOP]:
+        if self._stop[0]:
             raise KeyboardInterrupt
 
     def _run_layers(self, n: int) -> None:

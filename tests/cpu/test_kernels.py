@@ -282,8 +282,8 @@ def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
         m = matmul.Matrix(raw.ctypes.data, name, 1, n_rows, n_cols, raw.shape[1])
         rows = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
         program = Program()
-        to, state = matmul.Rows(out.ctypes.data, out.strides[0]), np.zeros(8, np.int64)
-        arguments = matmul.arguments(m, rows, to, table.ctypes.data, scratch, layout, program.counter(), state.ctypes.data)
+        to, stop = matmul.Rows(out.ctypes.data, out.strides[0]), np.zeros(8, np.int64)
+        arguments = matmul.arguments(m, rows, to, table.ctypes.data, scratch, layout, program.counter(), stop.ctypes.data)
         program.add(matmul.matmul, arguments)
         want = (x if name == "F16" else rounded) @ meant.T
         for _ in range(2):  # the second time nothing may be taken for done

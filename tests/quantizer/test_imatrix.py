@@ -66,9 +66,9 @@ def expected(monkeypatch):
     return collect
 
 
-def engine(path, threads=2):
+def engine(path, threads=2, slots=0):
     file = open_gguf(path)
-    return Engine(file, Config.from_gguf(file), threads=threads)
+    return Engine(file, Config.from_gguf(file), threads=threads, slots=slots)
 
 
 def tokens(n):
@@ -89,10 +89,10 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_engine_adds_up_the_squares_of_what_every_weight_is_multiplied_with(tmp_path, expected, shape, threads):
+@pytest.mark.parametrize(("threads", "slots"), [(1, 0), (3, 0), (2, 5)], ids=["1 thread", "3 threads", "experts fetched"])
+def test_the_engine_adds_up_the_squares_of_what_every_weight_is_multiplied_with(tmp_path, expected, shape, threads, slots):
     path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf", seed=3, **shape), tokens(41)
-    model = engine(path, threads)
+    model = engine(path, threads, slots)
     inputs = by_name(model.watch())
     cache = model.new_cache(41)
     model.forward(ids[:7], cache)

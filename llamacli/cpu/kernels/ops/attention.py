@@ -27,7 +27,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     kernel,
     pointer,
 )
-from llamacli.cpu.kernels.ops.elementwise import BLOCKS, STOP, N
+from llamacli.cpu.kernels.ops.elementwise import BLOCKS, N
 
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work item
@@ -162,6 +162,7 @@ class AttendArguments(NamedTuple):
     positions: Address
     tables: Address
     blocks: Address
+    stop: Address  # int64: not 0 when the run is to end soon, whatever comes out
     state: Address
     scratch: Address  # aligned to 64 bytes
     scratch_stride: Count
@@ -190,7 +191,7 @@ def attend(a, thread, threads):
     group, blocks = a.n_heads // a.n_kv_heads, pointer(a.state, int64)[BLOCKS]
 
     for item in range(thread, a.n_kv_heads * blocks, threads):
-        if atomic_load(a.state + 8 * STOP) != 0:
+        if atomic_load(a.stop) != 0:
             return
         kv, block = item // blocks, item % blocks
         start, tokens = block_table[2 * block], block_table[2 * block + 1]

@@ -20,9 +20,8 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     pointer,
 )
 
-# of the state block: tokens of the run; first and number of the rows that norms work on; attention's blocks of tokens; whether
-# the run is to end soon, whatever comes out
-N, ROW, COUNT, BLOCKS, STOP = range(5)
+# of the state block: tokens of the run; first and number of the rows that norms work on; attention's blocks of tokens
+N, ROW, COUNT, BLOCKS = range(4)
 
 
 class EmbedArguments(NamedTuple):

@@ -32,7 +32,6 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     pointer,
 )
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
-from llamacli.cpu.kernels.ops.elementwise import STOP
 
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
@@ -164,7 +163,7 @@ class MatmulArguments(NamedTuple):
     window: OptionalAddress  # int64 [2]: the first group to do, and the one to stop before
     unit: Count  # rows of an item of work are a multiple of it
     taken: Address  # int64, 0 between runs: items of work that threads have taken
-    state: Address  # elementwise's block
+    stop: Address  # int64: not 0 when the run is to end soon, whatever comes out
 
 
 def arguments(
@@ -175,7 +174,7 @@ def arguments(
     scratch: np.ndarray,
     offsets: Scratch,
     taken: int,
-    state: int,
+    stop: int,
     *,
     add: bool = False,
     x_div: int = 1,
@@ -230,7 +229,7 @@ def arguments(
         window=window,
         unit=UNIT if f.quantized else FLOAT_UNIT,
         taken=taken,
-        state=state,
+        stop=stop,
     )
 
 
@@ -343,7 +342,7 @@ def matmul(a, thread, threads):
         packed_block = int64(-1)
         while item < before + items:
             row, row_end = low + whole, high
-            if atomic_load(a.state + 8 * STOP) != 0:  # the items are still taken, so that the counter ends as it should
+            if atomic_load(a.stop) != 0:  # the items are still taken, so that the counter ends as it should
                 row = row_end
             elif not tiled:
                 row, row_end = _rows_of(item - before, high - low, a.unit, sharing)

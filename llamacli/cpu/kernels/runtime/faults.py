@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import signal
 import sys
+import threading
 import weakref
 
 import numpy as np
@@ -24,21 +25,23 @@ _SIGINFO = 4 if _LINUX else 0x40
 _READ, _FIXED_PRIVATE_ANONYMOUS = 1, 0x32 if _LINUX else 0x1012
 _i32, _i64, _pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 _installed: list = []  # the table of mappings, kept as long as the process lives
+_choosing = threading.Lock()  # or two models that are loaded at once take the same rows
 
 
 class Guard:
     """Watches over mappings; a row of the table for each, as long as the guard lives."""
 
     def __init__(self, maps: list[mmap.mmap]):
-        if not _installed:
-            _install()
-        state, table = _installed
-        free = np.flatnonzero(table[:, 1] == 0)[: len(maps)]  # past MOST, faults are what they always were
-        self._table, self._rows = table, free
-        for row, mapped in zip(free, maps, strict=False):
-            start = np.frombuffer(mapped, np.uint8).ctypes.data
-            table[row] = start, start + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE, 0
-        state[0] = np.flatnonzero(table[:, 1]).max(initial=-1) + 1
+        with _choosing:
+            if not _installed:
+                _install()
+            state, table = _installed
+            free = np.flatnonzero(table[:, 1] == 0)[: len(maps)]  # past MOST, faults are what they always were
+            self._table, self._rows = table, free
+            for row, mapped in zip(free, maps, strict=False):
+                start = np.frombuffer(mapped, np.uint8).ctypes.data
+                table[row] = start, start + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE, 0
+            state[0] = np.flatnonzero(table[:, 1]).max(initial=-1) + 1
         weakref.finalize(self, _release, table, free)
 
     @property

@@ -143,6 +143,8 @@ class Pool:
     def _lead(self, table: np.ndarray, first: int, last: int) -> None:
         if self._control is None:
             self._start()
+        if not self._finalizer.alive:
+            raise UsageError("the threads of this model are gone: it was closed; load it again")
         job = JOB // 8
         self._control[job : job + 3] = table.ctypes.data, first, last
         lead(self._control.ctypes.data, 0, self.threads)
