@@ -11,7 +11,7 @@ from llvmlite import ir
 
 from llamacli.cpu.kernels.jit.intrinsics import Address, Count, Microkernel, call, kernel
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
-from llamacli.cpu.kernels.jit.simd import Simd, i8, i32, i64, vec
+from llamacli.cpu.kernels.jit.simd import Simd, i8, i16, i32, i64, vec
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kernels.runtime.program import Program
 
@@ -22,7 +22,12 @@ LINES = 16  # vectors of first-level cache that `multiply` takes its left sides 
 
 def sums(target) -> int:
     """Accumulators of `multiply`: enough to hide the instruction's latency, few enough for the registers."""
-    return 12 if target.width == 64 else 6
+    return 12 if target.width == 64 else 4 if run(target) > 1 else 6
+
+
+def run(target) -> int:
+    """Products that are added in 16 bits before they are widened, as in a tile of 4-bit weights in groups of 32: 8 or 1."""
+    return 8 if target.dot == "maddubs" and target.width == 32 else 1
 
 
 def build(target):
@@ -48,7 +53,7 @@ def _read(module, target):
 
 
 def _multiply(module, target):
-    """multiply(x, rounds, out): in each round one vector of x times every one of as many right sides as there are sums.
+    """multiply(x, rounds, out): in each round `run` vectors of x times every one of as many right sides as there are sums.
 
     The left side comes from the nearest cache, as in a matrix product: a constant one would let the compiler take the
     multiplication out of the loop. Loads have ports of their own, so they cost the products nothing.
@@ -62,6 +67,16 @@ def _multiply(module, target):
         left = s.load(bytes_, s.add(x, s.mul(s.b.and_(i, i64(LINES - 1)), s.width)))
         return [multiply(total, left, r) for total, r in zip(totals, right, strict=True)]
 
+    def step_in_16_bits(i, totals):
+        at = s.add(x, s.mul(s.b.and_(s.mul(i, run(target)), i64(LINES - 1)), s.width))
+        short = [s.zeros(i16, 2 * s.lanes)] * n
+        for k in range(run(target)):
+            left = s.load(bytes_, at, k * s.width)
+            short = [s.b.add(total, s.pairs(left, r)) for total, r in zip(short, right, strict=True)]
+        ones = s.fill(i16, 2 * s.lanes, 1)
+        return [s.b.add(total, s.widen_pairs(v, ones)) for total, v in zip(totals, short, strict=True)]
+
+    step = step_in_16_bits if run(target) > 1 else step
     _finish(s, s.loop(rounds, [s.zeros(i32)] * n, step), out)
 
 
@@ -107,11 +122,12 @@ def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
 
 
 def multiply_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> float:
-    """Operations per second, in Gop/s, of int8 products (what `tile` uses: dot4 or dot8) from registers; the median round."""
+    """Operations per second, in Gop/s, of int8 products (by the sequence that `tile` uses) from registers; the median round."""
     target = chosen_target()
     data = np.ones(((LINES + sums(target)) * target.width,), np.uint8)
+    steps //= run(target)
     seconds = _median_seconds(threads, rounds, leaves()["multiply"], data, 0, steps)
-    return 2 * target.width * target.step // 4 * sums(target) * steps * threads / seconds / 1e9
+    return 2 * target.width * target.step // 4 * sums(target) * run(target) * steps * threads / seconds / 1e9
 
 
 def leaves() -> dict[str, int]:

@@ -33,6 +33,8 @@ VARIANTS += [
 ]
 VARIANTS += [pytest.param(target, id=name, marks=EMULATED) for name, target in arm.TARGETS.items()]
 HEAD_DIM = 64
+# where the half floats stand in a block, if not at its start alone
+HEADS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
 
 
 def leaves(name, build, symbols, target):
@@ -49,8 +51,7 @@ def random_rows(name, n_rows, n_cols, rng):
     """Rows of random blocks with sane scales, and what they mean as float32."""
     kind = BY_NAME[name]
     raw = rng.integers(0, 256, (n_rows, n_cols // kind.block, kind.nbytes), dtype=np.uint8)
-    heads = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
-    for at in heads.get(name, (0,)):
+    for at in HEADS.get(name, (0,)):
         scale = (rng.random(raw.shape[:2]) * 0.01 + 0.001).astype(np.float16)
         raw[..., at : at + 2] = scale[..., None].view(np.uint8).reshape(*scale.shape, 2)
     raw = raw.reshape(n_rows, -1)
@@ -116,6 +117,36 @@ class TestVariants:
             run(f["tile"], panels, 3, packed, outs, 4 * r, 0)
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
+
+    @pytest.mark.parametrize("name", formats.QUANTIZED)
+    def test_the_largest_codes_and_activations_overflow_nothing(self, name, target):
+        """Rows whose bytes are all 0, 127, 128 or 255 hold every format's extreme codes; activations are all 127 or -127."""
+        n_rows, n_cols, n = target.lanes * target.tile_vectors, 512, target.tile
+        random, _ = random_rows(name, n_rows, n_cols, np.random.default_rng(8))
+        kind = BY_NAME[name]
+        raw = np.repeat(np.array([0, 127, 128, 255], np.uint8), n_rows // 4)[:, None] * np.ones_like(random)
+        blocks, given = raw.reshape(n_rows, -1, kind.nbytes), random.reshape(n_rows, -1, kind.nbytes)
+        for at in HEADS.get(name, (0,)):
+            blocks[..., at : at + 2] = given[..., at : at + 2]
+        meant = dequantize(raw, GGMLQuantizationType[name]).astype(np.float64)
+        signs = np.stack([np.ones(n_cols), -np.ones(n_cols), *[np.where(np.arange(n_cols) % k, 1, -1) for k in range(2, n)]])[
+            :n
+        ]
+        codes, x = activations(signs.astype(np.float32), target)
+        most = np.abs(x.astype(np.float64)) @ np.abs(meant).T
+        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got = np.full((n, n_rows), np.nan, np.float32)
+        for row in range(n):
+            run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[row], got[row], 0, room_aside(name, n_cols))
+        assert (np.abs(got - x @ meant.T) <= 1e-5 * most).all()
+        panels = np.zeros((target.tile_vectors, 2 * tiles.panel_bytes(name, target.lanes)), np.uint8)
+        packed = np.zeros(2 * tiles.packed_bytes(name, target.tile, target), np.uint8)
+        run(f["pack"], arm.pointers(codes), 2, packed)
+        for v, panel in enumerate(panels):
+            run(f["prepare"], raw[v * target.lanes :], raw.shape[1], 2, panel)
+        got[:] = np.nan
+        run(f["tile"], panels, 2, packed, arm.pointers(got), 0, 0)
+        assert (np.abs(got - x @ meant.T) <= 1e-5 * most).all()
 
     @pytest.mark.parametrize("name", [name for name, f in formats.QUANTIZED.items() if f.block == 32])
     def test_rows_that_end_within_a_superblock(self, name, target):
