@@ -17,7 +17,7 @@ import numpy as np
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import Traffic
-from llamacli.cpu.kernels.jit.features import default_threads
+from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.operations import Inputs
 from llamacli.cpu.stage import LOOK_EVERY, cpu_stages
 from llamacli.device import Run, Stage, Tokens

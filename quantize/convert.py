@@ -22,6 +22,7 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 
 from llamacli.cpu.kernels import sources_digest
+from llamacli.cpu.kernels.cores import usable_cpus
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.errors import CheckpointError, ModelFileError, OutputError, UnsupportedModelError, UsageError
 from llamacli.files.ggml import BY_NAME
@@ -122,7 +123,7 @@ def convert(
         File(_target(path), part.head, [(t.name, t.nbytes) for t in part.tensors])
         for path, part in zip(plan.paths(out), plan.parts, strict=True)
     ]
-    n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or _cores()
+    n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or usable_cpus()
     report = Report(
         source=str(src),
         out=str(out),
@@ -216,10 +217,6 @@ def _memory(plan: Plan, threads: int) -> int:
     piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
     encoded = max(t.type.nbytes / t.type.block for t in plan.tensors)  # bytes a weight
     return PROGRAM + FIELDS * sum(len(part.head) for part in plan.parts) + threads * int(piece * (8 + 2 * encoded))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Source(NamedTuple):

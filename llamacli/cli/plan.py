@@ -83,7 +83,7 @@ def plan(
     llamacli plan scout.gguf -c 128K
     llamacli plan Llama-4-Maverick-17B-128E-Instruct --type Q4_K_M --memory 64G,128G --disk 3,7
     """
-    from llamacli.cpu.kernels.jit.features import default_threads
+    from llamacli.cpu.kernels.cores import default_threads
     from llamacli.plan import placement
 
     if plot:

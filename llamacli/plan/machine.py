@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llamacli.cpu.kernels.cores import cgroups
 from llamacli.files import pages
 
 RESERVE_SHARE, RESERVE_MOST = 20, 2 << 30  # of free memory, one part in twenty is left to others, 2 GiB at most
@@ -136,30 +137,16 @@ def _vm_stat() -> int | None:
 
 def _cgroups(root: Path) -> Iterator[int]:
     """What each memory cgroup from this process's own up to the top still allows."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, _, controllers_path = line.partition(":")
-        controllers, _, path = controllers_path.partition(":")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+    for folder, v1 in cgroups("memory", root):
         limits, used, kind = (
             (["memory.limit_in_bytes"], "memory.usage_in_bytes", "total_")
-            if controllers
+            if v1
             else (["memory.max", "memory.high"], "memory.current", "")
         )
-        # In a container the path may be one that only the host sees: then what is left of it is the top.
-        own = top / path.lstrip("/")
-        for folder in (own, *own.parents):
-            for limit in limits:
-                if (most := _number(folder / limit)) is not None and (held := _number(folder / used)) is not None:
-                    cached = (_field(folder / "memory.stat", f"{kind}{age}_file") or 0 for age in ("active", "inactive"))
-                    yield most - held + sum(cached)
-            if folder == top:
-                break
+        for limit in limits:
+            if (most := _number(folder / limit)) is not None and (held := _number(folder / used)) is not None:
+                cached = (_field(folder / "memory.stat", f"{kind}{age}_file") or 0 for age in ("active", "inactive"))
+                yield most - held + sum(cached)
 
 
 def _number(path: Path) -> int | None:

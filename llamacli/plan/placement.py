@@ -19,7 +19,7 @@ from typing import NamedTuple
 from llamacli.cpu import buffers, kvcache
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import RING, spread
-from llamacli.cpu.kernels.jit.features import default_threads
+from llamacli.cpu.kernels.cores import default_threads
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find, role_of

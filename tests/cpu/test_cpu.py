@@ -1,4 +1,4 @@
-"""What the processor is said to be able to do, and how many of its cores are used, on machines that we do not have."""
+"""Which features the processor is found to have, on machines that we do not have."""
 
 import sys
 
@@ -24,25 +24,8 @@ def machine(monkeypatch):
 def sysctl(monkeypatch):
     """macOS's numbers by name."""
     numbers = {}
-    monkeypatch.setattr(cpu, "_sysctl", lambda name: numbers.get(name, 0))
+    monkeypatch.setattr(cpu, "sysctl", lambda name: numbers.get(name, 0))
     return numbers
-
-
-@pytest.fixture
-def cores(monkeypatch, tmp_path):
-    """`cores(capacities, allowed)`; a capacity None is one that Linux does not know."""
-
-    def have(capacities, allowed=None):
-        monkeypatch.setattr(sys, "platform", "linux")
-        monkeypatch.setattr(cpu, "CORES", tmp_path)
-        for core, capacity in enumerate(capacities):
-            (tmp_path / f"cpu{core}").mkdir()
-            if capacity is not None:
-                (tmp_path / f"cpu{core}" / "cpu_capacity").write_text(f"{capacity}\n")
-        allowed = set(range(len(capacities))) if allowed is None else allowed
-        monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda pid: allowed, raising=False)
-
-    return have
 
 
 MAC, LINUX = "arm64-apple-darwin24.0.0", "aarch64-unknown-linux-gnu"
@@ -83,31 +66,3 @@ def test_on_x86_llvm_is_believed(machine):
 def test_the_kernel_answers():
     page_size = 6  # AT_PAGESZ
     assert cpu._auxval(page_size) in (4096, 16384, 65536)
-
-
-def test_a_mac_works_on_its_performance_cores(sysctl, monkeypatch):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    sysctl |= {"hw.perflevel0.physicalcpu": 4, "hw.physicalcpu": 10}
-    assert cpu.default_threads() == 4
-    del sysctl["hw.perflevel0.physicalcpu"]  # an Intel one, or one before macOS 12
-    assert cpu.default_threads() == 10
-
-
-@pytest.mark.parametrize(
-    ("capacities", "threads"),
-    [
-        ([None] * 8, 8),
-        ([1024] * 4, 4),
-        ([446, 446, 446, 446, 1024, 1024, 1024, 1024], 4),
-        ([250, 250, 250, 250, 870, 870, 870, 1024], 4),
-    ],
-)
-def test_linux_works_on_the_fast_cores(capacities, threads, cores):
-    cores(capacities)
-    assert cpu.default_threads() == threads
-
-
-@pytest.mark.parametrize(("allowed", "threads"), [({0, 1, 2}, 1), ({0, 1}, 2)])
-def test_only_cores_that_this_process_may_use_count(allowed, threads, cores):
-    cores([446, 446, 1024, 1024], allowed)
-    assert cpu.default_threads() == threads
