@@ -1,6 +1,6 @@
 """What this machine can do at best: reading memory, the yardstick for decode, and multiplying bytes, the one for prefill.
 
-Out: numbers in GB/s (1e9 bytes) and Gop/s (1e9 operations; a multiply-add is two). Knows nothing of models.
+Out: numbers in GB/s (1e9 bytes) and Gop/s (1e9 operations; a multiply-add is two).
 """
 
 import time

@@ -3,7 +3,7 @@
 Where the algorithm leaves no choice (F32, F16, BF16, Q8_0) a module has `encode(x)` and makes bit for bit what ggml's
 reference code makes, and so does Q4_0's `exact` where there are no weights. The others describe levels and layout for `search`,
 which looks for the scales of least squared error. `LIMIT` is the largest magnitude a format can hold. Everything is compiled
-and runs without the interpreter's lock, so that threads encode ranges of rows side by side. Knows nothing of files or names.
+and runs without the interpreter's lock, so that threads encode ranges of rows side by side.
 """
 
 import ctypes

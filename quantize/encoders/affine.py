@@ -1,6 +1,6 @@
 """weight = scale * code + minimum: the search for both, in each group and then in superblocks of integers.
 
-In: groups lane by lane (search.py). Out: what `pack` reads. Knows nothing of bytes.
+In: groups lane by lane (search.py). Out: what `pack` reads.
 """
 
 from typing import NamedTuple

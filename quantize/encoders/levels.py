@@ -1,6 +1,6 @@
 """What a code can mean: evenly spaced levels or a table of them, and the nearest one, in sixteen lanes at a time.
 
-In: float32 lanes in units of the scale. Out: the nearest level as float32, or its code as int32. Knows nothing of scales.
+In: float32 lanes in units of the scale. Out: the nearest level as float32, or its code as int32.
 """
 
 from typing import NamedTuple

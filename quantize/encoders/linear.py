@@ -1,6 +1,6 @@
 """weight = scale * level: the search for the scale, in each group and then in superblocks of integers.
 
-In: groups lane by lane (search.py). Out: what `pack` reads. Knows nothing of bytes.
+In: groups lane by lane (search.py). Out: what `pack` reads.
 """
 
 from llamacli.cpu.kernels.jit.simd import f32

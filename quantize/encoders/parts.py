@@ -1,8 +1,7 @@
 """What both searches for scales are made of: passes over a group's weights, candidates compared, half floats and integers near
 a wish.
 
-In and out: vectors of LANES numbers, one for each group; `room` is where search.py keeps the groups. Knows nothing of which
-search asks.
+In and out: vectors of LANES numbers, one for each group; `room` is where search.py keeps the groups.
 """
 
 from typing import NamedTuple

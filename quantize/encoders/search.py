@@ -10,7 +10,7 @@ whole superblock of 8 or 16 groups, so a search has two floors:
 
 The error is the plain squared one, or with weights the weighted one; nothing is guessed from magnitudes. affine.py is for
 weight = scale * code + minimum, linear.py for weight = scale * level, parts.py has what they share. What differs between
-formats, levels and layout of bytes, is in the formats' own modules. Knows nothing of rows or threads.
+formats, levels and layout of bytes, is in the formats' own modules.
 
 The closed forms are least squares: for codes l, weight factors w and x ~ a l + b, the sums of w, w x, w l, w l^2 and w x l
 say the best a and b, and the error without another look at the weights. Among half floats, where rounding decides, the error

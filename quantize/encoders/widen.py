@@ -1,7 +1,7 @@
 """Half floats, bfloat16s and FP8 to float32, some also with the axes changed; rows of blocks; a block's largest magnitude.
 
 In and out: bits, as unsigned integers. A bfloat16 is the upper half of a float32. FP8 comes with a float32 scale for each row.
-Quantized rows go through the engine's own leaves. Knows nothing of files.
+Quantized rows go through the engine's own leaves.
 """
 
 import numpy as np

@@ -3,7 +3,7 @@
     dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x))
 
 in the words of formats.py. `matvec` reads the weights once, front to back, at memory speed; `acc` nonzero adds to what stands
-in out. All leaves take int64 addresses and sizes. They know nothing of threads, experts or tokens.
+in out. All leaves take int64 addresses and sizes.
 """
 
 from llvmlite import ir
@@ -51,7 +51,8 @@ def _dequantize(module, target, fmt):
 
 
 def _matvec(module, target, fmt):
-    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, aside): out[r] = row r . x for int8 activations x; n_cols a multiple of
+    """For registers of 64 bytes (narrow.py has the others):
+    matvec(w, row_bytes, n_rows, n_cols, x, out, acc, aside): out[r] = row r . x for int8 activations x; n_cols a multiple of
     the block. aside: room for the activations once more, 64-byte aligned.
 
     Rows are taken two at a time, so that their scales fill a register; of an odd number the last one twice.

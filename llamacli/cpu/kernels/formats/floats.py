@@ -1,7 +1,6 @@
 """Leaves for rows of float weights, F32, F16 or BF16, times float32 rows: one row of these (`matvec`) or some (`tile`).
 
-All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out. They know nothing of threads, experts or
-tokens.
+All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
 """
 
 from llvmlite import ir

@@ -1,7 +1,7 @@
 """Vector IR in words: a thin layer over llvmlite that the leaves are written in.
 
 `Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. What differs
-between CPUs are `dot4`, `dot8` and `lookup`; everything else is portable IR. Knows nothing of block formats or of Numba.
+between CPUs are `dot4`, `dot8` and `lookup`; everything else is portable IR.
 """
 
 from llvmlite import ir

@@ -2,7 +2,7 @@
 from half.
 
 `build(head_dim)` gives the module builder for jit.load; what deals with keys and values is compiled for one head size. Rows
-that `quantize` reads are padded to whole superblocks of 256. Knows nothing of heads, layers or threads.
+that `quantize` reads are padded to whole superblocks of 256.
 """
 
 from math import gcd
