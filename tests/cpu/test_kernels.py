@@ -7,6 +7,7 @@ from functools import cache
 from threading import Barrier
 
 import arm
+import llvmlite.binding as llvm
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -290,6 +291,24 @@ def test_avx_vnni_is_used_where_there_are_no_registers_of_64_bytes():
     assert "vpmaddubsw" not in text
 
 
+@pytest.mark.parametrize(
+    ("cpu", "name", "has", "lanes"),
+    [
+        ("icelake-server", "avx512vnni", ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"), 16),
+        ("alderlake", "avxvnni", ("avx2", "fma", "f16c", "avxvnni"), 8),
+    ],
+)
+def test_vnni_is_called_in_the_form_that_every_llvm_takes(cpu, name, has, lanes):
+    """LLVM before 22 refuses vectors of bytes as operands; this one converts vectors of int32."""
+    target = targets("x86_64-unknown-linux-gnu", cpu, dict.fromkeys(has, True))[0]
+    assert target.name == name
+    vector = f"<{lanes} x i32>"
+    declared = rf'declare {vector} @"?llvm\.x86\.avx512\.vpdpbusd\.{32 * lanes}"?\((.*)\)'
+    (operands,) = re.findall(declared, str(dots.quantized("Q4_0", target)))
+    assert re.findall(r"<\d+ x \w+>", operands) == [vector] * 3
+    assert "vpdpbusd" in assembly(lambda t: dots.quantized("Q4_0", t), target)
+
+
 def test_codes_above_127_cost_no_more_where_only_signed_bytes_are_multiplied():
     assert arm_products("Q8_0", "apple-m1", DOTPROD)["tile"] == arm_products("Q4_K", "apple-m1", DOTPROD)["tile"]
 
@@ -352,6 +371,29 @@ def test_threads_that_load_the_same_leaves_get_the_same_code(tmp_path, monkeypat
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(address, range(8)))) == 1
+
+
+@pytest.mark.parametrize("step", ["set up", "link"])
+def test_where_jitlink_fails_the_older_linker_loads_the_code(step, tmp_path, monkeypatch):
+    make, add = llvm.create_lljit_compiler, llvm.JITLibraryBuilder.link
+
+    def setting_up(machine, *, use_jit_link):
+        if use_jit_link and step == "set up":
+            raise RuntimeError("no unwinder")
+        made = make(machine, use_jit_link=use_jit_link)
+        made.jit_link = use_jit_link
+        return made
+
+    def linking(builder, lljit, name):
+        if lljit.jit_link:
+            raise RuntimeError("unknown relocation")
+        return add(builder, lljit, name)
+
+    monkeypatch.setattr(llvm, "create_lljit_compiler", setting_up)
+    monkeypatch.setattr(llvm.JITLibraryBuilder, "link", linking)
+    monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(jit, "_libraries", {})
+    assert all(load("fresh", vectors.build(HEAD_DIM), vectors.SYMBOLS).values())
 
 
 def test_an_unknown_variant_is_refused(monkeypatch):

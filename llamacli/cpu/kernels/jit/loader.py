@@ -147,10 +147,7 @@ def load(name: str, build, symbols, target: Target | None = None) -> dict[str, i
                 code = machine(target).emit_object(optimized(build, target))
                 if folder:
                     _keep(folder / f"{tag}.o", code)
-            builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
-            for symbol in symbols:
-                builder.export_symbol(symbol)
-            _libraries[tag] = builder.link(_compiler(), tag)
+            _libraries[tag] = _link(tag, code, symbols)
     return {symbol: _libraries[tag][symbol] for symbol in symbols}
 
 
@@ -174,6 +171,23 @@ def _keep(path: Path, code: bytes) -> None:
         not_kept(error)
         with contextlib.suppress(OSError):  # a read-only file system refuses this as well
             part.unlink(missing_ok=True)
+
+
+def _link(tag: str, code: bytes, symbols):
+    """The loaded library; by RuntimeDyld, LLVM's older linker, where JITLink cannot be set up or refuses the code."""
+
+    def link():
+        builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+        for symbol in symbols:
+            builder.export_symbol(symbol)
+        return builder.link(_compiler(), tag)
+
+    try:
+        return link()
+    except RuntimeError:
+        _libraries["before"] = _libraries.get("jit")  # what it loaded lives as long as it does
+        _libraries["jit"] = llvm.create_lljit_compiler(machine(chosen_target()), use_jit_link=False)
+        return link()
 
 
 def _compiler():

@@ -321,8 +321,9 @@ class Simd:
         return self._neon("usmmla", acc, u, s)
 
     def _vpdpbusd(self, acc, u, s):
-        fn = self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{u.type.count * 8}", acc.type, acc.type, u.type, s.type)
-        return self.b.call(fn, [acc, u, s])
+        """VNNI's product of bytes. The operands are int32 lanes, as LLVM before 22 wants them; newer ones convert that form."""
+        fn = self._intrinsic(f"llvm.x86.avx512.vpdpbusd.{u.type.count * 8}", *[acc.type] * 4)
+        return self.b.call(fn, [acc, self.bits(u, i32), self.bits(s, i32)])
 
     def _neon(self, op, acc, u, s):
         """NEON's `op` on 16 bytes at a time."""
