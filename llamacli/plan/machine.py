@@ -1,7 +1,7 @@
 """What this machine has: memory that may still be taken, memory that this process holds, and its disk: how to read, how fast.
 
 Out: bytes, bytes a second. Memory is what the machine has left and, inside a cgroup (v1, v2, nested), what every limit above
-this process still allows; page cache that would give way counts as free. Knows nothing of models.
+this process still allows; page cache that would give way counts as free.
 """
 
 import os
@@ -56,12 +56,16 @@ def memory_short(root: Path = Path("/")) -> int:
 
 
 def resident(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process holds now, touched pages of mapped files included."""
+    """Bytes of memory that this process holds now, touched pages of mapped files included; 0 where the system does not say."""
     try:
         return int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
+        pass
+    try:
         told = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True)
         return int(told.stdout) * 1024
+    except (OSError, ValueError):  # no ps, or one that needs /proc
+        return 0
 
 
 def private(root: Path = Path("/")) -> int:
@@ -125,14 +129,18 @@ def _field(path: Path, name: str, unit: int = 1) -> int | None:
 
 
 def _vm_stat() -> int | None:
-    """macOS: pages that are free, or hold a file's bytes that can be read again."""
+    """macOS: pages that are free or purgeable, and inactive ones as far as files lie behind them; others would be swapped."""
     try:
         told = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
         page = int(re.search(r"page size of (\d+)", told)[1])
-        pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable): +(\d+)", told, re.M)
-        return page * sum(map(int, pages)) if pages else None
     except (OSError, subprocess.SubprocessError, TypeError):
         return None
+    pages = {name: int(n) for name, n in re.findall(r"^(.+?): +(\d+)", told, re.M)}
+    if "Pages free" not in pages:
+        return None
+    aged = pages.get("Pages inactive", 0) + pages.get("Pages speculative", 0)
+    files = min(aged, pages.get("File-backed pages", aged))
+    return page * (pages["Pages free"] + pages.get("Pages purgeable", 0) + files)
 
 
 def _cgroups(root: Path) -> Iterator[int]:
