@@ -95,13 +95,14 @@ def find_model(name: str | None, console: Console) -> Path:
 def load_model(path: Path, threads: int | None, ctx: int | None, console: Console, **more):
     """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
     from llamacli import Model
+    from llamacli.cpu.kernels.jit.loader import slow_variant
 
     with console.waiting(lambda: _loading(path)), signals.at_once():
         model = Model.load(path, threads, ctx, **more)
     signals.interrupts(model.engine)
     if ctx and model.config.context_length and ctx > model.config.context_length:
         console.note(f"-c {ctx} is more than the {model.config.context_length} tokens that the model was made for")
-    for notice in (getattr(model.tokenizer, "warning", None), *getattr(model.engine, "notices", ())):
+    for notice in (slow_variant(), getattr(model.tokenizer, "warning", None), *getattr(model.engine, "notices", ())):
         if notice:
             console.note(notice)
     show_kernel_notices(console)

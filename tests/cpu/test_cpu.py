@@ -1,10 +1,12 @@
 """Which features the processor is found to have, on machines that we do not have."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from llamacli.cpu.kernels.jit import features as cpu
+from llamacli.cpu.kernels.jit import loader
 from llamacli.cpu.kernels.jit.loader import targets
 
 
@@ -66,3 +68,20 @@ def test_on_x86_llvm_is_believed(machine):
 def test_the_kernel_answers():
     page_size = 6  # AT_PAGESZ
     assert cpu._auxval(page_size) in (4096, 16384, 65536)
+
+
+@pytest.mark.parametrize(
+    ("platform", "translated", "name", "said"),
+    [
+        ("linux", 0, "avx2", None),
+        ("linux", 0, "plain", "AVX2"),
+        ("darwin", 0, "plain", "AVX2"),
+        ("darwin", 1, "plain", "install Python for arm64"),
+    ],
+)
+def test_slow_kernels_are_named_with_the_way_out(platform, translated, name, said, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(loader, "sysctl", {"sysctl.proc_translated": translated}.get)
+    monkeypatch.setattr(loader, "chosen_target", lambda: SimpleNamespace(name=name))
+    found = loader.slow_variant()
+    assert found is None if said is None else said in found

@@ -6,6 +6,7 @@ address}`. Drivers call leaves with `intrinsics.call(address, (a, b, ...))`, eve
 
 import contextlib
 import os
+import sys
 import threading
 from functools import cache
 from hashlib import blake2b
@@ -17,6 +18,7 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from llamacli.cpu.kernels import cache_folder, not_kept
+from llamacli.cpu.kernels.cores import sysctl
 from llamacli.cpu.kernels.jit.features import features
 from llamacli.errors import UsageError
 
@@ -90,6 +92,15 @@ def chosen_target() -> Target:
     if wanted not in found:
         raise UsageError(f"LLAMACLI_SIMD: expected one of {', '.join(found)} on this machine, found {wanted}")
     return found[wanted]
+
+
+def slow_variant() -> str | None:
+    """A line for the user where the chosen variant is the plain one, which is several times slower; else None."""
+    if chosen_target().name != "plain":
+        return None
+    if sys.platform == "darwin" and sysctl("sysctl.proc_translated") == 1:
+        return "this Python runs under Rosetta, where only plain kernels work, which are slow; install Python for arm64"
+    return "plain kernels are used, which are slow: x86 has fast ones for AVX2, FMA and F16C or newer, ARM for dot products"
 
 
 _DIGEST = 16  # bytes of checksum at the head of a cache file
