@@ -114,6 +114,11 @@ def _median_seconds(threads: int, rounds: int, leaf: int, data: np.ndarray, stri
     return sorted(seconds[1:])[rounds // 2]
 
 
+def buffer_megabytes(threads: int, most: int) -> int:
+    """The size of a buffer that no cache holds, also where each of many cores has several MB of its own; `most` bounds it."""
+    return min(most, max(512, 16 * threads))
+
+
 def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
     """Bytes per second, in GB/s, at which `threads` threads read a buffer too large for any cache; the median round."""
     data = np.ones(megabytes << 20, np.uint8)

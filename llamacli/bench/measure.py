@@ -19,7 +19,7 @@ import numpy as np
 from llamacli.plan.machine import memory_free
 
 HALF = 2  # bytes of a number in the KV cache
-LEAST_BUFFER, LARGEST_BUFFER = 48, 512  # megabytes read to find the bandwidth
+LEAST_BUFFER = 48  # megabytes read to find the bandwidth
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
 
@@ -107,9 +107,9 @@ def limits(threads: int) -> tuple[float, float]:
     The buffer comes on top of the model, which may have taken all that a limit allows but for a reserve; so it is at most half
     of what is free, and at least larger than any cache.
     """
-    from llamacli.bench.limits import multiply_gops, read_gbps
+    from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
 
-    megabytes = max(LEAST_BUFFER, min(LARGEST_BUFFER, memory_free() // 2 >> 20))
+    megabytes = buffer_megabytes(threads, max(LEAST_BUFFER, memory_free() // 2 >> 20))
     return read_gbps(threads, megabytes), multiply_gops(threads)
 
 

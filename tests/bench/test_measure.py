@@ -12,7 +12,7 @@ from fakes import CONFIG, FakeEngine, FakeModel
 
 from llamacli import LlamacliError, Model
 from llamacli.bench import measure, peer, plot
-from llamacli.bench.limits import multiply_gops, read_gbps
+from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
 from llamacli.bench.measure import Case, plan
 from llamacli.engine import Engine
 from llamacli.errors import OutputError, UsageError
@@ -109,6 +109,11 @@ def test_a_whole_model_costs_its_layers_and_the_ends_once():
     record = {"tokens_per_second": 10.0, "profile": {"operations": {"experts": 3.0, "output": 1.0}, "layers": [1.5, 1.5]}}
     assert measure.extrapolate(record, 2, 2) == pytest.approx(10)
     assert 1 / measure.extrapolate(record, 2, 48) == pytest.approx(0.1 * (0.25 + 0.75 * 24))
+
+
+@pytest.mark.parametrize(("threads", "most", "megabytes"), [(2, 9000, 512), (128, 9000, 2048), (128, 700, 700), (2, 48, 48)])
+def test_the_buffer_grows_with_the_threads_as_far_as_memory_allows(threads, most, megabytes):
+    assert buffer_megabytes(threads, most) == megabytes
 
 
 def test_the_limits_are_measured_and_more_than_nothing():
