@@ -1,4 +1,4 @@
-"""The documentation: every command that is shown with its output gives that output."""
+"""The documentation: commands that are shown with output give that output; the reference of commands is that of `--help`."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_cli_docs
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,25 @@ def test_a_command_gives_the_output_that_the_page_shows(command, output, folder)
     )
     expected = "".join(line for line in output.splitlines(keepends=True) if not line.startswith("> "))
     assert _untimed(done.stdout) == _untimed(expected)
+
+
+def test_the_reference_and_the_manual_pages_are_those_of_the_commands():
+    written = make_cli_docs.pages()
+    on_disk = {f"man/{path.name}" for path in (ROOT / "docs" / "man").iterdir()} | {"cli.md"}
+    stale = [name for name in written if name in on_disk and (ROOT / "docs" / name).read_text() != written[name]]
+    assert (stale, on_disk ^ written.keys()) == ([], set()), "run `python tests/make_cli_docs.py`"
+
+
+def test_the_manual_pages_have_what_the_help_has():
+    page = (ROOT / "docs" / "man" / "llamacli-run.1").read_text()
+    assert r"\fB\-n, \-\-max\-tokens N\fR" in page and r"\-\-n\-predict" in page and "Summarize in five points" in page
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="needs groff")
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "man").glob("*.1")), ids=lambda path: path.name)
+def test_groff_reads_a_manual_page_without_a_warning(page):
+    done = subprocess.run(["groff", "-ww", "-man", "-Tutf8", page], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def _untimed(text):
