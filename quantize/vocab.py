@@ -145,9 +145,11 @@ def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[st
 
     def put(text, i, kind: int) -> None:
         if not isinstance(text, str) or type(i) is not int or not 0 <= i < n_vocab:
-            raise CheckpointError(f"{path}: expected ids below the vocabulary's {n_vocab}, found {i} for {str(text)[:40]!r}")
+            raise CheckpointError(
+                f"{path}: expected ids below the vocabulary's {n_vocab}, found {str(i)[:40]} for {str(text)[:40]!r}"
+            )
         if types[i] == NORMAL and kind == NORMAL:
-            raise CheckpointError(f"{path}: expected one token for each id, found {i} for {tokens[i]!r} and {text!r}")
+            raise CheckpointError(f"{path}: expected one token for each id, found {i} for {tokens[i][:40]!r} and {text[:40]!r}")
         if ids.get(text, i) != i:
             raise CheckpointError(f"{path}: expected one id for each token, found {ids[text]} and {i} for {text[:40]!r}")
         tokens[i], types[i], ids[text] = text, kind, i

@@ -6,6 +6,7 @@ one-line LlamacliError, an input that takes over 10 seconds, or memory over 1 GB
 start). Findings are written to fuzz-KIND-N in the working folder. The tests run a hundred inputs of each kind (test_fuzz.py).
 """
 
+import copy
 import json
 import random
 import resource
@@ -183,7 +184,8 @@ def other_value(raw: bytes, rng: random.Random) -> bytes:
             if rng.random() < 0.2 and isinstance(node, dict):
                 node[rng.choice(("", "\ud800", "x" * 70_000, key + "2"))] = node.pop(key)
             else:
-                node[key] = rng.choice((*VALUES, str(child), [child], {"a": child}, rng.choice(NUMBERS), -rng.choice(NUMBERS)))
+                value = rng.choice((*VALUES, str(child), [child], {"a": child}, rng.choice(NUMBERS), -rng.choice(NUMBERS)))
+                node[key] = copy.deepcopy(value)  # a list of VALUES that is changed later would hold itself
             break
     return json.dumps(tree, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 

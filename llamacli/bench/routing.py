@@ -79,6 +79,8 @@ def read(path: Path) -> Routing:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise PromptError(f"{path}: expected a readable routing log, found: {error.strerror}") from None
+    if not lines:
+        raise PromptError(f"{path}: expected a log that --routing-log wrote, found no whole line; let the model answer first")
     number = 0
     try:
         head = json.loads(lines[0])

@@ -167,10 +167,19 @@ def read_stdin(console: Console) -> str:
 
 
 def _some(stream) -> bytes:
-    """The next bytes of a stream, b"" at its end; waits where the other side made it non-blocking."""
-    while (data := stream.read1(1 << 20) if hasattr(stream, "read1") else stream.read()) is None:
-        select.select([stream], [], [])
-    return data
+    """The next bytes of a stream, b"" at its end; waits where the other side made it non-blocking.
+
+    Reads the descriptor itself: BufferedReader.read1 returns b"" both at the end and where nothing has come yet.
+    """
+    try:
+        fd = stream.fileno()
+    except OSError:  # a stream without a descriptor, which a caller of main() put there
+        return stream.read()
+    while True:
+        try:
+            return os.read(fd, 1 << 20)
+        except BlockingIOError:
+            select.select([fd], [], [])
 
 
 def _readable(stream) -> bool:

@@ -121,7 +121,6 @@ def test_a_model_without_experts_has_nothing_to_log(tmp_path):
 @pytest.mark.parametrize(
     "text, line",
     [
-        ("", 1),
         ("GGUF\0\1\n", 1),
         ("[]\n", 1),
         ("{}\n", 1),
@@ -154,6 +153,10 @@ def test_a_log_without_tokens_says_so(tmp_path):
         routing.read(tmp_path / "r.log")
     with pytest.raises(PromptError, match="readable"):
         routing.read(tmp_path / "missing")
+    for text in ("", HEAD.rstrip()):  # stopped before the first line was whole
+        (tmp_path / "r.log").write_text(text)
+        with pytest.raises(PromptError, match="found no whole line"):
+            routing.read(tmp_path / "r.log")
 
 
 # what it tells

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from fakes import REPLY, FakeModel, Scripted, fake, prompt_of, start
 
 import llamacli
 from llamacli import environment
-from llamacli.cli import main, options, run, tokenize
+from llamacli.cli import inputs, main, options, run, tokenize
 from llamacli.cli.console import one_line
 
 # the package
@@ -262,6 +263,19 @@ def test_empty_stdin_without_a_prompt_is_a_usage_error_and_invalid_bytes_an_erro
     done = subprocess.run(fake("run"), input=b"caf\xe9", capture_output=True)
     assert done.returncode == 1
     assert done.stderr == b"llamacli: error: stdin: expected UTF-8, found byte 0xe9 at offset 3; convert it with iconv\n"
+
+
+@pytest.mark.parametrize("first", [b"", b"\xef\xbb\xbfHello, "], ids=["nothing yet", "a part"])
+def test_a_pipe_that_does_not_wait_is_read_to_its_end(first):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.write(writer, first)
+    with os.fdopen(reader, "rb") as stream:
+        parts = [inputs._some(stream)] if first else []
+        threading.Timer(0.1, lambda: (os.write(writer, b"world"), os.close(writer))).start()
+        while part := inputs._some(stream):
+            parts.append(part)
+    assert options.decoded(b"".join(parts), "stdin") == ("Hello, " if first else "") + "world"
 
 
 def test_no_stdin_leaves_stdin_to_the_loop_around():

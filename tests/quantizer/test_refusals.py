@@ -156,3 +156,15 @@ def test_what_one_conversion_said_of_its_matrix_is_not_kept_by_the_next(source, 
     assert "quantize.imatrix.file" in open_gguf(tmp_path / "a.gguf").metadata
     convert(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q8_0")
     assert "quantize.imatrix.file" not in open_gguf(tmp_path / "b.gguf").metadata
+
+
+@pytest.mark.parametrize("change", [{"a": {"k" * 5000: 0}}, {"a": "9" * 5000}, {"x" * 5000: 5, "y" * 5000: 5}])
+def test_a_strange_vocabulary_is_refused_in_a_short_line(tmp_path, change):
+    checkpoint.write(tmp_path / "hf")
+    path = tmp_path / "hf" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"].update(change)
+    path.write_text(json.dumps(raw))
+    told = tell(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "Q8_0", dry_run=True)
+    assert "tokenizer.json: expected" in told
+    assert len(told) < 1000
