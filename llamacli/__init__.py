@@ -161,7 +161,7 @@ class Model:
 
 def sampling_defaults(metadata) -> dict[str, float]:
     """Sampling values by a file's metadata, as llama.cpp names them; Llama 4's where it says nothing or nonsense."""
-    from llamacli.text.samplers import checked
+    from llamacli.text.settings import checked
 
     values = {"temp": 0.6, "top_p": 0.9}
     for key, name in FILE_SAMPLING.items():

@@ -27,8 +27,10 @@ from llamacli.cli.inputs import (
     read_stdin,
     stdin_is_piped,
 )
+from llamacli.cli.sampling import Sampling
 from llamacli.cli.signals import at_once as leave_at_once
 from llamacli.errors import UsageError
+from llamacli.text.settings import SETTINGS as SAMPLING
 
 __all__ = [  # what commands take from here, wherever it is defined
     "Generation",
@@ -75,6 +77,13 @@ class Placing(StrEnum):
     auto = "auto"
     mapped = "mapped"
     slots = "slots"
+
+
+class Mirostat(StrEnum):
+    """Version of mirostat."""
+
+    off = "0"
+    second = "2"
 
 
 _UNITS = {
@@ -162,7 +171,7 @@ class Output:
 
 
 @dataclasses.dataclass
-class Generation:
+class Generation(Sampling):
     """What decides about an answer; the same for `run` and `chat`."""
 
     model: ModelName = None
@@ -227,69 +236,15 @@ class Generation:
             help="Routed experts: mapped (used where the file lies), slots (read when needed), auto (default).",
         ),
     ] = Placing.auto
-    temp: Annotated[
-        float | None,
+    mirostat: Annotated[
+        Mirostat,
         option(
-            "--temp",
-            metavar="T",
-            group="Sampling",
-            aliases=("--temperature",),
-            least=0,
-            setting=True,
-            help="Temperature; 0 takes the likeliest (default: the model's, else 0.6).",
+            "--mirostat", group="Sampling", setting=True, help="2: mirostat in place of all steps that choose (default: 0)."
         ),
-    ] = None
-    top_k: Annotated[
-        int | None,
-        option(
-            "--top-k",
-            metavar="K",
-            group="Sampling",
-            aliases=("--top_k",),
-            least=0,
-            setting=True,
-            help="Sample among the K likeliest; 0 is off (0).",
-        ),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        option(
-            "--top-p",
-            metavar="P",
-            group="Sampling",
-            aliases=("--top_p",),
-            least=0,
-            most=1,
-            setting=True,
-            help="Nucleus sampling; 1 is off (0.9).",
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        option(
-            "--min-p",
-            metavar="P",
-            group="Sampling",
-            aliases=("--min_p",),
-            least=0,
-            most=1,
-            setting=True,
-            help="Least share of the likeliest token's probability; 0 is off (0).",
-        ),
-    ] = None
-    repeat_penalty: Annotated[
-        float | None,
-        option(
-            "--repeat-penalty",
-            metavar="X",
-            group="Sampling",
-            aliases=("--repeat_penalty",),
-            least=0.01,
-            most=100,
-            setting=True,
-            help="Penalty on repetition, from 0.01 to 100; 1 is off (1).",
-        ),
-    ] = None
+    ] = Mirostat.off
+    ignore_eos: Annotated[
+        bool, option("--ignore-eos", group="Sampling", help="Never end an answer; only a limit or --stop does.")
+    ] = False
     seed: Annotated[
         int | None,
         option(
@@ -361,8 +316,12 @@ class Generation:
         seed = time.time_ns() % (1 << 32) if self.seed is None else self.seed
         if console.verbose:
             console.note(f"seed {seed}")
-        names = ("temp", "top_k", "top_p", "min_p", "repeat_penalty")
-        return model.sampler(**{name: getattr(self, name) for name in names}, seed=seed)
+        return model.sampler(
+            **{name: getattr(self, name) for name in SAMPLING},
+            mirostat=int(self.mirostat),
+            ignore_eos=self.ignore_eos,
+            seed=seed,
+        )
 
 
 def _setting_kinds() -> dict[str, tuple[type, object]]:

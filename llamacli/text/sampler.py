@@ -16,7 +16,8 @@ import numpy as np
 
 from llamacli.errors import LlamacliError, UsageError
 from llamacli.text import samplers as steps
-from llamacli.text.samplers import DEFAULT_ORDER, SETTINGS, Candidates
+from llamacli.text.samplers import Candidates
+from llamacli.text.settings import DEFAULT_ORDER, SETTINGS, checked
 
 _NOTHING = 30  # a logit so many temperatures below the best has a weight of e^-30, a whole vocabulary of them 2e-8
 _LOGIT_LIMIT = 1e30  # of a bias that is finite
@@ -36,7 +37,7 @@ class Constraint(Protocol):
 class Sampler:
     """How to pick. The same seed and the same logits give the same ids; `seed` None is a new draw each time.
 
-    Settings are keywords with the names of `samplers.SETTINGS`, which holds defaults and ranges. `temp` 0 is greedy. Off are:
+    Settings are keywords with the names of `settings.SETTINGS`, which holds defaults and ranges. `temp` 0 is greedy. Off are:
     top_k 0, top_p 1, min_p 0, typical_p 1, top_n_sigma 0, repeat_penalty 1, presence_penalty and frequency_penalty 0,
     dry_multiplier 0, xtc_probability 0, dynatemp_range 0. `repeat_last_n` and `dry_penalty_last_n` count tokens, -1 means all.
 
@@ -63,7 +64,7 @@ class Sampler:
     ):
         if unknown := sorted(settings.keys() - SETTINGS.keys()):
             raise UsageError(f"expected settings among {', '.join(sorted(SETTINGS))}, found {unknown[0]}")
-        self.settings = {name: steps.checked(name, settings.get(name, rule[0])) for name, rule in SETTINGS.items()}
+        self.settings = {name: checked(name, settings.get(name, rule[0])) for name, rule in SETTINGS.items()}
         if seed is not None and (type(seed) is not int or seed < 0):
             raise UsageError(f"seed: expected a whole number from 0 up, found {seed!r:.40}")
         if mirostat not in (0, 2):

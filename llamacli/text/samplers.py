@@ -1,6 +1,6 @@
 """The steps that a sampler is made of, each after its paper or llama.cpp's sampler of the same name.
 
-In: `Candidates`, the logits of the tokens that are left, and settings (`SETTINGS`). Out: the same, fewer or changed. Cost: all
+In: `Candidates`, the logits of the tokens that are left, and settings (settings.py). Out: the same, fewer or changed. Cost: all
 steps pass over arrays, none over single tokens; only what is undecided is sorted.
 """
 
@@ -8,48 +8,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llamacli.errors import UsageError
-
-# Keyword of Sampler: default, least, most. An integer default takes integers only.
-SETTINGS: dict[str, tuple[float, float, float]] = {
-    "temp": (0.6, 0.0, float("inf")),
-    "dynatemp_range": (0.0, 0.0, 100.0),
-    "dynatemp_exponent": (1.0, 0.0, 100.0),
-    "top_k": (0, 0, 1 << 31),
-    "top_p": (0.9, 0.0, 1.0),
-    "min_p": (0.0, 0.0, 1.0),
-    "typical_p": (1.0, 0.0, 1.0),
-    "top_n_sigma": (0.0, 0.0, 1000.0),
-    "repeat_penalty": (1.0, 0.01, 100.0),
-    "presence_penalty": (0.0, -100.0, 100.0),
-    "frequency_penalty": (0.0, -100.0, 100.0),
-    "repeat_last_n": (64, -1, 1 << 31),
-    "dry_multiplier": (0.0, 0.0, 100.0),
-    "dry_base": (1.75, 1.0, 100.0),
-    "dry_allowed_length": (2, 1, 1 << 20),
-    "dry_penalty_last_n": (-1, -1, 1 << 31),
-    "xtc_probability": (0.0, 0.0, 1.0),
-    "xtc_threshold": (0.1, 0.0, 1.0),
-    "mirostat_tau": (5.0, 0.0, 100.0),
-    "mirostat_eta": (0.1, 0.0, 1.0),
-}
-DEFAULT_ORDER = ("penalties", "dry", "temperature", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc")
-
 _LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
 _FEW = 256  # weights that are sorted rather than halved
 _LONGEST_MATCH = 400  # tokens of a repetition, beyond which DRY's penalty no longer grows
 _MOST_PENALTY = 1e30  # so that no logit becomes infinite
-
-
-def checked(name: str, value) -> float:
-    """A setting within its range. UsageError that names the range."""
-    default, least, most = SETTINGS[name]
-    kinds = (int, np.integer) if isinstance(default, int) else (int, float, np.integer, np.floating)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == float("inf"):
-        wanted = "a whole number" if isinstance(default, int) else "a number"
-        above = "up" if most == float("inf") else f"to {most:g}"
-        raise UsageError(f"{name}: expected {wanted} from {least:g} {above}, found {value!r:.40}")
-    return value
 
 
 class Candidates:

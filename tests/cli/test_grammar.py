@@ -51,6 +51,12 @@ def config(monkeypatch, tmp_path):
         (["--top_k", "7"], "top_k", 7),
         (["--top_p", "0.5"], "top_p", 0.5),
         (["--min_p", "0.1"], "min_p", 0.1),
+        (["--typical", "0.5"], "typical_p", 0.5),
+        (["--presence-penalty", "-1.5"], "presence_penalty", -1.5),
+        (["--repeat-last-n", "-1"], "repeat_last_n", -1),
+        (["--dynatemp-exp", "2"], "dynatemp_exponent", 2.0),
+        (["--mirostat", "2"], "mirostat", 2),
+        (["--ignore-eos"], "ignore_eos", True),
     ],
 )
 def test_sampling_options_may_have_the_names_of_other_programs(model, words, setting, value):
@@ -366,7 +372,7 @@ def test_completion_knows_commands_options_types_and_models(tmp_path):
     assert _complete("llamacli quantize a b --type Q4_K_") == ["Q4_K_M", "Q4_K_S"]
     assert "scout-tiny" in _complete("llamacli run -m sc")
     assert _complete("llamacli run --color a") == ["auto", "always"]
-    assert _complete("llamacli config to") == ["top-k", "top-p"]
+    assert _complete("llamacli config to") == ["top-k", "top-p", "top-n-sigma"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

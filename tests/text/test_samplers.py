@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llamacli.errors import UsageError
 from llamacli.text.sampler import Sampler
-from llamacli.text.samplers import DEFAULT_ORDER, SETTINGS
+from llamacli.text.settings import DEFAULT_ORDER, SETTINGS
 
 OFF = {"temp": 1.0, "top_p": 1.0}
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -3.0, -8.0], np.float32)

@@ -11,8 +11,10 @@ from typing import get_args
 from llamacli.cli.options import Generation
 from llamacli.conversation import Answer, Conversation
 from llamacli.errors import ContextFullError, PromptError, UsageError
+from llamacli.text.settings import SETTINGS as SAMPLING
 
-SETTINGS = ("temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "max_tokens", "stop")
+SHOWN = ("temp", "top_k", "top_p", "min_p", "repeat_penalty")  # by /show even if they are as the model has them
+SETTINGS = (*SAMPLING, "seed", "max_tokens", "stop")
 
 
 class Talk:
@@ -86,6 +88,8 @@ class Talk:
         rows = []
         for name in SETTINGS:
             value = getattr(self.options, name)
+            if value is None and name in SAMPLING and name not in SHOWN and name not in defaults:
+                continue
             default = f"{defaults[name]} (default)" if name in defaults else "(default)"
             rows.append((name, default if value is None else str(value)))
         return rows
