@@ -1,10 +1,10 @@
-"""Routed experts of a model that is larger than memory: some stay in slots, the others are read when the router asks for them.
+"""Routed experts of a model that is larger than memory: each layer caches some in slots and reads the others on demand.
 
-In: where the experts lie in the file, and how many slots there may be. Out: addresses of their matrices, right when the
-caller is told so. `Slots.visit` begins to read what a layer's tokens need, gate and up before down, while the caller computes;
-experts past the number of slots pass through a ring of buffers, so that a long prompt neither waits for memory nor drives out
-what decoding keeps; it reads ahead into the next layer. Slots keep what was used most of late, and can be given back. How the
-disk is read is reads.py. Knows nothing of tokens or arithmetic.
+In: the experts' tensors in the file, and the number of slots of each layer. Out: tables of matrix addresses; an entry is valid
+once an `ExpertFetch` has yielded that expert. `Slots.fetch` starts the reads of a layer's experts, gate and up before down, and
+the caller computes meanwhile. Slots evict the least frequently used expert (LFU, with decay) and can be given back. Experts
+beyond the number of slots go through a ring of buffers, so a long prompt does not evict what decoding uses; it also prefetches
+the next layer's. files/reads.py does the reading.
 """
 
 import mmap
@@ -22,22 +22,22 @@ from llamacli.files.gguf import Tensor
 from llamacli.files.reads import DirectReader, TensorSlices, address, failed, settle
 
 GATE, UP, DOWN = range(3)
-RING = 4  # buffers beside the slots: some are read while one is multiplied
-HALF_LIFE = 100  # choices: an expert asked for often stays in its slot, though others were asked for since
-MANY = 4  # choices for each expert, from which on nearly all experts will be asked for
+RING = 4  # buffers besides the slots: some are filled while another is multiplied
+HALF_LIFE = 100  # choices after which a use counts half: a frequent expert stays in its slot although others were used later
+MANY = 4  # choices per expert from which on a batch uses nearly all experts
 
 
 @dataclass
 class Traffic:
-    """What has been asked for and read."""
+    """Counts of cache hits, prefetches and reads."""
 
-    hits: int = 0  # experts that were in a slot when a layer's tokens asked for them
+    hits: int = 0  # experts that were in a slot when a layer's tokens chose them
     misses: int = 0
     bytes_read: int = 0
-    guesses: int = 0  # experts read before a single token had asked for them, and those of them that it then did
+    guesses: int = 0  # experts prefetched for a single token, and how many of them it then chose
     good_guesses: int = 0
-    stall_s: float = 0.0  # waiting for reads with nothing else to do
-    reading_s: float = 0.0  # with at least one read under way
+    stall_s: float = 0.0  # waiting for reads
+    reading_s: float = 0.0  # with at least one read in flight
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -51,7 +51,7 @@ class Traffic:
 
 
 class _Pass(NamedTuple):
-    """Parts of an expert that pass through the ring."""
+    """Matrices of one expert that are read into a buffer of the ring."""
 
     layer: int
     expert: int
@@ -59,24 +59,27 @@ class _Pass(NamedTuple):
 
 
 class _Layer:
-    """One layer's slots: which expert is in which, and how often each was asked for of late."""
+    """One layer's slots: which expert is in which, and a decaying count of each expert's uses."""
 
     def __init__(self, stacks: Sequence[TensorSlices], n_experts: int, n_slots: int):
         self.stacks = stacks
         self.room = sum(stack.room for stack in stacks)
         self.memory = pages.memory(n_slots * self.room)
         self.slots: dict[int, int] = {}
-        self.uses, self._worth = np.zeros(n_experts), 1.0  # choices, each worth twice as much as one HALF_LIFE choices ago
+        self.uses, self._worth = (
+            np.zeros(n_experts),
+            1.0,
+        )  # weighted counts: a choice counts twice as much as one HALF_LIFE choices ago
         self.numbers = list(range(n_slots))  # of all slots
         self.free = list(self.numbers)
         self.addresses = np.zeros((3, n_experts), np.int64)
-        self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): what is under way into its slot
-        self.stale: dict[int, list[Future]] = {}  # free slots into which a read that nobody wants may still go on
-        self.guess: int | None = None  # an expert that is read before it has been asked for
-        self.clearing: list[Future] = []  # of the memory, before it is needed
+        self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): reads in flight into its slot
+        self.stale: dict[int, list[Future]] = {}  # free slots into which an abandoned read may still be running
+        self.guess: int | None = None  # the expert prefetched for a single token
+        self.clearing: list[Future] = []  # faulting in the memory before it is read into
 
     def count(self, chosen: Sequence[int]) -> None:
-        """Remember how often experts are asked for."""
+        """Update the use counts."""
         if len(chosen) == 1:
             self.uses[chosen[0]] += self._worth
         else:
@@ -88,10 +91,10 @@ class _Layer:
 
 
 class Slots:
-    """The routed experts of a model. One caller at a time."""
+    """The routed experts of a stage's layers. Not thread-safe: one caller at a time."""
 
     def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: dict[int, int]):
-        """`layers`: by layer, its gate, up and down tensors. `n_slots`: by layer, how many experts stay in memory."""
+        """`layers`: gate, up and down tensors by layer. `n_slots`: by layer, how many experts it caches."""
         self._traffic, self._reads = Traffic(), DirectReader()
         self._layers = {
             i: _Layer([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
@@ -99,21 +102,21 @@ class Slots:
         }
         largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
         self._buffers = [pages.memory(largest) for _ in range(RING)]
-        self._ring = list(self._buffers)  # those that are free
-        self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # the others
+        self._ring = list(self._buffers)  # free buffers
+        self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # buffers in use
         self._held: list[mmap.mmap] = []
 
     @property
     def notices(self) -> list[str]:
-        """What a user should know about the way the files are read."""
+        """Notes for the user about how the files are read."""
         return self._reads.notices
 
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
         return self._layers[layer].addresses[part].ctypes.data
 
-    def expect(self, layer: int, chosen: Sequence[int]) -> None:
-        """Begin to read what the next visit to the layer will probably ask for: of many what there is room for."""
+    def prefetch(self, layer: int, chosen: Sequence[int]) -> None:
+        """Start to read the experts that the layer's next `fetch` will probably need, as many as there is room for."""
         here, wanted = self._layers[layer], [e for e, _ in Counter(chosen).most_common()]
         for e in wanted:
             if len(wanted) > len(here.numbers):
@@ -123,8 +126,8 @@ class Slots:
                 here.guess = e if len(chosen) == 1 else None
                 self._begin(here, e, self._slot(here, wanted))
 
-    def hold(self, tensors: Sequence[Tensor]) -> dict[str, int]:
-        """Read whole tensors into memory, to stay: their addresses by name. ModelFileError if that fails."""
+    def load_resident(self, tensors: Sequence[Tensor]) -> dict[str, int]:
+        """Read whole tensors into memory that stays resident; returns addresses by name. ModelFileError if a read fails."""
         stacks = [self._reads.slices(tensor, 1) for tensor in tensors]
         memory = pages.memory(sum(stack.room for stack in stacks))
         at, addresses, reads = 0, {}, []
@@ -138,10 +141,10 @@ class Slots:
         self.take_traffic()
         return addresses
 
-    def visit(self, layer: int, chosen: Sequence[int], in_order: bool = False) -> "Visit":
-        """Begin to read what `chosen` (an expert for each token and choice, the last token's last) needs.
+    def fetch(self, layer: int, chosen: Sequence[int], in_order: bool = False) -> "ExpertFetch":
+        """Start to read the experts in `chosen` (one entry per token and choice, the last token's at the end).
 
-        Experts come as they are in memory; `in_order`: by their numbers.
+        Experts are yielded as they become available; with `in_order` by ascending number.
         """
         here = self._layers[layer]
         here.count(chosen)
@@ -155,7 +158,7 @@ class Slots:
                 self._forget(here, guess)
         self._drop([one for one in self._passing if one.layer != layer or one.expert not in used or one.expert in here.slots])
         passing = {one.expert for one in self._passing}
-        coming = {e for e in used if (e, GATE) in here.arriving}  # a good guess, and what was read ahead
+        coming = {e for e in used if (e, GATE) in here.arriving}  # right guesses and other prefetches
         missing = [e for e in used if e not in here.slots]
         misses = len(missing) + len(coming)
         self._traffic.hits += len(used) - misses
@@ -164,21 +167,22 @@ class Slots:
         fresh = sorted((e for e in missing if e not in passing), key=lambda e: -here.uses[e])
         for e in sorted(fresh if few else fresh[: len(here.free)]):
             self._begin(here, e, self._slot(here, used))
-        if not in_order:  # what is there, what is coming into the ring, into slots, and the rest
+        if not in_order:  # in memory, in flight to the ring, in flight to slots, and the rest
             used.sort(key=lambda e: (e not in here.slots or (e, GATE) in here.arriving, e not in passing, e not in here.slots))
         if not few:
             self._clear(self._after(layer))
-        return Visit(self, layer, used, not in_order and len(chosen) >= MANY * here.addresses.shape[1])
+        return ExpertFetch(self, layer, used, not in_order and len(chosen) >= MANY * here.addresses.shape[1])
 
     def take_traffic(self) -> Traffic:
-        """What was asked for and read since the last call."""
+        """The counts since the last call."""
         taken, self._traffic = self._traffic, Traffic()
         taken.bytes_read, taken.reading_s = self._reads.take()
         return taken
 
     def shrink(self, nbytes: int) -> int:
-        """Give back so many bytes, in slots of whichever layer has most, until one is left in each; returns how many, those of
-        slots that were never filled counted too. Between two visits only.
+        """Release slots of `nbytes` bytes, each time from the layer that has most, but leave one in each layer.
+
+        Returns the bytes released, never filled slots included. Call it only between two fetches.
         """
         given = 0
         while given < nbytes:
@@ -195,8 +199,9 @@ class Slots:
         return given
 
     def reset(self, layer: int) -> None:
-        """After a visit that was broken off, by an error or Ctrl-C at any point: wait until nothing is being read any more, and
-        have the layer, and the one that was read ahead, begin with empty slots, the others without what was not read well.
+        """Restore a valid state after a fetch was interrupted at any point, by an error or Ctrl-C.
+
+        Waits for all reads, empties the slots of `layer` and of the next one, and drops experts of failed reads elsewhere.
         """
         self._reads.stop()
         self._passing.clear()
@@ -208,10 +213,10 @@ class Slots:
             for e in {e for (e, _), reads in here.arriving.items() if failed(reads)}:
                 self._forget(here, e)
 
-    # what a Visit does
+    # used by ExpertFetch
 
     def _sweep(self, layer: int, experts: list[int], parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
-        """Each expert when its parts are in memory. The first call of next() begins to read; what `then` needs comes last."""
+        """Yields each expert once its parts are in memory. The first next() starts the reads; those of `then` come last."""
         here = self._layers[layer]
         line = deque([*(_Pass(layer, e, parts) for e in experts if e not in here.slots), *then])
 
@@ -238,7 +243,7 @@ class Slots:
         return [i for i in self._layers if i > layer][:1]
 
     def _following(self, layer: int) -> list[_Pass]:
-        """What a long prompt will ask for first in the next layer: as many as there is room for."""
+        """The reads that a long prompt needs first in the next layer, as many as there is room for."""
         ahead = [
             [_Pass(i, e, (GATE, UP)) for e in range(there.addresses.shape[1]) if e not in there.slots][: len(there.free) + RING]
             for i, there in ((i, self._layers[i]) for i in self._after(layer))
@@ -246,13 +251,13 @@ class Slots:
         return ahead[0] if ahead else []
 
     def _clear(self, layers: list[int]) -> None:
-        """Have the memory of layers whose slots are about to be filled cleared meanwhile, once."""
+        """Fault in, once and in the background, the free slots of layers that will soon be filled."""
         for here in (self._layers[i] for i in layers):
             if here.free and not here.clearing:
                 here.clearing = [self._reads.clear(here.memory, here.room, list(here.free))]
 
     def _ahead(self, one: _Pass, free_slots: bool = True) -> bool:
-        """Begin to read what is not there yet, into a free slot if one may be used, or into the ring; False if that is full."""
+        """Start to read what is not in memory, into a free slot if allowed, else into the ring; False if the ring is full."""
         there = self._layers[one.layer]
         if one not in self._passing and one.expert not in there.slots:
             if free_slots and there.free:
@@ -264,7 +269,7 @@ class Slots:
         return True
 
     def _pass(self, one: _Pass) -> None:
-        """Begin to read into a buffer of the ring."""
+        """Start to read into a buffer of the ring."""
         here, memory, at, futures = self._layers[one.layer], self._ring[-1], 0, []
         self._passing[one] = memory, futures
         self._ring.pop()
@@ -273,7 +278,7 @@ class Slots:
             at += here.stacks[part].room
 
     def _drop(self, passes: list[_Pass]) -> None:
-        """Give buffers back to the ring, once nothing is read into them any more."""
+        """Return buffers to the ring once their reads have ended."""
         running = {one: [future for future in self._passing[one][1] if not future.cancel()] for one in passes}
         for one, futures in running.items():
             settle(futures)
@@ -288,7 +293,7 @@ class Slots:
             self._traffic.stall_s += perf_counter() - began
 
     def _slot(self, here: _Layer, used: Collection[int]) -> int:
-        """A slot for an expert: a free one, or that of the expert that was least used of late and is not in `used`."""
+        """A slot to fill: a free one, or that of the least frequently used expert that is not in `used`, which is evicted."""
         quiet = next((slot for slot in here.free if all(f.done() for f in here.stale.get(slot, ()))), None)
         if quiet is None:
             old = min((e for e in here.slots if e not in used), key=here.uses.__getitem__, default=None)
@@ -301,7 +306,7 @@ class Slots:
         return quiet
 
     def _begin(self, here: _Layer, expert: int, slot: int) -> None:
-        """Begin to read an expert into a slot, gate and up before down."""
+        """Start to read an expert into a slot, gate and up before down."""
         here.slots[expert] = slot
         at = slot * here.room
         for part in (GATE, UP, DOWN):
@@ -309,7 +314,7 @@ class Slots:
             at += here.stacks[part].room
 
     def _arrived(self, here: _Layer) -> None:
-        """Experts whose reads are through are in memory, if they were read well; nobody may have asked for them yet."""
+        """Mark experts whose reads have finished as present; forget those whose reads failed."""
         for (e, part), reads in list(here.arriving.items()):
             if e in here.slots and all(read.done() for read in reads):
                 if failed(reads):
@@ -318,7 +323,7 @@ class Slots:
                     here.arriving.pop((e, part), None)
 
     def _forget(self, here: _Layer, expert: int) -> None:
-        """Free an expert's slot; what is still being read into it is of no use."""
+        """Evict an expert; reads still running into its slot become stale."""
         slot, futures = here.slots.pop(expert), []
         for part in (GATE, UP, DOWN):
             futures += here.arriving.pop((expert, part), ())
@@ -326,13 +331,13 @@ class Slots:
         here.free.append(slot)
 
     def _read(self, here: _Layer, expert: int, part: int, memory: mmap.mmap, at: int) -> list[Future]:
-        """Begin to read one matrix into `memory` from byte `at` on; its address is right when the reads are through."""
+        """Start to read one matrix into `memory` from byte `at` on; its address is valid when the reads are done."""
         reads, here.addresses[part, expert] = self._reads.begin(here.stacks[part], expert, memory, at)
         return reads
 
 
-class Visit:
-    """One pass of some tokens over a layer's experts; the next layer's may be read at its end."""
+class ExpertFetch:
+    """The reads of one layer's experts for a batch of tokens; at the end it may prefetch for the next layer."""
 
     def __init__(self, slots: Slots, layer: int, experts: list[int], many: bool):
         self._slots, self._layer, self.experts = slots, layer, experts
@@ -341,7 +346,7 @@ class Visit:
         self.gate_up = self._begun((GATE, UP), [*down, *self._then])
 
     def down(self) -> Iterator[int]:
-        """Each expert when its down matrix is there; reads begin at once. After `gate_up` is through."""
+        """Yields each expert once its down matrix is in memory; reads start at once. Call it after `gate_up` is exhausted."""
         return self._begun((DOWN,), self._then)
 
     def _begun(self, parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
@@ -351,6 +356,6 @@ class Visit:
 
 
 def spread(n_slots: int, n_layers: int) -> list[int]:
-    """How many of all slots each layer gets: the same number, the first ones perhaps one more."""
+    """Slots of each layer when `n_slots` are shared evenly; the first layers get the remainder."""
     each, more = divmod(n_slots, n_layers)
     return [each + (i < more) for i in range(n_layers)]

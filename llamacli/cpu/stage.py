@@ -123,7 +123,7 @@ class CpuStage:
             elif len(spec.shape) == 2 and has_kernels(tensor) and (spec.role is not Role.EMBEDDING or self._config.tied):
                 resident.append(tensor)
         slots = Slots(routed, self._config.n_experts, share)
-        return slots, slots.hold(resident)
+        return slots, slots.load_resident(resident)
 
     def _used(self) -> Iterator[tuple[Matrix, int]]:
         """The matrices of the layers and of the head, each with how often one token goes through (one of) it."""
@@ -315,15 +315,15 @@ class CpuStage:
                 self._run(done, at.guessed)
                 # of several choices in a prompt, sums are made in the experts' order, not as they come
                 if self._sure() if n == 1 else self._choices == 1:
-                    self.slots.expect(i, b["guess"][:n].tolist())
+                    self.slots.prefetch(i, b["guess"][:n].tolist())
                 self._run(at.guessed, at.routed)
                 chosen = b["chosen"][i - self.layers.start, : n * self._choices].tolist()
-                visit = self.slots.visit(i, chosen, in_order=self._choices > 1)
+                fetch = self.slots.fetch(i, chosen, in_order=self._choices > 1)
                 self._run(at.routed, at.shared)
-                for expert in visit.gate_up:
+                for expert in fetch.gate_up:
                     b["window"][:] = expert, expert + 1
                     self._run(at.shared, at.multiplied)
-                down = visit.down()
+                down = fetch.down()
                 self._run(at.multiplied, at.joined)
                 for expert in down:
                     b["window"][:] = expert, expert + 1

@@ -68,8 +68,8 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
 
     def ask(*chosen):
-        visit = slots.visit(0, chosen)
-        assert list(visit.gate_up) == list(visit.down()) == sorted(set(chosen))
+        fetch = slots.fetch(0, chosen)
+        assert list(fetch.gate_up) == list(fetch.down()) == sorted(set(chosen))
         taken = slots.take_traffic()
         return taken.hits, taken.misses
 
@@ -87,8 +87,8 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
 
 def test_empty_slots_take_what_a_prompt_used_most(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
-    visit = slots.visit(0, [2, 0, 2, 0, 3, 1])
-    assert [*visit.gate_up, *visit.down()] == [0, 2, 1, 3] * 2  # what passes by comes after what stays
+    fetch = slots.fetch(0, [2, 0, 2, 0, 3, 1])
+    assert [*fetch.gate_up, *fetch.down()] == [0, 2, 1, 3] * 2  # what passes by comes after what stays
     assert sorted(slots._layers[0].slots) == [0, 2]
 
 
@@ -98,9 +98,9 @@ def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_n
     long = [*range(n_experts)] * experts.MANY
 
     def through(layer, chosen):
-        visit = slots.visit(layer, chosen)
-        list(visit.gate_up)
-        list(visit.down())
+        fetch = slots.fetch(layer, chosen)
+        list(fetch.gate_up)
+        list(fetch.down())
         return {(one.layer, one.expert) for one in slots._passing}
 
     assert through(first, long[:-1]) == set()
@@ -112,7 +112,7 @@ def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_n
 
 def test_a_short_prompts_experts_stay_as_guessed(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
-    slots.expect(0, [3, 1])
+    slots.prefetch(0, [3, 1])
     assert sorted(slots._layers[0].slots) == [1, 3]
     assert len(slots._ring) == experts.RING
 
@@ -121,20 +121,20 @@ def test_a_read_that_failed_for_nobody_is_tried_again(tmp_path, monkeypatch):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     with monkeypatch.context() as disk:
         fail(disk, 1, OSError(errno.EIO, "Input/output error"))
-        slots.expect(0, [3, 1])
+        slots.prefetch(0, [3, 1])
         reads.settle(read for some in slots._layers[0].arriving.values() for read in some)
-    visit = slots.visit(0, [1])
-    assert list(visit.gate_up) == list(visit.down()) == [1]
+    fetch = slots.fetch(0, [1])
+    assert list(fetch.gate_up) == list(fetch.down()) == [1]
 
 
 def test_a_guess_that_failed_and_was_wrong_is_nobodys_error(tmp_path, monkeypatch):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     with monkeypatch.context() as disk:
         fail(disk, 1, OSError(errno.EIO, "Input/output error"))
-        slots.expect(0, [3])
+        slots.prefetch(0, [3])
         reads.settle(read for some in slots._layers[0].arriving.values() for read in some)
-    visit = slots.visit(0, [1])
-    assert list(visit.gate_up) == list(visit.down()) == [1]
+    fetch = slots.fetch(0, [1])
+    assert list(fetch.gate_up) == list(fetch.down()) == [1]
 
 
 def test_what_was_read_ahead_and_then_guessed_too_is_read_once(tmp_path):
@@ -142,13 +142,13 @@ def test_what_was_read_ahead_and_then_guessed_too_is_read_once(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=12), 7).stages[0].slots
     first, second = sorted(slots._layers)[:2]
     for layer, chosen in ((second, range(5, 12)), (first, [*range(12)] * experts.MANY)):
-        visit = slots.visit(layer, [*chosen])
-        for sweep in (visit.gate_up, visit.down()):
+        fetch = slots.fetch(layer, [*chosen])
+        for sweep in (fetch.gate_up, fetch.down()):
             list(sweep)
     assert {one.expert for one in slots._passing} == {0, 1, 2, 3}
-    slots.expect(second, [*range(7)])
-    visit = slots.visit(second, [*range(8)])
-    assert sorted(visit.gate_up) == sorted(visit.down()) == [*range(8)]
+    slots.prefetch(second, [*range(7)])
+    fetch = slots.fetch(second, [*range(8)])
+    assert sorted(fetch.gate_up) == sorted(fetch.down()) == [*range(8)]
 
 
 def test_an_embedding_that_had_to_be_converted_stays(tmp_path):
@@ -168,8 +168,8 @@ def test_only_free_slots_are_cleared_ahead(tmp_path, monkeypatch):
     assert slots.shrink(2 * sum(rooms.values())) == 2 * sum(rooms.values())
     cleared, there = [], slots._layers[second]
     monkeypatch.setattr(experts.pages, "clear", lambda at, size: cleared.append((at, size)))
-    visit = slots.visit(first, [0, 1, 2, 3])
-    for sweep in (visit.gate_up, visit.down()):
+    fetch = slots.fetch(first, [0, 1, 2, 3])
+    for sweep in (fetch.gate_up, fetch.down()):
         list(sweep)
     reads.settle(there.clearing)
     assert cleared == [(reads.address(there.memory) + there.numbers[0] * there.room, there.room)]
