@@ -103,9 +103,9 @@ class Model:
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.engine import Engine
-            from llamacli.plan.placement import allot
+            from llamacli.plan.placement import plan_residency
 
-            slots, batch, nbytes = allot(gguf, config, ctx, threads, memory, experts)
+            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts)
             return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx, nbytes)
 
     def close(self) -> None:

@@ -79,7 +79,7 @@ def perplexity(
 
 def _shares(paths: list, memory: int | None) -> list[dict]:
     """The memory of each model. Of two, the first is held to the part that its file is of both, so that the other finds room;
-    what the first holds then counts against the limit of the second (placement.allot).
+    what the first holds then counts against the limit of the second (placement.plan_residency).
     """
     if len(paths) == 1:
         return [{} if memory is None else {"memory": memory}]

@@ -134,7 +134,7 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
     from llamacli.files.gguf import open_gguf
     from llamacli.llama4.config import Config
-    from llamacli.plan.placement import weigh
+    from llamacli.plan.placement import size_by_kind
 
     if type_name is not None:
         raise UsageError("--type: expected a Hugging Face folder with it, found a file, whose types are what they are")
@@ -146,12 +146,12 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     if slow:
         notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
     total = sum(math.prod(t.shape) for t in gguf.tensors.values())
-    return Model(str(gguf.path), config, weigh(held, config), total, notices)
+    return Model(str(gguf.path), config, size_by_kind(held, config), total, notices)
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
     from llamacli.llama4.tensors import tensors
-    from llamacli.plan.placement import weigh
+    from llamacli.plan.placement import size_by_kind
     from quantize.hf_config import read_config
     from quantize.recipe import DEFAULT, choose_types, find_recipe
 
@@ -159,7 +159,7 @@ def _from_folder(folder: Path, type_name: str | None) -> Model:
     dims = {spec.name: spec.shape for spec in tensors(config) if spec.required}
     types, notices = choose_types(recipe, dims)
     held = [(name, types[name].row_bytes(shape[-1]) * math.prod(shape[:-1])) for name, shape in dims.items()]
-    return Model(f"{folder} as {recipe.name}", config, weigh(held, config), sum(map(math.prod, dims.values())), notices)
+    return Model(f"{folder} as {recipe.name}", config, size_by_kind(held, config), sum(map(math.prod, dims.values())), notices)
 
 
 def _memories(text: str | None) -> list[int]:

@@ -26,7 +26,7 @@ from llamacli.llama4.tensors import Role, find, role_of
 from llamacli.plan import machine
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
-LEAST_BATCH = 64  # tokens that a prompt goes through a layer with at least
+LEAST_BATCH = 64  # the smallest batch of prompt tokens
 AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 LAYER_SECONDS = 30e-6  # a token's least time in a layer: its steps, their barriers, Python around them; measured
@@ -66,7 +66,7 @@ class Sizes(NamedTuple):
         return sum(self.kinds.values()) - self.routed - self.looked_up
 
 
-def weigh(tensors: Iterable[tuple[str, int]], config: Config) -> Sizes:
+def size_by_kind(tensors: Iterable[tuple[str, int]], config: Config) -> Sizes:
     """The sizes of a model from its tensors' GGUF names and bytes.
 
     Experts of layers that the model does not have and vision tensors are never read, so they are not counted.
@@ -254,7 +254,9 @@ def products_per_token(config: Config) -> int:
 # at load
 
 
-def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str) -> tuple[int, int, int]:
+def plan_residency(
+    gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str
+) -> tuple[int, int, int]:
     """For Engine: the slots of all layers (0: all experts are used where the file is mapped) and the largest batch; and the
     bytes that the model may come to hold, for machine.reserve.
 
@@ -263,7 +265,7 @@ def allot(gguf, config: Config, ctx: int, threads: int | None, memory: int | Non
     """
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
-    sizes, threads = weigh(((t.name, t.nbytes) for t in gguf.tensors.values()), config), threads or default_threads()
+    sizes, threads = size_by_kind(((t.name, t.nbytes) for t in gguf.tensors.values()), config), threads or default_threads()
     if experts == "mapped" or (not config.n_experts and memory is None):
         needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
         return 0, MAX_BATCH, needed + working_bytes(config, threads, MAX_BATCH)

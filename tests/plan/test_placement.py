@@ -16,14 +16,14 @@ from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.plan import machine, placement
 from llamacli.plan.placement import (
-    allot,
     batch_within,
     decode_seconds,
     fit_ctx,
     place,
+    plan_residency,
     prefill_seconds,
     products_per_token,
-    weigh,
+    size_by_kind,
     working_bytes,
 )
 from quantize import shapes
@@ -34,7 +34,7 @@ GB = 10**9
 def real(name):
     """Config and sizes of the published model, routed experts in Q4_K, the rest in Q6_K."""
     config = shapes.SHAPES[name]
-    return config, weigh(shapes.sizes(config), config)
+    return config, size_by_kind(shapes.sizes(config), config)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_half_of_mavericks_layers_have_experts(maverick):
 
 def test_an_embedding_that_is_also_the_output_is_always_used(scout):
     config = replace(scout[0], n_layers=1, n_experts=4)
-    sizes = weigh([("token_embd.weight", 100), ("blk.0.ffn_up_exps.weight", 40)], config)
+    sizes = size_by_kind([("token_embd.weight", 100), ("blk.0.ffn_up_exps.weight", 40)], config)
     assert (sizes.looked_up, sizes.always, sizes.experts) == (0, 100, (10,))
 
 
@@ -104,7 +104,7 @@ def test_layers_of_unequal_size_hold_what_was_planned_in_whatever_order_the_file
     config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=8)
     nbytes = {2: GB, 3: GB, 0: 2 * GB, 1: 2 * GB, 77: 8}
     tensors = [("output.weight", 10**6), *((f"blk.{i}.ffn_up_exps.weight", 8 * n) for i, n in nbytes.items())]
-    sizes = weigh(tensors, config)
+    sizes = size_by_kind(tensors, config)
     assert sizes.experts == (2 * GB, 2 * GB, GB, GB)
     for memory in range(15, 60):
         p = place(config, sizes, memory * GB, 1024)
@@ -170,7 +170,7 @@ def test_the_context_that_fits_is_the_largest_that_is_accepted(scout, n_experts,
     """With 1 expert, one slot and the ring would be more than all there are."""
     config = replace(scout[0], n_layers=4, n_embd=256, n_vocab=1000, n_experts=n_experts)
     experts = [(f"blk.{i}.ffn_up_exps.weight", n_experts * 10_000_000) for i in range(4)]
-    sizes = weigh([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], config)
+    sizes = size_by_kind([("token_embd.weight", 10**7), ("output.weight", 10**7), *experts], config)
     fits = fit_ctx(config, sizes, int(memory * GB), 1 << 20)
     assert fits > 0
     assert place(config, sizes, int(memory * GB), fits).resident <= memory * GB
@@ -211,9 +211,9 @@ def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, s
     config = Config.from_gguf(gguf)
     if slots is None:
         with pytest.raises(MemoryLimitError, match=r"tiny\.gguf"):
-            allot(gguf, config, 64, 1, memory, experts)
+            plan_residency(gguf, config, 64, 1, memory, experts)
     else:
-        assert allot(gguf, config, 64, 1, memory, experts)[:2] == (slots, 2048)
+        assert plan_residency(gguf, config, 64, 1, memory, experts)[:2] == (slots, 2048)
 
 
 class Owner:
@@ -227,16 +227,16 @@ def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeyp
     config = Config.from_gguf(gguf)
     monkeypatch.setattr(machine, "budget", lambda: free - held[0])
     monkeypatch.setattr(machine, "private", lambda: held[0])
-    _, _, nbytes = allot(gguf, config, 64, 1, memory, "slots")
+    _, _, nbytes = plan_residency(gguf, config, 64, 1, memory, "slots")
     assert nbytes > sum(t.nbytes for t in gguf.tensors.values())
     first = Owner()
     release = machine.reserve(first, free - nbytes // 2)
     for held[0] in (0, free - nbytes // 2):
         with pytest.raises(MemoryLimitError):
-            allot(gguf, config, 64, 1, memory, "slots")
+            plan_residency(gguf, config, 64, 1, memory, "slots")
     held[0] = 0
     release()
-    assert allot(gguf, config, 64, 1, memory, "slots")[2] == nbytes
+    assert plan_residency(gguf, config, 64, 1, memory, "slots")[2] == nbytes
     machine.reserve(first, free)
     assert machine.reserved() >= free
     del first
@@ -254,7 +254,7 @@ def test_a_loaded_model_reserves_until_it_is_closed(tmp_path):
 
 def test_a_model_without_experts_is_mapped_or_refused():
     config = replace(real("scout")[0], n_experts=0, n_experts_used=0, moe_step=0)
-    sizes = weigh([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], config)
+    sizes = size_by_kind([("token_embd.weight", GB), ("output.weight", GB), ("blk.0.ffn_up.weight", GB)], config)
     p = place(config, sizes, 10 * GB, 1024)
     assert (p.mode, p.weights) == ("mapped", 3 * GB)
     assert decode_seconds(p, 1, 1e9) == pytest.approx(2 / placement.REACHED_READING + config.n_layers * placement.LAYER_SECONDS)
