@@ -1,7 +1,7 @@
 """llamacli: Llama 4 GGUF files in the terminal and from Python.
 
 In: the path of a GGUF. Out: `Model`, with text, logits and sessions. The engine and Numba are imported by `Model.load`, never
-here, so that help and completion stay fast. Knows nothing of terminals.
+here, so that help and completion stay fast.
 
     from llamacli import Model
     model = Model.load("file.gguf", threads=2, ctx=4096)

@@ -135,7 +135,7 @@ class Engine:
     def interrupt(self) -> None:
         """From another thread: have a `forward` that is under way end soon, by a KeyboardInterrupt. The cache stays sound.
 
-        The main thread hears no signal while it is in compiled code; whoever watches for signals calls this.
+        The main thread hears no signal while it is in compiled code; the signal watcher calls this.
         """
         self._interrupted = True
         for stage in self.stages:

@@ -1,7 +1,7 @@
 """A prompt: segments of token ids, and of rows that stand in for embeddings, such as the features of a picture.
 
 In: segments. Out: a list of tokens, one for each position: an int, or a `FeatureRow`. Two feature rows are the same token if
-the same row of the same content made them, so that whoever reuses a prefix never takes one picture for another.
+the same row of the same content made them, so prefix reuse never confuses two pictures.
 """
 
 from collections.abc import Iterable, Sequence

@@ -180,7 +180,7 @@ class Session:
         """Forget from `length` on; returns the ids that the cache had to forget besides, to be evaluated again.
 
         A call that broke off may have written past the cache's own position, into a ring even over older tokens. So the cache
-        is told that it went as far as anything may have been written, and decides itself how far back is safe.
+        is set to the last position that may have been written, and `truncate` returns how far back is safe.
         """
         if self._touched > length:
             self.cache.pos = self._touched

@@ -27,7 +27,7 @@ from llamacli.plan import machine
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
 LEAST_BATCH = 64  # the smallest batch of prompt tokens
-AROUND = 64 << 10  # bytes of a file that come into a process around one that is touched, where the system has them at hand
+AROUND = 64 << 10  # bytes that a page fault maps around the touched one, if they are in the page cache
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 LAYER_SECONDS = 30e-6  # a token's least time in a layer: its steps, their barriers, Python around them; measured
 REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.6  # shares of the limits that decode and prefill reach (README, Speed)
@@ -52,17 +52,17 @@ class Sizes(NamedTuple):
 
     @property
     def one_each(self) -> int:
-        """One routed expert of every layer: what a slot a layer takes."""
+        """One routed expert of every layer: the size of one slot in each."""
         return sum(self.experts)
 
     @property
     def looked_up(self) -> int:
-        """The embedding, unless it is the output too."""
+        """The embedding, unless it is tied to the output."""
         return self.kinds[Role.EMBEDDING] if self.kinds[Role.OUTPUT] else 0
 
     @property
     def always(self) -> int:
-        """What every token uses."""
+        """The weights that every token uses."""
         return sum(self.kinds.values()) - self.routed - self.looked_up
 
 
@@ -113,7 +113,7 @@ class Placement:
 
     @property
     def slots(self) -> float:
-        """Of a layer, on average."""
+        """Slots of a layer, on average."""
         return self.n_slots / max(1, len(self.sizes.experts))
 
     @property
@@ -179,7 +179,7 @@ def _program(config: Config) -> int:
 
 
 def _rows(config: Config, sizes: Sizes, batch: int) -> int:
-    """Bytes of the embedding that a batch brings into memory until they are dropped: for each token a row and its pages."""
+    """Bytes of the embedding that a batch makes resident until they are dropped: a row and its pages for each token."""
     embedding = sizes.kinds[Role.EMBEDDING]
     return min(embedding, batch * (embedding // config.n_vocab + AROUND))
 
@@ -239,7 +239,7 @@ def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | No
 
 
 def _touched(p: Placement, tokens: int) -> float:
-    """The share of a layer's experts that some of `tokens` choose."""
+    """The share of a layer's experts that at least one of `tokens` chooses."""
     return 1 - (1 - p.config.n_experts_used / p.sizes.n_experts) ** tokens if p.sizes.experts else 0.0
 
 
@@ -275,9 +275,9 @@ def plan_residency(
 
 
 def batch_within(config: Config, memory: int, threads: int) -> int:
-    """Tokens that go through a layer together: as many as have buffers in a sixteenth of the memory, MAX_BATCH at most.
+    """The batch size: the largest whose buffers fit in a sixteenth of the memory, at most MAX_BATCH.
 
-    More of them read the experts less often, but what they take is missing for slots.
+    Larger batches read the experts less often, but their buffers leave less memory for slots.
     """
     batch = MAX_BATCH
     while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
