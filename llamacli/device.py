@@ -15,7 +15,7 @@ import numpy as np
 class Tokens(NamedTuple):
     """What the first stage is given: ids, int64 [n], and for some positions in it a row that stands in for the embedding."""
 
-    ids: np.ndarray
+    ids: Sequence[int]
     rows: dict[int, np.ndarray]  # position in `ids` to float32 [n_embd]
 
 
@@ -75,8 +75,8 @@ class Stage(Protocol):
         stage's next call.
         """
 
-    def logits(self, x: np.ndarray) -> np.ndarray:
-        """Logits of rows of the stream, float32 [len(x), n_vocab]; of the last stage only."""
+    def logits(self, x: np.ndarray, first: int = 0) -> np.ndarray:
+        """Logits of the rows x[first:] of the stream, float32 [len(x) - first, n_vocab]; of the last stage only."""
 
     def interrupt(self) -> None:
         """From another thread: have the call under way end soon, by a KeyboardInterrupt."""

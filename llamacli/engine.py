@@ -189,6 +189,8 @@ class Engine:
             raise UsageError("the model is closed: load it again")
 
     def _tokens(self, ids: Sequence) -> Tokens:
+        if len(ids) == 1 and type(ids[0]) is int and 0 <= ids[0] < self.config.n_vocab:
+            return Tokens(ids, {})
         rows = {}
         if not isinstance(ids, np.ndarray):
             rows = {at: token.row for at, token in enumerate(ids) if isinstance(token, FeatureRow)}
@@ -212,8 +214,10 @@ class Engine:
             result = np.empty((len(ids) - first, self.config.n_vocab), np.float32)
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
-            rows = {at - done: row for at, row in tokens.rows.items() if done <= at < done + n}
-            x = Tokens(ids[done : done + n], rows)
+            x = tokens
+            if n < len(ids):
+                rows = {at - done: row for at, row in tokens.rows.items() if done <= at < done + n}
+                x = Tokens(ids[done : done + n], rows)
             for stage, part in zip(self.stages, cache.parts, strict=True):
                 x = stage.forward(x, [Run(part, n)])
             if self.follow_routing:
@@ -221,9 +225,9 @@ class Engine:
                 self.follow_routing(cache.pos, chosen[0] if len(chosen) == 1 else np.concatenate(chosen))
             if all_logits and done + n > first:
                 row = max(0, first - done)
-                result[done + row - first : done + n - first] = self.stages[-1].logits(x[row:])
+                result[done + row - first : done + n - first] = self.stages[-1].logits(x, row)
             elif done + n == len(ids):
-                result = self.stages[-1].logits(x[n - 1 :])[0]
+                result = self.stages[-1].logits(x, n - 1)[0]
             if self._interrupted:
                 raise KeyboardInterrupt
             cache.pos += n

@@ -30,6 +30,7 @@ class KVCache:
         self._shape = config.n_kv_heads, config.head_dim
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
         self.table = np.zeros((len(self.layers), 3), np.int64)
+        self.table_address = self.table.ctypes.data
         self._room = 0 if self.layers else ctx  # positions for which every layer has room and the table is right
 
     def _empty(self, capacity: int) -> np.ndarray:

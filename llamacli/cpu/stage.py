@@ -159,22 +159,25 @@ class CpuStage:
         self._set_rows(n, 0, n)
         if self._embeds or self.layers:
             self._run_layers(n)
-        self._check()
+        if n > 1 or not self._heads:  # of a single token, logits follow, which look at the file as well
+            self._check()
         if self._lookup is not None:
             self._decoded += n
             if n > 1 or self._decoded % LOOK_EVERY == 0:
                 drop_pages(self._lookup.address, self._lookup.nbytes)
-        return self._buffers["x"][:n, : self._config.n_embd]
+        self._stream = self._buffers["x"][:n, : self._config.n_embd]
+        return self._stream
 
-    def logits(self, x: np.ndarray) -> np.ndarray:
-        """Logits of rows of the stream, float32 [len(x), n_vocab]."""
+    def logits(self, x: np.ndarray, first: int = 0) -> np.ndarray:
+        """Logits of the rows x[first:] of the stream, float32 [len(x) - first, n_vocab]."""
         self._reserve(len(x))
-        first, found = self._place(x), np.empty((len(x), self._config.n_vocab), np.float32)
-        for start in range(0, len(x), LOGITS_BATCH):
-            part = found[start : start + LOGITS_BATCH]
-            self._set_rows(len(x), first + start, len(part))
+        self._place(x)
+        found = np.empty((len(x) - first, self._config.n_vocab), np.float32)
+        for start in range(first, len(x), LOGITS_BATCH):
+            n = min(LOGITS_BATCH, len(x) - start)
+            self._set_rows(len(x), start, n)
             self._run(self._head, len(self._recorded.program))
-            part[:] = self._buffers["logits"][: len(part)]
+            found[start - first : start - first + n] = self._buffers["logits"][:n]
         self._check()
         return found
 
@@ -212,12 +215,14 @@ class CpuStage:
     def close(self) -> None:
         """Drop threads, buffers, slots and weights. The pool is the other stages' as well: the engine closes all of them."""
         self._pool.close()
-        self._recorded = self._buffers = self._weights = self._watched = self.slots = None
+        self._recorded = self._buffers = self._stream = self._state = self._dense = self._weights = self._watched = (
+            self.slots
+        ) = None
         self._given, self._capacity = {}, 0
 
     def after_fork(self) -> None:
         """In a forked child: forget what another thread of the parent may have been in the middle of."""
-        self._recorded = self._buffers = None
+        self._recorded = self._buffers = self._stream = None
         self._capacity, self._forked = 0, True
 
     def allocated(self, n: int) -> int:
@@ -231,14 +236,15 @@ class CpuStage:
         """Buffers for `n` tokens at a time, and the program over them."""
         if n <= self._capacity:
             return
-        self._recorded = self._buffers = None  # the old buffers make room for the new ones
+        self._recorded = self._buffers = self._stream = None  # the old buffers make room for the new ones
         self._capacity = 0
         capacity = max(n, min(self._most, 1 << (n - 1).bit_length()))
         kind = {"embeds": self._embeds, "heads": self._heads}
         self._buffers = Buffers(
             buffers.shapes(self._config, self.layers, capacity, self._pool.threads, slots=self.slots is not None, **kind)
         )
-        self._buffers["dense"][2:] = np.arange(capacity)
+        self._state, self._dense = self._buffers["state"], self._buffers["dense"]
+        self._dense[2:] = np.arange(capacity)
         self._recorded = Recorder(
             self._weights, self._config, self.layers, self._buffers, self._stop.ctypes.data, self.slots, self._watched
         )
@@ -249,26 +255,24 @@ class CpuStage:
 
     def _set_rows(self, n: int, row: int, count: int) -> None:
         """Tokens of the batch, and which of its rows norms work on."""
-        self._buffers["state"][[N, ROW, COUNT]] = n, row, count
-        self._buffers["dense"][1] = count
+        state = self._state
+        state[N], state[ROW], state[COUNT], self._dense[1] = n, row, count, count
 
     def _look_up(self, x: Tokens, n: int) -> None:
         """Set ids, and the addresses of rows that stand in for embeddings."""
         self._buffers["ids"][:n] = x.ids
         rows = self._buffers["rows"]
         rows[:n] = 0
+        if not x.rows:
+            return
         self._given = {at: np.ascontiguousarray(row, np.float32) for at, row in x.rows.items()}  # kept until the next batch
         for at, row in self._given.items():
             rows[at] = row.ctypes.data
 
-    def _place(self, x: np.ndarray) -> int:
-        """Have rows of the stream in the buffer; returns the first one's number. A view of the buffer is there already."""
-        own = self._buffers["x"]
-        offset = x.ctypes.data - own.ctypes.data
-        if 0 <= offset < own.nbytes and x.strides[0] == own.strides[0]:
-            return offset // own.strides[0]
-        own[: len(x), : self._config.n_embd] = x
-        return 0
+    def _place(self, x: np.ndarray) -> None:
+        """Have the stream in the buffer, where this stage's own result is already."""
+        if x is not self._stream:
+            self._buffers["x"][: len(x), : self._config.n_embd] = x
 
     def _set_runs(self, runs: Sequence[Run]) -> None:
         """Each token's position and cache, and the blocks of neighbours that attention works on."""
@@ -276,12 +280,12 @@ class CpuStage:
         most = tokens_per_block(self._config.n_heads, self._config.n_kv_heads)
         for run in runs:
             end = first + run.n
-            b["positions"][first:end] = np.arange(run.cache.pos, run.cache.pos + run.n)
-            b["tables"][first:end] = run.cache.table.ctypes.data
+            b["positions"][first:end] = range(run.cache.pos, run.cache.pos + run.n)
+            b["tables"][first:end] = run.cache.table_address
             blocks += [(start, min(most, end - start)) for start in range(first, end, most)]
             first = end
         b["blocks"][: len(blocks)] = blocks
-        b["state"][BLOCKS] = len(blocks)
+        self._state[BLOCKS] = len(blocks)
 
     # running
 

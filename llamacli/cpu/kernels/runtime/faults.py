@@ -47,7 +47,8 @@ class Guard:
     @property
     def broken(self) -> int | None:
         """The number of the first mapping that could not be read, or None."""
-        return next((k for k, hit in enumerate(self._table[self._rows, 2]) if hit), None)
+        hits = self._table[self._rows, 2]
+        return int(hits.argmax()) if hits.any() else None
 
 
 def _release(table: np.ndarray, rows: np.ndarray) -> None:
