@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -26,8 +27,9 @@ class _State:
 
     writer = -1  # the descriptor that the interpreter writes to
     watching = False
-    heard = threading.Event()  # the main thread runs Python again
-    first: int | None = None  # the signal that is being obeyed
+    answers = 0  # times that the main thread ran a handler
+    obeying: int | None = None  # the answer to the signal that is being obeyed
+    survived = False  # whether the command went on after that one
     survives = False  # the command goes on after a first Ctrl-C
     unhurried = False  # the command may take its time to end
     engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
@@ -105,8 +107,7 @@ def unhurried():
 
 def obeyed() -> None:
     """The command has dealt with the signal and goes on; the next one is a first one again."""
-    _State.first = None
-    _State.heard.clear()
+    _State.obeying = None
 
 
 @contextmanager
@@ -130,29 +131,47 @@ def at_once():
 
 
 def _handle(number, frame):
-    _State.heard.set()
+    _State.answers += 1
+    if _State.obeying is None:
+        _State.obeying, _State.survived = _State.answers, _State.survives
     if number == signal.SIGTERM:
         raise SystemExit(TERMINATED)
     raise KeyboardInterrupt
 
 
 def _watch(reader: int) -> None:
+    """Answers are counted, since the main thread may be through with a signal before this thread has read of it."""
+    seen, deaf = 0, False  # answers to earlier signals; whether the last one had none in time
     while data := os.read(reader, 1):
         number = data[0]
         if number not in _NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
             continue
-        if _State.first is not None:
+        if (_State.obeying is not None and _State.obeying <= seen) or (deaf and _State.answers == seen):
             _end(number)
-        _State.first = number
+        if deaf:
+            seen, deaf = _State.answers, False
+        survives = _State.survives
         for engine in list(_State.engines):
             engine.interrupt()
-        if _State.heard.wait(GRACE):
-            if not (_State.survives or _State.unhurried):
-                threading.Timer(UNWINDING, _end, [number]).start()
-        elif _State.survives and number == signal.SIGINT:
+        until = time.monotonic() + GRACE
+        while _State.answers == seen and time.monotonic() < until:
+            time.sleep(0.005)
+        if _State.answers != seen:
+            seen = _State.answers
+            if not (_State.survived or _State.unhurried):
+                timer = threading.Timer(UNWINDING, _end_unless_obeyed, [number])
+                timer.daemon = True
+                timer.start()
+        elif survives and number == signal.SIGINT:
+            deaf = True
             _tell("stopping ...; once more ends the program\n")
         else:
             _end(number)
+
+
+def _end_unless_obeyed(number: int) -> None:
+    if _State.obeying is not None:
+        _end(number)
 
 
 def _tell(text: str) -> None:
