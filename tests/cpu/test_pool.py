@@ -90,7 +90,7 @@ def test_a_hundred_pools_leave_no_thread_behind():
         assert_counts(pool, 2)
         pool.close()
         pool.close()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
 
 
 def test_a_pool_that_is_dropped_ends_its_threads():
@@ -113,7 +113,7 @@ def test_a_pool_that_cannot_start_all_threads_ends_those_it_started(monkeypatch)
     monkeypatch.setattr(threading.Thread, "start", third_fails)
     with pytest.raises(UsageError, match="expected to start 8, found room for 3; use fewer"):
         Pool(8)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
