@@ -93,8 +93,8 @@ class Stage(Protocol):
     def watch(self) -> list:
         """From now on sum the squares of all inputs to the layers' products; begins anew (cpu/operations.Inputs)."""
 
-    def take_traffic(self):
-        """What was read since the last call (cpu/experts.Traffic), None if nothing is fetched."""
+    def take_io_stats(self):
+        """What was read since the last call (cpu/experts.IoStats), None if nothing is fetched."""
 
     def after_fork(self) -> None:
         """In a forked child: forget what another thread may have been in the middle of."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import MAX_BATCH
-from llamacli.cpu.experts import Traffic
+from llamacli.cpu.experts import IoStats
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.operations import Inputs
 from llamacli.cpu.stage import LOOK_EVERY, cpu_stages
@@ -152,10 +152,10 @@ class Engine:
             self._check_open()
             return [inputs for stage in self.stages for inputs in stage.watch()]
 
-    def take_traffic(self) -> Traffic | None:
+    def take_io_stats(self) -> IoStats | None:
         """What was read since the last call, None if all experts are mapped."""
         with self._lock:
-            found = [traffic for stage in self.stages if (traffic := stage.take_traffic()) is not None]
+            found = [io for stage in self.stages if (io := stage.take_io_stats()) is not None]
         return sum(found[1:], start=found[0]) if found else None
 
     @property

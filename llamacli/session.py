@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.cpu.experts import Traffic
+from llamacli.cpu.experts import IoStats
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.prompt import Token, tokens
 
@@ -39,8 +39,8 @@ class Stats:
     decoded: int = 0  # evaluations of one token; the first sampled token needs none
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    prefill_traffic: Traffic | None = None  # what was read for the prompt, and after it, if experts are in slots
-    decode_traffic: Traffic | None = None
+    prefill_io: IoStats | None = None  # what was read for the prompt, and after it, if experts are in slots
+    decode_io: IoStats | None = None
 
     @property
     def prefill_tps(self) -> float | None:
@@ -134,7 +134,7 @@ class Session:
             began = perf_counter()
             logits = self.sync(ids)
             stats.prefill_s = perf_counter() - began
-            stats.prefill_traffic = self.engine.take_traffic()
+            stats.prefill_io = self.engine.take_io_stats()
             while True:
                 began = perf_counter()
                 token = sampler.pick(logits, self._history())
@@ -156,7 +156,7 @@ class Session:
             yield Piece("" if stopped else watch.push(decoder.flush())[0] + watch.flush(), None, "interrupt")
             raise
         finally:
-            stats.decode_traffic = self.engine.take_traffic()
+            stats.decode_io = self.engine.take_io_stats()
         tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
         yield Piece(tail, None, reason)
 

@@ -1,8 +1,8 @@
 """Compiles kernels for ARM and runs them under qemu, with the same arguments as the kernels of this machine.
 
-In: a module builder and one of TARGETS. Out: `{symbol: Leaf}`, as from jit.load. A call copies its arrays into the emulated
-program and back; addresses of further arrays must be passed as `pointers(rows)`. Each variant runs on the smallest emulated CPU
-that may choose it, so that an instruction the CPU lacks ends the program.
+In: a module builder and one of TARGETS. Out: `{symbol: Microkernel}`, as from jit.load. A call copies its arrays into the
+emulated program and back; addresses of further arrays must be passed as `pointers(rows)`. Each variant runs on the smallest
+emulated CPU that may choose it, so that an instruction the CPU lacks ends the program.
 """
 
 import ctypes
@@ -57,7 +57,7 @@ def pointers(rows) -> Pointers:
     return table
 
 
-class Leaf(NamedTuple):
+class Microkernel(NamedTuple):
     """A function of an emulated program."""
 
     program: Path
@@ -99,16 +99,16 @@ def _owner(array):
     return array
 
 
-def load(name: str, build, symbols: tuple[str, ...], target: jit.Target) -> dict[str, Leaf]:
+def load(name: str, build, symbols: tuple[str, ...], target: jit.Target) -> dict[str, Microkernel]:
     """The kernels that `build(target)` makes, as functions of one emulated program."""
     if (name, target.name) not in _loaded:
         program = Path(_folder().name) / f"{name}-{target.name}"
         code = program.with_suffix(".o")
         code.write_bytes(jit.machine(target).emit_object(jit.optimized(build, target)))
         source = Path(__file__).with_name("arm_call.c")
-        subprocess.run([COMPILER, "-static", f"-DLEAVES={','.join(symbols)}", "-o", program, source, code], check=True)
+        subprocess.run([COMPILER, "-static", f"-DMICROKERNELS={','.join(symbols)}", "-o", program, source, code], check=True)
         cpu = CPUS[target.name.removeprefix("arm-")][1]
-        _loaded[name, target.name] = {symbol: Leaf(program, cpu, k) for k, symbol in enumerate(symbols)}
+        _loaded[name, target.name] = {symbol: Microkernel(program, cpu, k) for k, symbol in enumerate(symbols)}
     return _loaded[name, target.name]
 
 

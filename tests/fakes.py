@@ -83,7 +83,7 @@ class FakeCache:
 class FakeEngine:
     threads, bytes_per_token, products_per_token = 1, 1000, 2000
 
-    def take_traffic(self):
+    def take_io_stats(self):
         return None
 
     def __init__(self, chunk=8, delay=0.0):

@@ -31,7 +31,7 @@ def run(target) -> int:
 
 
 def build(target):
-    """The module of both leaves."""
+    """The module of both microkernels."""
     module = ir.Module("limits")
     _read(module, target)
     _multiply(module, target)
@@ -89,7 +89,7 @@ def _finish(s, totals, out):
 
 
 class _ShareArguments(NamedTuple):
-    leaf: Microkernel
+    microkernel: Microkernel
     start: Address
     stride: Count
     count: Count
@@ -98,14 +98,14 @@ class _ShareArguments(NamedTuple):
 
 @kernel(_ShareArguments)
 def _share(a, thread, threads):
-    """One leaf on every thread, each with its own part of the data and its own line of the result."""
-    call(a.leaf, (a.start + thread * a.stride, a.count, a.out + 64 * thread))
+    """One microkernel on every thread, each with its own part of the data and its own line of the result."""
+    call(a.microkernel, (a.start + thread * a.stride, a.count, a.out + 64 * thread))
 
 
-def _median_seconds(threads: int, rounds: int, leaf: int, data: np.ndarray, stride: int, count: int) -> float:
+def _median_seconds(threads: int, rounds: int, microkernel: int, data: np.ndarray, stride: int, count: int) -> float:
     out = np.zeros((threads, 64), np.uint8)
     program, pool, seconds = Program(), Pool(threads), []
-    program.add(_share, _ShareArguments(leaf, data.ctypes.data, stride, count, out.ctypes.data))
+    program.add(_share, _ShareArguments(microkernel, data.ctypes.data, stride, count, out.ctypes.data))
     program.seal()
     for _ in range(rounds + 1):  # the first touches the pages and wakes the threads
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
     """Bytes per second, in GB/s, at which `threads` threads read a buffer too large for any cache; the median round."""
     data = np.ones(megabytes << 20, np.uint8)
     share = data.nbytes // threads
-    return data.nbytes / _median_seconds(threads, rounds, leaves()["read"], data, share, share) / 1e9
+    return data.nbytes / _median_seconds(threads, rounds, microkernels()["read"], data, share, share) / 1e9
 
 
 def multiply_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> float:
@@ -131,10 +131,10 @@ def multiply_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> floa
     target = chosen_target()
     data = np.ones(((LINES + sums(target)) * target.width,), np.uint8)
     steps //= run(target)
-    seconds = _median_seconds(threads, rounds, leaves()["multiply"], data, 0, steps)
+    seconds = _median_seconds(threads, rounds, microkernels()["multiply"], data, 0, steps)
     return 2 * target.width * target.step // 4 * sums(target) * run(target) * steps * threads / seconds / 1e9
 
 
-def leaves() -> dict[str, int]:
-    """Addresses of both leaves, compiled or read from the cache on first use."""
+def microkernels() -> dict[str, int]:
+    """Addresses of both microkernels, compiled or read from the cache on first use."""
     return load("limits", build, SYMBOLS)

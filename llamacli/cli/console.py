@@ -28,7 +28,7 @@ _STEERING = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb\\ud800-\\udfff\\U000e0000-\\U000e007f]"
 )
 NUMBER = re.compile(r"-|([-+]|about )?[0-9][0-9.,]*( to [0-9.,]+)?( [^ 0-9]{1,7}){0,2}|")  # a cell that stands to the right
-DRAW_EVERY, TELL_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
+DRAW_EVERY, LOG_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
 
 
 def one_line(text: str) -> str:
@@ -193,15 +193,15 @@ class Console:
         head: tuple[str, ...] = (),
         numbers: tuple[int, ...] | None = None,
         spare: tuple[int, ...] = (),
-        aside: bool = False,
+        to_stderr: bool = False,
     ) -> None:
         """A result as aligned columns to stdout.
 
         The columns `numbers` stand to the right; None: of a table with a head, those that hold numbers alone. Where a terminal
         is too narrow the columns `spare` give way one after the other, then each row becomes lines of its own; a number is
-        never folded. `aside`: to stderr, and no result.
+        never folded. `to_stderr`: a note beside the result.
         """
-        to = sys.stderr if aside else sys.stdout
+        to = sys.stderr if to_stderr else sys.stdout
         body = [tuple(one_line(cell) for cell in row) for row in rows]
         right = numbers if numbers is not None else tuple(i for i in range(len(head)) if _is_numeric([row[i] for row in body]))
         lines = ([head] if head else []) + body
@@ -224,7 +224,7 @@ class Console:
             shown = one_line(title) if not limit else textwrap.fill(one_line(title), limit - 1, break_on_hyphens=False)
             shown = f"{BOLD}{shown}{PLAIN}" if _coloured(to, self._color) else shown
             text = "\n" * title.startswith("\n") + f"{shown}\n{text}"
-        self.say(text) if aside else self.result(text)
+        self.say(text) if to_stderr else self.result(text)
 
     def _drawn_table(self, lines, headed, right, kept, width, coloured) -> str:
         import io
@@ -312,29 +312,29 @@ class Console:
         On a terminal a line that redraws itself and is gone at the end; elsewhere plain lines, with -v or if it takes long.
         """
         if not is_terminal(sys.stderr) or environment.dumb_terminal():
-            yield self._told(Meter(what))
+            yield self._log_progress(Meter(what))
             return
         try:
-            yield self._drawn(Meter(what))
+            yield self._draw_progress(Meter(what))
         finally:
             _to_stderr(f"\r{CLEAR}")
 
-    def _told(self, meter: Meter):
-        start = told = time.monotonic()
+    def _log_progress(self, meter: Meter):
+        start = logged = time.monotonic()
         share = 0.0
 
         def update(done: int, total: int, label: str = "", weights: int | None = None) -> None:
-            nonlocal told, share
+            nonlocal logged, share
             meter.update(done, total, one_line(label), weights)
             now = time.monotonic()
-            due = meter.share - share >= 0.1 or (self.verbose and now - told >= TELL_EVERY)
+            due = meter.share - share >= 0.1 or (self.verbose and now - logged >= LOG_EVERY)
             if due and (self.talks or now - start >= QUIET_FOR):
-                told, share = now, meter.share
+                logged, share = now, meter.share
                 self.say(meter.words())
 
         return update
 
-    def _drawn(self, meter: Meter):
+    def _draw_progress(self, meter: Meter):
         drawn, signs = 0.0, self.signs()
         colours = {"filled": CYAN, "empty": DIM, "speed": DIM} if _coloured(sys.stderr, self._color) else {}
 

@@ -185,7 +185,7 @@ def _show(report, as_json: bool, console) -> None:
     if report["written"] and (console.talks or not as_json):
         groups.append(everything)
         rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
-        console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), aside=True)
+        console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), to_stderr=True)
         console.say(
             console.dim(one_line(f"wrote {_written(report)}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}"))
         )

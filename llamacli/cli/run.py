@@ -233,8 +233,8 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     if stats.prefill_tps:
         parts[0] += f" at {stats.prefill_tps:.1f}/s"
     parts.append(f"{stats.completion_tokens} answered" + (f" at {stats.decode_tps:.1f}/s" if stats.decode_tps else ""))
-    if stats.decode_traffic and stats.decoded:
-        parts.append(describe_traffic(stats.decode_traffic, stats.decoded, stats.decode_s))
+    if stats.decode_io and stats.decoded:
+        parts.append(describe_io(stats.decode_io, stats.decoded, stats.decode_s))
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     if reason:
@@ -242,12 +242,12 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     return "[" + ", ".join(parts) + "]"
 
 
-def describe_traffic(traffic, tokens: int, seconds: float) -> str:
+def describe_io(io, tokens: int, seconds: float) -> str:
     """What the answer's tokens asked of the disk."""
-    asked = traffic.hits + traffic.misses
-    megabytes, wait = traffic.bytes_read / tokens / 1e6, 1000 * traffic.stall_s / tokens
-    speed = f" at {traffic.bytes_read / traffic.reading_s / 1e9:.1f} GB/s" if traffic.reading_s else ""
+    asked = io.hits + io.misses
+    megabytes, wait = io.bytes_read / tokens / 1e6, 1000 * io.stall_s / tokens
+    speed = f" at {io.bytes_read / io.reading_s / 1e9:.1f} GB/s" if io.reading_s else ""
     return (
-        f"{100 * traffic.hits / max(1, asked):.0f} % of experts in memory, {megabytes:.0f} MB a token read{speed}, "
+        f"{100 * io.hits / max(1, asked):.0f} % of experts in memory, {megabytes:.0f} MB a token read{speed}, "
         f"{wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for it, {resident() / 1e9:.2f} GB resident"
     )

@@ -1,7 +1,7 @@
 """`llamacli warmup`: compile now, once, whatever this machine may need, so that no later start has to.
 
-In: nothing. Out: one line on stdout; OutputError if the cache folder cannot keep the code. Compiles every tensor type's leaves,
-the vectors of usual head sizes, all drivers, the yardsticks of `bench` and the encoders of `quantize`.
+In: nothing. Out: one line on stdout; OutputError if the cache folder cannot keep the code. Compiles the microkernels of every
+tensor type and of the usual head sizes, all drivers, the machine limits of `bench` and the encoders of `quantize`.
 """
 
 import pkgutil
@@ -36,7 +36,7 @@ def warmup(output: Output = None) -> None:
 
 
 def _files(folder) -> set[str]:
-    """Object code of leaves (.o) and of what Numba compiled (.nbc)."""
+    """Object code of microkernels (.o) and of what Numba compiled (.nbc)."""
     return {path.name for path in folder.rglob("*") if path.suffix in (".o", ".nbc")}
 
 
@@ -51,11 +51,11 @@ def _compile_all() -> None:
     for driver in KERNELS:
         _ = driver.address
     for name in (*formats.QUANTIZED, *formats.FLOATS):
-        matmul.leaves(name)
+        matmul.microkernels(name)
     for size in HEAD_SIZES:
         if size % chosen_target().lanes == 0:
             load(f"vectors-{size}", vectors.build(size), vectors.SYMBOLS)
-    limits.leaves()
+    limits.microkernels()
     _compile_conversion()
 
 

@@ -28,7 +28,7 @@ MANY = 4  # choices per expert from which on a batch uses nearly all experts
 
 
 @dataclass
-class Traffic:
+class IoStats:
     """Counts of cache hits, prefetches and reads."""
 
     hits: int = 0  # experts that were in a slot when a layer's tokens chose them
@@ -39,8 +39,8 @@ class Traffic:
     stall_s: float = 0.0  # waiting for reads
     reading_s: float = 0.0  # with at least one read in flight
 
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "IoStats") -> "IoStats":
+        return IoStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
         speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
@@ -50,7 +50,7 @@ class Traffic:
         return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
 
 
-class _Pass(NamedTuple):
+class _RingRead(NamedTuple):
     """Matrices of one expert that are read into a buffer of the ring."""
 
     layer: int
@@ -58,36 +58,39 @@ class _Pass(NamedTuple):
     parts: tuple[int, ...]
 
 
-class _Layer:
-    """One layer's slots: which expert is in which, and a decaying count of each expert's uses."""
+class _LayerCache:
+    """One layer's slots: which expert is in which, and a decaying count of each expert's uses.
 
-    def __init__(self, stacks: Sequence[TensorSlices], n_experts: int, n_slots: int):
-        self.stacks = stacks
-        self.room = sum(stack.room for stack in stacks)
-        self.memory = pages.memory(n_slots * self.room)
-        self.slots: dict[int, int] = {}
-        self.uses, self._worth = (
-            np.zeros(n_experts),
-            1.0,
-        )  # weighted counts: a choice counts twice as much as one HALF_LIFE choices ago
-        self.numbers = list(range(n_slots))  # of all slots
-        self.free = list(self.numbers)
+    An expert is in one of three states. Absent: not in `slot_of`. Reading: in `slot_of`, and for at least one of its matrices
+    in `pending`. Present: in `slot_of` alone. Only `_evict` makes an expert absent; its slot is then free, but a read that had
+    begun may still write to it. The slot is in `abandoned` until `_take_slot` has seen that read end.
+    """
+
+    def __init__(self, tensors: Sequence[TensorSlices], n_experts: int, n_slots: int):
+        self.tensors = tensors
+        self.slot_bytes = sum(tensor.room for tensor in tensors)
+        self.memory = pages.memory(n_slots * self.slot_bytes)
+        self.slot_of: dict[int, int] = {}  # by expert
+        self.uses = np.zeros(n_experts)  # weighted counts
+        self._weight = 1.0  # of the next use: it doubles every HALF_LIFE choices
+        self.all_slots = list(range(n_slots))  # `shrink` removes some
+        self.free = list(self.all_slots)
         self.addresses = np.zeros((3, n_experts), np.int64)
-        self.arriving: dict[tuple[int, int], list[Future]] = {}  # (expert, part): reads in flight into its slot
-        self.stale: dict[int, list[Future]] = {}  # free slots into which an abandoned read may still be running
-        self.guess: int | None = None  # the expert prefetched for a single token
-        self.clearing: list[Future] = []  # faulting in the memory before it is read into
+        self.pending: dict[tuple[int, int], list[Future]] = {}  # (expert, part): reads in flight into its slot
+        self.abandoned: dict[int, list[Future]] = {}  # free slots into which an abandoned read may still be running
+        self.prefetched: int | None = None  # the expert prefetched for a single token
+        self.faulting_in: list[Future] = []  # faulting in the memory before it is read into
 
     def count(self, chosen: Sequence[int]) -> None:
         """Update the use counts."""
         if len(chosen) == 1:
-            self.uses[chosen[0]] += self._worth
+            self.uses[chosen[0]] += self._weight
         else:
-            self.uses += np.bincount(chosen, self._worth * 2 ** (np.arange(len(chosen)) / HALF_LIFE), len(self.uses))
-        self._worth *= 2 ** (len(chosen) / HALF_LIFE)
-        if self._worth > 1e100:
-            self.uses /= self._worth
-            self._worth = 1.0
+            self.uses += np.bincount(chosen, self._weight * 2 ** (np.arange(len(chosen)) / HALF_LIFE), len(self.uses))
+        self._weight *= 2 ** (len(chosen) / HALF_LIFE)
+        if self._weight > 1e100:
+            self.uses /= self._weight
+            self._weight = 1.0
 
 
 class Slots:
@@ -95,16 +98,16 @@ class Slots:
 
     def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: dict[int, int]):
         """`layers`: gate, up and down tensors by layer. `n_slots`: by layer, how many experts it caches."""
-        self._traffic, self._reads = Traffic(), DirectReader()
+        self._io, self._reads = IoStats(), DirectReader()
         self._layers = {
-            i: _Layer([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
+            i: _LayerCache([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
             for i, tensors in layers.items()
         }
-        largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.stacks for layer in self._layers.values()))
+        largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.tensors for layer in self._layers.values()))
         self._buffers = [pages.memory(largest) for _ in range(RING)]
-        self._ring = list(self._buffers)  # free buffers
-        self._passing: dict[_Pass, tuple[mmap.mmap, list[Future]]] = {}  # buffers in use
-        self._held: list[mmap.mmap] = []
+        self._free_buffers = list(self._buffers)
+        self._ring_reads: dict[_RingRead, tuple[mmap.mmap, list[Future]]] = {}  # the buffers in use
+        self._resident: list[mmap.mmap] = []
 
     @property
     def notices(self) -> list[str]:
@@ -117,28 +120,28 @@ class Slots:
 
     def prefetch(self, layer: int, chosen: Sequence[int]) -> None:
         """Start to read the experts that the layer's next `fetch` will probably need, as many as there is room for."""
-        here, wanted = self._layers[layer], [e for e, _ in Counter(chosen).most_common()]
+        cache, wanted = self._layers[layer], [e for e, _ in Counter(chosen).most_common()]
         for e in wanted:
-            if len(wanted) > len(here.numbers):
-                if not self._ahead(_Pass(layer, e, (GATE, UP))):
+            if len(wanted) > len(cache.all_slots):
+                if not self._start_read(_RingRead(layer, e, (GATE, UP))):
                     return
-            elif e not in here.slots and _Pass(layer, e, (GATE, UP)) not in self._passing:
-                here.guess = e if len(chosen) == 1 else None
-                self._begin(here, e, self._slot(here, wanted))
+            elif e not in cache.slot_of and _RingRead(layer, e, (GATE, UP)) not in self._ring_reads:
+                cache.prefetched = e if len(chosen) == 1 else None
+                self._read_to_slot(cache, e, self._take_slot(cache, wanted))
 
     def load_resident(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory that stays resident; returns addresses by name. ModelFileError if a read fails."""
-        stacks = [self._reads.slices(tensor, 1) for tensor in tensors]
-        memory = pages.memory(sum(stack.room for stack in stacks))
+        slices = {tensor.name: self._reads.slices(tensor, 1) for tensor in tensors}
+        memory = pages.memory(sum(whole.room for whole in slices.values()))
         at, addresses, reads = 0, {}, []
-        for tensor, stack in zip(tensors, stacks, strict=True):
-            begun, addresses[tensor.name] = self._reads.begin(stack, 0, memory, at)
+        for name, whole in slices.items():
+            begun, addresses[name] = self._reads.begin(whole, 0, memory, at)
             reads += begun
-            at += stack.room
+            at += whole.room
         self._wait(reads)
-        self._held.append(memory)
+        self._resident.append(memory)
         pages.lock(address(memory), at)
-        self.take_traffic()
+        self.take_io_stats()
         return addresses
 
     def fetch(self, layer: int, chosen: Sequence[int], in_order: bool = False) -> "ExpertFetch":
@@ -146,36 +149,40 @@ class Slots:
 
         Experts are yielded as they become available; with `in_order` by ascending number.
         """
-        here = self._layers[layer]
-        here.count(chosen)
-        self._arrived(here)
-        used, guess = sorted(set(chosen)), here.guess
+        cache = self._layers[layer]
+        cache.count(chosen)
+        self._collect_finished(cache)
+        used, guess = sorted(set(chosen)), cache.prefetched
         if guess is not None:
-            here.guess = None
-            self._traffic.guesses += 1
-            self._traffic.good_guesses += guess in used
-            if guess not in used and guess in here.slots:
-                self._forget(here, guess)
-        self._drop([one for one in self._passing if one.layer != layer or one.expert not in used or one.expert in here.slots])
-        passing = {one.expert for one in self._passing}
-        coming = {e for e in used if (e, GATE) in here.arriving}  # right guesses and other prefetches
-        missing = [e for e in used if e not in here.slots]
+            cache.prefetched = None
+            self._io.guesses += 1
+            self._io.good_guesses += guess in used
+            if guess not in used and guess in cache.slot_of:
+                self._evict(cache, guess)
+        needless = [
+            read for read in self._ring_reads if read.layer != layer or read.expert not in used or read.expert in cache.slot_of
+        ]
+        self._release_buffers(needless)
+        in_ring = {read.expert for read in self._ring_reads}
+        coming = {e for e in used if (e, GATE) in cache.pending}  # right guesses and other prefetches
+        missing = [e for e in used if e not in cache.slot_of]
         misses = len(missing) + len(coming)
-        self._traffic.hits += len(used) - misses
-        self._traffic.misses += misses
-        few = len(used) <= len(here.numbers)
-        fresh = sorted((e for e in missing if e not in passing), key=lambda e: -here.uses[e])
-        for e in sorted(fresh if few else fresh[: len(here.free)]):
-            self._begin(here, e, self._slot(here, used))
+        self._io.hits += len(used) - misses
+        self._io.misses += misses
+        few = len(used) <= len(cache.all_slots)
+        fresh = sorted((e for e in missing if e not in in_ring), key=lambda e: -cache.uses[e])
+        for e in sorted(fresh if few else fresh[: len(cache.free)]):
+            self._read_to_slot(cache, e, self._take_slot(cache, used))
         if not in_order:  # in memory, in flight to the ring, in flight to slots, and the rest
-            used.sort(key=lambda e: (e not in here.slots or (e, GATE) in here.arriving, e not in passing, e not in here.slots))
+            pending = {e for e, part in cache.pending if part == GATE}
+            used.sort(key=lambda e: (e not in cache.slot_of or e in pending, e not in in_ring, e not in cache.slot_of))
         if not few:
-            self._clear(self._after(layer))
-        return ExpertFetch(self, layer, used, not in_order and len(chosen) >= MANY * here.addresses.shape[1])
+            self._fault_in(self._next_layer(layer))
+        return ExpertFetch(self, layer, used, not in_order and len(chosen) >= MANY * cache.addresses.shape[1])
 
-    def take_traffic(self) -> Traffic:
+    def take_io_stats(self) -> IoStats:
         """The counts since the last call."""
-        taken, self._traffic = self._traffic, Traffic()
+        taken, self._io = self._io, IoStats()
         taken.bytes_read, taken.reading_s = self._reads.take()
         return taken
 
@@ -186,16 +193,16 @@ class Slots:
         """
         given = 0
         while given < nbytes:
-            here = max(self._layers.values(), key=lambda here: len(here.numbers))
-            if len(here.numbers) == 1:
+            cache = max(self._layers.values(), key=lambda cache: len(cache.all_slots))
+            if len(cache.all_slots) == 1:
                 break
-            settle(here.clearing)
-            slot = self._slot(here, ())
-            here.numbers.remove(slot)
-            start, end = -(-slot * here.room // mmap.PAGESIZE), (slot + 1) * here.room // mmap.PAGESIZE
+            settle(cache.faulting_in)
+            slot = self._take_slot(cache, ())
+            cache.all_slots.remove(slot)
+            start, end = -(-slot * cache.slot_bytes // mmap.PAGESIZE), (slot + 1) * cache.slot_bytes // mmap.PAGESIZE
             if hasattr(mmap, "MADV_DONTNEED") and start < end:
-                here.memory.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
-            given += here.room
+                cache.memory.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
+            given += cache.slot_bytes
         return given
 
     def reset(self, layer: int) -> None:
@@ -204,85 +211,85 @@ class Slots:
         Waits for all reads, empties the slots of `layer` and of the next one, and drops experts of failed reads elsewhere.
         """
         self._reads.stop()
-        self._passing.clear()
-        self._ring = list(self._buffers)
-        for i, here in self._layers.items():
-            if i in (layer, *self._after(layer)):
-                here.slots.clear()
-                here.arriving, here.stale, here.guess, here.free = {}, {}, None, list(here.numbers)
-            for e in {e for (e, _), reads in here.arriving.items() if failed(reads)}:
-                self._forget(here, e)
+        self._ring_reads.clear()
+        self._free_buffers = list(self._buffers)
+        for i, cache in self._layers.items():
+            if i in (layer, *self._next_layer(layer)):
+                cache.slot_of.clear()
+                cache.pending, cache.abandoned, cache.prefetched, cache.free = {}, {}, None, list(cache.all_slots)
+            for e in {e for (e, _), reads in cache.pending.items() if failed(reads)}:
+                self._evict(cache, e)
 
     # used by ExpertFetch
 
-    def _sweep(self, layer: int, experts: list[int], parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
+    def _stream(self, layer: int, experts: list[int], parts: tuple[int, ...], then: list[_RingRead]) -> Iterator[int]:
         """Yields each expert once its parts are in memory. The first next() starts the reads; those of `then` come last."""
-        here = self._layers[layer]
-        line = deque([*(_Pass(layer, e, parts) for e in experts if e not in here.slots), *then])
+        cache = self._layers[layer]
+        queue = deque([*(_RingRead(layer, e, parts) for e in experts if e not in cache.slot_of), *then])
 
         def fill() -> None:
-            while line and self._ahead(line[0], line[0].layer != layer):
-                line.popleft()
+            while queue and self._start_read(queue[0], queue[0].layer != layer):
+                queue.popleft()
 
         fill()
         yield -1
         for e in experts:
-            if e in here.slots:
+            if e in cache.slot_of:
                 for part in parts:
-                    self._wait(here.arriving.pop((e, part), ()))
+                    self._wait(cache.pending.pop((e, part), ()))
                 yield e
             else:
-                one = _Pass(layer, e, parts)
-                self._wait(self._passing[one][1])
+                read = _RingRead(layer, e, parts)
+                self._wait(self._ring_reads[read][1])
                 yield e
-                self._drop([one])
+                self._release_buffers([read])
             fill()
 
-    def _after(self, layer: int) -> list[int]:
+    def _next_layer(self, layer: int) -> list[int]:
         """The next layer with experts, if there is one."""
         return [i for i in self._layers if i > layer][:1]
 
-    def _following(self, layer: int) -> list[_Pass]:
+    def _first_reads_of_next_layer(self, layer: int) -> list[_RingRead]:
         """The reads that a long prompt needs first in the next layer, as many as there is room for."""
-        ahead = [
-            [_Pass(i, e, (GATE, UP)) for e in range(there.addresses.shape[1]) if e not in there.slots][: len(there.free) + RING]
-            for i, there in ((i, self._layers[i]) for i in self._after(layer))
-        ]
-        return ahead[0] if ahead else []
+        for i in self._next_layer(layer):
+            cache = self._layers[i]
+            absent = [e for e in range(cache.addresses.shape[1]) if e not in cache.slot_of]
+            return [_RingRead(i, e, (GATE, UP)) for e in absent[: len(cache.free) + RING]]
+        return []
 
-    def _clear(self, layers: list[int]) -> None:
+    def _fault_in(self, layers: list[int]) -> None:
         """Fault in, once and in the background, the free slots of layers that will soon be filled."""
-        for here in (self._layers[i] for i in layers):
-            if here.free and not here.clearing:
-                here.clearing = [self._reads.clear(here.memory, here.room, list(here.free))]
+        for cache in (self._layers[i] for i in layers):
+            if cache.free and not cache.faulting_in:
+                cache.faulting_in = [self._reads.clear(cache.memory, cache.slot_bytes, list(cache.free))]
 
-    def _ahead(self, one: _Pass, free_slots: bool = True) -> bool:
-        """Start to read what is not in memory, into a free slot if allowed, else into the ring; False if the ring is full."""
-        there = self._layers[one.layer]
-        if one not in self._passing and one.expert not in there.slots:
-            if free_slots and there.free:
-                self._begin(there, one.expert, self._slot(there, ()))
-            elif self._ring:
-                self._pass(one)
+    def _start_read(self, read: _RingRead, free_slots: bool = True) -> bool:
+        """Start a read that is needed: into a free slot if allowed, else into the ring; False if the ring is full."""
+        cache = self._layers[read.layer]
+        if read not in self._ring_reads and read.expert not in cache.slot_of:
+            if free_slots and cache.free:
+                self._read_to_slot(cache, read.expert, self._take_slot(cache, ()))
+            elif self._free_buffers:
+                self._read_to_ring(read)
             else:
                 return False
         return True
 
-    def _pass(self, one: _Pass) -> None:
+    def _read_to_ring(self, read: _RingRead) -> None:
         """Start to read into a buffer of the ring."""
-        here, memory, at, futures = self._layers[one.layer], self._ring[-1], 0, []
-        self._passing[one] = memory, futures
-        self._ring.pop()
-        for part in one.parts:
-            futures += self._read(here, one.expert, part, memory, at)
-            at += here.stacks[part].room
+        cache, memory, at, futures = self._layers[read.layer], self._free_buffers[-1], 0, []
+        self._ring_reads[read] = memory, futures
+        self._free_buffers.pop()
+        for part in read.parts:
+            futures += self._read(cache, read.expert, part, memory, at)
+            at += cache.tensors[part].room
 
-    def _drop(self, passes: list[_Pass]) -> None:
-        """Return buffers to the ring once their reads have ended."""
-        running = {one: [future for future in self._passing[one][1] if not future.cancel()] for one in passes}
-        for one, futures in running.items():
+    def _release_buffers(self, reads: list[_RingRead]) -> None:
+        """Return buffers to the ring once their reads have ended; reads that have not begun are cancelled."""
+        running = {read: [future for future in self._ring_reads[read][1] if not future.cancel()] for read in reads}
+        for read, futures in running.items():
             settle(futures)
-            self._ring.append(self._passing.pop(one)[0])
+            self._free_buffers.append(self._ring_reads.pop(read)[0])
 
     def _wait(self, futures: Iterable[Future]) -> None:
         began = perf_counter()
@@ -290,49 +297,49 @@ class Slots:
             for future in futures:
                 future.result()
         finally:
-            self._traffic.stall_s += perf_counter() - began
+            self._io.stall_s += perf_counter() - began
 
-    def _slot(self, here: _Layer, used: Collection[int]) -> int:
+    def _take_slot(self, cache: _LayerCache, used: Collection[int]) -> int:
         """A slot to fill: a free one, or that of the least frequently used expert that is not in `used`, which is evicted."""
-        quiet = next((slot for slot in here.free if all(f.done() for f in here.stale.get(slot, ()))), None)
-        if quiet is None:
-            old = min((e for e in here.slots if e not in used), key=here.uses.__getitem__, default=None)
+        unused = next((slot for slot in cache.free if all(f.done() for f in cache.abandoned.get(slot, ()))), None)
+        if unused is None:
+            old = min((e for e in cache.slot_of if e not in used), key=cache.uses.__getitem__, default=None)
             if old is not None:
-                self._forget(here, old)
-            quiet = here.free[-1]
-            settle(here.stale.get(quiet, ()))
-        here.free.remove(quiet)
-        here.stale.pop(quiet, None)
-        return quiet
+                self._evict(cache, old)
+            unused = cache.free[-1]
+            settle(cache.abandoned.get(unused, ()))
+        cache.free.remove(unused)
+        cache.abandoned.pop(unused, None)
+        return unused
 
-    def _begin(self, here: _Layer, expert: int, slot: int) -> None:
+    def _read_to_slot(self, cache: _LayerCache, expert: int, slot: int) -> None:
         """Start to read an expert into a slot, gate and up before down."""
-        here.slots[expert] = slot
-        at = slot * here.room
+        cache.slot_of[expert] = slot
+        at = slot * cache.slot_bytes
         for part in (GATE, UP, DOWN):
-            here.arriving[expert, part] = self._read(here, expert, part, here.memory, at)
-            at += here.stacks[part].room
+            cache.pending[expert, part] = self._read(cache, expert, part, cache.memory, at)
+            at += cache.tensors[part].room
 
-    def _arrived(self, here: _Layer) -> None:
-        """Mark experts whose reads have finished as present; forget those whose reads failed."""
-        for (e, part), reads in list(here.arriving.items()):
-            if e in here.slots and all(read.done() for read in reads):
+    def _collect_finished(self, cache: _LayerCache) -> None:
+        """Mark experts whose reads have finished as present; evict those whose reads failed."""
+        for (e, part), reads in list(cache.pending.items()):
+            if e in cache.slot_of and all(read.done() for read in reads):
                 if failed(reads):
-                    self._forget(here, e)
+                    self._evict(cache, e)
                 else:
-                    here.arriving.pop((e, part), None)
+                    cache.pending.pop((e, part), None)
 
-    def _forget(self, here: _Layer, expert: int) -> None:
-        """Evict an expert; reads still running into its slot become stale."""
-        slot, futures = here.slots.pop(expert), []
+    def _evict(self, cache: _LayerCache, expert: int) -> None:
+        """Evict an expert; reads still running into its slot are abandoned."""
+        slot, futures = cache.slot_of.pop(expert), []
         for part in (GATE, UP, DOWN):
-            futures += here.arriving.pop((expert, part), ())
-        here.stale[slot] = [future for future in futures if not future.cancel()]
-        here.free.append(slot)
+            futures += cache.pending.pop((expert, part), ())
+        cache.abandoned[slot] = [future for future in futures if not future.cancel()]
+        cache.free.append(slot)
 
-    def _read(self, here: _Layer, expert: int, part: int, memory: mmap.mmap, at: int) -> list[Future]:
+    def _read(self, cache: _LayerCache, expert: int, part: int, memory: mmap.mmap, at: int) -> list[Future]:
         """Start to read one matrix into `memory` from byte `at` on; its address is valid when the reads are done."""
-        reads, here.addresses[part, expert] = self._reads.begin(here.stacks[part], expert, memory, at)
+        reads, cache.addresses[part, expert] = self._reads.begin(cache.tensors[part], expert, memory, at)
         return reads
 
 
@@ -341,18 +348,18 @@ class ExpertFetch:
 
     def __init__(self, slots: Slots, layer: int, experts: list[int], many: bool):
         self._slots, self._layer, self.experts = slots, layer, experts
-        self._then = slots._following(layer) if many else []
-        down = [_Pass(layer, e, (DOWN,)) for e in experts if e not in slots._layers[layer].slots]
-        self.gate_up = self._begun((GATE, UP), [*down, *self._then])
+        self._then = slots._first_reads_of_next_layer(layer) if many else []
+        down = [_RingRead(layer, e, (DOWN,)) for e in experts if e not in slots._layers[layer].slot_of]
+        self.gate_up = self._started((GATE, UP), [*down, *self._then])
 
     def down(self) -> Iterator[int]:
         """Yields each expert once its down matrix is in memory; reads start at once. Call it after `gate_up` is exhausted."""
-        return self._begun((DOWN,), self._then)
+        return self._started((DOWN,), self._then)
 
-    def _begun(self, parts: tuple[int, ...], then: list[_Pass]) -> Iterator[int]:
-        sweep = self._slots._sweep(self._layer, self.experts, parts, then)
-        next(sweep)
-        return sweep
+    def _started(self, parts: tuple[int, ...], then: list[_RingRead]) -> Iterator[int]:
+        stream = self._slots._stream(self._layer, self.experts, parts, then)
+        next(stream)
+        return stream
 
 
 def spread(n_slots: int, n_layers: int) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import LOGITS_BATCH, MAX_BATCH, MIN_BATCH, Buffers
-from llamacli.cpu.experts import Slots, Traffic, spread
+from llamacli.cpu.experts import IoStats, Slots, spread
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
 from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, N
@@ -196,9 +196,9 @@ class CpuStage:
         self._reserve(MIN_BATCH)
         return list(self._watched.values())
 
-    def take_traffic(self) -> Traffic | None:
+    def take_io_stats(self) -> IoStats | None:
         """What was read since the last call, None if all experts are mapped."""
-        return self.slots.take_traffic() if self.slots else None
+        return self.slots.take_io_stats() if self.slots else None
 
     def interrupt(self) -> None:
         """Have the call that another thread is in end soon, within one piece of a product; it raises KeyboardInterrupt."""

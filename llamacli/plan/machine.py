@@ -45,7 +45,7 @@ def budget() -> int:
 def memory_free(root: Path = Path("/")) -> int:
     """Bytes that the machine and every cgroup around this process can still give. `root` is where /proc and /sys lie."""
     machine = _vm_stat() if sys.platform == "darwin" else _meminfo(root)
-    if machine is None:  # neither told: all there is
+    if machine is None:  # the system does not say: take all there is
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(0, min([machine, *_cgroups(root)]))
 
@@ -62,8 +62,8 @@ def resident(root: Path = Path("/")) -> int:
     except (OSError, ValueError, IndexError):
         pass
     try:
-        told = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True)
-        return int(told.stdout) * 1024
+        output = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True)
+        return int(output.stdout) * 1024
     except (OSError, ValueError):  # no ps, or one that needs /proc
         return 0
 
@@ -131,11 +131,11 @@ def _field(path: Path, name: str, unit: int = 1) -> int | None:
 def _vm_stat() -> int | None:
     """macOS: pages that are free or purgeable, and inactive ones as far as files lie behind them; others would be swapped."""
     try:
-        told = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
-        page = int(re.search(r"page size of (\d+)", told)[1])
+        output = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
+        page = int(re.search(r"page size of (\d+)", output)[1])
     except (OSError, subprocess.SubprocessError, TypeError):
         return None
-    pages = {name: int(n) for name, n in re.findall(r"^(.+?): +(\d+)", told, re.M)}
+    pages = {name: int(n) for name, n in re.findall(r"^(.+?): +(\d+)", output, re.M)}
     if "Pages free" not in pages:
         return None
     aged = pages.get("Pages inactive", 0) + pages.get("Pages speculative", 0)

@@ -44,9 +44,9 @@ def _searched(fmt, type_name: str) -> Callable[[np.ndarray, np.ndarray | None], 
     from quantize.encoders.levels import LANES
     from quantize.encoders.search import SYMBOLS, build
 
-    leaf = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)  # a foreign call: ctypes lets the interpreter's lock go
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)  # a foreign call: ctypes lets the interpreter's lock go
     name = f"encode-{type_name}-{sources_digest(Path(__file__).parent)}"
-    plain, weighted = (leaf(address) for address in load(name, build(fmt), SYMBOLS).values())
+    plain, weighted = (function(address) for address in load(name, build(fmt), SYMBOLS).values())
     unit = LANES * fmt.GROUP
 
     def encode(x: np.ndarray, weights: np.ndarray | None) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Half floats, bfloat16s and FP8 to float32, some also with the axes changed; rows of blocks; a block's largest magnitude.
 
 In and out: bits, as unsigned integers. A bfloat16 is the upper half of a float32. FP8 comes with a float32 scale for each row.
-Quantized rows go through the engine's own leaves.
+Quantized rows go through the engine's microkernels.
 """
 
 import numpy as np
 
 from llamacli.cpu.kernels.jit.compiler import call, compiled
-from llamacli.cpu.kernels.ops.matmul import leaves
+from llamacli.cpu.kernels.ops.matmul import microkernels
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none
 _TILE = 16  # source rows of a tile: its 16 x 32 values stay in the nearest cache
@@ -77,18 +77,18 @@ def fp8_transposed(x, shift, factor, top, scales, out):
 
 
 @compiled()
-def _rows(leaf, start, row_bytes, n_cols, out, n_rows):
+def _rows(microkernel, start, row_bytes, n_cols, out, n_rows):
     for r in range(n_rows):
-        call(leaf, (start + r * row_bytes, n_cols, out + 4 * r * n_cols))
+        call(microkernel, (start + r * row_bytes, n_cols, out + 4 * r * n_cols))
 
 
 def blocks(type_name: str, x: np.ndarray, out: np.ndarray) -> bool:
-    """uint8 (rows, bytes of a row), contiguous -> float32 (rows, cols); False, and nothing done, for a type without a leaf."""
+    """uint8 (rows, bytes of a row), contiguous -> float32 (rows, cols); False for a type without a microkernel."""
     try:
-        leaf = leaves(type_name).dequantize
+        microkernel = microkernels(type_name).dequantize
     except KeyError:
         return False
-    _rows(leaf, x.ctypes.data, x.shape[1], out.shape[1], out.ctypes.data, len(x))
+    _rows(microkernel, x.ctypes.data, x.shape[1], out.shape[1], out.ctypes.data, len(x))
     return True
 
 

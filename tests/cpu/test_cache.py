@@ -63,7 +63,7 @@ def cache_folder(monkeypatch, tmp_path):
     return kernels.cache_folder.__wrapped__
 
 
-def load_leaves():
+def load_microkernels():
     return loader.load("fresh", vectors.build(32), vectors.SYMBOLS)
 
 
@@ -100,7 +100,7 @@ def test_where_no_folder_can_be_made_code_is_compiled_in_memory_with_one_note(ca
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     assert cache_folder() is None
-    assert load_leaves().keys() == set(vectors.SYMBOLS)
+    assert load_microkernels().keys() == set(vectors.SYMBOLS)
     assert doubled()(np.arange(3)).tolist() == [0, 2, 4]
     (notice,) = kernels.notices
     assert f"{tmp_path / 'cache'}: " in notice
@@ -109,11 +109,11 @@ def test_where_no_folder_can_be_made_code_is_compiled_in_memory_with_one_note(ca
 
 
 def test_a_cache_that_became_read_only_is_used_and_what_it_lacks_is_compiled_in_memory(cache_folder, read_only, monkeypatch):
-    load_leaves()
+    load_microkernels()
     (kept,) = cache_folder().glob("*.o")
     monkeypatch.setattr(loader, "_libraries", {})
     read_only()
-    assert load_leaves().keys() == set(vectors.SYMBOLS)
+    assert load_microkernels().keys() == set(vectors.SYMBOLS)
     assert kernels.notices == []
     assert loader.load("another", vectors.build(64), vectors.SYMBOLS).keys() == set(vectors.SYMBOLS)
     assert doubled()(np.arange(3)).tolist() == [0, 2, 4]

@@ -2,10 +2,11 @@
 
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from interrupts import run_traced
 from tiny import MAVERICK, SCOUT, tiny_gguf
 
 from llamacli import Model
@@ -15,6 +16,8 @@ from llamacli.errors import MemoryLimitError, ModelFileError, UsageError
 from llamacli.files import reads
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role
+from llamacli.llama4.tensors import tensors as specs
 
 SHAPES = {"scout": SCOUT, "maverick": MAVERICK, "two of eight": {"experts": 8, "used": 2}}
 IDS = np.random.RandomState(1).randint(0, 288, 40)
@@ -41,6 +44,51 @@ def conversation(engine, cache=None):
     return np.array(found)
 
 
+def largest_shrink(engine):
+    """Bytes of all slots that can be given back; they are."""
+    return engine.stages[0].shrink(1 << 50)
+
+
+class Reader(reads.DirectReader):
+    """Records the reads of experts in the order in which they begin."""
+
+    def __init__(self, path, begun):
+        super().__init__()
+        gguf = open_gguf(path)
+        experts_of = {s.name: s.layer for s in specs(Config.from_gguf(gguf)) if s.role is Role.EXPERTS}
+        self._layers = {gguf.tensors[name].offset: layer for name, layer in experts_of.items()}
+        self._begun = begun
+
+    def begin(self, slices, k, memory, at):
+        futures, address = super().begin(slices, k, memory, at)
+        if (layer := self._layers.get(slices.offset)) is not None:
+            self._begun.append(((layer, k), at, futures))
+        return futures, address
+
+    def clear(self, memory, size, numbers):
+        future = super().clear(memory, size, numbers)
+        self._begun.append(("clear", [n * size for n in numbers], [future]))
+        return future
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """The function `make(slots, **shape)`: slots over a tiny model, and the list of their reads (what, byte, futures)."""
+
+    def make(n_slots, **shape):
+        path, begun = tiny_gguf(tmp_path / "model.gguf", **shape), []
+        monkeypatch.setattr(experts, "DirectReader", lambda: Reader(path, begun))
+        return engine(path, n_slots).stages[0].slots, begun
+
+    return make
+
+
+def through(slots, layer, chosen):
+    """Fetch experts and use all of them; returns their numbers in the order in which they came."""
+    fetch = slots.fetch(layer, chosen)
+    return [*fetch.gate_up, *fetch.down()]
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 def test_the_same_bytes_come_out_as_from_a_mapped_file(path, slots):
     assert np.array_equal(conversation(engine(path, slots)), conversation(engine(path, 0)))
@@ -54,7 +102,7 @@ def test_only_guesses_that_are_clear_are_read_and_none_changes_a_byte(tmp_path, 
         monkeypatch.setattr("llamacli.cpu.stage.SURE", sure)
         here = engine(path, 1)
         assert np.array_equal(conversation(here), wanted)
-        return here.take_traffic().guesses
+        return here.take_io_stats().guesses
 
     assert guesses(-1) > guesses(0.3) > guesses(2) == 0
 
@@ -70,7 +118,7 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
     def ask(*chosen):
         fetch = slots.fetch(0, chosen)
         assert list(fetch.gate_up) == list(fetch.down()) == sorted(set(chosen))
-        taken = slots.take_traffic()
+        taken = slots.take_io_stats()
         return taken.hits, taken.misses
 
     assert [ask(0), ask(1), ask(0), ask(2), ask(0), ask(1)] == [(0, 1), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
@@ -87,68 +135,61 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
 
 def test_empty_slots_take_what_a_prompt_used_most(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
-    fetch = slots.fetch(0, [2, 0, 2, 0, 3, 1])
-    assert [*fetch.gate_up, *fetch.down()] == [0, 2, 1, 3] * 2  # what passes by comes after what stays
-    assert sorted(slots._layers[0].slots) == [0, 2]
+    assert through(slots, 0, [2, 0, 2, 0, 3, 1]) == [0, 2, 1, 3] * 2  # what is not kept comes last
+    slots.take_io_stats()
+    through(slots, 0, [0, 2])
+    assert slots.take_io_stats().hits == 2
 
 
-def test_a_long_prompt_reads_ahead_into_the_next_layer_and_leaves_what_it_does_not_need(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=8), 1).stages[0].slots
-    n_experts, (first, second) = 8, sorted(slots._layers)[:2]
-    long = [*range(n_experts)] * experts.MANY
+def test_a_long_prompt_reads_ahead_into_the_next_layer_and_drops_what_that_does_not_need(recorded):
+    slots, begun = recorded(1, experts=8)
+    first, second, long = 0, 1, [*range(8)] * experts.MANY
 
-    def through(layer, chosen):
-        fetch = slots.fetch(layer, chosen)
-        list(fetch.gate_up)
-        list(fetch.down())
-        return {(one.layer, one.expert) for one in slots._passing}
+    def read_ahead(layer, chosen):
+        begun.clear()
+        through(slots, layer, chosen)
+        return {what for what, _, _ in begun if what != "clear" and what[0] != layer}
 
-    assert through(first, long[:-1]) == set()
-    assert through(first, long) == {(second, e) for e in range(1, 1 + experts.RING)}
-    assert list(slots._layers[second].slots) == [0]  # a slot that is free is used for it
-    assert through(second, [n_experts - 1]) == set()
-    assert len(slots._ring) == experts.RING
+    assert read_ahead(first, long[:-1]) == set()
+    ahead = {(second, e) for e in range(1 + experts.RING)}  # into the free slot and the ring
+    assert read_ahead(first, long) == ahead
+    begun.clear()
+    through(slots, second, [0])
+    assert begun == []  # it is in the slot
+    through(slots, second, [7])
+    assert read_ahead(first, long) == {(second, e) for e in range(experts.RING)}  # the whole ring was free again
 
 
-def test_a_short_prompts_experts_stay_as_guessed(tmp_path):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
+def test_a_short_prompts_experts_stay_as_guessed(recorded):
+    slots, begun = recorded(2)
     slots.prefetch(0, [3, 1])
-    assert sorted(slots._layers[0].slots) == [1, 3]
-    assert len(slots._ring) == experts.RING
+    wanted = [(0, 1)] * 3 + [(0, 3)] * 3
+    assert sorted(what for what, _, _ in begun) == wanted
+    through(slots, 0, [1, 3])
+    assert sorted(what for what, _, _ in begun) == wanted
 
 
-def test_a_read_that_failed_for_nobody_is_tried_again(tmp_path, monkeypatch):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
+@pytest.mark.parametrize("guesses", [[3, 1], [3]], ids=["nobody waited", "a wrong guess"])
+def test_a_read_ahead_that_failed_is_nobodys_error(recorded, monkeypatch, guesses):
+    slots, begun = recorded(2)
     with monkeypatch.context() as disk:
         fail(disk, 1, OSError(errno.EIO, "Input/output error"))
-        slots.prefetch(0, [3, 1])
-        reads.settle(read for some in slots._layers[0].arriving.values() for read in some)
-    fetch = slots.fetch(0, [1])
-    assert list(fetch.gate_up) == list(fetch.down()) == [1]
+        slots.prefetch(0, guesses)
+        reads.settle(future for _, _, futures in begun for future in futures)
+    assert through(slots, 0, [1]) == [1, 1]
 
 
-def test_a_guess_that_failed_and_was_wrong_is_nobodys_error(tmp_path, monkeypatch):
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
-    with monkeypatch.context() as disk:
-        fail(disk, 1, OSError(errno.EIO, "Input/output error"))
-        slots.prefetch(0, [3])
-        reads.settle(read for some in slots._layers[0].arriving.values() for read in some)
-    fetch = slots.fetch(0, [1])
-    assert list(fetch.gate_up) == list(fetch.down()) == [1]
-
-
-def test_what_was_read_ahead_and_then_guessed_too_is_read_once(tmp_path):
+def test_what_was_read_ahead_and_then_guessed_too_is_read_once(recorded):
     """The ring is full of the next layer's experts, its slots hold others, and more are used than it has slots."""
-    slots = engine(tiny_gguf(tmp_path / "model.gguf", experts=12), 7).stages[0].slots
-    first, second = sorted(slots._layers)[:2]
-    for layer, chosen in ((second, range(5, 12)), (first, [*range(12)] * experts.MANY)):
-        fetch = slots.fetch(layer, [*chosen])
-        for sweep in (fetch.gate_up, fetch.down()):
-            list(sweep)
-    assert {one.expert for one in slots._passing} == {0, 1, 2, 3}
-    slots.prefetch(second, [*range(7)])
-    fetch = slots.fetch(second, [*range(8)])
-    assert sorted(fetch.gate_up) == sorted(fetch.down()) == [*range(8)]
+    slots, begun = recorded(7, experts=12)
+    through(slots, 1, range(5, 12))
+    begun.clear()
+    through(slots, 0, [*range(12)] * experts.MANY)
+    assert {what for what, _, _ in begun if what[0] == 1} == {(1, e) for e in range(experts.RING)}
+    slots.prefetch(1, [*range(7)])
+    assert sorted(through(slots, 1, [*range(8)])) == sorted([*range(8)] * 2)
+    matrices = [what for what, _, _ in begun if what[0] == 1]
+    assert all(matrices.count((1, e)) == 3 for e in range(experts.RING))  # gate, up and down
 
 
 def test_an_embedding_that_had_to_be_converted_stays(tmp_path):
@@ -160,19 +201,17 @@ def test_an_embedding_that_had_to_be_converted_stays(tmp_path):
     assert np.array_equal(conversation(here), wanted)
 
 
-def test_only_free_slots_are_cleared_ahead(tmp_path, monkeypatch):
-    """What was given back is not held again."""
-    slots = engine(tiny_gguf(tmp_path / "model.gguf"), 3).stages[0].slots
-    first, second = sorted(slots._layers)[:2]
-    rooms = {i: here.room for i, here in slots._layers.items()}
-    assert slots.shrink(2 * sum(rooms.values())) == 2 * sum(rooms.values())
-    cleared, there = [], slots._layers[second]
-    monkeypatch.setattr(experts.pages, "clear", lambda at, size: cleared.append((at, size)))
-    fetch = slots.fetch(first, [0, 1, 2, 3])
-    for sweep in (fetch.gate_up, fetch.down()):
-        list(sweep)
-    reads.settle(there.clearing)
-    assert cleared == [(reads.address(there.memory) + there.numbers[0] * there.room, there.room)]
+def test_only_free_slots_are_cleared_ahead(recorded):
+    """Memory that was given back is not taken again."""
+    slots, begun = recorded(3)
+    for _ in range(2 * 4):  # two slots of each layer
+        assert slots.shrink(1) > 0
+    through(slots, 0, [0, 1, 2, 3])
+    ((_, cleared, _),) = [one for one in begun if one[0] == "clear"]
+    assert len(cleared) == 1
+    begun.clear()
+    through(slots, 1, [0])
+    assert min(at for _, at, _ in begun) == cleared[0]  # gate is at the beginning of the slot
 
 
 def test_a_second_interrupt_does_not_spoil_what_the_first_one_mends(path, monkeypatch):
@@ -184,7 +223,7 @@ def test_a_second_interrupt_does_not_spoil_what_the_first_one_mends(path, monkey
         true(self, **how)
 
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", shutdown)
-    here.stages[0].slots.reset(min(here.stages[0].slots._layers))
+    here.stages[0].slots.reset(next(i for i in range(4) if here.config.is_moe(i)))
     assert not again
     assert np.array_equal(conversation(here), conversation(engine(path, 0)))
 
@@ -196,7 +235,9 @@ def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypa
     short = [1, 0]
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop(0) if short else 0)
     assert np.array_equal(conversation(model), whole)
-    assert sum(3 - len(here.numbers) for here in model.stages[0].slots._layers.values()) == 1
+    fresh = engine(path, 3)
+    assert fresh.stages[0].shrink(1) > 0
+    assert largest_shrink(model) == largest_shrink(fresh) > 0  # one slot was given back
 
 
 def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path, monkeypatch):
@@ -207,7 +248,8 @@ def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path
     monkeypatch.setattr("llamacli.engine.memory_short", lambda: short.pop() if short else 0)
     with pytest.raises(MemoryLimitError, match="than a limit now allows"):
         model.forward(IDS[17:23], cache)
-    assert cache.pos == 17 and {len(here.numbers) for here in model.stages[0].slots._layers.values()} == {1}
+    assert cache.pos == 17
+    assert largest_shrink(model) == 0  # one slot is left in each layer
     cache.truncate(0)
     assert np.array_equal(model.forward(IDS[:17], cache), first)
 
@@ -241,39 +283,37 @@ def test_a_read_error_is_said_and_the_conversation_can_go_on(tmp_path, monkeypat
 @pytest.mark.parametrize("slots", [1, 3])
 def test_an_interrupt_while_waiting_leaves_everything_sound(tmp_path, monkeypatch, after, slots):
     path = tiny_gguf(tmp_path / "model.gguf")
-    wanted, here, true, calls = conversation(engine(path, 0)), engine(path, slots), experts.Slots._wait, []
+    wanted, here, true, calls = conversation(engine(path, 0)), engine(path, slots), Future.result, []
 
-    def wait(self, futures):
-        calls.append(futures)
+    def result(self, timeout=None):
+        calls.append(self)
         if len(calls) == after:
             raise KeyboardInterrupt
-        true(self, futures)
+        return true(self, timeout)
 
-    monkeypatch.setattr(experts.Slots, "_wait", wait)
+    monkeypatch.setattr(Future, "result", result)
     with pytest.raises(KeyboardInterrupt):
         conversation(here)
     assert np.array_equal(conversation(here), wanted)
 
 
-@pytest.mark.parametrize("method", ["_begin", "_slot", "_forget", "_read", "_pass", "_drop"])
-@pytest.mark.parametrize("after", [1, 2, 5, 9, 20])
-@pytest.mark.parametrize("before", [True, False])
-def test_an_interrupt_amid_the_bookkeeping_leaves_everything_sound(tmp_path, monkeypatch, method, after, before):
-    path = tiny_gguf(tmp_path / "model.gguf", experts=6)
+@pytest.fixture(scope="module")
+def six_experts(tmp_path_factory):
+    """A model, its logits, and how many events a conversation with it has."""
+    path = tiny_gguf(tmp_path_factory.mktemp("six") / "model.gguf", experts=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "MANY", 1)
+        here = engine(path, 2)
+        return path, conversation(engine(path, 0)), run_traced(lambda: conversation(here), experts, skip=["reset"])
+
+
+@pytest.mark.parametrize("share", np.linspace(0, 0.9, 60).round(3))
+def test_an_interrupt_at_any_line_leaves_everything_sound(six_experts, monkeypatch, share):
+    path, wanted, events = six_experts
     monkeypatch.setattr(experts, "MANY", 1)  # so that both prompts read ahead
-    wanted, here, calls = conversation(engine(path, 0)), engine(path, 2), []
-    true = getattr(experts.Slots, method)
-
-    def broken(self, *how):
-        calls.append(how)
-        found = None if before and len(calls) == after else true(self, *how)
-        if len(calls) == after:
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(experts.Slots, method, broken)
+    here = engine(path, 2)
     with pytest.raises(KeyboardInterrupt):
-        conversation(here)
+        run_traced(lambda: conversation(here), experts, 1 + int(share * events), skip=["reset"])
     assert np.array_equal(conversation(here), wanted)
 
 

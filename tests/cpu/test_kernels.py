@@ -1,4 +1,4 @@
-"""Every leaf, in every variant this CPU can run, against gguf-py's dequantization and NumPy; with `-m arm` ARM's, emulated."""
+"""Every microkernel in every variant that this CPU runs, against gguf-py and NumPy; with `-m arm` ARM's variants, emulated."""
 
 import re
 from collections import Counter
@@ -38,12 +38,12 @@ HEAD_DIM = 64
 HEADS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,), "Q4_1": (0, 2), "Q5_1": (0, 2)}
 
 
-def leaves(name, build, symbols, target):
+def microkernels(name, build, symbols, target):
     return (arm.load if target.name in arm.TARGETS else load)(name, build, symbols, target)
 
 
 def run(address, *args):
-    if isinstance(address, arm.Leaf):
+    if isinstance(address, arm.Microkernel):
         return address(*args)
     words.run(address, *(a.ctypes.data if isinstance(a, np.ndarray) else int(a) for a in args))
 
@@ -61,9 +61,9 @@ def random_rows(name, n_rows, n_cols, rng):
     return raw, dequantize(raw, GGMLQuantizationType[name]).astype(np.float32)
 
 
-def room_aside(name, n_cols):
-    """What matvec may lay aside."""
-    return np.zeros(-(-n_cols // 256) * max(formats.ACT_BYTES, narrow.aside_bytes(formats.QUANTIZED[name])), np.int8)
+def matvec_scratch(name, n_cols):
+    """Memory for the activations that matvec reorders."""
+    return np.zeros(-(-n_cols // 256) * max(formats.ACT_BYTES, narrow.reordered_bytes(formats.QUANTIZED[name])), np.int8)
 
 
 def activations(x, target):
@@ -73,9 +73,9 @@ def activations(x, target):
     padded = np.zeros((n, supers * 256), np.float32)
     padded[:, :n_cols] = x
     codes = np.zeros((n, supers, formats.ACT_BYTES), np.int8)
-    quantize_leaf = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
+    quantize = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)["quantize"]
     for t in range(n):
-        run(quantize_leaf, padded[t], supers, codes[t])
+        run(quantize, padded[t], supers, codes[t])
     d = codes[..., formats.D : formats.D + 32].copy().view(np.float32)
     q = codes[..., :256].reshape(n, supers, 8, 32).astype(np.float32)
     return codes, (q * d[..., None]).reshape(n, -1)[:, :n_cols]
@@ -101,9 +101,9 @@ class TestVariants:
         raw, meant = random_rows(name, n_rows, n_cols, rng)
         codes, x = activations(rng.standard_normal((n, n_cols)).astype(np.float32), target)
         want = x @ meant.T
-        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
-        got, aside = np.full((n, n_rows), 7, np.float32), room_aside(name, n_cols)
-        run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, aside)
+        f = microkernels(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got, scratch = np.full((n, n_rows), 7, np.float32), matvec_scratch(name, n_cols)
+        run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, scratch)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
         size = 3 * tiles.panel_bytes(name, target.lanes)
         panels = np.zeros((target.tile_vectors, size), np.uint8)
@@ -135,10 +135,10 @@ class TestVariants:
         ]
         codes, x = activations(signs.astype(np.float32), target)
         most = np.abs(x.astype(np.float64)) @ np.abs(meant).T
-        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        f = microkernels(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
         got = np.full((n, n_rows), np.nan, np.float32)
         for row in range(n):
-            run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[row], got[row], 0, room_aside(name, n_cols))
+            run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[row], got[row], 0, matvec_scratch(name, n_cols))
         assert (np.abs(got - x @ meant.T) <= 1e-5 * most).all()
         panels = np.zeros((target.tile_vectors, 2 * tiles.panel_bytes(name, target.lanes)), np.uint8)
         packed = np.zeros(2 * tiles.packed_bytes(name, target.tile, target), np.uint8)
@@ -154,9 +154,9 @@ class TestVariants:
         rng = np.random.default_rng(2)
         raw, meant = random_rows(name, 5, 352, rng)
         codes, x = activations(rng.standard_normal((1, 352)).astype(np.float32), target)
-        f = leaves(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
-        got, aside = np.zeros(5, np.float32), room_aside(name, 352)
-        run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0, aside)
+        f = microkernels(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        got, scratch = np.zeros(5, np.float32), matvec_scratch(name, 352)
+        run(f["matvec"], raw, raw.shape[1], 5, 352, codes, got, 0, scratch)
         np.testing.assert_allclose(got, (x @ meant.T)[0], atol=2e-5 * np.abs(x @ meant.T).max())
 
     @pytest.mark.parametrize("name", formats.FLOATS)
@@ -164,7 +164,7 @@ class TestVariants:
         rng = np.random.default_rng(3)
         raw, meant = random_rows(name, 7, 203, rng)
         x = rng.standard_normal((4, 203)).astype(np.float32)
-        f = leaves(name, lambda t: floats.floats(name, t), floats.SYMBOLS, target)
+        f = microkernels(name, lambda t: floats.floats(name, t), floats.SYMBOLS, target)
         got = np.zeros((4, 7), np.float32)
         xs, outs = (arm.pointers(m) for m in (x, got))
         run(f["tile"], raw, raw.shape[1], 7, 203, xs, outs, 0, 0)
@@ -176,14 +176,14 @@ class TestVariants:
     def test_a_row_dequantized(self, name, target):
         raw, meant = random_rows(name, 1, 512, np.random.default_rng(4))
         build, symbols = (floats.floats, floats.SYMBOLS) if name in formats.FLOATS else (dots.quantized, dots.SYMBOLS)
-        f = leaves(name, lambda t: build(name, t), symbols, target)
+        f = microkernels(name, lambda t: build(name, t), symbols, target)
         got = np.zeros(512, np.float32)
         run(f["dequantize"], raw, 512, got)
         np.testing.assert_allclose(got, meant[0], rtol=1e-5, atol=1e-6 * np.abs(meant).max())
 
     def test_float_vectors(self, target):
         rng = np.random.default_rng(5)
-        f = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        f = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
         gate, up, factor = (rng.standard_normal(n).astype(np.float32) * 20 for n in (256, 256, 1))
         gate[0], gate[1] = 3000, -3000
         factor[0] = 0.7
@@ -200,22 +200,21 @@ class TestVariants:
             np.testing.assert_array_equal(half, x.astype(np.float16))
 
     @pytest.mark.parametrize("n_keys", [1, 7, 32, 37, 100])
-    def test_a_product_with_keys_set_aside_is_the_product(self, target, n_keys):
-        f, rng = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
+    def test_a_product_with_transposed_keys_is_the_product(self, target, n_keys):
+        f, rng = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
         span, rows = vectors.span(HEAD_DIM, target), 2 * target.tile
         keys = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
         queries = rng.standard_normal((rows, HEAD_DIM)).astype(np.float32)
-        aside = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
-        run(f["keys_aside"], keys, n_keys, aside)
-        out = np.full((rows, aside.shape[0] * span), np.nan, np.float32)
-        for b in range(aside.shape[0]):
-            run(
-                f["product"], queries, 4 * HEAD_DIM, rows, aside[b], 4 * span, HEAD_DIM, out[:, b * span :], 4 * out.shape[1], 0
-            )
+        transposed = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
+        run(f["transpose_keys"], keys, n_keys, transposed)
+        out = np.full((rows, transposed.shape[0] * span), np.nan, np.float32)
+        for b, block in enumerate(transposed):
+            to = out[:, b * span :]
+            run(f["product"], queries, 4 * HEAD_DIM, rows, block, 4 * span, HEAD_DIM, to, 4 * out.shape[1], 0)
         np.testing.assert_allclose(out[:, :n_keys], queries @ keys.astype(np.float32).T, atol=1e-4)
 
     def test_a_product_adds_to_what_stands_times_its_factor(self, target):
-        f, rng = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
+        f, rng = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
         span, rows, n_keys = vectors.span(HEAD_DIM, target), 2 * target.tile, 21
         half = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
         values, p = np.empty((n_keys, HEAD_DIM), np.float32), rng.random((rows, n_keys)).astype(np.float32)
@@ -230,7 +229,7 @@ class TestVariants:
 
     def test_softmax_in_blocks_is_softmax(self, target):
         rng = np.random.default_rng(6)
-        f = leaves(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        f = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
         scores = (rng.standard_normal((2, 2, 64)) * 30).astype(np.float32)
         values = rng.standard_normal((2, 64, HEAD_DIM)).astype(np.float16)
         valid, scale = np.array([[64, 37], [5, 0]]), np.array([0.5], np.float32)
@@ -253,14 +252,14 @@ DOTPROD, I8MM = ("dotprod",), ("dotprod", "i8mm")
 
 @cache
 def arm_products(name, cpu, features):
-    """How often each instruction that multiplies bytes stands in each leaf, for an ARM CPU."""
+    """How often each instruction that multiplies bytes stands in each microkernel, for an ARM CPU."""
     triple = "arm64-apple-macosx14.0.0" if cpu.startswith("apple") else "aarch64-unknown-linux-gnu"
     text = assembly(lambda t: dots.quantized(name, t), targets(triple, cpu, dict.fromkeys(features, True))[0])
-    assert "\tbl\t" not in text, "a leaf must not call the library"
+    assert "\tbl\t" not in text, "a microkernel must not call the library"
     parts = re.split(r"^_?([a-z]+):", text, flags=re.M)[1:]
     return {
-        leaf: Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", code))
-        for leaf, code in zip(parts[::2], parts[1::2], strict=True)
+        name: Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", code))
+        for name, code in zip(parts[::2], parts[1::2], strict=True)
     }
 
 
@@ -359,7 +358,7 @@ def test_damaged_object_code_is_compiled_again_not_run(damage, tmp_path, monkeyp
     assert again.keys() == first.keys()
 
 
-def test_threads_that_load_the_same_leaves_get_the_same_code(tmp_path, monkeypatch):
+def test_threads_that_load_the_same_microkernels_get_the_same_code(tmp_path, monkeypatch):
     """A second copy would take the first one's place, and unload it from under whoever runs it."""
     monkeypatch.setattr(jit, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(jit, "_libraries", {"jit": jit._compiler()})

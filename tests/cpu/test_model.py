@@ -6,7 +6,9 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from interrupts import run_traced
 
+from llamacli.cpu import kvcache
 from llamacli.cpu.operations import Recorder
 from llamacli.engine import Engine
 from llamacli.errors import ContextFullError, ModelFileError, PromptError
@@ -275,29 +277,25 @@ def test_an_interrupt_while_buffers_grow_leaves_the_engine_sound(tmp_path, monke
     np.testing.assert_array_equal(model.forward(ids, model.new_cache(64)), want)
 
 
-def test_an_interrupt_while_the_cache_grows_leaves_it_sound(tmp_path, monkeypatch):
+def test_an_interrupt_at_any_line_while_the_cache_grows_leaves_it_sound(tmp_path):
     model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=8192), 1)
     ids = [i % 40 + 5 for i in range(300)]
-    cache = model.new_cache(1000)
-    model.forward(ids[:250], cache)
-    part = cache.parts[0]
-    real, calls = part._empty, []
 
-    def third_time_unlucky(capacity):
-        calls.append(capacity)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(capacity)
+    def filled():
+        cache = model.new_cache(1000)
+        model.forward(ids[:250], cache)
+        return cache
 
-    with monkeypatch.context() as patch:
-        patch.setattr(part, "_empty", third_time_unlucky)
+    def grow(cache, interrupt_at=None):
+        return run_traced(lambda: model.forward(ids[250:], cache), kvcache, interrupt_at)
+
+    expected = model.forward(ids[250:254], filled()).copy()
+    for event in range(1, grow(filled()) + 1, 3):
+        cache = filled()
         with pytest.raises(KeyboardInterrupt):
-            model.forward(ids[250:], cache)
-    assert cache.pos == 250
-    found = model.forward(ids[250:254], cache).copy()
-    fresh = model.new_cache(1000)
-    model.forward(ids[:250], fresh)
-    np.testing.assert_array_equal(found, model.forward(ids[250:254], fresh))
+            grow(cache, event)
+        assert cache.pos == 250
+        np.testing.assert_array_equal(model.forward(ids[250:254], cache), expected)
 
 
 def test_expert_sizes_without_expert_layers_cost_nothing(tmp_path):

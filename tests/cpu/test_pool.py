@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -72,12 +73,25 @@ def test_all_threads_do_every_step_after_the_one_before(threads, sleeping):
     pool.close()
 
 
+def workers_of(make) -> tuple[Pool, list[threading.Thread]]:
+    """The pool that `make` returns, and the threads that it started."""
+    before = set(threading.enumerate())
+    pool = make()
+    return pool, [thread for thread in threading.enumerate() if thread not in before]
+
+
+def sleeps(thread: threading.Thread) -> bool:
+    """Whether the system has put a thread to sleep, as /proc tells."""
+    stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    return stat.rpartition(")")[2].split()[0] == "S"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
 def test_workers_that_sleep_are_woken(sleeping):
-    pool = Pool(3)
-    control = pool._control
-    sleepers = control[waiting.TICKET // 8 + waiting.SLEEPERS // 8 :]
+    pool, workers = workers_of(lambda: Pool(3))
+    assert len(workers) == 2
     for _ in range(3):
-        while sleepers[0] < 2:  # both, after some milliseconds
+        while not all(map(sleeps, workers)):  # after some milliseconds
             os.sched_yield()
         assert_counts(pool)
     pool.close()
@@ -94,8 +108,8 @@ def test_a_hundred_pools_leave_no_thread_behind():
 
 
 def test_a_pool_that_is_dropped_ends_its_threads():
-    pool = Pool(4)
-    workers = pool._workers
+    pool, workers = workers_of(lambda: Pool(4))
+    assert len(workers) == 3
     del pool
     for worker in workers:
         worker.join(10)

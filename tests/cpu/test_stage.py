@@ -10,6 +10,7 @@ import oracle
 import pytest
 import tiny
 
+from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.device import Run, Tokens
 from llamacli.engine import Engine
 from llamacli.errors import PromptError, UsageError
@@ -211,7 +212,7 @@ def test_an_interrupt_from_another_thread_ends_the_call_and_harms_nothing(at, sl
     """It comes while the threads are in compiled code: products end without results, and the call raises."""
     model, ids = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), slots), list(range(40))
     expected = model.forward(ids, model.new_cache(64), all_logits=True)
-    cache, real, runs = model.new_cache(64), model.stages[0]._pool.run, []
+    cache, real, runs = model.new_cache(64), Pool.run, []
     model.forward(ids[:10], cache)
 
     def interrupted(*arguments):
@@ -221,7 +222,7 @@ def test_an_interrupt_from_another_thread_ends_the_call_and_harms_nothing(at, sl
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.stages[0]._pool, "run", interrupted)
+        patch.setattr(Pool, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.forward(ids[10:], cache)
     assert len(runs) == at + 1

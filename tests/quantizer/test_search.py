@@ -163,16 +163,16 @@ def test_arm_finds_blocks_as_good(target):
     for type_name in ("Q4_0", "Q4_K", "Q3_K", "IQ4_NL"):
         fmt, kind = import_module(f"quantize.encoders.{type_name.lower()}"), BY_NAME[type_name]
         n_units, n_cols = x.size // (LANES * fmt.GROUP), x.shape[1]
-        leaves = arm.load(f"encode-{type_name}", search.build(fmt), search.SYMBOLS, target)
+        microkernels = arm.load(f"encode-{type_name}", search.build(fmt), search.SYMBOLS, target)
         out = np.zeros((len(x), kind.row_bytes(n_cols)), np.uint8)
-        leaves["encode"](x, n_units, np.zeros(1), n_cols, out)
+        microkernels["encode"](x, n_units, np.zeros(1), n_cols, out)
         if type_name == "Q4_0":
             np.testing.assert_array_equal(out, encoders.encoder(type_name).encode(x, None))
         else:
             error = np.square(dequantize(out, GGMLQuantizationType[type_name]) - x, dtype=np.float64).sum(1)
             assert (error <= GOLDEN[type_name]).all()
         factors = np.resize(weights / weights.mean(), n_cols + LANES * fmt.GROUP)
-        leaves["encode_weighted"](x, n_units, factors, n_cols, out)
+        microkernels["encode_weighted"](x, n_units, factors, n_cols, out)
         error = np.square(dequantize(out, GGMLQuantizationType[type_name]) - x, dtype=np.float64) * GOLDEN["weights"]
         assert (error.sum(1) <= GOLDEN[f"{type_name}.weighted"]).all()
 

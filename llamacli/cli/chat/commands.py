@@ -327,9 +327,9 @@ class Commands:
         memory = getattr(session.cache, "nbytes", 0)
         self.console.say(f"context: {len(session.ids)} of {session.ctx} tokens, {memory / 1e6:.1f} MB of keys and values")
         self.console.say(f"latest answer: {describe(session.stats, None)}")
-        for what, traffic in (("prompt", session.stats.prefill_traffic), ("answer", session.stats.decode_traffic)):
-            if traffic:
-                self.console.say(f"experts of the {what}: {traffic}")
+        for what, io in (("prompt", session.stats.prefill_io), ("answer", session.stats.decode_io)):
+            if io:
+                self.console.say(f"experts of the {what}: {io}")
         self.console.say(f"resident: {resident() / 1e9:.2f} GB")
 
     def model_(self, rest: str) -> None:

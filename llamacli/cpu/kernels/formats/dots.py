@@ -1,9 +1,9 @@
-"""Leaves for one row of activations: rows of block-quantized weights times int8 codes, and rows as float32.
+"""Microkernels for one row of activations: rows of block-quantized weights times int8 codes, and rows as float32.
 
     dot = sum over groups of  d * scale * sum(u * x)  -  min * (d * sum(x))
 
-in the words of formats.py. `matvec` reads the weights once, front to back, at memory speed; `acc` nonzero adds to what stands
-in out. All leaves take int64 addresses and sizes.
+in the terms of layout.py. `matvec` reads the weights once, front to back, at memory speed; `acc` nonzero adds to what stands
+in out. All microkernels take int64 addresses and sizes.
 """
 
 from llvmlite import ir
@@ -19,7 +19,7 @@ SYMBOLS = ("dequantize", "matvec", "prepare", "pack", "tile")
 
 
 def quantized(name, target):
-    """The module of leaves for one block format."""
+    """The module of microkernels for one block format."""
     fmt, module = QUANTIZED[name], ir.Module(name)
     _dequantize(module, target, fmt)
     if fmt.largest > 127 and (target.dot == "sdot" or (target.dot == "maddubs" and target.width == 32)):
@@ -52,17 +52,17 @@ def _dequantize(module, target, fmt):
 
 def _matvec(module, target, fmt):
     """For registers of 64 bytes (narrow.py has the others):
-    matvec(w, row_bytes, n_rows, n_cols, x, out, acc, aside): out[r] = row r . x for int8 activations x; n_cols a multiple of
-    the block. aside: room for the activations once more, 64-byte aligned.
+    matvec(w, row_bytes, n_rows, n_cols, x, out, acc, reordered): out[r] = row r . x for int8 activations x; n_cols a multiple
+    of the block. reordered: scratch for a copy of the activations, 64-byte aligned.
 
     Rows are taken two at a time, so that their scales fill a register; of an odd number the last one twice.
     """
     s = Simd(module, target, "matvec", 8)
-    w0, row_bytes, n_rows, n_cols, x, out, acc, aside = s.args
+    w0, row_bytes, n_rows, n_cols, x, out, acc, reordered = s.args
     supers = s.b.lshr(n_cols, i64(8))
     keep = s.b.icmp_signed("!=", acc, i64(0))
     groups, registers = 256 // fmt.group, formats.registers(s, fmt)
-    _lay_aside(s, fmt, formats.order(s, fmt), supers, x, aside)
+    _reorder_activations(s, fmt, formats.order(s, fmt), supers, x, reordered)
 
     def two(i, _):
         first = s.mul(i, ROWS)
@@ -71,7 +71,7 @@ def _matvec(module, target, fmt):
         starts = [s.add(w0, s.mul(row_bytes, r)) for r in numbers]
 
         def superblock(k, sums):
-            xs, ws = s.add(aside, s.mul(k, ACT_BYTES)), [s.add(start, s.mul(k, formats.span(fmt))) for start in starts]
+            xs, ws = s.add(reordered, s.mul(k, ACT_BYTES)), [s.add(start, s.mul(k, formats.span(fmt))) for start in starts]
             values, lows = list(sums[:ROWS]), list(sums[ROWS:])
             for w in ws:
                 s.prefetch(w, AHEAD, formats.span(fmt))
@@ -107,13 +107,13 @@ def _matvec(module, target, fmt):
     s.done()
 
 
-def _lay_aside(s, fmt, order, supers, x0, aside):
+def _reorder_activations(s, fmt, order, supers, x0, reordered):
     """Activation superblocks in the order of the weights: 256 codes, 16 scales, 16 sums times the format's offset."""
     offset = 1 if fmt.offset is None else fmt.offset
     factors = ir.Constant(vec(f32, 8), formats.factors(s, fmt))
 
     def superblock(i, _):
-        x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(aside, s.mul(i, ACT_BYTES))
+        x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(reordered, s.mul(i, ACT_BYTES))
         for k, piece in enumerate(order):
             s.store(s.load(vec(i8, 16), x, 16 * piece), out, 16 * k)
         eight = fmt.group == 32

@@ -1,6 +1,6 @@
-"""Leaves for rows of float weights, F32, F16 or BF16, times float32 rows: one row of these (`matvec`) or some (`tile`).
+"""Microkernels for rows of float weights, F32, F16 or BF16, times float32 rows: one row of these (`matvec`) or some (`tile`).
 
-All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
+All microkernels take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
 """
 
 from llvmlite import ir
@@ -13,7 +13,7 @@ SYMBOLS = ("dequantize", "matvec", "tile")
 
 
 def floats(name, target):
-    """The module of leaves for one float type."""
+    """The module of microkernels for one float type."""
     module = ir.Module(name)
     _dequantize(module, target, name)
     _dots(module, target, name, "matvec", ROWS, 1)

@@ -1,4 +1,4 @@
-"""The block formats, the questions that leaves ask of each, and the form of the activations that meet them.
+"""The block formats, the questions that microkernels ask of each, and the form of the activations that meet them.
 
 A format's module answers `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each group), so that
 weight = scale * u - min; where it has an `offset`, the minimum is scale * offset. `largest` is the largest u. Formats whose

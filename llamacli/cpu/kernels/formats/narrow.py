@@ -16,29 +16,29 @@ CHUNK = 16  # superblocks in each of the two loops: fewer bytes than AHEAD, so t
 SUMS = 4  # accumulators, so that a sum need not wait for the one before
 
 
-def aside_bytes(fmt):
-    """Bytes that `matvec` lays aside for each superblock: 256 codes, then scales, sums and factors of each group."""
+def reordered_bytes(fmt):
+    """Bytes of a superblock of reordered activations: 256 codes, then scales, sums and factors of each group."""
     return 256 + 12 * (256 // fmt.group)
 
 
 def matvec(module, target, fmt):
-    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, aside): out[r] = row r . x for int8 activations x; n_cols a multiple of
-    the block. aside: room for `aside_bytes` of each superblock, 64-byte aligned.
+    """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, reordered): out[r] = row r . x for int8 activations x; n_cols a
+    multiple of the block. reordered: scratch of `reordered_bytes` for each superblock, 64-byte aligned.
     """
     s = Simd(module, target, "matvec", 8)
-    w0, row_bytes, n_rows, n_cols, x, out, acc, aside = s.args
-    supers, span, size = s.b.lshr(n_cols, i64(8)), formats.span(fmt), aside_bytes(fmt)
+    w0, row_bytes, n_rows, n_cols, x, out, acc, reordered = s.args
+    supers, span, size = s.b.lshr(n_cols, i64(8)), formats.span(fmt), reordered_bytes(fmt)
     groups = 256 // fmt.group
     scale_at, sum_at, factor_at = (256 + 4 * groups * k for k in range(3))
     is_signed = hasattr(fmt, "signed")
     keep = s.b.icmp_signed("!=", acc, i64(0))
-    _lay_aside(s, fmt, supers, x, aside, size)
+    _reorder_activations(s, fmt, supers, x, reordered, size)
 
     def row(r, _):
         start = s.add(w0, s.mul(row_bytes, r))
 
         def factors(k, lows):
-            w, xs = s.add(start, s.mul(k, span)), s.add(aside, s.mul(k, size))
+            w, xs = s.add(start, s.mul(k, span)), s.add(reordered, s.mul(k, size))
             scale, least = fmt.scales(s, w, 8)
             s.store(s.b.fmul(scale, s.load(vec(f32, groups), xs, scale_at)), xs, factor_at)
             if fmt.offset == 0:
@@ -46,7 +46,7 @@ def matvec(module, target, fmt):
             return [s.fma(scale if least is None else least, s.load(vec(f32, groups), xs, sum_at), lows[0])]
 
         def products(k, values):
-            w, xs, values = s.add(start, s.mul(k, span)), s.add(aside, s.mul(k, size)), list(values)
+            w, xs, values = s.add(start, s.mul(k, span)), s.add(reordered, s.mul(k, size)), list(values)
             s.prefetch(w, AHEAD, span)
             shared = {}  # registers of the same groups
             for n, (at, codes) in enumerate(zip(formats.registers(s, fmt), formats.codes(s, fmt, w), strict=True)):
@@ -90,13 +90,13 @@ def _spread(s, xs, factor_at, at):
     return s.shuffle(s.load(vec(f32, 8), xs, eight), [first % 8] * 4 + [last % 8] * 4)
 
 
-def _lay_aside(s, fmt, supers, x0, aside, size):
+def _reorder_activations(s, fmt, supers, x0, reordered, size):
     """Activation superblocks in the order of the weights: 256 codes, a scale and a sum times the format's offset per group."""
     offset, groups = 1 if fmt.offset is None else fmt.offset, 256 // fmt.group
     side = s.width // 16
 
     def superblock(i, _):
-        x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(aside, s.mul(i, size))
+        x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(reordered, s.mul(i, size))
         order = formats.order(s, fmt)
         for k in range(0, 16, side):
             parts = [s.load(vec(i8, 16), x, 16 * piece) for piece in order[k : k + side]]

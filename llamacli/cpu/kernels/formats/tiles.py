@@ -1,9 +1,9 @@
-"""Leaves for many rows of activations: block-quantized weights unpacked once and multiplied with all of them.
+"""Microkernels for many rows of activations: block-quantized weights unpacked once and multiplied with all of them.
 
 `prepare` turns `lanes` rows of weights into a panel whose words of `target.step` bytes stand column by column, `pack` does the
 same to `target.tile` activation rows, and `tile` multiplies the two, one lane a row of weights, so that products of a whole
 group add up in integers before one conversion. Panel superblock: [256 / step][lanes] words of weights, [groups][lanes] scales,
-[groups][lanes] mins. All leaves take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
+[groups][lanes] mins. All microkernels take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
 """
 
 from llvmlite import ir

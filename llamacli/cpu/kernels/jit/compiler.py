@@ -1,8 +1,8 @@
-"""Drivers to LLVM IR, through Numba, and what their intrinsics mean. Imported only when something must be compiled.
+"""Drivers to LLVM IR, through Numba, and the implementation of their intrinsics. Imported only when something must be compiled.
 
 In: a Python function that uses intrinsics.py. Out: the text of an LLVM module with one function of three int64, named like the
-driver. Numba's own function returns a status and takes places for a result and an exception; drivers have neither, so a wrapper
-drops them, and nothing of Python is left in the code.
+driver. Numba's own function returns a status and takes pointers to a result and an exception. Drivers have neither, so a
+wrapper drops them; the code does not call Python.
 """
 
 import threading
@@ -18,7 +18,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from llamacli.cpu.kernels import cache_folder, not_kept
-from llamacli.cpu.kernels.jit import intrinsics as words
+from llamacli.cpu.kernels.jit import intrinsics
 from llamacli.cpu.kernels.jit.loader import chosen_target
 
 _i64 = ir.IntType(64)
@@ -80,7 +80,7 @@ def _with_cache(function: Callable, options: dict):
 def driver_ir(function: FunctionType, arguments: type | None) -> str:
     """The LLVM module of a driver whose first parameter is the NamedTuple `arguments`, or an int64."""
     signature = types.void(types.int64, types.int64, types.int64)
-    entry = _with_meaning(function)
+    entry = _implemented(function)
     if arguments is not None:
         entry = _entry(entry, arguments)
     compiled = njit(signature, error_model="numpy", fastmath=_FAST)(entry).overloads[signature.args]
@@ -131,25 +131,27 @@ def _wrapper(name: str, native: str, triple: str) -> ir.Module:
     return module
 
 
-def _with_meaning(function: FunctionType) -> FunctionType:
-    """The function with its global names meaning compiled things."""
+def _implemented(function: FunctionType) -> FunctionType:
+    """The function with the intrinsics and device functions that it names replaced by their compiled forms."""
     known = function.__globals__
-    names = {name: _meaning(known[name]) for name in function.__code__.co_names if name in known}
+    names = {name: _implementation(known[name]) for name in function.__code__.co_names if name in known}
     return FunctionType(function.__code__, {**known, **names}, function.__name__, function.__defaults__)
 
 
-def _meaning(value):
+def _implementation(value):
     try:
-        if value in _WORDS:
-            return _WORDS[value]
-    except TypeError:  # no word: words can be hashed
+        if value in _INTRINSICS:
+            return _INTRINSICS[value]
+    except TypeError:  # cannot be hashed: no intrinsic
         return value
-    return njit(error_model="numpy", fastmath=_FAST)(_with_meaning(value)) if getattr(value, "part", False) else value
+    if getattr(value, "device_function", False):
+        return njit(error_model="numpy", fastmath=_FAST)(_implemented(value))
+    return value
 
 
 @intrinsic
 def call(typingctx, address, arguments):
-    """words.call, also for Numba functions elsewhere."""
+    """intrinsics.call, also for Numba functions elsewhere."""
     sig = types.void(types.int64, arguments)
 
     def codegen(context, builder, signature, values):
@@ -212,11 +214,11 @@ def _pointer(typingctx, address, dtype):
     return target(types.int64, dtype), codegen
 
 
-_WORDS = {
-    words.call: call,
-    words.atomic_load: _atomic_load,
-    words.atomic_store: _atomic_store,
-    words.atomic_add: _atomic_add,
-    words.pause: _pause,
-    words.pointer: _pointer,
+_INTRINSICS = {
+    intrinsics.call: call,
+    intrinsics.atomic_load: _atomic_load,
+    intrinsics.atomic_store: _atomic_store,
+    intrinsics.atomic_add: _atomic_add,
+    intrinsics.pause: _pause,
+    intrinsics.pointer: _pointer,
 }

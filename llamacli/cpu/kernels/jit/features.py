@@ -20,7 +20,7 @@ def features() -> dict[str, bool]:
     found = dict(llvm.get_host_cpu_features())
     if not llvm.get_process_triple().startswith(("aarch64", "arm64")):
         return found
-    # of fixed width, the leaves gain nothing from SVE, which a CPU's name implies and a virtual machine may hide
+    # of fixed width, the microkernels gain nothing from SVE, which a CPU's name implies and a virtual machine may hide
     found |= {name: False for name in found if name.startswith("sve")} | {"neon": True, "sve": False}
     if sys.platform == "darwin":
         dotprod, i8mm = (sysctl(f"hw.optional.arm.FEAT_{name}") for name in ("DotProd", "I8MM"))

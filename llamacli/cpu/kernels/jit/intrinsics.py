@@ -22,7 +22,7 @@ Flag = Annotated[int, range(2)]
 
 
 def call(address, arguments):
-    """Call a leaf: `call(address, (int64, ...))`, nothing returned."""
+    """Call a microkernel: `call(address, (int64, ...))`, nothing returned."""
 
 
 def atomic_load(address):
@@ -99,7 +99,7 @@ def kernel(arguments: type | None) -> Callable[[Callable], Kernel]:
     return lambda function: Kernel(function, arguments)
 
 
-def part(function: Callable) -> Callable:
-    """Mark a function that drivers call."""
-    function.part = True
+def device_function(function: Callable) -> Callable:
+    """Mark a function that drivers call; it is compiled into them."""
+    function.device_function = True
     return function

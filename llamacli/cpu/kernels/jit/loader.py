@@ -1,7 +1,7 @@
 """From LLVM IR to callable addresses: choose the CPU's variant, compile, keep the object code on disk, load it.
 
-In: a name and a function that builds a module, with `simd.Simd` for leaves, with compiler.py for drivers. Out: `{symbol:
-address}`. Drivers call leaves with `intrinsics.call(address, (a, b, ...))`, every argument an int64.
+In: a name and a function that builds a module, with `simd.Simd` for microkernels, with compiler.py for drivers. Out: `{symbol:
+address}`. Drivers call microkernels with `intrinsics.call(address, (a, b, ...))`, every argument an int64.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from llamacli.errors import UsageError
 
 
 class Target(NamedTuple):
-    """One way to compile the leaves."""
+    """One way to compile the microkernels."""
 
     name: str
     triple: str
     cpu: str
     features: str
-    width: int  # bytes of a vector register as the leaves see it: 64 or 32
+    width: int  # bytes of a vector register as the microkernels see it: 64 or 32
     dot: str  # instruction family of Simd.dot4: vnni, maddubs, usdot, sdot or plain
     half: bool  # the CPU converts between half and float itself
     tile: int  # tokens whose accumulators fit the registers of one tile

@@ -1,4 +1,4 @@
-"""Vector IR in words: a thin layer over llvmlite that the leaves are written in.
+"""Vector IR in words: a thin layer over llvmlite that the microkernels are written in.
 
 `Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. What differs
 between CPUs are `dot4`, `dot8` and `lookup`; everything else is portable IR.
@@ -55,7 +55,7 @@ class Simd:
 
     def undefined_or_zeros(self, element, n):
         """A vector to insert all lanes into: zeros, since an insertion into an undefined register waits for what that held.
-        Leaves of 64 bytes do not insert where it matters.
+        Microkernels of 64 bytes do not insert where it matters.
         """
         return ir.Constant(vec(element, n), ir.Undefined if self.width == 64 else [0] * n)
 

@@ -153,7 +153,7 @@ class AttendArguments(NamedTuple):
     dots: Microkernel  # of F16 rows with four float32 rows
     softmax: Microkernel
     weigh: Microkernel
-    keys_aside: Microkernel
+    transpose_keys: Microkernel
     widen: Microkernel
     product: Microkernel
     span: Count  # columns that `product` makes at a time
@@ -216,7 +216,7 @@ def attend(a, thread, threads):
             for key in range(0, last_key, KEYS):
                 n_keys = min(KEYS, last_key - key)
                 if rows >= MANY:
-                    call(a.keys_aside, (keys + 2 * dim * key, n_keys, wide_keys))
+                    call(a.transpose_keys, (keys + 2 * dim * key, n_keys, wide_keys))
                     for k in range(0, n_keys, span):
                         to = scores + 4 * k
                         call(a.product, (queries, 4 * dim, padded, wide_keys + 4 * dim * k, 4 * span, dim, to, 4 * KEYS, 0))

@@ -27,8 +27,8 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     atomic_load,
     atomic_store,
     call,
+    device_function,
     kernel,
-    part,
     pointer,
 )
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
@@ -41,8 +41,8 @@ UNIT, FLOAT_UNIT = 16, 4  # rows of an item of work are a multiple of these
 SMALL = 4  # small items of work for each thread
 
 
-class Leaves(NamedTuple):
-    """Addresses of one tensor type's leaves; prepare and pack are 0 for float types."""
+class Microkernels(NamedTuple):
+    """Addresses of one tensor type's microkernels; prepare and pack are 0 for float types."""
 
     dequantize: int
     matvec: int
@@ -57,26 +57,26 @@ class Leaves(NamedTuple):
     quantized: bool
 
 
-_leaves: dict[str, Leaves] = {}
+_loaded: dict[str, Microkernels] = {}
 
 
-def leaves(type_name: str) -> Leaves:
-    """The leaves of a tensor type, compiled or read from the cache on first use. KeyError for a type without leaves."""
-    if type_name not in _leaves:
+def microkernels(type_name: str) -> Microkernels:
+    """Those of a tensor type, compiled or read from the cache on first use. KeyError for a type without any."""
+    if type_name not in _loaded:
         if type_name in formats.FLOATS:
             found = load(type_name, lambda target: floats.floats(type_name, target), floats.SYMBOLS)
-            found = Leaves(
+            found = Microkernels(
                 found["dequantize"], found["matvec"], 0, 0, found["tile"], 0, FLOAT_BLOCK, floats.TOKENS, 0, 0, False
             )
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
             target = chosen_target()
             sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, target.tile, target)
-            found = Leaves(
+            found = Microkernels(
                 *(found[s] for s in dots.SYMBOLS), target.lanes, target.lanes * target.tile_vectors, target.tile, *sizes, True
             )
-        _leaves[type_name] = found
-    return _leaves[type_name]
+        _loaded[type_name] = found
+    return _loaded[type_name]
 
 
 class Matrix(NamedTuple):
@@ -183,7 +183,7 @@ def arguments(
     window: int = 0,
 ) -> MatmulArguments:
     """Arguments of one `matmul` step; `scratch` is uint8 [threads, offsets.end], aligned to 64 bytes."""
-    f = leaves(matrix.type_name)
+    f = microkernels(matrix.type_name)
     supers = matrix.n_cols // 256
     panel_bytes, packed_bytes = f.panel_bytes * supers, f.packed_bytes * supers
     block_rows = f.tile_rows
@@ -233,7 +233,7 @@ def arguments(
     )
 
 
-@part
+@device_function
 def _rows_of(item, n_rows, unit, threads):
     """The rows of one item of work: `threads` large ones first, then small ones, so that who is held up gets fewer of them."""
     large = n_rows * 3 // 4 // threads // unit * unit
@@ -244,7 +244,7 @@ def _rows_of(item, n_rows, unit, threads):
     return min(left + (item - threads) * small, n_rows), min(left + (item - threads + 1) * small, n_rows)
 
 
-@part
+@device_function
 def _blocks_of(n_rows, most, unit, threads):
     """(number, rows of each) of the equal blocks that rows are done in, `most` rows at a time: a few for every thread."""
     n = (n_rows + most - 1) // most
@@ -254,7 +254,7 @@ def _blocks_of(n_rows, most, unit, threads):
     return (n_rows + size - 1) // size, size
 
 
-@part
+@device_function
 def _list_rows(a, xs, outs, group, padded):
     """Addresses of the group's rows of x and out; beyond them, up to `padded`, the last x and the spare row."""
     table = pointer(a.table, int64)
@@ -270,14 +270,14 @@ def _list_rows(a, xs, outs, group, padded):
         xs_list[j], outs_list[j] = xs_list[count - 1], spare
 
 
-@part
+@device_function
 def _pack_tokens(a, xs, packed, token, token_end):
     """Lay out the activations of some tokens for `tile`."""
     for j in range(token, token_end, a.tile_tokens):
         call(a.pack, (xs + 8 * j, a.n_cols // 256, packed + (j - token) // a.tile_tokens * a.packed_bytes))
 
 
-@part
+@device_function
 def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, packed):
     """Rows from `row` on, whole tiles of them, times tokens from `token` on, which are packed."""
     supers = a.n_cols // 256
@@ -295,7 +295,7 @@ def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, p
                 call(a.tile, (at, a.row_bytes, a.tile_rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * r, a.add))
 
 
-@part
+@device_function
 def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
     """Rows from `row` on times `count` tokens, one after the other."""
     xs_list, outs_list, at = pointer(xs, int64), pointer(outs, int64), base + row * a.row_bytes

@@ -1,5 +1,5 @@
-"""Leaves on float rows: quantize activations, SwiGLU, one block of a softmax, products with keys and values, conversion to and
-from half.
+"""Microkernels on float rows: quantize activations, SwiGLU, one block of a softmax, products with keys and values, float32 to
+half and back.
 
 `build(head_dim)` gives the module builder for jit.load; what deals with keys and values is compiled for one head size. Rows
 that `quantize` reads are padded to whole superblocks of 256.
@@ -12,7 +12,7 @@ from llvmlite import ir
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, S16, S32, D
 from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, i32, i64, vec
 
-SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half", "keys_aside", "widen", "product")
+SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half", "transpose_keys", "widen", "product")
 WEIGH_ROWS = 2  # rows of probabilities that weigh takes side by side
 
 
@@ -26,7 +26,7 @@ def build(head_dim):
         _softmax(module, target)
         _weigh(module, target, head_dim)
         _to_half(module, target)
-        _keys_aside(module, target, head_dim)
+        _transpose_keys(module, target, head_dim)
         _widen(module, target)
         _product(module, target, head_dim)
         return module
@@ -40,7 +40,7 @@ def span(head_dim, target):
 
 
 def _quantize(module, target):
-    """quantize(x, n_supers, out): float32 to activation superblocks (formats.py), each 32 values with d = max|x| / 127."""
+    """quantize(x, n_supers, out): float32 to activation superblocks (layout.py), each 32 values with d = max|x| / 127."""
     s = Simd(module, target, "quantize", 3)
     x0, supers, out0 = s.args
 
@@ -184,11 +184,11 @@ def _to_half(module, target):
     s.done()
 
 
-def _keys_aside(module, target, head_dim):
-    """keys_aside(keys, n_keys, out): half [n_keys, head_dim] as float32 [ceil(n_keys / span)][head_dim][span], so that the keys
-    stand side by side; the last one again where none is left.
+def _transpose_keys(module, target, head_dim):
+    """transpose_keys(keys, n_keys, out): half [n_keys, head_dim] as float32
+    [ceil(n_keys / span)][head_dim][span], so that `product` takes `span` keys at a time; the last key pads the last block.
     """
-    s = Simd(module, target, "keys_aside", 3)
+    s = Simd(module, target, "transpose_keys", 3)
     keys, n_keys, out = s.args
     wide = span(head_dim, target)
     last = s.b.sub(n_keys, i64(1))

@@ -16,7 +16,16 @@ from time import perf_counter
 import numpy as np
 from numpy import int64
 
-from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_load, atomic_store, call, kernel, part, pointer, run
+from llamacli.cpu.kernels.jit.intrinsics import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    call,
+    device_function,
+    kernel,
+    pointer,
+    run,
+)
 from llamacli.cpu.kernels.runtime.program import Program
 from llamacli.cpu.kernels.runtime.waiting import (
     ARRIVED,
@@ -35,7 +44,7 @@ AT_BARRIER = 50_000  # nanoseconds that a thread spins for the others before it 
 BETWEEN_RUNS = 2_000_000  # nanoseconds that a worker spins for the next run: a sampler's time, or a short read's
 
 
-@part
+@device_function
 def _barrier(control, thread, threads):
     phase = atomic_load(control + PHASE)
     if atomic_add(control + ARRIVED, 1) == threads - 1:
@@ -46,7 +55,7 @@ def _barrier(control, thread, threads):
     await_change(control, PHASE, phase, thread, AT_BARRIER)
 
 
-@part
+@device_function
 def _walk(control, thread, threads):
     job = pointer(control + JOB, int64)
     rows, first, last = job[0], job[1], job[2]

@@ -19,7 +19,7 @@ import sys
 import numpy as np
 from numpy import int64
 
-from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_load, call, part, pause, pointer
+from llamacli.cpu.kernels.jit.intrinsics import atomic_add, atomic_load, call, device_function, pause, pointer
 
 LINE = 128  # bytes: Apple's cache line; x86 prefetches lines of 64 in pairs
 TICKET, ARRIVED, PHASE, JOB, STOP, SYSTEM, OWN = (LINE * k for k in range(7))  # offsets; a line for each thread from OWN on
@@ -85,7 +85,7 @@ def _system() -> dict[int, int]:
     return found
 
 
-@part
+@device_function
 def _now(control, thread):
     """Nanoseconds of a clock that never goes back."""
     system, at = pointer(control + SYSTEM, int64), control + OWN + LINE * thread
@@ -94,7 +94,7 @@ def _now(control, thread):
     return time[0] * 1_000_000_000 + time[1]
 
 
-@part
+@device_function
 def await_change(control, offset, seen, thread, patience):
     """Return when the word at `control + offset` is not `seen` any more; after `patience` nanoseconds of spinning, sleep."""
     word = control + offset
@@ -134,7 +134,7 @@ def await_change(control, offset, seen, thread, patience):
     atomic_add(word + SLEEPERS, -1)
 
 
-@part
+@device_function
 def wake(control, offset):
     """Wake whoever sleeps for the word at `control + offset`, which has been changed."""
     word = control + offset
