@@ -161,9 +161,9 @@ class Model:
 
 def sampling_defaults(metadata) -> dict[str, float]:
     """Sampling values by a file's metadata, as llama.cpp names them; Llama 4's where it says nothing or nonsense."""
-    from llamacli.text.settings import checked
+    from llamacli.text.settings import SETTINGS, checked
 
-    values = {"temp": 0.6, "top_p": 0.9}
+    values = {name: SETTINGS[name][0] for name in ("temp", "top_p")}
     for key, name in FILE_SAMPLING.items():
         value = metadata.get(f"general.sampling.{key}")
         try:

@@ -28,7 +28,7 @@ from llamacli.errors import CheckpointError, ModelFileError, OutputError, Unsupp
 from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import GGUF, Tensor, open_gguf
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import Role, check, role_of, tensors
+from llamacli.llama4.tensors import ROPE_FREQS, TOKEN_EMBD, Role, check, role_of, tensors
 from llamacli.text.tokenizer import Tokenizer
 from quantize import names, sources
 from quantize.encoders import encoder, widen
@@ -233,9 +233,9 @@ def _open_folder(folder: Path) -> _Source:
     config, checkpoint = read_config(folder), open_checkpoint(folder)
     rows, notices = names.match(folder, checkpoint, config)
     if config.rope_freqs is not None:
-        rows["rope_freqs.weight"] = sources.InMemory(config.rope_freqs)
+        rows[ROPE_FREQS] = sources.InMemory(config.rope_freqs)
     fields, more = read_vocab(folder, config.model.n_vocab, config.raw)
-    _check_vocab(folder, fields, rows["token_embd.weight"].shape)
+    _check_vocab(folder, fields, rows[TOKEN_EMBD].shape)
     general, licence = read_general(folder, rows)
     inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
     metadata, notices = general | config.model.metadata | fields, config.notices + notices + more + licence
@@ -266,7 +266,7 @@ def _open_gguf(path: Path) -> _Source:
 
 def _check_vocab(folder: Path, metadata: dict[str, object], shape: tuple[int, ...]) -> None:
     """Build the tokenizer that a reader of the file will build: CheckpointError before anything is written if it is unsound."""
-    embedding = Tensor("token_embd.weight", BY_NAME["F32"], shape, np.empty(0, np.uint8), folder, 0)
+    embedding = Tensor(TOKEN_EMBD, BY_NAME["F32"], shape, np.empty(0, np.uint8), folder, 0)
     try:
         Tokenizer.from_gguf(GGUF(folder / "tokenizer.json", 3, metadata, {embedding.name: embedding}, 0, [], []))
     except ModelFileError as error:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from llamacli.errors import UsageError
 from llamacli.files.ggml import BY_NAME, TensorType
-from llamacli.llama4.tensors import Role, find, kinds, role_of
+from llamacli.llama4.tensors import OUTPUT, TOKEN_EMBD, Role, find, kinds, role_of
 
 DEFAULT = "Q4_EXPERTS"
 RECIPE_KEY = "llamacli.recipe"  # the metadata field that names a recipe without a number in general.file_type
@@ -179,7 +179,7 @@ def choose_types(
             wanted[name] = patterns[hits[0]][1]
         else:
             kind, layer = _kind_and_layer(name)
-            if kind == "token_embd" and "output.weight" not in shapes:
+            if name == TOKEN_EMBD and OUTPUT not in shapes:
                 kind = "output"  # tied: the one matrix gets what an output would get
             place = model._replace(layer=layer)
             rules = (type_name for parts, holds, type_name in recipe.rules if kind in parts and holds(place))

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llamacli.llama4.tensors import TOKEN_EMBD
 from llamacli.plan.machine import memory_free
 
 HALF = 2  # bytes of a number in the KV cache
@@ -159,7 +160,7 @@ def _record(model, case: Case, rates: list[float]) -> dict:
     if case.decode:
         nbytes = engine.bytes_per_token * case.n + 2 * HALF * config.n_kv_heads * config.head_dim * pairs
     else:
-        nbytes = sum(t.nbytes for t in model.gguf.tensors.values() if t.name != "token_embd.weight")
+        nbytes = sum(t.nbytes for t in model.gguf.tensors.values() if t.name != TOKEN_EMBD)
     return {
         "test": case.name,
         "n": case.n,

@@ -300,7 +300,7 @@ def _parameter(name: str, annotation, default) -> click.Parameter:
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is list:
         kind, multiple = typing.get_args(kind)[0], True
-    required = default is ...
+    required = default in (..., inspect.Parameter.empty, dataclasses.MISSING)
     if not spec.names:
         return Argument(
             [name],

@@ -26,6 +26,7 @@ def imatrix(
     The text should be varied and long enough for every expert to see some of it.
     """
     from llamacli.bench.quality import windows
+    from llamacli.llama4.tensors import find
     from quantize.imatrix import collected, write_imatrix
     from quantize.writer import check_not_input, check_output, output_path
 
@@ -45,8 +46,8 @@ def imatrix(
             loaded.engine.forward(window, cache)
     matrix = collected(path, inputs, "stdin" if file == "-" else file, len(ids), ctx)
     write_imatrix(matrix, force)
-    gate = ".ffn_gate_exps.weight"  # the up and down of a layer's experts see the same tokens
-    unseen = {name.removesuffix(gate): experts for name, experts in matrix.unseen.items() if name.endswith(gate)}
+    # a layer's gate, up and down see the same tokens
+    unseen = {f"blk.{found[1]}": experts for name, experts in matrix.unseen.items() if (found := find(name))}
     if unseen:
         layers = ", ".join(f"{len(experts)} in {layer}" for layer, experts in unseen.items())
         console.warn(f"experts that saw no token: {layers}; more text, or more varied text, may reach them")

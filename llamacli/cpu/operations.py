@@ -18,15 +18,7 @@ from llamacli.cpu.kernels.runtime.program import Program
 from llamacli.cpu.weights import Dense, Experts, Layer, Weights
 from llamacli.llama4 import layers as llama4
 from llamacli.llama4.config import Config
-
-PURPOSES = (  # of products in profiles, by the tensor's name; the first match counts
-    ("attn_", "projections"),
-    ("_shexp", "shared expert"),
-    ("_exps", "experts"),
-    ("gate_inp", "router"),
-    ("ffn_", "dense"),
-    ("", "output"),
-)
+from llamacli.llama4.tensors import Role, role_of
 
 
 class Inputs(NamedTuple):
@@ -293,8 +285,7 @@ class Recorder:
             addresses=self._slots.addresses(self._layer, part) if fetched else 0,
             window=self._buffers.address("window") if fetched else 0,
         )
-        purpose = next(purpose for pattern, purpose in PURPOSES if pattern in m.name)
-        self._add(matmul.matmul, arguments, {h, table} | ({out} if add else set()), {out}, purpose)
+        self._add(matmul.matmul, arguments, {h, table} | ({out} if add else set()), {out}, _purpose(m))
 
     def _swiglu(self, gate: str, up: str, w: Matrix, scored: bool = False) -> None:
         rows = self._buffers.rows(gate)
@@ -312,8 +303,7 @@ class Recorder:
             per_token=self._config.n_experts_used if scored else 1,
             state=self._state,
         )
-        purpose = next(purpose for pattern, purpose in PURPOSES if pattern in w.name)
-        self._add(elementwise.swiglu, arguments, {gate, up} | ({"scores"} if scored else set()), {gate, up}, purpose)
+        self._add(elementwise.swiglu, arguments, {gate, up} | ({"scores"} if scored else set()), {gate, up}, _purpose(w))
 
     def _route(self, scores: str, chosen: int, table: str) -> None:
         logits = self._buffers.rows("router")
@@ -349,3 +339,9 @@ class Recorder:
         )
         reads = {h, table} | ({"scores"} if scored else set())
         self._add(elementwise.square_sums, arguments, reads, {names}, "imatrix")
+
+
+def _purpose(m: Matrix) -> str:
+    """What a product with this matrix is called in a profile: the tensor's role."""
+    role = role_of(m.name)
+    return {Role.ATTENTION: "projections", Role.EMBEDDING: Role.OUTPUT.value}.get(role, role.value)  # a tied embedding

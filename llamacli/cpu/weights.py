@@ -16,7 +16,7 @@ from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.ggml import dequantize
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import Role, Spec, check, tensors
+from llamacli.llama4.tensors import ROPE_FREQS, Role, Spec, check, tensors
 
 LONG_FACTOR = 16.0  # Scout divides the frequencies of wavelengths beyond 8192 by this; early uploads had other numbers
 
@@ -62,11 +62,6 @@ class Weights(NamedTuple):
     rope_freqs: np.ndarray | None  # float32 [head_dim / 2], divisors of the rotary frequencies
     notices: list[str]  # what a user should know about this file
     keep: list
-
-    @property
-    def has_experts(self) -> bool:
-        """Whether any bound layer is a mixture."""
-        return any(isinstance(layer.ffn, Experts) for layer in self.layers)
 
 
 def in_map(tensor: Tensor) -> int:
@@ -185,14 +180,14 @@ def _notices(converted: list[str], freqs: np.ndarray | None) -> list[str]:
             f"{len(converted)} tensors have types without fast kernels and run as F16, slower and larger: {some} ..."
         )
     if freqs is not None and not np.isin(freqs, (1.0, LONG_FACTOR)).all():
-        notices.append("rope_freqs.weight is not Scout's published scaling; an early upload may answer badly at length")
+        notices.append(f"{ROPE_FREQS} is not Scout's published scaling; an early upload may answer badly at length")
     return notices
 
 
 def _check_divisors(gguf: GGUF, factors: np.ndarray) -> None:
     """ModelFileError unless frequencies can be divided by all of these."""
     if not (np.isfinite(factors) & (factors > 0)).all():
-        raise ModelFileError(f"{gguf.path}: expected positive numbers in rope_freqs.weight, found others; the file is damaged")
+        raise ModelFileError(f"{gguf.path}: expected positive numbers in {ROPE_FREQS}, found others; the file is damaged")
 
 
 def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:

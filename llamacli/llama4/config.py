@@ -15,6 +15,7 @@ import numpy as np
 
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.gguf import GGUF
+from llamacli.llama4.tensors import OUTPUT, TOKEN_EMBD
 
 CHUNK, NO_ROPE_STEP, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 8192, 4, 8192.0, 0.1  # Meta's, built into llama.cpp
 META = {"chunk_size": CHUNK, "temperature_length": TEMPERATURE_LENGTH, "temperature_scale": TEMPERATURE_SCALE}
@@ -149,7 +150,7 @@ class Config:
             temperature_length=_temperature(read, "length", TEMPERATURE_LENGTH) if chunk else 0.0,
             temperature_scale=_temperature(read, "scale", TEMPERATURE_SCALE),
             use_qk_norm=read.flag("use_qk_norm", "attention.use_qk_norm", default=n_experts != WITHOUT_QK_NORM),
-            tied="output.weight" not in gguf.tensors,
+            tied=OUTPUT not in gguf.tensors,
         )
         read.same("attention.value_length", head_dim, "key_length")
         read.same("rope.dimension_count", head_dim, "key_length")
@@ -170,10 +171,10 @@ def _temperature(read: "_Reader", what: str, default: float) -> float:
 
 def _vocabulary(gguf: GGUF, read: "_Reader") -> int:
     """The rows of the embedding; `vocab_size`, where the file has it, must be the same."""
-    embedding = gguf.tensors.get("token_embd.weight")
+    embedding = gguf.tensors.get(TOKEN_EMBD)
     if embedding is None or len(embedding.shape) != 2:
-        raise ModelFileError(f"{gguf.path}: expected a matrix token_embd.weight, found none; the file holds no model")
-    read.same("vocab_size", embedding.shape[0], "the height of token_embd.weight")
+        raise ModelFileError(f"{gguf.path}: expected a matrix {TOKEN_EMBD}, found none; the file holds no model")
+    read.same("vocab_size", embedding.shape[0], f"the height of {TOKEN_EMBD}")
     return embedding.shape[0]
 
 

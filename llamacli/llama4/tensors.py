@@ -100,9 +100,11 @@ def _stack(name: str, stored: str, single: str, part: tuple[int, int], shape: st
     return _row(name, head + stored, Role.EXPERTS, shape, part=part, single=f"{head}{{}}.{single}.weight")
 
 
+TOKEN_EMBD, OUTPUT, ROPE_FREQS = "token_embd.weight", "output.weight", "rope_freqs.weight"  # which other modules ask for
+
 # fmt: off
 FIRST = (
-    _row("token_embd.weight", "model.embed_tokens.weight", Role.EMBEDDING, "n_vocab n_embd"),
+    _row(TOKEN_EMBD, "model.embed_tokens.weight", Role.EMBEDDING, "n_vocab n_embd"),
 )
 LAYER = (
     _row("attn_norm.weight", "input_layernorm.weight", Role.NORM, "n_embd"),
@@ -132,8 +134,8 @@ MOE = (
 )
 LAST = (
     _row("output_norm.weight", "model.norm.weight", Role.NORM, "n_embd"),
-    _row("output.weight", "lm_head.weight", Role.OUTPUT, "n_vocab n_embd"),  # absent where the embedding is used again
-    _row("rope_freqs.weight", None, Role.ROPE, "n_rot", required=False),  # divisors of the frequencies; computed, not stored
+    _row(OUTPUT, "lm_head.weight", Role.OUTPUT, "n_vocab n_embd"),  # absent where the embedding is used again
+    _row(ROPE_FREQS, None, Role.ROPE, "n_rot", required=False),  # divisors of the frequencies; computed, not stored
     _row("rope_factors_long.weight", None, Role.ROPE, "n_rot", required=False),
     _row("rope_factors_short.weight", None, Role.ROPE, "n_rot", required=False),
 )

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as _Pieces
 
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
 from llamacli.files.gguf import GGUF
+from llamacli.llama4.tensors import TOKEN_EMBD
 from llamacli.llama4.vocabulary import BYTE, BYTE_LETTERS, NORMAL, SPLIT, SUFFIX, UNKNOWN, UNUSED, USER_DEFINED
 
 _LLAMA3 = rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -250,7 +251,7 @@ class _Fields:
 
     def __init__(self, gguf: GGUF):
         self._path, self._metadata = gguf.path, gguf.metadata
-        embedding = gguf.tensors.get("token_embd.weight")
+        embedding = gguf.tensors.get(TOKEN_EMBD)
         self._rows = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else None
 
     def tokenizer(self) -> Tokenizer:
@@ -260,7 +261,7 @@ class _Fields:
             raise UnsupportedModelError(f"{expected}, found {model!r:.60}; use a Llama 4 file")
         texts, merges = self._strings("tokens"), self._strings("merges")
         if self._rows is not None and len(texts) > self._rows:
-            raise self._wrong("tokens", f"at most {self._rows}, the height of token_embd.weight", f"{len(texts)}")
+            raise self._wrong("tokens", f"at most {self._rows}, the height of {TOKEN_EMBD}", f"{len(texts)}")
         types = self._types(len(texts))
         bos, eos, *ends = (self._id(name, len(texts)) for name in ("bos", "eos", "eot", "eom"))
         ends += self._more_ends(len(texts))

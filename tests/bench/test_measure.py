@@ -142,7 +142,7 @@ def test_a_profile_names_every_step_and_its_layer(shape, n, tmp_path):
     assert all(seconds > 0 for _, _, seconds in steps)
     for i in range(engine.config.n_layers):
         names = [name for layer, name, _ in steps if layer == i]
-        own = {"router", "experts", "shared expert"} if engine.config.is_moe(i) else {"dense"}
+        own = {"router", "routed experts", "shared experts"} if engine.config.is_moe(i) else {"dense layers"}
         assert set(names) == {"norms", "projections", "attention"} | own
         assert len(names) == len(set(names))
     assert [name for layer, name, _ in steps if layer is None] == ["embedding", "attention", "norms", "output"]

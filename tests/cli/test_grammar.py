@@ -5,13 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import click
 import pytest
 from fakes import prompt_of
 
 from llamacli import environment
-from llamacli.cli import COMMANDS, inputs, main, options, parser, run, settings
+from llamacli.cli import COMMANDS, grammar, inputs, main, options, parser, run, settings
 
 TEXTS = ["run", "tokenize"]
 
@@ -395,3 +396,15 @@ def test_help_has_groups_and_examples_that_parse(command, capfd):
             if words[:2] == ["llamacli", command]:
                 used = {word for word in words[2:] if word.startswith("-") and not word[1:].isdigit()}
                 assert used <= known, line
+
+
+def test_a_parameter_without_a_default_is_required():
+    def count(text: Annotated[str, grammar.argument("TEXT", "The text.")], n: Annotated[int, grammar.option("-n", help="N.")]):
+        """Count."""
+        return text, n
+
+    command = grammar.command(count)
+    assert command.main(["word", "-n", "3"], standalone_mode=False) == ("word", 3)
+    for words in (["-n", "3"], ["word"]):
+        with pytest.raises(click.MissingParameter):
+            command.main(words, standalone_mode=False)
