@@ -137,10 +137,6 @@ class Console:
         """`text` in grey where stderr has colours."""
         return f"{DIM}{text}{PLAIN}" if _coloured(sys.stderr, self._color) else text
 
-    def prompt(self, text: str) -> str:
-        """`text` in bold where stdout has colours, marked as taking no room for readline."""
-        return f"\x01{BOLD}\x02{text}\x01{PLAIN}\x02" if _coloured(sys.stdout, self._color) else text
-
     def piece(self, text: str) -> None:
         """A piece of the answer, to stdout at once. BrokenPipeError if nobody reads any more."""
         if text:
@@ -176,11 +172,6 @@ class Console:
         last, self._last = self._last, ""
         if last != "\n" and (last or always):
             _write(b"\n")
-
-    def fresh_line(self) -> None:
-        """After a ^C that the terminal echoed: begin a new line, unless `end` will."""
-        if not self._last:
-            self.say("")
 
     def result(self, text: str) -> None:
         """A whole result to stdout, one line."""

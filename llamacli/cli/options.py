@@ -293,7 +293,7 @@ class Generation(Sampling):
 
     def load(self, console: Console):
         """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
-        from llamacli.bench.routing import RoutingLog, check_new
+        from llamacli.bench.routing_log import RoutingLog, check_new
 
         if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):
             console.note(f"the system prompt is the number {self.system}; --seed {self.system} sets the seed")

@@ -1,7 +1,7 @@
 """How `llamacli inspect --routing` shows a log: a picture of the experts used, how often they repeat, what slots would bring.
 
-In: a log's path. Out: the picture and tables, or one JSON object, on stdout; an image if asked for. routing.py knows the
-numbers.
+In: a log's path. Out: the picture and tables, or one JSON object, on stdout; an image if asked for. bench/routing.py computes
+the numbers.
 """
 
 import json
@@ -12,13 +12,13 @@ SLOTS_SHOWN = 16  # rows of the table of slots at most; of more experts those th
 
 def show_routing(path: Path, plot: Path | None, as_json: bool, console) -> None:
     """Read a log and show what it tells."""
-    from llamacli.bench import routing
+    from llamacli.bench import routing, routing_log
 
     if plot:
         from llamacli.bench import plot as picture
 
         picture.check()
-    log = routing.read(path)
+    log = routing_log.read(path)
     n_tokens, _, used = log.chosen.shape
     share, repeats, hits = routing.use(log) / n_tokens, routing.repeats(log), routing.hit_rates(log)
     if as_json:
@@ -57,7 +57,7 @@ def _show(log, share, repeats, hits, console) -> None:
         for s in slots
     ]
     console.table(
-        "\nChoices found in slots, each layer keeping the experts it used most of late",
+        "\nChoices found in slots, which keep a layer's most used experts",
         rows,
         ("slots a layer", "found", "worst layer", "best layer", "were all equally likely"),
     )

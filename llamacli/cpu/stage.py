@@ -225,11 +225,6 @@ class CpuStage:
         self._recorded = self._buffers = self._stream = None
         self._capacity, self._forked = 0, True
 
-    def allocated(self, n: int) -> int:
-        """Bytes of the buffers for prompts of `n` tokens, which are made if they are not there yet."""
-        self._reserve(min(n, self._most))
-        return sum(array.nbytes for array in self._buffers.arrays.values())
-
     # input
 
     def _reserve(self, n: int) -> None:

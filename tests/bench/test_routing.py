@@ -11,8 +11,8 @@ import oracle
 import pytest
 from tiny import MAVERICK, SCOUT, tiny_gguf
 
-from llamacli.bench import plot, routing
-from llamacli.bench.routing import Routing, RoutingLog
+from llamacli.bench import plot, routing, routing_log
+from llamacli.bench.routing_log import Routing, RoutingLog
 from llamacli.cli import main
 from llamacli.cli.console import Console
 from llamacli.cpu.experts import HALF_LIFE
@@ -60,7 +60,7 @@ def test_every_layers_choice_is_logged_prompt_and_single_tokens_alike(tmp_path, 
     engine.forward(ids[:21], cache)
     for token in ids[21:]:
         engine.forward([token], cache)
-    log = routing.read(tmp_path / "r.log")
+    log = routing_log.read(tmp_path / "r.log")
     assert log.layers == [i for i in range(config.n_layers) if config.is_moe(i)]
     assert log.positions.tolist() == list(range(24))
     assert (log.chosen == oracles_choice(path, ids, monkeypatch)).all()
@@ -92,7 +92,7 @@ def test_what_is_written_is_read_back(tmp_path, config):
     batches = [(position, random.randint(0, 8, (4, n, 2))) for position, n in ((0, 5), (5, 1), (3, 1))]
     for position, experts in batches:
         log(position, experts.reshape(4, -1))
-    found = routing.read(tmp_path / "r.log")  # the writer is still there: every line is in the file at once
+    found = routing_log.read(tmp_path / "r.log")  # the writer is still there: every line is in the file at once
     assert (found.model, found.layers, found.n_experts) == ("tiny.gguf", [1, 3], 8)
     assert found.positions.tolist() == [0, 1, 2, 3, 4, 5, 3]
     assert (found.chosen == np.concatenate([experts[[1, 3]].swapaxes(0, 1) for _, experts in batches])).all()
@@ -100,7 +100,7 @@ def test_what_is_written_is_read_back(tmp_path, config):
 
 def test_a_last_line_that_was_cut_is_passed_over(tmp_path):
     (tmp_path / "r.log").write_text(HEAD + '{"pos":0,"experts":[[1,2]]}\n{"pos":1,"expe')
-    assert routing.read(tmp_path / "r.log").chosen.tolist() == [[[1], [2]]]
+    assert routing_log.read(tmp_path / "r.log").chosen.tolist() == [[[1], [2]]]
 
 
 def test_no_file_is_overwritten(tmp_path, config):
@@ -144,19 +144,19 @@ def test_a_model_without_experts_has_nothing_to_log(tmp_path):
 def test_what_is_no_log_is_named_with_its_line(tmp_path, text, line):
     (tmp_path / "r.log").write_text(text)
     with pytest.raises(PromptError, match=f"r.log: expected .* in line {line} "):
-        routing.read(tmp_path / "r.log")
+        routing_log.read(tmp_path / "r.log")
 
 
 def test_a_log_without_tokens_says_so(tmp_path):
     (tmp_path / "r.log").write_text(HEAD)
     with pytest.raises(PromptError, match="some tokens"):
-        routing.read(tmp_path / "r.log")
+        routing_log.read(tmp_path / "r.log")
     with pytest.raises(PromptError, match="readable"):
-        routing.read(tmp_path / "missing")
+        routing_log.read(tmp_path / "missing")
     for text in ("", HEAD.rstrip()):  # stopped before the first line was whole
         (tmp_path / "r.log").write_text(text)
         with pytest.raises(PromptError, match="found no whole line"):
-            routing.read(tmp_path / "r.log")
+            routing_log.read(tmp_path / "r.log")
 
 
 # what it tells
@@ -218,7 +218,7 @@ def test_a_run_writes_a_log_that_inspect_draws(tmp_path, capfd):
     assert [line.split()[0] for line in out[1:5]] == ["0", "1", "2", "3"]
     assert main(["inspect", "--routing", log, "--json"]) == 0
     said = json.loads(capfd.readouterr().out)
-    assert said["tokens"] == routing.read(Path(log)).chosen.shape[0]
+    assert said["tokens"] == routing_log.read(Path(log)).chosen.shape[0]
     assert len(said["layers"]) == 4
     assert all(sum(layer["use"]) == pytest.approx(1, abs=1e-3) for layer in said["layers"])
     assert said["hits"] == sorted(said["hits"])

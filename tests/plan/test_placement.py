@@ -2,13 +2,14 @@
 speed."""
 
 import gc
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 from tiny import MAVERICK, SCOUT, tiny_gguf
 
 import llamacli
-from llamacli.cpu import kvcache
+from llamacli.cpu import buffers, kvcache
 from llamacli.cpu.experts import spread
 from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError
@@ -265,13 +266,19 @@ def test_a_model_without_experts_is_mapped_or_refused():
 
 @pytest.mark.parametrize("shape", [SCOUT, MAVERICK, SCOUT | {"used": 2}, SCOUT | {"moe_step": 5}])
 def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
-    gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf", **shape))
+    gguf = open_gguf(tiny_gguf(tmp_path / "tiny.gguf", chunk=4096, **shape))
     config = Config.from_gguf(gguf)
-    engine = Engine(gguf, config, 2, slots=16)  # of a model without experts: none
-    for tokens in (16, 100, 2048):
-        allocated = engine.stages[0].allocated(tokens)
-        largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
-        assert working_bytes(config, 2, largest) == pytest.approx(allocated, abs=1024)
+    tracemalloc.start()
+    try:
+        engine = Engine(gguf, config, 2, slots=16)  # of a model without experts: none
+        for tokens in (16, 100, 2048):
+            engine.forward([5] * tokens, engine.new_cache(tokens))
+            held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, buffers.__file__)])
+            largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
+            alignment = 40 * buffers.ALIGNMENT
+            assert working_bytes(config, 2, largest) == pytest.approx(sum(t.size for t in held.traces), abs=alignment)
+    finally:
+        tracemalloc.stop()
     assert products_per_token(config) == engine.products_per_token
 
 
