@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Tokens(NamedTuple):
-    """What the first stage is given: ids, int64 [n], and for some positions in it a row that stands in for the embedding."""
+    """Input of the first stage: ids, int64 [n], and for some of them a row that is used in place of the embedding."""
 
     ids: Sequence[int]
     rows: dict[int, np.ndarray]  # position in `ids` to float32 [n_embd]
@@ -36,7 +36,7 @@ class Cache(Protocol):
         """Forget positions from `pos` on. Returns the position reached, which may be smaller: evaluate again from there."""
 
     def held(self, layer: int) -> range:
-        """Positions of which a layer's keys and values can be exported."""
+        """Positions whose keys and values of a layer can be exported."""
 
     def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of positions start to end - 1, a copy, float16 [n_kv_heads, end - start, head_dim] each."""
@@ -46,7 +46,7 @@ class Cache(Protocol):
 
 
 class Run(NamedTuple):
-    """Some tokens of a batch that follow each other in one sequence: `n` of them, the first at position `cache.pos`.
+    """`n` consecutive tokens of one sequence in a batch, the first at position `cache.pos`.
 
     A run does not cross the edge of a chunk, and the cache has room for it.
     """
@@ -71,7 +71,7 @@ class Stage(Protocol):
         """The residual stream after the stage's layers, float32 [n, n_embd], for tokens of one or several sequences in a row.
 
         `x`: the stream before them, or Tokens for the first stage. Writes keys and values beyond `cache.pos` and leaves `pos`
-        to the caller, so that a call that breaks off changes nothing that counts. The result may be a view that lasts until the
+        to the caller, so that an interrupted call leaves the cache as it was. The result may be a view that lasts until the
         stage's next call.
         """
 
@@ -79,13 +79,13 @@ class Stage(Protocol):
         """Logits of the rows x[first:] of the stream, float32 [len(x) - first, n_vocab]; of the last stage only."""
 
     def interrupt(self) -> None:
-        """From another thread: have the call under way end soon, by a KeyboardInterrupt."""
+        """From another thread: make the running call raise KeyboardInterrupt soon."""
 
     def shrink(self, nbytes: int) -> int:
-        """Give back up to so many bytes of what can be read again; returns how many."""
+        """Release up to `nbytes` bytes of weights that can be read again; returns the bytes released."""
 
     def resume(self) -> None:
-        """Forget an interrupt."""
+        """Clear an interrupt before the next call."""
 
     def chosen(self, n: int) -> np.ndarray:
         """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]."""
@@ -94,10 +94,10 @@ class Stage(Protocol):
         """From now on sum the squares of all inputs to the layers' products; begins anew (cpu/operations.Inputs)."""
 
     def take_io_stats(self):
-        """What was read since the last call (cpu/experts.IoStats), None if nothing is fetched."""
+        """Counts of reads since the last call (cpu/experts.IoStats), None if nothing is fetched."""
 
     def after_fork(self) -> None:
-        """In a forked child: forget what another thread may have been in the middle of."""
+        """In a forked child: drop state that another thread of the parent may have left half changed."""
 
     def close(self) -> None:
-        """Give back threads and memory; nothing may be called afterwards."""
+        """Release threads and memory; no other call may follow."""

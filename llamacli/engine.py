@@ -19,7 +19,7 @@ from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import IoStats
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.operations import Inputs
-from llamacli.cpu.stage import LOOK_EVERY, cpu_stages
+from llamacli.cpu.stage import CHECK_EVERY, cpu_stages
 from llamacli.device import Run, Stage, Tokens
 from llamacli.errors import MemoryLimitError, PromptError, UsageError
 from llamacli.files.gguf import GGUF
@@ -207,7 +207,7 @@ class Engine:
         for stage in self.stages:
             stage.resume()
         cache.agree()
-        if len(ids) > 1 or cache.pos % LOOK_EVERY == 0:
+        if len(ids) > 1 or cache.pos % CHECK_EVERY == 0:
             self._make_room()
         cache.reserve(len(ids))
         if all_logits:

@@ -3,7 +3,6 @@
 In: an engine, a tokenizer, ids and a sampler. Out: logits, or `Piece`s of text that end with a finish reason. `sync` reuses
 what the cache has in common with the new prompt. An interrupt (Ctrl-C) at any point leaves the session usable: `ids` lists
 only tokens whose evaluation succeeded, and whatever a broken-off call may have written is forgotten before the next one.
-Knows nothing of messages, templates, files or terminals.
 """
 
 from collections.abc import Iterator, Sequence

@@ -117,7 +117,7 @@ def convert(
     types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
     notices += more
     if importance:
-        notices += _weigh(importance, rows, metadata)
+        notices += _check_imatrix(importance, rows, metadata)
     plan = make_plan(metadata, rows, types, split_max_size)
     files = [
         File(_target(path), part.head, [(t.name, t.nbytes) for t in part.tensors])
@@ -147,12 +147,12 @@ def convert(
     notices += _orphans(out, files)
     if planned:
         planned(report)
-    making = _Making(plan, importance, threads, progress, maps)
-    making.write(files, job, force)
+    maker = _TensorMaker(plan, importance, threads, progress, maps)
+    maker.write(files, job, force)
     for tensor in report["tensors"]:
-        tensor["rmse"], tensor["energy"] = making.rmse(tensor["name"]), making.errors[tensor["name"]][1]
+        tensor["rmse"], tensor["energy"] = maker.rmse(tensor["name"]), maker.errors[tensor["name"]][1]
     seconds = round(time.perf_counter() - start, 3)
-    return report | {"written": True, "seconds": seconds, "resumed_bytes": making.resumed}
+    return report | {"written": True, "seconds": seconds, "resumed_bytes": maker.resumed}
 
 
 def _target(path: Path) -> Path:
@@ -184,7 +184,7 @@ def _orphans(out: Path, files: list[File]) -> list[str]:
     return [f"left by a conversion in another number of files, to be removed by hand: {', '.join(found)}"]
 
 
-def _weigh(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -> list[str]:
+def _check_imatrix(importance: Imatrix, rows: dict[str, sources.Rows], metadata: dict) -> list[str]:
     """Check an importance matrix against the model before anything is written, and name it in the metadata."""
     known = [name for name, source in rows.items() if importance.weights(name, source.shape) is not None]
     if not known:
@@ -273,7 +273,7 @@ def _check_vocab(folder: Path, metadata: dict[str, object], shape: tuple[int, ..
         raise CheckpointError(str(error)) from None
 
 
-class _Making:
+class _TensorMaker:
     """Encodes tensors for journal.write_files and records each one's error: sums of (x - q)^2 and of x^2."""
 
     def __init__(

@@ -1,7 +1,7 @@
 """`llamacli inspect`: what a GGUF holds and what it will need, without loading it; or what a routing log tells.
 
 In: a path. Out: a table or one JSON object on stdout. `describe` gathers, `_show` lays out. A sound GGUF of another
-architecture is described too, with the reason why it cannot be run. A log goes to cli/routing.py. Knows nothing of the engine.
+architecture is described too, with the reason why it cannot be run. cli/routing.py shows a log.
 """
 
 import json

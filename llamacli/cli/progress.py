@@ -1,7 +1,6 @@
 """How far a long job is, how fast it goes and when it will end: as a bar of any width, or as words for a log.
 
-In: what is done, step by step. Out: text without a line's end. Knows nothing of terminals, and of clocks only the one it is
-given.
+In: what is done, step by step, and a clock. Out: text without a line end; the caller writes it.
 """
 
 import time

@@ -362,7 +362,7 @@ class ExpertFetch:
         return stream
 
 
-def spread(n_slots: int, n_layers: int) -> list[int]:
+def slots_per_layer(n_slots: int, n_layers: int) -> list[int]:
     """Slots of each layer when `n_slots` are shared evenly; the first layers get the remainder."""
     each, more = divmod(n_slots, n_layers)
     return [each + (i < more) for i in range(n_layers)]

@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 class ExpertCuts(NamedTuple):
     """Where the steps of a layer with fetched experts can be cut: the number of the step after each part."""
 
-    guessed: int  # the router has been asked before attention, on what it will see but for attention's part
+    guessed: int  # the router has run on the hidden state before attention, for the prefetch
     routed: int  # the experts are chosen
     shared: int  # the shared expert's gate and up are done
     multiplied: int  # a routed expert's gate and up, for the experts in `window`
@@ -57,8 +57,8 @@ class Recorder:
         slots: Slots | None = None,
         watched: dict[tuple[str, ...], Inputs] | None = None,
     ):
-        """`stop`: the address of an int64 that is not 0 when a run is to end soon. `watched`: if not None, steps that sum the
-        squares of every product's input are recorded, and the sums kept here.
+        """`stop`: the address of an int64 that another thread sets to end a run early. `watched`: if not None, steps
+        that sum the squares of every product's input are recorded, and the sums kept here.
         """
         self.program, self.layer_ends, self.expert_cuts = Program(), [], {}
         self.embedded = 0
@@ -247,7 +247,7 @@ class Recorder:
         self._matmul(self._weights.output, h, "logits")
 
     def _guess(self, w: Layer) -> None:
-        """Ask the router which experts it would choose if attention added nothing, so that they can be read meanwhile."""
+        """Run the router on the hidden state before attention; its choice is prefetched while attention is computed."""
         self._matmul(w.ffn.gate_inp, self.norm("x", w.ffn_norm), "router")
         self._route("scores", self._buffers.address("guess"), "guess_table")
         self._cut("guessed")
@@ -258,7 +258,7 @@ class Recorder:
         self.program.add(kernel, arguments, reads, writes, (self._layer, purpose))
 
     def _cut(self, name: str) -> None:
-        """A place where the program may stop to wait for experts: a field of ExpertCuts."""
+        """Mark a step at which the program can stop to wait for experts: a field of ExpertCuts."""
         if self._fetching:
             self._cuts[name] = self.program.barrier()
 
@@ -320,7 +320,7 @@ class Recorder:
         self._add(elementwise.route, arguments, {"router"}, {scores, table}, "router")
 
     def _watch(self, matrices: Sequence[Matrix], h: str, table: str = "dense", scored: bool = False) -> None:
-        """If somebody watches, a step that sums up the squares of what goes into `matrices`."""
+        """If sums are collected (CpuStage.watch), record a step that adds up the squares of the input of `matrices`."""
         if self._watched is None:
             return
         names, m, rows = tuple(m.name for m in matrices), matrices[0], self._buffers.rows(h)

@@ -12,7 +12,7 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import LOGITS_BATCH, MAX_BATCH, MIN_BATCH, Buffers
-from llamacli.cpu.experts import IoStats, Slots, spread
+from llamacli.cpu.experts import IoStats, Slots, slots_per_layer
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
 from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, N
@@ -29,14 +29,14 @@ from llamacli.files.pages import drop_pages, on_large_pages, populate, random_ac
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role
 
-SURE = 0.08  # of the scores' range the best must be ahead of the next: then more than nine guesses in ten are right
-LOOK_EVERY = 64  # decoded tokens after which the embedding's pages are dropped
+CONFIDENT = 0.08  # the best score must lead the next by this share of the scores' range: then over 90 % of prefetches are right
+CHECK_EVERY = 64  # decoded tokens after which pages of the embedding are dropped and the memory limit is checked
 
 
 def cpu_stages(
     gguf: GGUF, config: Config, threads: int, n_slots: int, max_batch: int, cuts: Sequence[int] = ()
 ) -> list["CpuStage"]:
-    """A whole model as stages that share threads. `n_slots`: routed experts of all layers kept in memory, 0: all are mapped.
+    """A whole model as stages that share threads. `n_slots`: routed experts that all layers together cache; 0: all are mapped.
 
     `cuts`: layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. Each stage that
     fetches experts has buffers of its own for those under way, which `plan` counts once; a stage without experts is mapped.
@@ -46,7 +46,7 @@ def cpu_stages(
     if config.head_dim % lanes:
         raise UnsupportedModelError(f"{gguf.path}: expected a head size that is a multiple of {lanes}, found {config.head_dim}")
     routed = [i for i in range(config.n_layers) if config.is_moe(i)]
-    share = dict(zip(routed, spread(n_slots, len(routed)), strict=True)) if n_slots and routed else {}
+    share = dict(zip(routed, slots_per_layer(n_slots, len(routed)), strict=True)) if n_slots and routed else {}
     pool, guard, found = Pool(threads), Guard(gguf.maps), []
     for first, end in zip([-1, *cuts], [*cuts, config.n_layers + 1], strict=True):
         layers = range(max(0, first), min(end, config.n_layers))
@@ -76,8 +76,8 @@ class CpuStage:
     ):
         """`embeds`, `heads`: whether the stage begins with the embedding, ends with the head. `guard`: over the file's maps.
 
-        `slots`: by layer with experts, how many of them are kept in memory; none: they are used where the file is mapped. What
-        every token uses is then read into memory here. `most`: tokens of a batch.
+        `slots`: for each layer with experts, how many of them it caches; the weights that every token uses are then read into
+        memory here. None: all weights are used in the mapped file. `most`: tokens of a batch.
         """
         self.layers = layers
         self.timings: Counter | None = None  # seconds by (layer, operation), if every step is to be timed by itself
@@ -108,7 +108,7 @@ class CpuStage:
             populate([(m.address, m.nbytes) for m, _ in used if m.n_groups == 1])
 
     def _fetch(self, gguf: GGUF, share: dict[int, int]) -> tuple[Slots, dict[str, int]]:
-        """Slots for the routed experts; and the addresses of what every token uses, which is read into memory."""
+        """(slots for the routed experts, addresses of the weights that every token uses, which are read into memory)."""
         routed: dict[int, tuple[Tensor, ...]] = {}
         resident = []
         for spec in needed(gguf, self._config, self.layers, self._embeds, self._heads).values():
@@ -126,7 +126,7 @@ class CpuStage:
         return slots, slots.load_resident(resident)
 
     def _used(self) -> Iterator[tuple[Matrix, int]]:
-        """The matrices of the layers and of the head, each with how often one token goes through (one of) it."""
+        """The matrices of the layers and of the head, each with the number of its groups that one token uses."""
         for layer in self._weights.layers:
             yield from ((m, 1) for m in (layer.attn_q, layer.attn_k, layer.attn_v, layer.attn_output))
             if isinstance(layer.ffn, Experts):
@@ -163,7 +163,7 @@ class CpuStage:
             self._check()
         if self._lookup is not None:
             self._decoded += n
-            if n > 1 or self._decoded % LOOK_EVERY == 0:
+            if n > 1 or self._decoded % CHECK_EVERY == 0:
                 drop_pages(self._lookup.address, self._lookup.nbytes)
         self._stream = self._buffers["x"][:n, : self._config.n_embd]
         return self._stream
@@ -201,7 +201,7 @@ class CpuStage:
         return self.slots.take_io_stats() if self.slots else None
 
     def interrupt(self) -> None:
-        """Have the call that another thread is in end soon, within one piece of a product; it raises KeyboardInterrupt."""
+        """Make the call that runs in another thread raise KeyboardInterrupt, within one work item of a product."""
         self._stop[0] = 1
 
     def resume(self) -> None:
@@ -209,11 +209,11 @@ class CpuStage:
         self._stop[0] = 0
 
     def shrink(self, nbytes: int) -> int:
-        """Give back slots, up to so many bytes; returns how many."""
+        """Release slots of up to `nbytes` bytes; returns the bytes released."""
         return self.slots.shrink(nbytes) if self.slots else 0
 
     def close(self) -> None:
-        """Drop threads, buffers, slots and weights. The pool is the other stages' as well: the engine closes all of them."""
+        """Release threads, buffers, slots and weights. Stages of one model share the pool, so the engine closes all of them."""
         self._pool.close()
         self._recorded = self._buffers = self._stream = self._state = self._dense = self._weights = self._watched = (
             self.slots
@@ -249,7 +249,7 @@ class CpuStage:
         self._capacity = capacity
 
     def _set_rows(self, n: int, row: int, count: int) -> None:
-        """Tokens of the batch, and which of its rows norms work on."""
+        """Set the number of tokens in the batch, and the rows that norms work on."""
         state = self._state
         state[N], state[ROW], state[COUNT], self._dense[1] = n, row, count, count
 
@@ -265,12 +265,12 @@ class CpuStage:
             rows[at] = row.ctypes.data
 
     def _place(self, x: np.ndarray) -> None:
-        """Have the stream in the buffer, where this stage's own result is already."""
+        """Copy the stream into its buffer, unless it is this stage's own result and there already."""
         if x is not self._stream:
             self._buffers["x"][: len(x), : self._config.n_embd] = x
 
     def _set_runs(self, runs: Sequence[Run]) -> None:
-        """Each token's position and cache, and the blocks of neighbours that attention works on."""
+        """Set each token's position and cache, and the blocks of neighbouring tokens that attention works on."""
         b, first, blocks = self._buffers, 0, []
         most = tokens_per_block(self._config.n_heads, self._config.n_kv_heads)
         for run in runs:
@@ -307,13 +307,13 @@ class CpuStage:
                 self._run(first, last)
 
     def _run_fetching(self, n: int) -> None:
-        """All layers; each layer's experts are read while the shared one is computed."""
+        """Run all layers; each layer's missing experts are read while its shared expert is computed."""
         done, b = 0, self._buffers
         for i, at in self._recorded.expert_cuts.items():
             try:
                 self._run(done, at.guessed)
-                # of several choices in a prompt, sums are made in the experts' order, not as they come
-                if self._sure() if n == 1 else self._choices == 1:
+                # with several experts per token, a prompt adds them up in their order, so they are not fetched as they come
+                if self._confident() if n == 1 else self._choices == 1:
                     self.slots.prefetch(i, b["guess"][:n].tolist())
                 self._run(at.guessed, at.routed)
                 chosen = b["chosen"][i - self.layers.start, : n * self._choices].tolist()
@@ -327,19 +327,19 @@ class CpuStage:
                 for expert in down:
                     b["window"][:] = expert, expert + 1
                     self._run(at.joined, at.end)
-            except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
+            except BaseException:  # Ctrl-C too: no half-read expert may count as present
                 self.slots.reset(i)
                 raise
             done = at.end
         self._run(done, self._layer_ends[-1])
 
-    def _sure(self) -> bool:
-        """Whether the guess for a single token is probably right; a wrong one costs more time than a right one saves."""
+    def _confident(self) -> bool:
+        """Whether a prefetch for a single token is worth it: a wrong one costs more time than a right one saves."""
         scores = sorted(self._buffers["router"][0, : self._config.n_experts].tolist())
-        return len(scores) == 1 or scores[-1] - scores[-2] > SURE * (scores[-1] - scores[0])
+        return len(scores) == 1 or scores[-1] - scores[-2] > CONFIDENT * (scores[-1] - scores[0])
 
     def _check(self) -> None:
-        """ModelFileError if the mapped file is no longer what it was: what was computed is wrong."""
+        """ModelFileError if the mapped file changed: the result is wrong."""
         if (part := self._guard.broken) is not None:
             raise ModelFileError(
                 f"{self._paths[part]}: expected the file as it was opened, found it cut short or its disk failing; put it back "

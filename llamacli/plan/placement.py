@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 from llamacli.cpu import buffers, kvcache
 from llamacli.cpu.buffers import MAX_BATCH
-from llamacli.cpu.experts import RING, spread
+from llamacli.cpu.experts import RING, slots_per_layer
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find, role_of
 from llamacli.plan import machine
 
-PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code, and of an entry of the vocabulary; measured
+PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code; bytes of a vocabulary entry. Measured
 LEAST_BATCH = 64  # the smallest batch of prompt tokens
 AROUND = 64 << 10  # bytes that a page fault maps around the touched one, if they are in the page cache
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
@@ -36,14 +36,14 @@ OTHERS = "norms and routers"  # every other tensor
 
 
 class Sizes(NamedTuple):
-    """Bytes of a model's weights. `kinds`: by role (COUNTED and OTHERS). `experts`: of one routed expert of each layer that
-    has some. `passing`: of the largest part of an expert that prompts read at a time.
+    """Bytes of a model's weights. `kinds`: by role (COUNTED and OTHERS). `experts`: of one routed expert, for each layer with
+    experts. `ring_buffer`: of one buffer of the ring through which prompts read experts (cpu/experts.py).
     """
 
     kinds: dict[str, int]
     experts: tuple[int, ...]
     n_experts: int
-    passing: int
+    ring_buffer: int
 
     @property
     def routed(self) -> int:
@@ -51,8 +51,8 @@ class Sizes(NamedTuple):
         return self.kinds[Role.EXPERTS]
 
     @property
-    def one_each(self) -> int:
-        """One routed expert of every layer: the size of one slot in each."""
+    def one_per_layer(self) -> int:
+        """One routed expert of every layer: one slot in each."""
         return sum(self.experts)
 
     @property
@@ -124,7 +124,7 @@ class Placement:
     @property
     def read_per_token(self) -> float:
         """Bytes from the file for a decoded token."""
-        return self.miss * self.config.n_experts_used * self.sizes.one_each
+        return self.miss * self.config.n_experts_used * self.sizes.one_per_layer
 
 
 def place(
@@ -156,16 +156,16 @@ def place(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
-    buffers, rows = RING * sizes.passing, _rows(config, sizes, batch)
-    each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_each)
+    buffers, rows = RING * sizes.ring_buffer, _rows(config, sizes, batch)
+    each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_per_layer)
     more = bisect_right(list(accumulate(sizes.experts)), rest)
     n_slots = min(sizes.n_experts * len(sizes.experts), each * len(sizes.experts) + more)
-    experts = sum(n * nbytes for n, nbytes in zip(spread(n_slots, len(sizes.experts)), sizes.experts, strict=True))
+    experts = sum(n * nbytes for n, nbytes in zip(slots_per_layer(n_slots, len(sizes.experts)), sizes.experts, strict=True))
     return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
 
 
 def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, slots: bool = False) -> int:
-    """The largest context up to `ctx` that `place` accepts, in whole kilotokens if it is less; 0 if none is."""
+    """The largest context up to `ctx` that `place` accepts, a multiple of CTX_STEP if it is less; 0 if there is none."""
     batch = batch_within(config, memory, threads)
     room = (
         memory - _program(config) - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch, slots)
@@ -185,13 +185,14 @@ def _rows(config: Config, sizes: Sizes, batch: int) -> int:
 
 
 def _least(config: Config, sizes: Sizes, batch: int, slots: bool = False) -> int:
-    """The least memory for what is not always used: the experts of one token, those being read, and rows of the embedding; or,
-    where that is smaller and `slots` does not forbid it, all of it.
+    """The least memory for routed experts and embedding: the experts of one token, the ring, and rows of the embedding.
+
+    Without `slots` also their whole size, if that is smaller.
     """
     rest = sizes.routed + sizes.looked_up
     if not sizes.experts:
         return rest
-    few = config.n_experts_used * sizes.one_each + RING * sizes.passing + _rows(config, sizes, batch)
+    few = config.n_experts_used * sizes.one_per_layer + RING * sizes.ring_buffer + _rows(config, sizes, batch)
     return few if slots else min(few, rest)
 
 
@@ -209,27 +210,26 @@ def working_bytes(config: Config, threads: int, batch: int) -> int:
 
 
 def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) -> float:
-    """Expected seconds for a token after `depth` others; `disk` and `bandwidth` (of memory) in bytes a second.
+    """Expected seconds for a token after `depth` others. `disk` and `bandwidth` (of memory) are in bytes a second.
 
-    Every byte that a token needs is read from memory once, at the share of the bandwidth that decode reaches. An expert that
-    is missing is read from disk before; this cannot begin before the layer's router has chosen, and the next layer cannot
-    begin without the result. So only the same layer's shared expert and the expert's own products, piece by piece, are done
-    meanwhile: of those and the reading the longer counts, everything else is added. Every expert is equally likely. Each layer
-    adds LAYER_SECONDS, which a small model feels and a large one does not.
+    Decoding reads each byte that the token needs from memory once, at REACHED_READING of the bandwidth. A missing expert is
+    first read from the disk. That read begins after the layer's router and ends before the next layer, so it overlaps only with
+    the products of the layer's shared and routed experts: the longer of the two counts, and all other times are added. All
+    experts are assumed to be equally likely. LAYER_SECONDS is the overhead of a layer's steps; it matters for small models.
     """
     sizes, k, reached = p.sizes, p.config.n_experts_used, REACHED_READING * bandwidth
     before = (sizes.always - sizes.kinds[Role.SHARED] + kvcache.nbytes(p.config, depth)) / reached
-    beside = (sizes.kinds[Role.SHARED] + k * sizes.one_each) / reached
-    reading = k * sizes.one_each / disk
+    beside = (sizes.kinds[Role.SHARED] + k * sizes.one_per_layer) / reached
+    reading = k * sizes.one_per_layer / disk
     return before + (1 - p.miss) * beside + p.miss * max(beside, reading) + p.config.n_layers * LAYER_SECONDS
 
 
 def prefill_seconds(p: Placement, tokens: int, disk: float, multiply: float | None) -> float:
-    """Expected seconds for a prompt of `tokens`: the longer of reading the experts that it touches and the arithmetic.
+    """Expected seconds for a prompt of `tokens` tokens: the time to read experts or the time to compute, whichever is longer.
 
-    Each batch of it passes over them once. `multiply` is the machine's limit in operations a second, a multiply-add being two;
-    None: reading alone. Mapped experts are in memory already. Products of attention with the context are left out, so a
-    long prompt takes longer.
+    Each batch reads every expert that it uses once, or none if the experts are mapped. `multiply` is the machine's limit in
+    operations a second, a multiply-add being two; None: reading alone. The products of attention with the context are not
+    counted, so a long prompt takes longer.
     """
     passes, rest = divmod(tokens, p.batch)
     touched = passes * _touched(p, p.batch) + _touched(p, rest)
@@ -257,8 +257,7 @@ def products_per_token(config: Config) -> int:
 def plan_residency(
     gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str
 ) -> tuple[int, int, int]:
-    """For Engine: the slots of all layers (0: all experts are used where the file is mapped) and the largest batch; and the
-    bytes that the model may come to hold, for machine.reserve.
+    """(slots of all layers, largest batch, bytes to reserve) for Engine and machine.reserve; 0 slots: all experts are mapped.
 
     `memory`: bytes for all models of this process; None: what the machine has free, less a reserve. What other models have
     reserved is subtracted. `experts`: "mapped", "slots" or "auto".

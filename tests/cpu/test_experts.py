@@ -99,7 +99,7 @@ def test_only_guesses_that_are_clear_are_read_and_none_changes_a_byte(tmp_path, 
     wanted = conversation(engine(path, 0))
 
     def guesses(sure):
-        monkeypatch.setattr("llamacli.cpu.stage.SURE", sure)
+        monkeypatch.setattr("llamacli.cpu.stage.CONFIDENT", sure)
         here = engine(path, 1)
         assert np.array_equal(conversation(here), wanted)
         return here.take_io_stats().guesses

@@ -2,7 +2,7 @@
 
 Random cases come from tests/tiny.py by seed. Trained ones are the small model of models/scout-tiny, its weights written again
 in the types of llama.cpp's mixes; the K types by the plain encoders below (round to nearest; another issue does better), so
-that the very same file can be made wherever the test runs. Knows nothing of llama.cpp.
+that the very same file can be made wherever the test runs.
 """
 
 import json

@@ -10,7 +10,7 @@ from tiny import MAVERICK, SCOUT, tiny_gguf
 
 import llamacli
 from llamacli.cpu import buffers, kvcache
-from llamacli.cpu.experts import spread
+from llamacli.cpu.experts import slots_per_layer
 from llamacli.engine import Engine
 from llamacli.errors import MemoryLimitError
 from llamacli.files.gguf import open_gguf
@@ -61,7 +61,7 @@ def test_half_of_mavericks_layers_have_experts(maverick):
     _, sizes = maverick
     assert len(sizes.experts) == 24
     assert sizes.kinds["dense layers"] == 24 * 3 * 5120 * 16384 * 210 // 256
-    assert sizes.one_each == pytest.approx(1.7 * GB, rel=1e-2)
+    assert sizes.one_per_layer == pytest.approx(1.7 * GB, rel=1e-2)
 
 
 def test_an_embedding_that_is_also_the_output_is_always_used(scout):
@@ -87,7 +87,7 @@ def test_slots_fill_the_memory_and_the_promise_holds(scout, memory):
     assert p.resident <= memory * GB
     assert p.slots == 16 or p.resident + max(sizes.experts) > memory * GB
     assert p.resident == p.weights + p.experts + p.kv + p.working + p.buffers + p.rows
-    assert p.experts == pytest.approx(p.slots * sizes.one_each, rel=1e-2)
+    assert p.experts == pytest.approx(p.slots * sizes.one_per_layer, rel=1e-2)
     assert p.miss == 1 - p.slots / 16
     assert p.read_per_token == pytest.approx(p.miss * 3.3974e9, rel=1e-3)
 
@@ -95,9 +95,9 @@ def test_slots_fill_the_memory_and_the_promise_holds(scout, memory):
 def test_what_is_left_is_one_slot_more_for_some_layers(scout):
     config, sizes = scout
     p = place(config, sizes, 32 * GB, 8192)
-    more = place(config, sizes, 32 * GB + sizes.one_each // 2, 8192)
+    more = place(config, sizes, 32 * GB + sizes.one_per_layer // 2, 8192)
     assert 20 <= more.n_slots - p.n_slots <= 28
-    assert spread(more.n_slots, 48).count(int(more.slots) + 1) == more.n_slots % 48
+    assert slots_per_layer(more.n_slots, 48).count(int(more.slots) + 1) == more.n_slots % 48
 
 
 def test_layers_of_unequal_size_hold_what_was_planned_in_whatever_order_the_file_has_them(scout):
@@ -110,7 +110,7 @@ def test_layers_of_unequal_size_hold_what_was_planned_in_whatever_order_the_file
     for memory in range(15, 60):
         p = place(config, sizes, memory * GB, 1024)
         if p.mode == "slots":
-            held = sum(n * each for n, each in zip(spread(p.n_slots, 4), sizes.experts, strict=True))
+            held = sum(n * each for n, each in zip(slots_per_layer(p.n_slots, 4), sizes.experts, strict=True))
             assert held == p.experts
             assert p.resident <= memory * GB
 
@@ -184,7 +184,7 @@ def test_a_model_that_uses_two_experts_needs_two_slots(scout):
     config, sizes = scout
     two = replace(config, n_experts_used=2)
     least = place(config, sizes, 16 * GB, 8192)
-    memory = least.resident - least.experts + sizes.one_each
+    memory = least.resident - least.experts + sizes.one_per_layer
     assert place(config, sizes, memory, 8192).slots == 1
     with pytest.raises(MemoryLimitError):
         place(two, sizes, memory, 8192)
@@ -297,7 +297,7 @@ def test_a_slow_disk_decides_about_decode(p):
 def test_without_misses_memory_alone_decides(scout):
     mapped = place(*scout, 128 * GB, 8192)
     sizes = mapped.sizes
-    seconds = (sizes.always + sizes.one_each) / (placement.REACHED_READING * 20e9) + 48 * placement.LAYER_SECONDS
+    seconds = (sizes.always + sizes.one_per_layer) / (placement.REACHED_READING * 20e9) + 48 * placement.LAYER_SECONDS
     assert decode_seconds(mapped, 1, 20e9) == pytest.approx(seconds)
     assert decode_seconds(mapped, 1, 20e9, 10**6) > 1.5 * seconds  # keys and values are read too
 

@@ -1,7 +1,7 @@
 """Operations between matrix products: embedding, norms, quantizing activations, SwiGLU, routing, sums of squares.
 
 Drivers over rows of float32 with a stride in bytes. `codes` are the int8 form of the same rows (formats/layout.py); 0 where
-nobody needs it. `state` is an int64 block that all steps of a run share.
+no quantized product follows. `state` is an int64 block that all steps of a run share.
 """
 
 import math

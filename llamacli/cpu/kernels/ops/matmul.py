@@ -109,7 +109,7 @@ class Scratch(NamedTuple):
     """Byte offsets into one thread's scratch, each a multiple of 64."""
 
     outs: int  # after the addresses of x's rows, int64 [pairs]: those of out's
-    spare: int  # a float32 row for results that nobody wants
+    spare: int  # a float32 row for results of padding
     panels: int  # unpacked rows of weights; or, for `matvec`, one row of activations laid out anew
     packed: int  # activations of a block of tokens
     end: int
@@ -235,7 +235,7 @@ def arguments(
 
 @device_function
 def _rows_of(item, n_rows, unit, threads):
-    """The rows of one item of work: `threads` large ones first, then small ones, so that who is held up gets fewer of them."""
+    """The rows of one item of work: `threads` large ones first, then small ones, so that a slow thread takes fewer of them."""
     large = n_rows * 3 // 4 // threads // unit * unit
     if item < threads:
         return item * large, (item + 1) * large

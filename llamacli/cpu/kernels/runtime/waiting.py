@@ -4,9 +4,9 @@ In: a control block, an array of int64 in lines of LINE bytes. A word that threa
 it. Out: `await_change` returns when the word is no longer what was seen; who changes the word calls `wake` afterwards.
 
 Spinning is bounded by time, since a pause lasts from 1 to 100 nanoseconds depending on the CPU. On Linux a spinning thread
-also offers its core by `sched_yield`. If somebody took it, there are more threads than free cores, and spinning would only
-delay the thread that is waited for: it sleeps at once. macOS has no such offer: its `sched_yield` lowers the caller's priority
-for several milliseconds.
+also offers its core by `sched_yield`. If another thread took it, there are more threads than free cores. Spinning would then
+only delay the thread that is waited for, so this one sleeps at once. macOS has no such offer: its `sched_yield` lowers the
+caller's priority for several milliseconds.
 
 Sleeping uses what the system compares and waits with: futex on Linux, os_sync_wait_on_address (macOS 14.4) or __ulock_wait on
 macOS, short naps elsewhere.
@@ -37,7 +37,7 @@ LONGEST_NAP = 5_000  # microseconds
 
 PAUSES = 32  # between two looks at the clock
 OFFER_EVERY = 5_000  # nanoseconds of spinning, then the core is offered
-TAKEN = 2_000  # nanoseconds, five times what an offer takes that nobody accepts
+TAKEN = 2_000  # nanoseconds, five times what an offer takes if no thread accepts it
 USER_INITIATED = 0x19  # macOS's quality of service for work that a person waits for
 
 
@@ -136,7 +136,7 @@ def await_change(control, offset, seen, thread, patience):
 
 @device_function
 def wake(control, offset):
-    """Wake whoever sleeps for the word at `control + offset`, which has been changed."""
+    """Wake the threads that sleep on the word at `control + offset`, which has been changed."""
     word = control + offset
     if atomic_load(word + SLEEPERS) == 0:
         return
