@@ -5,6 +5,7 @@ import gc
 import tracemalloc
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny import MAVERICK, SCOUT, tiny_gguf
 
@@ -273,7 +274,8 @@ def test_working_memory_is_what_the_engine_allocates(tmp_path, shape):
         engine = Engine(gguf, config, 2, slots=16)  # of a model without experts: none
         for tokens in (16, 100, 2048):
             engine.forward([5] * tokens, engine.new_cache(tokens))
-            held = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, buffers.__file__)])
+            arrays = tracemalloc.take_snapshot().filter_traces([tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)])
+            held = arrays.filter_traces([tracemalloc.Filter(True, buffers.__file__)])
             largest = min(2048, (1 << (tokens - 1).bit_length()) * max(1, config.n_experts_used))
             alignment = 40 * buffers.ALIGNMENT
             assert working_bytes(config, 2, largest) == pytest.approx(sum(t.size for t in held.traces), abs=alignment)
