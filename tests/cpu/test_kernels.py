@@ -125,16 +125,24 @@ class TestVariants:
         n_rows, n_cols, n = target.lanes * target.tile_vectors, 512, target.tile
         random, _ = random_rows(name, n_rows, n_cols, np.random.default_rng(8))
         kind = BY_NAME[name]
-        raw = np.repeat(np.array([0, 127, 128, 255], np.uint8), n_rows // 4)[:, None] * np.ones_like(random)
-        blocks, given = raw.reshape(n_rows, -1, kind.nbytes), random.reshape(n_rows, -1, kind.nbytes)
-        for at in HEADS.get(name, (0,)):
-            blocks[..., at : at + 2] = given[..., at : at + 2]
-        meant = dequantize(raw, GGMLQuantizationType[name]).astype(np.float64)
+        extremes = np.array([0, 127, 128, 255], np.uint8)
+        given = random.reshape(n_rows, -1, kind.nbytes)
+
+        def rows_of(fill):
+            """Rows of these bytes, under the scales of the random ones; and their weights."""
+            raw = fill * np.ones_like(random)
+            blocks = raw.reshape(n_rows, -1, kind.nbytes)
+            for at in HEADS.get(name, (0,)):
+                blocks[..., at : at + 2] = given[..., at : at + 2]
+            return raw, dequantize(raw, GGMLQuantizationType[name]).astype(np.float64)
+
+        raw, meant = rows_of(np.repeat(extremes, n_rows // 4)[:, None])
+        largest = np.max([np.abs(rows_of(byte)[1]) for byte in extremes], 0)  # both sides of an offset may be as large
         signs = np.stack([np.ones(n_cols), -np.ones(n_cols), *[np.where(np.arange(n_cols) % k, 1, -1) for k in range(2, n)]])[
             :n
         ]
         codes, x = activations(signs.astype(np.float32), target)
-        most = np.abs(x.astype(np.float64)) @ np.abs(meant).T
+        most = np.abs(x.astype(np.float64)) @ largest.T
         f = microkernels(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
         got = np.full((n, n_rows), np.nan, np.float32)
         for row in range(n):
