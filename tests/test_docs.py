@@ -12,6 +12,7 @@ import make_cli_docs
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 LLAMACLI = f"llamacli() {{ {sys.executable} -c 'import sys; from llamacli.cli import main; sys.exit(main())' \"$@\"; }}; "
 SCOUT = {  # what differs from the small model's config.json
     **{"vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8},
@@ -56,7 +57,13 @@ def test_a_command_gives_the_output_that_the_page_shows(command, output, folder)
         timeout=300,
     )
     expected = "".join(line for line in output.splitlines(keepends=True) if not line.startswith("> "))
-    assert _untimed(done.stdout) == _untimed(expected)
+    if command.startswith("llamacli plan"):
+        # buffers differ a little between the variants of a CPU, and with them the room for experts
+        found, page = ([float(number) for number in NUMBER.findall(text)] for text in (done.stdout, expected))
+        assert NUMBER.sub("N", done.stdout).split() == NUMBER.sub("N", expected).split()
+        assert found == pytest.approx(page, rel=0.05)
+    else:
+        assert _untimed(done.stdout) == _untimed(expected)
 
 
 def test_the_reference_and_the_manual_pages_are_those_of_the_commands():
