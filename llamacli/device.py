@@ -6,7 +6,7 @@ threads or queues it uses and where its experts come from is its own business.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -63,6 +63,7 @@ class Stage(Protocol):
     bytes_per_token: int  # bytes of weights read to decode one token
     products_per_token: int  # multiply-adds of the layers' weights for one token
     timings: Counter | None  # if set, seconds by (layer or None, operation) are added here
+    follow: Callable[[float], None] | None  # if set, called now and then inside `forward`, with the share of it that is done
 
     def new_cache(self, ctx: int) -> Cache:
         """An empty cache of the stage's layers for one sequence."""

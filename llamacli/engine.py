@@ -122,7 +122,8 @@ class Engine:
         _engines.add(self)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
         self.follow_routing: Callable[[int, np.ndarray], None] | None = None
-        # Called after each batch of `forward`: the tokens evaluated so far, and all of that call.
+        # Called when `forward` begins, now and then within a batch and after it: the tokens evaluated so far, where those of a
+        # batch count by the share of the layers that is done; and all of that call.
         self.follow_progress: Callable[[int, int], None] | None = None
 
     def close(self) -> None:
@@ -206,14 +207,19 @@ class Engine:
         self._interrupted = False
         for stage in self.stages:
             stage.resume()
+            stage.follow = None
         cache.agree()
         if len(ids) > 1 or cache.pos % CHECK_EVERY == 0:
             self._make_room()
         cache.reserve(len(ids))
         if all_logits:
             result = np.empty((len(ids) - first, self.config.n_vocab), np.float32)
+        if self.follow_progress:
+            self.follow_progress(0, len(ids))
         while done < len(ids):
             n = self._batch_size(cache.pos, len(ids) - done)
+            if self.follow_progress:
+                self._follow_batch(done, n, len(ids))
             x = tokens
             if n < len(ids):
                 rows = {at - done: row for at, row in tokens.rows.items() if done <= at < done + n}
@@ -235,6 +241,17 @@ class Engine:
             if self.follow_progress:
                 self.follow_progress(done, len(ids))
         return result
+
+    def _follow_batch(self, done: int, n: int, total: int) -> None:
+        """Have the stages report a batch of `n` tokens while it is under way; `done` of `total` come before it."""
+        follow, before, layers = self.follow_progress, 0, max(1, self.config.n_layers)
+        for stage in self.stages:
+
+            def report(share: float, before: int = before, own: int = len(stage.layers)) -> None:
+                follow(done + int(n * (before + share * own) / layers), total)
+
+            stage.follow = report
+            before += len(stage.layers)
 
     def _make_room(self) -> None:
         """Give slots back if the limit of memory has been lowered."""

@@ -26,6 +26,7 @@ class Piece(NamedTuple):
     text: str
     id: int | None
     finish_reason: str | None = None
+    logprobs: tuple[float, list[tuple[int, float]]] | None = None  # of `id`, and of the likeliest tokens (Sampler.chosen)
 
 
 @dataclass
@@ -143,7 +144,7 @@ class Session:
                     break
                 stats.completion_tokens += 1
                 text, stopped = watch.push(decoder.push(token))
-                yield Piece(text, token)
+                yield Piece(text, token, logprobs=sampler.chosen)
                 if stopped or stats.completion_tokens == max_tokens or len(self.ids) == self.ctx:
                     reason = "stop" if stopped else "length" if stats.completion_tokens == max_tokens else "context"
                     break

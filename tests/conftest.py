@@ -24,7 +24,7 @@ def model(monkeypatch):
     """Commands in this process use a miniature model, which the test receives; stdin is empty."""
     from fakes import REPLY, FakeModel, Scripted
 
-    from llamacli.cli import bench, imatrix, options, perplexity, run  # noqa: F401  or they would keep what is patched here
+    from llamacli.cli import bench, imatrix, options, perplexity, plan, run, tokenize  # noqa: F401  or they would keep what is patched here
 
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)

@@ -5,9 +5,14 @@ let it see, so a wrong cache shows as a wrong next token; `Scripted` says a text
 is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
 """
 
+import fcntl
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +25,7 @@ import numpy as np
 
 from llamacli import Model
 from llamacli.errors import ContextFullError
+from llamacli.text.sampler import log_probabilities
 
 REPLY = "first line\nsecond line"
 BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
@@ -41,6 +47,9 @@ class FakeTokenizer:
 
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def token_bytes(self, id, special=False):
+        return bytes([id]) if id < 256 else b""
 
     def stream(self):
         return FakeDecoder()
@@ -89,6 +98,7 @@ class FakeEngine:
     def __init__(self, chunk=8, delay=0.0):
         self.chunk, self.delay = chunk, delay
         self.calls = []  # (position, ids) of every call
+        self.follow_progress = None
         self.break_after = None  # raise KeyboardInterrupt once so many tokens of a call are written
 
     def new_cache(self, ctx):
@@ -109,6 +119,8 @@ class FakeEngine:
             if n == self.break_after:
                 self.break_after = None
                 raise KeyboardInterrupt
+            if self.follow_progress:
+                self.follow_progress(n, len(ids))
             time.sleep(self.delay)
             pos = cache.pos + n
             cache.ring[pos % self.chunk] = cache.all[pos] = token
@@ -153,8 +165,16 @@ def one_hot(token):
 
 
 class Greedy:
+    chosen = None
+
+    def __init__(self, logprobs=None):
+        self.logprobs = logprobs
+
     def pick(self, logits, history):
-        return int(np.argmax(logits))
+        id = int(np.argmax(logits))
+        if self.logprobs is not None:
+            self.chosen = log_probabilities(logits, id, self.logprobs)
+        return id
 
 
 class FakeModel(Model):
@@ -170,7 +190,7 @@ class FakeModel(Model):
 
     def sampler(self, **settings):
         self.settings = settings
-        return Greedy()
+        return Greedy(settings.get("logprobs"))
 
 
 def write_gguf(path, architecture, rows=4):
@@ -197,16 +217,106 @@ def start(*args, **how):
     return subprocess.Popen(fake(*args, **fakes), **{**pipes, **how})
 
 
+class Preloaded:
+    """Processes that use the miniature model and begin at once: forks of one that has imported what a chat needs."""
+
+    def __init__(self):
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [sys.executable, __file__, "--serve", str(theirs.fileno())]
+        self._server = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        theirs.close()
+
+    def start(self, command, tty, env):
+        """As `Terminal` asks for it; `command` is one that `fake` returned."""
+        socket.send_fds(self._socket, [json.dumps([command[2:], env]).encode()], [tty])
+        return Fork(self, int(self._socket.recv(64)))
+
+    def status(self, pid):
+        """The exit code of a fork, minus its signal, or None while it runs."""
+        self._socket.send(str(pid).encode())
+        return json.loads(self._socket.recv(64))
+
+    def close(self):
+        self._socket.close()
+        self._server.wait(20)
+
+
+class Fork:
+    """What a test needs of subprocess.Popen."""
+
+    def __init__(self, server, pid):
+        self._server, self.pid, self.returncode = server, pid, None
+
+    def wait(self, timeout):
+        until = time.monotonic() + timeout
+        while self.returncode is None:
+            self.returncode = self._server.status(self.pid)
+            if self.returncode is None:
+                if time.monotonic() > until:
+                    raise subprocess.TimeoutExpired("fork", timeout)
+                time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+
+def serve(connection):
+    """Fork for every request: the arguments of this script and an environment, with a terminal; or the number of a fork."""
+    no_model_is_looked_for()
+    from llamacli.cli.chat import live, loop, markdown, prompt  # noqa: F401  what a chat would import
+
+    while data := socket.recv_fds(connection, 1 << 18, 1):
+        message, fds, *_ = data
+        if not message:
+            return
+        if not fds:
+            pid, status = os.waitpid(int(message), os.WNOHANG)
+            connection.send(json.dumps(os.waitstatus_to_exitcode(status) if pid else None).encode())
+            continue
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            arguments, env = json.loads(message)
+            os.setsid()
+            fcntl.ioctl(fds[0], termios.TIOCSCTTY, 0)
+            for fd in range(3):
+                os.dup2(fds[0], fd)
+            os.close(fds[0])
+            os.environ.clear()
+            os.environ.update(env)
+            sys.stdin, sys.stdout = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
+            sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
+            answer(arguments)
+        os.close(fds[0])
+        connection.send(str(pid).encode())
+
+
+def answer(arguments):
+    """REPLY DELAY and the command line; does not return."""
+    from llamacli.cli import enter, options
+
+    reply, delay = arguments[0], float(arguments[1])
+    options.load_model = lambda path, threads, ctx, console, **more: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
+    no_model_is_looked_for()
+    sys.argv[1:] = arguments[2:]
+    enter()
+
+
+def no_model_is_looked_for():
+    from llamacli.cli import options
+
+    options.find_model = lambda name, console: name or "miniature.gguf"
+
+
 def prompt_of(model):
     """The prompt that the engine saw, as text."""
     return bytes(t for t in model.engine.calls[0][1] if t < 256).decode()
 
 
 if __name__ == "__main__":
-    from llamacli.cli import enter, options
-
-    reply, delay = sys.argv[1], float(sys.argv[2])
-    options.load_model = lambda path, threads, ctx, console, **more: FakeModel(Scripted(reply, chunk=64, delay=delay), ctx)
-    options.find_model = lambda name, console: name or "miniature.gguf"
-    sys.argv[1:3] = []
-    enter()
+    if sys.argv[1] == "--serve":
+        serve(socket.socket(fileno=int(sys.argv[2])))
+    else:
+        answer(sys.argv[1:])

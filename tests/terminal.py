@@ -1,10 +1,19 @@
 """A person at a terminal: a process on a pseudo-terminal and the screen that it draws, its scrollback included."""
 
+import codecs
+import fcntl
 import os
+import select
+import signal
+import struct
+import subprocess
+import termios
 import time
+from contextlib import suppress
 
-import pexpect
 import pyte
+
+SETTLED = 0.02  # seconds of silence after which what was waited for counts as drawn
 
 
 class Screen(pyte.HistoryScreen):
@@ -17,19 +26,24 @@ class Screen(pyte.HistoryScreen):
 
 
 class Terminal:
-    """`lines` are what a person sees who scrolls up; `raw` is every character that came."""
+    """`lines` are what a person sees who scrolls up; `raw` is every character that came.
 
-    def __init__(self, command, columns=80, rows=24, **environment):
+    `start(command, tty, env)` begins the process whose terminal `tty` is and returns it, as subprocess.Popen.
+    """
+
+    def __init__(self, command, columns=80, rows=24, start=None, **environment):
         self.screen = Screen(columns, rows, history=20_000, ratio=0.5)
         self.raw = ""
-        self._stream = pyte.Stream(self.screen)
+        self._stream, self._decoder = pyte.Stream(self.screen), codecs.getincrementaldecoder("utf-8")("replace")
         plain = {
             name: value for name, value in os.environ.items() if name not in ("TMUX", "NO_COLOR", "LC_ALL", "VISUAL", "EDITOR")
         }
         env = {**plain, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environment}
-        self.child = pexpect.spawn(command[0], command[1:], env=env, dimensions=(rows, columns), encoding="utf-8", timeout=0.05)
-        self.child.delaybeforesend = None
-        self.screen.write_process_input = self.child.send  # the answer to "where is the cursor?"
+        self._fd, tty = os.openpty()
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.process = (start or _start)(command, tty, env)
+        os.close(tty)
+        self.screen.write_process_input = self.type  # the answer to "where is the cursor?"
 
     @property
     def lines(self):
@@ -44,40 +58,69 @@ class Terminal:
     def text(self):
         return "\n".join(self.lines)
 
-    def pump(self, seconds=0.0):
-        """Read what comes; False at the end of the process's output."""
+    def _read(self, seconds):
+        """Take what comes within `seconds`; None for nothing, False at the end of the process's output."""
+        if not select.select([self._fd], [], [], seconds)[0]:
+            return None
+        try:
+            data = os.read(self._fd, 1 << 16)
+        except OSError:  # nobody holds the other side any more
+            return False
+        text = self._decoder.decode(data)
+        self.raw += text
+        self._stream.feed(text)
+        return bool(data)
+
+    def pump(self, seconds=SETTLED):
+        """Read for so many seconds, and until nothing has come for a moment; False at the end of the process's output."""
         until = time.monotonic() + seconds
-        while True:
-            try:
-                data = self.child.read_nonblocking(1 << 16, 0.05)
-                self.raw += data
-                self._stream.feed(data)
-            except pexpect.TIMEOUT:
-                if time.monotonic() >= until:
-                    return True
-            except pexpect.EOF:
-                return False
+        while (came := self._read(SETTLED)) or (came is None and time.monotonic() < until):
+            pass
+        return came is None
 
     def wait(self, *texts, times=1, seconds=40):
         """Until every one of `texts` is on the screen or above it, `times` times."""
         until = time.monotonic() + seconds
         while not all(self.text.count(text) >= times for text in texts):
-            alive = self.pump()
+            alive = self._read(0.5) is not False
             if (not alive or time.monotonic() > until) and not all(self.text.count(text) >= times for text in texts):
                 raise AssertionError(f"expected {texts} {times} times, found\n{self.text}")
+        self.pump()
 
     def type(self, *keys):
         for key in keys:
-            self.child.send(key)
+            data = key.encode()
+            while data:
+                data = data[os.write(self._fd, data) :]
 
     def ends(self, seconds=20):
         """Wait for the process; returns its exit status, or minus the signal that ended it."""
         until = time.monotonic() + seconds
-        while self.pump(0.1) and time.monotonic() < until:
+        while self._read(0.1) is not False and time.monotonic() < until:
             pass
-        self.child.close(force=False)
-        return self.child.exitstatus if self.child.exitstatus is not None else -(self.child.signalstatus or 0)
+        return self.process.wait(max(1.0, until - time.monotonic()))
+
+    def close(self):
+        """Leave without a word."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait(20)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def resize(self, columns, rows):
-        self.child.setwinsize(rows, columns)
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.screen.resize(rows, columns)
+
+
+def _start(command, tty, env):
+    return subprocess.Popen(
+        command,
+        stdin=tty,
+        stdout=tty,
+        stderr=tty,
+        env=env,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )

@@ -14,7 +14,7 @@ HEAVY = {
     "matplotlib": ("llamacli/bench/plot.py",),
     "numba": ("llamacli/cpu/kernels/", "quantize/encoders/"),
     "llvmlite": ("llamacli/cpu/kernels/", "quantize/encoders/", "llamacli/bench/limits.py"),
-    "markdown_it": ("llamacli/cli/chat/",),
+    "markdown_it": ("llamacli/cli/chat/", "llamacli/cli/code.py"),
     "prompt_toolkit": ("llamacli/cli/chat/prompt.py",),
     "pygments": ("llamacli/cli/chat/markdown.py",),
     "rich": ("llamacli/cli/console.py", "llamacli/cli/chat/"),

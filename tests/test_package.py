@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from llamacli.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,8 +52,16 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_the_program_and_the_small_model_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"llamacli", "quantize"}
+    assert {name.partition("/")[0] for name in names if not re.match(r"[^/]*\.(dist-info|data)/", name)} == {
+        "llamacli",
+        "quantize",
+    }
     assert [name for name in names if name.endswith(".gguf")] == ["llamacli/models/scout-tiny/scout-tiny.gguf"]
+
+
+def test_the_wheel_brings_a_manual_page_of_every_command(wheel):
+    pages = {name.partition("/share/man/man1/")[2] for name in zipfile.ZipFile(wheel).namelist() if ".data/data/" in name}
+    assert pages == {"llamacli.1", *(f"llamacli-{command}.1" for command in COMMANDS)}
 
 
 ASK = ("--temp", "0", "-n", "48", "What is the capital of France?")

@@ -4,10 +4,8 @@ import json
 import os
 from typing import Annotated
 
-import click
-
 from llamacli.cli import settings
-from llamacli.cli.grammar import _Type, argument, option
+from llamacli.cli.grammar import argument, option, read_value
 from llamacli.cli.options import Json, Output
 from llamacli.errors import UsageError
 
@@ -65,5 +63,5 @@ def _checked(key: str, value: str):
         if value.lower() not in ("true", "false"):
             raise UsageError(f"{key}: expected true or false, found {value!r}")
         return value.lower() == "true"
-    taken = _Type(spec, kind).convert(value, click.Option([f"--{key}"]), None)
+    taken = read_value(kind, spec, value, key)
     return taken if kind in (int, float) and not isinstance(taken, str) and taken is not None else value

@@ -83,7 +83,10 @@ class _Type(click.ParamType):
             if not isinstance(value, int | float) or isinstance(value, bool):
                 return value
             value = str(value)  # a number of the settings file
-        where, typed = written(param, ctx)
+        return self.read(value, *written(param, ctx))
+
+    def read(self, value: str, where: str, typed: bool = True):
+        """The value that a word stands for. UsageError that begins with `where`."""
         if not value and not self.spec.empty:
             raise UsageError(f"{where}: expected {self._expected()}, found ''; a variable that is not set, perhaps?")
         if self.spec.check:
@@ -140,6 +143,11 @@ class _Type(click.ParamType):
         else:
             words = ()
         return [CompletionItem(word) for word in words if word.lower().startswith(incomplete.lower())]
+
+
+def read_value(kind: type, spec: Spec, text: str, where: str):
+    """What `text` means to an option of this kind and Spec, wherever it was written; UsageError that begins with `where`."""
+    return _Type(spec, kind).read(text, where)
 
 
 def token_count(text: str, where: str, least: int = 1) -> int:
@@ -293,13 +301,17 @@ def _flat(function: Callable) -> tuple[list[tuple], dict[str, type]]:
     return parameters, groups
 
 
-def _parameter(name: str, annotation, default) -> click.Parameter:
+def kind_of(annotation) -> tuple[type, Spec, bool]:
+    """Of a parameter's annotation: the kind of a value, the Spec, and whether there may be several."""
     kind, spec = typing.get_args(annotation)
-    multiple = False
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    if typing.get_origin(kind) is list:
-        kind, multiple = typing.get_args(kind)[0], True
+    multiple = typing.get_origin(kind) is list
+    return (typing.get_args(kind)[0] if multiple else kind), spec, multiple
+
+
+def _parameter(name: str, annotation, default) -> click.Parameter:
+    kind, spec, multiple = kind_of(annotation)
     required = default in (..., inspect.Parameter.empty, dataclasses.MISSING)
     if not spec.names:
         return Argument(

@@ -8,13 +8,29 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from llamacli.cli.options import Json, ModelName, Output, TextFile, Threads, Window, find_model, load_model, option, read_file
+from llamacli.cli.options import (
+    Json,
+    ModelName,
+    Output,
+    TextFile,
+    Threads,
+    Window,
+    argument,
+    find_model,
+    load_model,
+    model_and_text,
+    option,
+    read_file,
+)
 
 
 def imatrix(
+    out: Annotated[str, option("-o", "--output", metavar="OUT", help="The file to write.")],
+    words: Annotated[
+        list[str] | None, argument("[MODEL] [TEXTFILE]", "The model and the text, as after -m and -f.", complete="file")
+    ] = None,
     model: ModelName = None,
-    file: TextFile = ...,
-    out: Annotated[str, option("-o", "--output", metavar="OUT", help="The file to write.")] = ...,
+    file: TextFile = None,
     ctx: Window = 512,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
     threads: Threads = None,
@@ -24,12 +40,17 @@ def imatrix(
     """Find out which columns of the weights matter on a text, for quantize --imatrix.
 
     The text should be varied and long enough for every expert to see some of it.
+
+    Examples:
+    llamacli imatrix -m scout-q8.gguf -f wiki.txt -o scout.imatrix
+    llamacli quantize scout-f16.gguf --imatrix scout.imatrix --type Q4_K_M
     """
     from llamacli.bench.quality import windows
     from llamacli.llama4.tensors import find
     from quantize.imatrix import collected, write_imatrix
     from quantize.writer import check_not_input, check_output, output_path
 
+    model, file = model_and_text(words or [], model, file)
     console, path, source = output.console(), output_path(out), find_model(model, output.console())
     check_not_input(path, [Path(source), *([] if file == "-" else [Path(file)])])
     check_output(path, 0, force)

@@ -5,14 +5,12 @@ In: what the parser found. Out: dataclasses, or a UsageError.
 
 import dataclasses
 import re
-import time
-import typing
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 from llamacli.cli.console import Console
-from llamacli.cli.grammar import OTHER, Given, argument, option, token_count
+from llamacli.cli.grammar import OTHER, Given, argument, kind_of, option, token_count
 from llamacli.cli.inputs import (
     checked,
     decoded,
@@ -30,7 +28,6 @@ from llamacli.cli.inputs import (
 from llamacli.cli.sampling import Sampling
 from llamacli.cli.signals import at_once as leave_at_once
 from llamacli.errors import UsageError
-from llamacli.text.settings import SETTINGS as SAMPLING
 
 __all__ = [  # what commands take from here, wherever it is defined
     "Generation",
@@ -77,13 +74,6 @@ class Placing(StrEnum):
     auto = "auto"
     mapped = "mapped"
     slots = "slots"
-
-
-class Mirostat(StrEnum):
-    """Version of mirostat."""
-
-    off = "0"
-    second = "2"
 
 
 _UNITS = {
@@ -236,26 +226,6 @@ class Generation(Sampling):
             help="Routed experts: mapped (used where the file lies), slots (read when needed), auto (default).",
         ),
     ] = Placing.auto
-    mirostat: Annotated[
-        Mirostat,
-        option(
-            "--mirostat", group="Sampling", setting=True, help="2: mirostat in place of all steps that choose (default: 0)."
-        ),
-    ] = Mirostat.off
-    ignore_eos: Annotated[
-        bool, option("--ignore-eos", group="Sampling", help="Never end an answer; only a limit or --stop does.")
-    ] = False
-    seed: Annotated[
-        int | None,
-        option(
-            "--seed",
-            metavar="N",
-            group="Sampling",
-            least=0,
-            setting=True,
-            help="Same seed, same text (default: a new one each time).",
-        ),
-    ] = None
     stop: Annotated[
         list[str] | None,
         option(
@@ -311,27 +281,14 @@ class Generation(Sampling):
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
         return model
 
-    def sampler(self, model, console: Console):
-        """The sampler that the options and the model's defaults ask for."""
-        seed = time.time_ns() % (1 << 32) if self.seed is None else self.seed
-        if console.verbose:
-            console.note(f"seed {seed}")
-        return model.sampler(
-            **{name: getattr(self, name) for name in SAMPLING},
-            mirostat=int(self.mirostat),
-            ignore_eos=self.ignore_eos,
-            seed=seed,
-        )
-
 
 def _setting_kinds() -> dict[str, tuple[type, object]]:
     """The kind and Spec of each setting by its key."""
     found: dict[str, tuple[type, object]] = {"model": (str, ModelName.__metadata__[0])}
     for field in (*dataclasses.fields(Generation), *dataclasses.fields(Output)):
-        kind, spec = typing.get_args(field.type)
+        kind, spec, _ = kind_of(field.type)
         if spec.setting:
-            kinds = [part for part in typing.get_args(kind) if part is not type(None)] or [kind]
-            found[spec.names[-1][2:]] = kinds[0], spec
+            found[spec.names[-1][2:]] = kind, spec
     return found
 
 

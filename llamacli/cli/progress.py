@@ -78,7 +78,8 @@ class Meter:
         """The time to the end; none as long as nobody knows."""
         if self._samples[-1][0] - self._samples[0][0] < SETTLED or self._rate() <= 0:
             return []
-        return [f"{clock_time((self._total - self._done) / self._rate())} left"]
+        since = self._clock() - self._samples[-1][0]
+        return [f"{clock_time((self._total - self._done) / self._rate() - since)} left"]
 
 
 def clock_time(seconds: float) -> str:

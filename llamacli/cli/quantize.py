@@ -50,7 +50,7 @@ def _is_type(text: str) -> bool:
 
 
 def quantize(
-    source: Annotated[str, argument("SRC", "A Hugging Face folder or a GGUF.", complete="file")] = ...,
+    source: Annotated[str | None, argument("SRC", "A Hugging Face folder or a GGUF.", complete="file")] = None,
     out: Annotated[
         str | None, argument("[OUT]", "The file to write (default: SRC's name and the type).", complete="file")
     ] = None,
@@ -81,6 +81,7 @@ def quantize(
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
     threads: Threads = None,
+    model: Annotated[str | None, option("-m", "--model", metavar="SRC", hidden=True, help="The same as SRC.")] = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -96,6 +97,12 @@ def quantize(
     from quantize.writer import output_path
 
     console = output.console()
+    if model is not None:
+        if type_word is not None:
+            raise UsageError(f"expected one model, found {source} and -m {model}; leave one of them out")
+        source, out, type_word = model, source, out
+    if source is None:
+        raise UsageError("expected SRC, found none (see llamacli quantize --help)")
     out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:

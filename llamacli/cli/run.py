@@ -5,14 +5,14 @@ been read, until the first token.
 """
 
 import json
-import re
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from llamacli.cli import signals
+from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.grammar import OTHER, Given, argument, option
 from llamacli.cli.options import Generation, Json, Output, checked, is_model, read_file, read_stdin, stdin_is_piped
@@ -50,6 +50,17 @@ def run(
         bool, option("-x", "--extract", group=OTHER, help="Write only the first block of code of the answer, if it has one.")
     ] = False,
     as_json: Json = False,
+    logprobs: Annotated[
+        int | None,
+        option(
+            "--logprobs",
+            metavar="N",
+            group=OTHER,
+            least=0,
+            most=1000,
+            help="With --json: the log probability of each token and of the N likeliest in its place.",
+        ),
+    ] = None,
     options: Generation = None,
     output: Output = None,
 ) -> None:
@@ -69,6 +80,8 @@ def run(
         options.model, words = _model_first(options.model, words, bool(file) or (not no_stdin and stdin_is_piped()), console)
     if raw and getattr(options.system, "typed", options.system is not None):
         raise UsageError("--raw and --system exclude each other: without the chat template there is no system prompt")
+    if logprobs is not None and not as_json:
+        raise UsageError("--logprobs: expected --json with it, which is what shows them; add it or leave this out")
     if out is not None:
         _check_new(Path(out))
     text = _prompt(words, file or [], no_stdin, console)
@@ -81,7 +94,7 @@ def run(
         system = [{"role": "system", "content": str(options.system)}] if options.system else []
         ids = model.prompt_ids([*system, {"role": "user", "content": text}])
     answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract)
-    answer.take(model, ids, options)
+    answer.take(model, ids, options, logprobs)
 
 
 def _model_first(model: str | None, words: list[str], more: bool, console: Console) -> tuple[str | None, list[str]]:
@@ -129,19 +142,24 @@ class Answer:
         self._console, self._load_s, self._as_json, self._out, self._extract = console, load_s, as_json, out, extract
         self._held = as_json or whole or out is not None  # nothing is shown before the end
         self._text: list[str] = []
+        self._logprobs: list[dict] | None = None
         self._said = False
 
-    def take(self, model, ids: list[int], options: Generation) -> None:
-        """Answer `ids`; what was said is kept on Ctrl-C and SIGTERM."""
+    def take(self, model, ids: list[int], options: Generation, logprobs: int | None = None) -> None:
+        """Answer `ids`; what was said is kept on Ctrl-C and SIGTERM. `logprobs`: as --logprobs."""
+        self._logprobs = None if logprobs is None else []
         session, console, reason = model.session(), self._console, None
         wrap = None if self._held else console.wrap()
         with ExitStack() as stack:
-            first = stack.enter_context(reading(console, model, len(ids)))
+            first = stack.enter_context(reading(console, model))
             stack.enter_context(signals.last_words(lambda: self._end(session.stats, "interrupt")))
             try:
-                for piece in session.stream(ids, options.sampler(model, console), options.max_tokens, options.stop or ()):
+                sampler = options.sampler(model, console, logprobs)
+                for piece in session.stream(ids, sampler, options.max_tokens, options.stop or ()):
                     first()
                     self._text.append(piece.text)
+                    if piece.logprobs and self._logprobs is not None:
+                        self._logprobs.append(_likely(model.tokenizer, piece))
                     reason = piece.finish_reason
                     if not self._held:
                         console.piece(wrap(piece.text))
@@ -162,9 +180,12 @@ class Answer:
             return
         self._said, text = True, "".join(self._text)
         if self._extract:
-            text = code_block(text)
+            text = next(iter(code_blocks(text)), text)
         if self._as_json:
-            text = json.dumps(_record(text, reason, stats, self._load_s), ensure_ascii=False)
+            record = _record(text, reason, stats, self._load_s)
+            if self._logprobs is not None:
+                record["logprobs"] = {"content": self._logprobs}
+            text = json.dumps(record, ensure_ascii=False)
         if self._out is not None:
             self._write(text)
         elif self._as_json:
@@ -183,34 +204,34 @@ class Answer:
             raise OutputError(f"{self._out}: expected a new file, found: {error.strerror}; choose another name") from None
 
 
-def reading(console: Console, model, n_tokens: int | None = None):
-    """While a prompt is read, from a second on: how far it is. The context yields a function to call at the first token."""
-    began = time.monotonic()
-    meter, signs = Meter("reading the prompt"), console.signs()
+@contextmanager
+def reading(console: Console, model):
+    """While a prompt is read, from a second on: how far it is. Yields a function to call at the first token."""
+    began, signs, meter = time.monotonic(), console.signs(), None
     streams = any(getattr(stage, "slots", None) for stage in getattr(model.engine, "stages", ()))
     what = "reading the prompt and experts" if streams else "reading the prompt"
-    reports = 0
 
     def follow(done: int, total: int) -> None:
-        nonlocal reports
-        reports += 1
-        meter.update(done, total, f"{what}, {done:,} of {total:,} tokens")
+        nonlocal meter
+        meter = meter or Meter(what)
+        meter.update(done, total, f"{what}, {done:>{len(f'{total:,}')},} of {total:,} tokens")
 
     def words() -> str:
-        if not reports:
-            size = f", {n_tokens:,} tokens" if n_tokens else ""
-            return f"{what}{size}, {clock_time(time.monotonic() - began)}"
+        if meter is None:
+            return f"{what}, {clock_time(time.monotonic() - began)}"
         return meter.bar(console.width() - 1, *signs)
 
-    meter.update(0, n_tokens or 0, what)
-    model.engine.follow_progress = follow
-    return console.waiting(words)
+    with console.waiting(words) as stop:
 
+        def first() -> None:
+            model.engine.follow_progress = None
+            stop()
 
-def code_block(text: str) -> str:
-    """The first fenced block of code in Markdown; the whole text if there is none."""
-    found = re.search(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1|\Z)", text, re.M | re.S)
-    return found[2] if found else text
+        model.engine.follow_progress = follow
+        try:
+            yield first
+        finally:
+            model.engine.follow_progress = None
 
 
 def _record(text: str, reason: str, stats, load_s: float) -> dict:
@@ -223,6 +244,17 @@ def _record(text: str, reason: str, stats, load_s: float) -> dict:
         "usage": {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens},
         "timings": {name: value if value is None else round(value, 4) for name, value in timings.items()},
     }
+
+
+def _likely(tokenizer, piece) -> dict:
+    """A token of the answer, its log probability and the likeliest in its place, named as in OpenAI's protocol."""
+
+    def named(id: int, logprob: float) -> dict:
+        data = tokenizer.token_bytes(id, special=True)
+        return {"id": id, "token": data.decode("utf-8", "replace"), "bytes": [*data], "logprob": round(logprob, 6)}
+
+    own, likeliest = piece.logprobs
+    return named(piece.id, own) | {"top_logprobs": [named(id, logprob) for id, logprob in likeliest]}
 
 
 def describe(stats, reason: str | None, load_s: float | None = None) -> str:

@@ -1,11 +1,20 @@
-"""The sampling options of `run` and `chat`, one for each setting of text/settings.py, which has their defaults and ranges."""
+"""The sampling options of `run` and `chat`, and the sampler that they ask for.
+
+In: what the parser found. Out: a sampler. There is an option for each setting of text/settings.py, which has their defaults and
+ranges.
+"""
 
 import dataclasses
 import math
+import re
+import time
+from enum import StrEnum
 from typing import Annotated
 
-from llamacli.cli.grammar import option
-from llamacli.text.settings import SETTINGS
+from llamacli.cli.console import Console
+from llamacli.cli.grammar import meant, option
+from llamacli.errors import UsageError
+from llamacli.text.settings import DEFAULT_ORDER, SETTINGS
 
 HELP = {  # setting: metavar, help, names of other programs
     "temp": ("T", "Temperature; 0 takes the likeliest (default: the model's, else 0.6).", "--temperature"),
@@ -29,6 +38,11 @@ HELP = {  # setting: metavar, help, names of other programs
     "mirostat_tau": ("X", "Mirostat: the surprise to aim at.", "--mirostat-ent"),
     "mirostat_eta": ("X", "Mirostat: its rate of learning.", "--mirostat-lr"),
 }
+OTHER_NAMES = {  # of steps, in other programs
+    **{"temp": "temperature", "nucleus": "top_p"},
+    **dict.fromkeys(("typical", "typical_p", "typ"), "typ_p"),
+}
+_BIAS = re.compile(r"([0-9]{1,9})(?:=|(?=[+-]))([+-]?[0-9]{1,9}(?:\.[0-9]*)?|-inf)")
 
 
 def _option(name: str) -> tuple[str, object, dataclasses.Field]:
@@ -49,5 +63,122 @@ def _option(name: str) -> tuple[str, object, dataclasses.Field]:
     return name, Annotated[type(default) | None, spec], dataclasses.field(default=None)
 
 
-Sampling = dataclasses.make_dataclass("Sampling", [_option(name) for name in HELP])
-Sampling.__doc__ = "A field for each setting, None where the model decides."
+_Numbers = dataclasses.make_dataclass("_Numbers", [_option(name) for name in HELP])
+
+
+class Mirostat(StrEnum):
+    """Version of mirostat."""
+
+    off = "0"
+    second = "2"
+
+
+def order(text: str, where: str) -> str:
+    """Checks --samplers: names of steps in their order. UsageError for a name that is none, or one given twice."""
+    names = _names(text)
+    for name in names:
+        if name not in DEFAULT_ORDER:
+            raise UsageError(
+                f"{where}: expected steps among {', '.join(DEFAULT_ORDER)}, found {name!r}{meant(name, DEFAULT_ORDER)}"
+            )
+        if names.count(name) > 1:
+            raise UsageError(f"{where}: expected each step once, found {name} twice")
+    return text
+
+
+def _names(text: str) -> list[str]:
+    names = [name.lower().replace("-", "_") for name in re.split(r"[;,\s]+", text.strip(" ;,"))]
+    return [OTHER_NAMES.get(name, name) for name in names]
+
+
+def bias(text: str, where: str) -> str:
+    """Checks --logit-bias: ID+X, ID-X, ID=X or ID=-inf, which bans the token."""
+    _id_and_bias(text, where)
+    return text
+
+
+def _id_and_bias(text: str, where: str = "--logit-bias") -> tuple[int, float]:
+    found = _BIAS.fullmatch(text.strip())
+    if not found:
+        raise UsageError(
+            f"{where}: expected a token's id and what is added to its logit, such as 15043+1.5 or 15043=-inf, found {text!r}"
+        )
+    return int(found[1]), float(found[2])
+
+
+@dataclasses.dataclass
+class Sampling(_Numbers):
+    """A field for each setting, None where the model decides."""
+
+    mirostat: Annotated[
+        Mirostat,
+        option(
+            "--mirostat", group="Sampling", setting=True, help="2: mirostat in place of all steps that choose (default: 0)."
+        ),
+    ] = Mirostat.off
+    samplers: Annotated[
+        str | None,
+        option(
+            "--samplers",
+            metavar="NAMES",
+            group="Sampling",
+            setting=True,
+            check=order,
+            complete=lambda start: DEFAULT_ORDER,
+            help=f"The steps in their order; one that is not named is off (default: {', '.join(DEFAULT_ORDER)}).",
+        ),
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        option(
+            "--logit-bias",
+            metavar="ID+X",
+            group="Sampling",
+            aliases=("-l",),
+            check=bias,
+            help="Add X to the logit of token ID, such as 15043+1.5; ID=-inf bans it; repeatable.",
+        ),
+    ] = None
+    dry_sequence_breaker: Annotated[
+        list[str] | None,
+        option(
+            "--dry-sequence-breaker",
+            metavar="TEXT",
+            group="Sampling",
+            help="DRY: a text that ends a repetition (default: line break, colon, quotation mark, star); repeatable.",
+        ),
+    ] = None
+    ignore_eos: Annotated[
+        bool, option("--ignore-eos", group="Sampling", help="Never end an answer; only a limit or --stop does.")
+    ] = False
+    seed: Annotated[
+        int | None,
+        option(
+            "--seed",
+            metavar="N",
+            group="Sampling",
+            least=0,
+            setting=True,
+            help="Same seed, same text (default: a new one each time).",
+        ),
+    ] = None
+
+    def sampler(self, model, console: Console, logprobs: int | None = None):
+        """The sampler that the options and the model's defaults ask for. `logprobs`: as for Sampler."""
+        seed = time.time_ns() % (1 << 32) if self.seed is None else self.seed
+        if console.verbose:
+            console.note(f"seed {seed}")
+        biases = dict(map(_id_and_bias, self.logit_bias or ()))
+        if beyond := next((id for id in biases if id >= model.config.n_vocab), None):
+            raise UsageError(f"--logit-bias: expected an id below {model.config.n_vocab}, found {beyond}")
+        breakers = self.dry_sequence_breaker
+        return model.sampler(
+            **{name: getattr(self, name) for name in SETTINGS},
+            mirostat=int(self.mirostat),
+            samplers=_names(self.samplers) if self.samplers else None,
+            logit_bias=biases or None,
+            dry_sequence_breakers=[] if breakers and "none" in breakers else breakers or None,
+            ignore_eos=self.ignore_eos,
+            seed=seed,
+            logprobs=logprobs,
+        )

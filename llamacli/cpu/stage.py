@@ -6,7 +6,7 @@ the mapped file or, if there are slots, from memory that experts.py fills while 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -81,6 +81,7 @@ class CpuStage:
         """
         self.layers = layers
         self.timings: Counter | None = None  # seconds by (layer, operation), if every step is to be timed by itself
+        self.follow: Callable[[float], None] | None = None
         self._config, self._pool, self._guard, self._paths = config, pool, guard, gguf.paths
         self._embeds, self._heads, self._most = embeds, heads, most
         self.slots, resident = self._fetch(gguf, slots) if slots else (None, {})
@@ -303,8 +304,9 @@ class CpuStage:
         elif n < MIN_BATCH:
             self._run(0, ends[-1])
         else:
-            for first, last in zip([0, *ends], ends, strict=False):
+            for layer, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
                 self._run(first, last)
+                self._report(layer + 1)
 
     def _run_fetching(self, n: int) -> None:
         """Run all layers; each layer's missing experts are read while its shared expert is computed."""
@@ -319,9 +321,10 @@ class CpuStage:
                 chosen = b["chosen"][i - self.layers.start, : n * self._choices].tolist()
                 fetch = self.slots.fetch(i, chosen, in_order=self._choices > 1)
                 self._run(at.routed, at.shared)
-                for expert in fetch.gate_up:
+                for visit, expert in enumerate(fetch.gate_up):
                     b["window"][:] = expert, expert + 1
                     self._run(at.shared, at.multiplied)
+                    self._report(i - self.layers.start + (visit + 1) / (self._config.n_experts + 1))
                 down = fetch.down()
                 self._run(at.multiplied, at.joined)
                 for expert in down:
@@ -331,7 +334,13 @@ class CpuStage:
                 self.slots.reset(i)
                 raise
             done = at.end
+            self._report(i - self.layers.start + 1)
         self._run(done, self._layer_ends[-1])
+
+    def _report(self, layers: float) -> None:
+        """Tell whoever follows that so many of the layers are done."""
+        if self.follow:
+            self.follow(layers / max(1, len(self.layers)))
 
     def _confident(self) -> bool:
         """Whether a prefetch for a single token is worth it: a wrong one costs more time than a right one saves."""

@@ -5,6 +5,7 @@ All run over the miniature model of fakes.py, whose answers and pace are known; 
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -108,6 +109,30 @@ def test_run_joins_words_and_sends_the_system_prompt_first(model):
 def test_run_passes_sampling_options_and_leaves_the_others_to_the_model(model):
     main(["run", "--temp", "0.5", "--top-k", "7", "--seed", "3", "hi"])
     assert {name: value for name, value in model.settings.items() if value} == {"temp": 0.5, "top_k": 7, "seed": 3}
+
+
+def test_run_passes_biases_the_order_of_steps_and_breakers(model):
+    words = ["--logit-bias", "15+1.5", "-l", "16=-inf", "-l", "17-2", "--samplers", "top-k;temp,typical", "--mirostat", "2"]
+    assert main(["run", *words, "--dry-sequence-breaker", "x", "--dry-sequence-breaker", "y", "hi"]) == 0
+    assert model.settings["logit_bias"] == {15: 1.5, 16: float("-inf"), 17: -2.0}
+    assert model.settings["samplers"] == ["top_k", "temperature", "typ_p"]
+    assert list(model.settings["dry_sequence_breakers"]) == ["x", "y"]
+    assert main(["run", "--dry-sequence-breaker", "none", "hi"]) == 0
+    assert model.settings["dry_sequence_breakers"] == []
+
+
+def test_json_has_log_probabilities_when_asked(model, capfd):
+    assert main(["run", "--json", "--logprobs", "2", "-n", "3", "hi"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    tokens = record["logprobs"]["content"]
+    assert [token["token"] for token in tokens] == ["f", "i", "r"]
+    best = 1 - math.log(math.e + 260)  # one logit of 261 is 1, the others are 0
+    for token in tokens:
+        assert token["logprob"] == pytest.approx(best, abs=1e-5)
+        assert [each["logprob"] for each in token["top_logprobs"]] == pytest.approx([best, best - 1], abs=1e-5)
+        assert token["top_logprobs"][0]["id"] == token["id"] == token["bytes"][0] == ord(token["token"])
+    assert main(["run", "--json", "hi"]) == 0
+    assert "logprobs" not in json.loads(capfd.readouterr().out)
 
 
 def test_run_json_is_one_object(model, capfd):

@@ -1,21 +1,24 @@
 """`chat` as a person meets it, on a real pseudo-terminal with a screen, over the miniature model of fakes.py; and in a pipe."""
 
 import base64
-import json
 import os
+import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from fakes import fake
+from fakes import Preloaded, fake
 from terminal import Terminal
 
 from llamacli.cli.chat.terminal import copying
-from llamacli.errors import UsageError
+from llamacli.conversation import Conversation
+from llamacli.errors import LlamacliError, UsageError
+from llamacli.store import Store
 
 TESTS = Path(__file__).parents[1]
 READY = "ctx 0 of"
@@ -27,13 +30,22 @@ def piped(text, *args, **how):
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
+@pytest.fixture(scope="module")
+def preloaded():
+    """Imports what a chat needs once for all tests."""
+    server = Preloaded()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def begin(tmp_path):
-    """Start a chat whose state is this test's own; it is ended at the test's end."""
+def begin(tmp_path, preloaded):
+    """Start a chat whose state is this test's own; it is ended at the test's end. `fresh`: by a new interpreter."""
     begun = []
 
-    def start(*args, reply="fine", delay="0", columns=80, rows=24, ready=READY, **environment):
-        t = Terminal(fake("chat", *args, reply=reply, delay=delay), columns, rows, XDG_STATE_HOME=str(tmp_path), **environment)
+    def start(*args, reply="fine", delay="0", columns=80, rows=24, ready=READY, fresh=False, **environment):
+        how = {"start": None if fresh else preloaded.start, "XDG_STATE_HOME": str(tmp_path), **environment}
+        t = Terminal(fake("chat", *args, reply=reply, delay=delay), columns, rows, **how)
         begun.append(t)
         if ready:
             t.wait(ready)
@@ -41,7 +53,7 @@ def begin(tmp_path):
 
     yield start
     for t in begun:
-        t.child.close(force=True)
+        t.close()
 
 
 def asked(t, question, n=1, answer="fine"):
@@ -51,19 +63,27 @@ def asked(t, question, n=1, answer="fine"):
     t.wait(TITLE)
 
 
-def stored(tmp_path, *args):
-    """What `llamacli history` prints."""
-    env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
-    done = subprocess.run(fake("history", *args), env=env, capture_output=True, timeout=30, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def conversation(tmp_path):
-    """The messages of the latest conversation."""
-    chats = json.loads(stored(tmp_path, "--json"))
-    lines = stored(tmp_path, "export", chats[0]["id"], "--format", "jsonl").splitlines()
-    return [json.loads(line)["content"] for line in lines]
+    """The messages of the latest conversation, as they are now."""
+    try:
+        store = Store(tmp_path / "llamacli" / "conversations.db")
+        found = Conversation.resume(store, store.latest())
+    except LlamacliError:
+        return None
+    store.close()
+    return [found.system] * bool(found.system) + [message.content for message in found.messages]
+
+
+def kept(tmp_path, *expected, seconds=20):
+    """Wait until the latest conversation has these messages; ... stands for any."""
+    until = time.monotonic() + seconds
+    while (
+        (found := conversation(tmp_path)) is None
+        or len(found) != len(expected)
+        or any(wanted not in (..., message) for wanted, message in zip(expected, found, strict=True))
+    ):
+        assert time.monotonic() < until, f"expected {expected}, found {found}"
+        time.sleep(0.02)
 
 
 # in a pipe
@@ -118,8 +138,8 @@ def test_a_piped_chat_is_not_kept_unless_it_goes_on_with_one_that_is(begin, tmp_
         subprocess.run(
             fake("chat", *args, reply="fine"), input=b"second\n", env=env, check=True, capture_output=True, timeout=30
         )
-    assert conversation(tmp_path) == ["first", "fine", "second", "fine"]
-    assert len(json.loads(stored(tmp_path, "--json"))) == 1
+    kept(tmp_path, "first", "fine", "second", "fine")
+    assert len(Store(tmp_path / "llamacli" / "conversations.db").chats()) == 1
 
 
 # at the prompt
@@ -149,11 +169,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(begin, tmp_path):
     t.type("\x03")
     t.wait("stopped by Ctrl-C", TITLE)
     assert "^C" not in t.text
-    said = conversation(tmp_path)[1]
+    _, said = conversation(tmp_path)
     assert said.startswith("a rather") and len(said) < len("a rather long answer")
     t.type("/continue\r")
     t.wait("a rather long answer"[len(said) :].strip(), TITLE)
-    assert conversation(tmp_path)[1] == "a rather long answer"
+    kept(tmp_path, "hello", "a rather long answer")
 
 
 def test_ctrl_c_twice_leaves_on_a_line_of_its_own(begin):
@@ -173,7 +193,7 @@ def test_new_lines_by_alt_enter_ctrl_j_and_backslash(begin, tmp_path):
     t.wait("  four")
     t.type("\r")
     t.wait("fine")
-    assert conversation(tmp_path)[0] == "one\ntwo\nthree\nfour"
+    kept(tmp_path, "one\ntwo\nthree\nfour", "fine")
 
 
 def test_a_block_in_three_quotes_takes_enter_as_a_new_line(begin, tmp_path):
@@ -182,7 +202,7 @@ def test_a_block_in_three_quotes_takes_enter_as_a_new_line(begin, tmp_path):
     t.wait("system prompt set")
     t.type('"""a\r', 'b"""\r')
     t.wait("fine")
-    assert conversation(tmp_path) == ["be\nkind", "a\nb", "fine"]
+    kept(tmp_path, "be\nkind", "a\nb", "fine")
 
 
 def test_a_long_paste_is_named_and_sent_whole(begin, tmp_path):
@@ -192,7 +212,7 @@ def test_a_long_paste_is_named_and_sent_whole(begin, tmp_path):
     t.wait("> [500 lines pasted]")
     t.type(" what is this?\r")
     t.wait("fine")
-    assert conversation(tmp_path)[0] == "\n".join(lines) + " what is this?"
+    kept(tmp_path, "\n".join(lines) + " what is this?", "fine")
     assert "\n> [500 lines pasted] what is this?" in t.text
     assert "498" not in t.text
 
@@ -201,7 +221,7 @@ def test_a_short_paste_is_shown_with_its_tabs_and_without_what_steers(begin, tmp
     t = begin()
     t.type("\x1b[200~x\ty\0z\x1b[201~\r")
     t.wait("fine")
-    assert conversation(tmp_path)[0] == "x\tyz"
+    kept(tmp_path, "x\tyz", "fine")
 
 
 def test_a_paste_without_its_end_does_not_swallow_the_keyboard(begin, tmp_path):
@@ -210,7 +230,7 @@ def test_a_paste_without_its_end_does_not_swallow_the_keyboard(begin, tmp_path):
     t.wait("> one", "  two")
     t.type("!\r")
     t.wait("fine")
-    assert conversation(tmp_path)[0] == "one\ntwo!"
+    kept(tmp_path, "one\ntwo!", "fine")
 
 
 def test_history_holds_whole_turns_of_all_chats(begin, tmp_path):
@@ -229,7 +249,7 @@ def test_history_holds_whole_turns_of_all_chats(begin, tmp_path):
     third.wait("  two", "  three")
     third.type("\r")
     third.wait("fine")
-    assert conversation(tmp_path)[0] == "one\ntwo\nthree"
+    kept(tmp_path, "one\ntwo\nthree", "fine")
     third.wait(TITLE)
     third.type("\x12of th")
     third.wait("> of the second")
@@ -259,16 +279,16 @@ def test_the_editor_of_the_user_writes_the_turn(begin, tmp_path):
     t.wait("  editor")
     t.type("\r")
     t.wait("fine")
-    assert conversation(tmp_path)[0] == "from the\neditor"
+    kept(tmp_path, "from the\neditor", "fine")
     assert (tmp_path / "editor.sh.saw").read_text() == "draft"
 
 
 def test_letters_of_all_languages_are_typed_in_the_c_locale(begin, tmp_path):
-    t = begin(LC_ALL="C")
+    t = begin(LC_ALL="C", fresh=True)
     t.type("é漢😀 x\r")
     t.wait("fine")
     assert "> é漢😀 x" in t.text
-    assert conversation(tmp_path)[0] == "é漢😀 x"
+    kept(tmp_path, "é漢😀 x", "fine")
 
 
 # while it answers
@@ -283,7 +303,7 @@ def test_what_is_typed_during_an_answer_waits_for_the_prompt(begin, tmp_path):
     assert "a long answer of many words" in t.lines
     t.type("\r")
     t.wait("a long answer of many words", times=2)
-    assert conversation(tmp_path)[2] == "typed ahead"
+    kept(tmp_path, "hello", ..., "typed ahead", ...)
 
 
 def test_a_paste_during_an_answer_is_one_turn(begin, tmp_path):
@@ -294,7 +314,7 @@ def test_a_paste_during_an_answer_is_one_turn(begin, tmp_path):
     t.wait("  and more")
     t.type("\r")
     t.wait("a long answer of many words", times=2)
-    assert conversation(tmp_path)[2] == "tab\there\nand more"
+    kept(tmp_path, "hello", ..., "tab\there\nand more", ...)
 
 
 def test_a_suspended_answer_goes_on():
@@ -314,7 +334,7 @@ def test_a_suspended_answer_goes_on():
     said = t.text[t.text.index("\na long") :]
     before, after = said[: said.index("[1]")], said[said.index("\nshell") : said.index(f"> {TITLE}")]
     assert (before.split("\n")[1] + after.rstrip().split("\n")[-1]).replace(" ", "") == "alonganswerofmanywords"
-    t.child.close(force=True)
+    t.close()
 
 
 def test_what_the_model_says_is_shown_and_not_obeyed(begin):
@@ -351,7 +371,7 @@ def test_a_dumb_terminal_gets_no_escape_at_all(begin, tmp_path):
     t.type("\x04")
     assert t.ends() == 0
     assert "\x1b" not in t.raw
-    assert conversation(tmp_path) == ["hello", "**fine**", "two \nlines", "**fine**"]
+    kept(tmp_path, "hello", "**fine**", "two \nlines", "**fine**")
 
 
 def test_no_color_keeps_the_structure(begin):
@@ -420,7 +440,7 @@ def test_undo_says_what_it_forgets(begin, tmp_path):
         asked(t, question, n)
     t.type("/undo 2\r")
     t.wait('forgotten: "three"', 'forgotten: "two"')
-    assert conversation(tmp_path) == ["one", "fine"]
+    kept(tmp_path, "one", "fine")
 
 
 def test_edit_asks_the_question_in_other_words(begin, tmp_path):
@@ -430,26 +450,26 @@ def test_edit_asks_the_question_in_other_words(begin, tmp_path):
     t.wait("> wht is it", times=2)
     t.type("?\r")
     t.wait("fine", times=2)
-    assert conversation(tmp_path) == ["wht is it?", "fine"]
+    kept(tmp_path, "wht is it?", "fine")
     t.wait(TITLE)
     t.type("/edit\r")
     t.wait("> wht is it?", times=2)
     t.type("\x03")
     t.wait("Ctrl-C twice too")
     asked(t, "another", 3)
-    assert conversation(tmp_path) == ["wht is it?", "fine", "another", "fine"]
+    kept(tmp_path, "wht is it?", "fine", "another", "fine")
 
 
 def test_a_file_goes_before_the_next_question(begin, tmp_path):
     (tmp_path / "a.txt").write_text("of a\n")
     t = begin("-f", str(tmp_path / "a.txt"), "what", "is it?", ready=None)
     t.wait("fine")
-    assert conversation(tmp_path)[0] == "of a\n\nwhat is it?"
+    kept(tmp_path, "of a\n\nwhat is it?", "fine")
     t.wait(TITLE)
     t.type(f"/read {tmp_path}/a.txt\r")
     t.wait("goes with the next question", "a.txt attached", times=1)
     asked(t, "and now?", 2)
-    assert conversation(tmp_path)[2] == "of a\n\nand now?"
+    kept(tmp_path, "of a\n\nwhat is it?", "fine", "of a\n\nand now?", "fine")
 
 
 def test_settings_are_changed_and_shown(begin):
@@ -457,6 +477,10 @@ def test_settings_are_changed_and_shown(begin):
     t.type("/set temp 0.2\r", "/set seed=7\r", "/set max_tokens 1\r", "/show\r")
     t.wait("temp            0.2", "seed            7", "max_tokens      1")
     asked(t, "x", answer="stopped at the -n limit")
+    t.type("/set mirostat 2\r", "/set ignore_eos on\r", "/set samplers top_k,temp\r", "/set logit_bias 5+1\r", "/show\r")
+    t.wait("mirostat        2", "ignore_eos      on", "samplers        top_k,temp", "logit_bias      '5+1'")
+    t.type("/set ignore_eos maybe\r", "/set samplers default\r")
+    t.wait("expected on or off")
     t.type("/set max_tokens default\r", "/continue\r")
     t.wait("\nine")
 
@@ -485,7 +509,7 @@ def test_export_search_list_and_load(begin, tmp_path):
     t.type("/load animals\r")
     t.wait('"animals", 1 turn so far')
     asked(t, "more", 4)
-    assert conversation(tmp_path) == ["about elephants", "fine", "more", "fine"]
+    kept(tmp_path, "about elephants", "fine", "more", "fine")
     t.type(f"/load {tmp_path}/c.jsonl\r")
     t.wait('"about elephants", 1 turn so far')
 
@@ -502,7 +526,7 @@ def test_a_conversation_goes_on_the_next_day(begin, tmp_path):
         asked(t, "again", 2)
         t.type("\x04")
         t.ends()
-    assert conversation(tmp_path) == ["be kind", "one\nmore", "fine", "again", "fine", "again", "fine"]
+    kept(tmp_path, "be kind", "one\nmore", "fine", "again", "fine", "again", "fine")
 
 
 def test_a_full_context_says_what_to_do_and_loses_nothing(begin, tmp_path):
@@ -512,10 +536,10 @@ def test_a_full_context_says_what_to_do_and_loses_nothing(begin, tmp_path):
     t.wait("/clear makes room", "/drop", "/ctx 1024")
     t.type("/regen\r")
     t.wait("makes room", times=2)
-    assert conversation(tmp_path) == ["first question", "fine", "a second question"]
+    kept(tmp_path, "first question", "fine", "a second question")
     t.type("/ctx 1K\r", "/regen\r")
     t.wait("fine", times=2)
-    assert conversation(tmp_path) == ["first question", "fine", "a second question", "fine"]
+    kept(tmp_path, "first question", "fine", "a second question", "fine")
     t.type("/ctx 40\r")
     t.wait("of 40 tokens")
     t.type("/drop\r", "/regen\r")
@@ -527,9 +551,8 @@ def test_a_killed_chat_keeps_what_was_said(begin, tmp_path):
     t = begin(reply="First sentence. Second sentence. Third", delay="0.02")
     t.type("tell\r")
     t.wait("Second sentence. T")
-    t.child.kill(signal.SIGKILL)
-    t.ends()
-    assert conversation(tmp_path) == ["tell", "First sentence. Second sentence."]
+    t.close()
+    kept(tmp_path, "tell", "First sentence. Second sentence.")
     t = begin("--continue", ready="the answer broke off")
 
 
@@ -561,7 +584,7 @@ def test_the_terminal_is_given_back_as_it_was(tmp_path, end):
             t.type("hello\r")
             t.wait("m")
             t.pump(0.5)
-        process = int(subprocess.run(["pgrep", "-P", str(t.child.pid)], capture_output=True, text=True).stdout)
+        process = int(subprocess.run(["pgrep", "-P", str(t.process.pid)], capture_output=True, text=True).stdout)
         os.kill(process, signal.SIGTERM)
     t.wait("status=0" if end == "Ctrl-D" else "status=143")
     t.wait("icanon")
@@ -579,3 +602,33 @@ def test_the_clipboard_is_reached_through_screen_and_refused_where_there_is_none
     for text, term in (("x", "dumb"), ("x" * 80_000, "xterm")):
         with pytest.raises(UsageError):
             copying(text, {"TERM": term})
+
+
+@pytest.mark.slow
+def test_fifty_kills_of_a_chat_lose_no_finished_turn(begin, tmp_path):
+    """Each chat goes on where the one before was killed, at a random moment of a question or an answer."""
+    chance, path, seen = random.Random(50), tmp_path / "llamacli" / "conversations.db", []
+    reply = "The first sentence. A second one. And a third."
+    for n in range(50):
+        t = begin(*["--continue"] * bool(n), reply=reply, delay="0.003", ready=None)
+        t.wait(f"> {TITLE}")
+        until = time.monotonic() + chance.uniform(0, 1.0)
+        for turn in range(9):
+            question, before = f"question {n}.{turn}", t.text.count(reply)
+            t.type(question + "\r")
+            while time.monotonic() < until and not (t.text.count(reply) > before and f"> {TITLE}" in t.text):
+                t.pump(0.01)
+            if time.monotonic() >= until:
+                break
+            seen.append(question)
+        t.close()
+        db = sqlite3.connect(path)
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        db.close()
+        found = conversation(tmp_path)
+        questions = [text for text in found if text.startswith("question")]
+        assert len(questions) == len(set(questions))
+        for question in seen:
+            assert found.count(question) == 1
+            assert found[found.index(question) + 1] == reply
+    assert len(seen) > 10

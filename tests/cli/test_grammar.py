@@ -9,10 +9,11 @@ from typing import Annotated
 
 import click
 import pytest
-from fakes import prompt_of
+from fakes import prompt_of, start
 
 from llamacli import environment
-from llamacli.cli import COMMANDS, grammar, inputs, main, options, parser, run, settings
+from llamacli.cli import COMMANDS, grammar, inputs, main, options, parser, settings
+from llamacli.cli.code import code_blocks
 
 TEXTS = ["run", "tokenize"]
 
@@ -157,6 +158,13 @@ def test_tokenize_joins_words_and_reads_files(capfd, tmp_path):
         (["run", "--color", "blue", "hi"], "--color: expected auto, always or never, found 'blue'"),
         (["run", "--experts", "slot", "hi"], "did you mean slots?"),
         (["run", "--memory", "24", "hi"], "--memory: expected a size like 48G, 500M or 2GiB, with its unit, found '24'"),
+        (["run", "--samplers", "top_k,topp", "hi"], "found 'topp'; did you mean top_p?"),
+        (["run", "--samplers", "top_k;top-k", "hi"], "expected each step once, found top_k twice"),
+        (["run", "--logit-bias", "15", "hi"], "--logit-bias: expected a token's id and what is added"),
+        (["run", "-l", "15+inf", "hi"], "-l: expected a token's id"),
+        (["run", "-l", "261+1", "hi"], "--logit-bias: expected an id below 261, found 261"),
+        (["run", "--logprobs", "2", "hi"], "--logprobs: expected --json with it"),
+        (["quantize", "-m", "a", "b", "Q4_0", "c"], "expected one model, found b and -m a"),
         (["plan", "--memory", "32"], "--memory: expected a size like 48G"),
         (["quantize", "a", "b", "--split-max-size", "4"], "4G, perhaps?"),
         (["run", "--memory", "1M", "--experts", "mapped", "hi"], "--memory: expected --experts slots or auto"),
@@ -334,16 +342,28 @@ def test_no_stream_writes_once(model, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "text, code",
+    "text, blocks",
     [
-        ("Here:\n```python\nx = 1\n```\nDone", "x = 1\n"),
-        ("~~~\na\n```\nb\n~~~\n```\nc\n```", "a\n```\nb\n"),
-        ("```\nnever closed", "never closed"),
-        ("no code", "no code"),
+        ("Here:\n```python\nx = 1\n```\nDone", ["x = 1\n"]),
+        ("~~~\na\n```\nb\n~~~\n```\nc\n```", ["a\n```\nb\n", "c\n"]),
+        ("````\n```\nnested\n```\n````", ["```\nnested\n```\n"]),
+        (
+            "1. First\n   ```sh\n   ls\n     -l\n   ```\n2. Then\n\n       ```\n\n> ```\n> quoted\n> ```\n",
+            ["ls\n  -l\n", "quoted\n"],
+        ),
+        ("```\nnever closed", ["never closed"]),
+        ("`no` code\n``` x `` y", []),
     ],
 )
-def test_the_first_block_of_code(text, code):
-    assert run.code_block(text) == code
+def test_blocks_of_code(text, blocks):
+    assert code_blocks(text) == blocks
+
+
+@pytest.mark.parametrize(
+    "reply, out", [("Here:\n```\nx = 1\n```\n\n```\ny\n```", "x = 1\n"), ("no code", "no code\n")], ids=["code", "none"]
+)
+def test_extract_writes_the_first_block_of_code_or_the_answer(reply, out):
+    assert start("run", "-x", "hi", reply=reply).communicate(timeout=30)[0].decode() == out
 
 
 # input

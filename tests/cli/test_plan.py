@@ -4,6 +4,7 @@ import json
 
 import checkpoint
 import pytest
+from checkpoint import SCOUT as REAL
 from tiny import tiny_gguf
 
 from llamacli.cli import main, plan
@@ -14,11 +15,6 @@ from quantize import names
 from quantize.hf_config import read_config
 from quantize.safetensors import open_checkpoint
 
-REAL = {
-    **{"vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "head_dim": 128},
-    **{"num_key_value_heads": 8, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_local_experts": 16},
-    "max_position_embeddings": 10485760,
-}
 MAVERICK = REAL | {"num_local_experts": 128, "interleave_moe_layer_step": 2, "use_qk_norm": False}
 
 

@@ -116,7 +116,7 @@ def test_progress_is_reported_after_every_batch(tmp_path):
     model, reports = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf")), []
     model.follow_progress = lambda done, total: reports.append((done, total))
     model.forward(tokens(20), model.new_cache(24))  # batches end where a chunk of 8 does
-    assert reports == [(8, 20), (16, 20), (20, 20)]
+    assert reports == [(0, 20), (8, 20), (16, 20), (20, 20)]
 
 
 def test_an_output_that_the_file_lacks_is_the_embedding(tmp_path):

@@ -54,6 +54,19 @@ def test_the_ends_are_stages_without_layers(tmp_path):
     assert [list(stage.layers) for stage in stages] == [[], [0, 1, 2, 3], []]
 
 
+@pytest.mark.parametrize("slots", [0, 3], ids=["mapped", "slots"])
+@pytest.mark.parametrize("cuts", [(), (0, 2, 4), (1,)], ids=str)
+def test_within_a_batch_progress_is_reported_as_layers_are_done(cuts, slots, tmp_path):
+    model, reports = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=64), slots, cuts=cuts), []
+    model.follow_progress = lambda done, total: reports.append((done, total))
+    model.forward(range(40), model.new_cache(64))  # one batch of four layers
+    assert {(done, 40) for done in (0, 10, 20, 30, 40)} <= set(reports)
+    assert reports == sorted(reports)
+    model.follow_progress = None
+    model.forward(range(20), model.new_cache(64))
+    assert reports[-1] == (40, 40)
+
+
 def test_tokens_of_several_sequences_share_a_batch(tmp_path):
     """Three sequences at positions of their own, in different chunks, one token each and in runs; each as if it were alone."""
     model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", vocab=288))

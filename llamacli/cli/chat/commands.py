@@ -16,6 +16,7 @@ from llamacli.cli.chat.lines import FENCE
 from llamacli.cli.chat.show import Screen
 from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
+from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
 from llamacli.cli.options import find_model, read_file, token_count
 from llamacli.cli.run import describe
@@ -316,11 +317,13 @@ class Commands:
             raise PromptError("nothing to copy: ask something first")
         if rest not in ("", "code"):
             raise UsageError(f"/copy: expected nothing or code, found {rest!r}")
-        text = self.screen.last_code(answer) if rest else answer
+        blocks = code_blocks(answer) if rest else [answer]
+        if not blocks:
+            raise PromptError("nothing to copy: expected a block of code in the latest answer, found none")
         if not is_terminal(self.screen.stream):
             raise UsageError("/copy: expected a terminal, found none")
-        self.screen.send(copying(text))
-        self.console.note(f"copied {len(text)} characters, if your terminal allows it")
+        self.screen.send(copying(blocks[-1]))
+        self.console.note(f"copied {len(blocks[-1])} characters, if your terminal allows it")
 
     def stats_(self, rest: str) -> None:
         session = self.talk.session

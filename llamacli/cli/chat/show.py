@@ -5,7 +5,6 @@ themselves. While an answer is written, what is typed is neither shown nor lost.
 """
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator
 
@@ -14,10 +13,8 @@ from llamacli.cli import signals
 from llamacli.cli.chat.terminal import Quiet, unbroken
 from llamacli.cli.console import Console, is_terminal, visible
 from llamacli.cli.run import describe, reading
-from llamacli.errors import PromptError
 
 RECALLED = 12  # lines of an earlier question that are shown
-_CODE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^\n]*\n(.*?)(?:^ {0,3}\1[`~]*\s*$|\Z)", re.M | re.S)
 
 
 class Screen:
@@ -104,13 +101,6 @@ class Screen:
         else:
             self._console.piece(visible(message.content))
             self._console.end()
-
-    def last_code(self, text: str) -> str:
-        """The last block of code in an answer. PromptError if there is none."""
-        found = _CODE.findall(text)
-        if not found:
-            raise PromptError("nothing to copy: expected a block of code in the latest answer, found none")
-        return found[-1][1]
 
     def _moved(self) -> None:
         if self._drawn:

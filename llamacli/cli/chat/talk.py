@@ -6,15 +6,25 @@ was: a question without an answer waits for another try, and an old answer gives
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import get_args
 
+from llamacli.cli.grammar import kind_of, read_value
 from llamacli.cli.options import Generation
 from llamacli.conversation import Answer, Conversation
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.text.settings import SETTINGS as SAMPLING
 
-SHOWN = ("temp", "top_k", "top_p", "min_p", "repeat_penalty")  # by /show even if they are as the model has them
-SETTINGS = (*SAMPLING, "seed", "max_tokens", "stop")
+SHOWN = (
+    "temp",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "seed",
+    "max_tokens",
+    "stop",
+)  # by /show even if they are as the model has them
+SETTINGS = (*SAMPLING, "mirostat", "samplers", "logit_bias", "dry_sequence_breaker", "ignore_eos", "seed", "max_tokens", "stop")
+FIELDS = {field.name: field for field in dataclasses.fields(Generation)}
 
 
 class Talk:
@@ -75,7 +85,7 @@ class Talk:
         if name not in SETTINGS:
             raise UsageError(f"/set: expected one of {', '.join(SETTINGS)}, markdown or stats, found {name!r}")
         before = getattr(self.options, name)
-        setattr(self.options, name, None if text == "default" else [text] if name == "stop" else _number(name, text))
+        setattr(self.options, name, _value(name, text))
         try:
             self.sampler = self.options.sampler(self.model, self._console)
         except UsageError:
@@ -88,10 +98,10 @@ class Talk:
         rows = []
         for name in SETTINGS:
             value = getattr(self.options, name)
-            if value is None and name in SAMPLING and name not in SHOWN and name not in defaults:
+            if value == FIELDS[name].default and name not in SHOWN and name not in defaults:
                 continue
             default = f"{defaults[name]} (default)" if name in defaults else "(default)"
-            rows.append((name, default if value is None else str(value)))
+            rows.append((name, default if value is None else _text(value)))
         return rows
 
     def use(self, load: Callable[[str], object], path: str) -> None:
@@ -144,17 +154,21 @@ class Talk:
         raise ContextFullError(f"this question alone has {n} tokens, the context holds {ctx}: shorten it, or {larger}")
 
 
-def _number(name: str, text: str) -> float | int:
+def _text(value) -> str:
+    if isinstance(value, list):
+        return " ".join(map(repr, map(str, value)))
+    return str(value) if not isinstance(value, bool) else "on" if value else "off"
+
+
+def _value(name: str, text: str):
     """The value of an option, by the type and the range that the option has."""
-    field = next(f for f in dataclasses.fields(Generation) if f.name == name)
-    kind, info = field.type.__origin__, field.type.__metadata__[0]
-    kind = float if float in get_args(kind) else int
-    low, high = info.least, info.most
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or value != value or (low is not None and value < low) or (high is not None and value > high):
-        span = f" from {low} to {high}" if high is not None else f" from {low}" if low is not None else ""
-        raise UsageError(f"/set {name}: expected {'a number' if kind is float else 'a whole number'}{span}, found {text!r}")
-    return value
+    field = FIELDS[name]
+    kind, spec, several = kind_of(field.type)
+    where = f"/set {name}"
+    if text == "default":
+        return field.default
+    if kind is bool:
+        if text not in ("on", "off"):
+            raise UsageError(f"{where}: expected on or off, found {text!r}")
+        return text == "on"
+    return [read_value(kind, spec, text, where)] if several else read_value(kind, spec, text, where)

@@ -1,0 +1,166 @@
+"""`run` and `plan` on a real pseudo-terminal: how far a prompt is, words at the edge, tables, what `-q` keeps quiet."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from checkpoint import CONFIG, SCOUT
+from fakes import fake
+from terminal import Terminal
+
+from llamacli import environment
+from llamacli.cli.console import Console
+from llamacli.cli.options import find_model
+
+LONG = "The experts of this model are read from the disk whenever the router asks for them, which takes 1,048,576 microseconds."
+
+
+def lines(command, columns=80, rows=50, **environment):
+    """What stands on the screen when the command has ended."""
+    t = Terminal(command, columns, rows, **environment)
+    assert t.ends() == 0, t.text
+    return t.lines
+
+
+# while a prompt is read
+
+
+def test_how_far_the_prompt_is_stands_there_until_the_first_token():
+    t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=80)
+    t.wait("of 100 tokens", " left")
+    assert re.search(r"reading the prompt, +\d+ of 100 tokens  ━+─+  +\d+ %  0:0\d left$", t.lines[-1]), t.text
+    assert t.ends() == 0
+    assert t.lines == ["first line", "second line"]
+
+
+def test_forty_columns_hold_the_share_and_the_time():
+    t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=40)
+    t.wait(" left")
+    assert re.search(r"^reading the prompt.* \d+ %  0:0\d left$", t.lines[-1]), t.text
+    assert t.ends() == 0
+    assert t.lines == ["first line", "second line"]
+
+
+def test_quiet_waits_without_a_word_and_so_does_a_pipe():
+    quiet = Terminal(fake("run", "-q", "x" * 45, delay="0.04"))
+    piped = subprocess.run(fake("run", "x" * 45, delay="0.04"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert (piped.stdout, piped.stderr) == (b"first line\nsecond line\n", b"")
+    assert quiet.ends() == 0
+    assert "reading" not in quiet.raw
+    assert quiet.lines == ["first line", "second line"]
+
+
+def test_a_dumb_terminal_is_told_once_without_an_escape():
+    t = Terminal(fake("run", "x" * 45, delay="0.04"), TERM="dumb")
+    assert t.ends() == 0
+    assert re.fullmatch(r"reading the prompt, +\d+ of 50 tokens.*", t.lines[0])
+    assert t.lines[1:] == ["first line", "second line"]
+    assert "\x1b" not in t.raw
+
+
+def test_a_long_question_of_a_chat_is_followed_too(tmp_path):
+    t = Terminal(fake("chat", "--no-save", "x" * 95, delay="0.03", reply="fine"))
+    t.wait("of 100 tokens", " left")
+    t.wait("\nfine", "Ask something")
+    assert "reading the prompt" not in t.text
+    t.close()
+
+
+def test_a_model_that_is_loaded_says_how_large_it_is(tmp_path):
+    """Loading is slowed down, and the compiler is not there: what is named is the file."""
+    (tmp_path / "slow.gguf").write_bytes(bytes(2_500_000))
+    code = (
+        "import sys, time, llamacli; from llamacli.cli import enter\n"
+        "def load(*_, **__): time.sleep(1.6); raise llamacli.UsageError('enough')\n"
+        "llamacli.Model.load = load; sys.argv[1:] = ['run', '-m', sys.argv[1], 'hi']; enter()"
+    )
+    t = Terminal([sys.executable, "-c", code, str(tmp_path / "slow.gguf")])
+    t.wait("loading slow.gguf (2.50 MB) ...")
+    t.wait("enough")
+    assert "loading" not in t.text
+
+
+# answers at the edge
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_words_are_whole_at_the_edge_of_a_terminal_and_bytes_in_a_pipe(columns):
+    command = fake("run", "hi", reply=LONG)
+    shown = lines(command, columns)
+    assert len(shown) > 1 and all(len(line) < columns for line in shown)
+    assert " ".join(shown) == LONG
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stdout.decode() == LONG + "\n"
+
+
+def test_an_answer_stands_alone_and_a_cut_one_says_so_unless_quiet():
+    assert lines(fake("run", "hi")) == ["first line", "second line"]
+    assert lines(fake("run", "-n", "5", "hi"))[:1] == ["first"]
+    assert "stopped at the -n limit" in " ".join(lines(fake("run", "-n", "5", "hi")))
+    assert lines(fake("run", "-q", "-n", "5", "hi")) == ["first"]
+
+
+def test_quiet_names_no_model(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    find_model(None, Console(quiet=True))
+    assert capsys.readouterr().err == ""
+    find_model(None, Console(verbose=True))
+    assert environment.SMALL_MODEL.name in capsys.readouterr().err
+
+
+def test_piped_text_before_a_prompt_is_noted_at_a_terminal():
+    command = f"printf 'one\\ntwo\\n' | {shlex.join(fake('run', 'three'))}"
+    assert lines(["sh", "-c", command]) == [
+        "read 8 bytes of stdin before the prompt; --no-stdin leaves it alone",
+        "first line",
+        "second line",
+    ]
+    assert lines(["sh", "-c", f"{command} -q"]) == ["first line", "second line"]
+
+
+# tables
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory):
+    """A folder with the config.json of a Scout."""
+    folder = tmp_path_factory.mktemp("hf") / "Llama-4-Scout-17B-16E-Instruct-a-rather-long-name"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG | SCOUT))
+    return folder
+
+
+def plan(scout, *more):
+    return [
+        sys.executable,
+        "-m",
+        "llamacli",
+        "plan",
+        str(scout),
+        "--memory",
+        "48G",
+        "--disk",
+        "1",
+        "--bandwidth",
+        "100",
+        "-t",
+        "4",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("color", ["auto", "always", "never"])
+def test_titles_are_whole_words_and_numbers_are_never_folded(scout, columns, color):
+    """The numbers of a narrow terminal are those of a pipe, and each stands on one line."""
+    piped = subprocess.run(plan(scout), capture_output=True, text=True, check=True).stdout
+    numbers = set(re.findall(r"[0-9][0-9,.]*", piped.replace(str(scout), "")))
+    shown = lines(plan(scout, "--color", color), columns, 200)
+    assert all(len(line) <= columns for line in shown)
+    there = set(re.findall(r"[0-9][0-9,.]*", "\n".join(shown)))
+    assert {number.rstrip(".,") for number in numbers} <= {number.rstrip(".,") for number in there}
+    if columns == 200:
+        titles = [line for line in piped.splitlines() if line and not line.startswith(" ")]
+        assert [line.split() for line in titles] == [line.split() for line in shown if line and not line.startswith(" ")]
