@@ -21,13 +21,13 @@ from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kvcache import KVCache
 from llamacli.cpu.operations import Inputs, Recorder
-from llamacli.cpu.weights import Experts, bind, has_kernels, in_map, needed
+from llamacli.cpu.weights import Experts, bind, has_kernels, in_map
 from llamacli.device import Run, Tokens
 from llamacli.errors import ModelFileError, UnsupportedModelError, UsageError
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.files.pages import drop_pages, on_large_pages, populate, random_access
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import Role
+from llamacli.llama4.tensors import Role, needed
 
 CONFIDENT = 0.08  # the best score must lead the next by this share of the scores' range: then over 90 % of prefetches are right
 CHECK_EVERY = 64  # decoded tokens after which pages of the embedding are dropped and the memory limit is checked

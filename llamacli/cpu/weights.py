@@ -16,7 +16,7 @@ from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.ggml import dequantize
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import ROPE_FREQS, Role, Spec, check, tensors
+from llamacli.llama4.tensors import ROPE_FREQS, Spec, needed
 
 LONG_FACTOR = 16.0  # Scout divides the frequencies of wavelengths beyond 8192 by this; early uploads had other numbers
 
@@ -72,23 +72,6 @@ def in_map(tensor: Tensor) -> int:
 def has_kernels(tensor: Tensor) -> bool:
     """Whether products run on the tensor's own blocks. Every other type becomes F16 when it is bound."""
     return tensor.type.name in QUANTIZED or tensor.type.name in FLOATS
-
-
-def needed(
-    gguf: GGUF, config: Config, layers: range | None = None, embedding: bool = True, head: bool = True
-) -> dict[str, Spec]:
-    """The tensors that `bind` binds for the same arguments, by name, checked before a byte of them is read.
-
-    ModelFileError: a tensor is missing or has another shape than the metadata ask for. UnsupportedModelError: a tensor that
-    changes the result and that no kernel computes with (a bias of attention).
-    """
-    layers = range(config.n_layers) if layers is None else layers
-    ends = {"rope_freqs": True, "token_embd": embedding or (head and config.tied), "output_norm": head, "output": head}
-    wanted = [spec for spec in tensors(config) if (ends.get(spec.kind) if spec.layer is None else spec.layer in layers)]
-    found = check(gguf.path, {name: tensor.shape for name, tensor in gguf.tensors.items()}, wanted)
-    if more := [spec.name for spec in found if spec.role is Role.ATTENTION and not spec.required]:
-        raise UnsupportedModelError(f"{gguf.path}: expected attention without biases, found {more[0]}; this engine has none")
-    return {spec.name: spec for spec in found}
 
 
 def bind(

@@ -17,7 +17,7 @@ Value = Any  # rows of activations, [n_tokens, width]
 
 
 class Operations(Protocol):
-    """What a device must be able to do. `w` are weights as the device holds them."""
+    """What a device computes. `w` are weights in the form that the device holds them in; sizes are fields of Config."""
 
     def norm(self, x: Value, w: Any) -> Value:
         """x / rms(x) * w, row by row, in float32."""
@@ -28,8 +28,10 @@ class Operations(Protocol):
     def attend(self, i: int, q: Value, k: Value, v: Value, *, rotate: bool, norm: bool, temperature: bool, chunk: int) -> Value:
         """Prepare q and k in the order of the keywords, write k and v to layer i's cache, return softmax(q k^T / sqrt(d)) v.
 
-        `norm`: RMS norm of each head of q and k, without weights. `temperature`: scale q by its position. `chunk`: tokens see
-        their own chunk of so many positions only; 0: every earlier position.
+        `rotate`: turn elements (2j, 2j + 1) of each head of q and k by pos * rope_theta^(-2j / head_dim) / rope_freqs[j], the
+        divisors being 1 without the tensor. `norm`: divide each head of q and k by its root mean square (with rms_eps).
+        `temperature`: multiply q by 1 + temperature_scale * log(1 + floor((pos + 1) / temperature_length)). `chunk`: a token
+        sees the positions from the start of its chunk of so many on, itself included; 0: from position 0 on.
         """
 
     def add_matmul(self, x: Value, h: Value, w: Any) -> Value:
@@ -39,7 +41,7 @@ class Operations(Protocol):
         """silu(h times w.gate) * (h times w.up)."""
 
     def route(self, h: Value, w: Any) -> Any:
-        """The n_experts_used largest of h times w for each token, and the sigmoid of each as its score."""
+        """The n_experts_used largest elements of h times w for each token, and the sigmoid of each as the expert's score."""
 
     def expert_gate_up(self, h: Value, w: Any, routed: Any) -> Value:
         """`gate_up` of each token's experts, on h times the expert's score."""

@@ -1,8 +1,8 @@
 """Every tensor of a Llama 4 text model, once: its names, role, shape and layer.
 
 `TABLE` has one row for each tensor of the model or of a layer. `tensors(config)` expands it to the tensors of one model, in the
-order of a converted file; `find` and `role_of` look a GGUF name up; `check` compares a file with the table. Binding,
-conversion, random files, placement and the tables of the CLI are derived from it.
+order of a converted file; `find` and `role_of` look a GGUF name up; `check` compares a file with the table; `needed` gives the
+tensors of a stage. Binding, conversion, random files, placement and the tables of the CLI are derived from it.
 
 Shapes are in NumPy's order: the length of a row comes last. A GGUF stores the experts of a layer as one tensor
 [n_experts, rows, columns]. Hugging Face stores them as x @ W, so the last two axes change places, and joins gate and up into
@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from llamacli.errors import ModelFileError
+from llamacli.errors import ModelFileError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    from llamacli.files.gguf import GGUF
     from llamacli.llama4.config import Config
 
 
@@ -204,3 +205,21 @@ def check(where: object, shapes: Mapping[str, tuple[int, ...]], specs: Iterable[
     if complete and (more := sorted(shapes.keys() - {spec.name for spec in specs})):
         raise ModelFileError(f"{where}: expected tensors of Llama 4, found {more[0][:80]!r}, which has no place in its GGUF")
     return found
+
+
+def needed(
+    gguf: "GGUF", config: "Config", layers: range | None = None, embedding: bool = True, head: bool = True
+) -> dict[str, Spec]:
+    """The tensors of a file that a stage of these layers binds, by name, checked before a byte of them is read.
+
+    `layers`: None for all. `embedding`, `head`: whether the stage looks up embeddings, makes logits. A model whose embedding is
+    also the output (`config.tied`) needs it for both. ModelFileError: a tensor is missing or has another shape than the
+    metadata ask for. UnsupportedModelError: attention has biases, which would change the result and which no device adds.
+    """
+    layers = range(config.n_layers) if layers is None else layers
+    ends = {"rope_freqs": True, "token_embd": embedding or (head and config.tied), "output_norm": head, "output": head}
+    wanted = [spec for spec in tensors(config) if (ends.get(spec.kind) if spec.layer is None else spec.layer in layers)]
+    found = check(gguf.path, {name: tensor.shape for name, tensor in gguf.tensors.items()}, wanted)
+    if more := [spec.name for spec in found if spec.role is Role.ATTENTION and not spec.required]:
+        raise UnsupportedModelError(f"{gguf.path}: expected attention without biases, found {more[0]}; this engine has none")
+    return {spec.name: spec for spec in found}
