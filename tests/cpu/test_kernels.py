@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from llamacli.cpu.kernels.formats import dots, floats, narrow, tiles
+from llamacli.cpu.kernels.formats import dots, floats, tiles
 from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.jit import intrinsics as words
 from llamacli.cpu.kernels.jit import loader as jit
@@ -63,7 +63,7 @@ def random_rows(name, n_rows, n_cols, rng):
 
 def matvec_scratch(name, n_cols):
     """Memory for the activations that matvec reorders."""
-    return np.zeros(-(-n_cols // 256) * max(formats.ACT_BYTES, narrow.reordered_bytes(formats.QUANTIZED[name])), np.int8)
+    return np.zeros(-(-n_cols // 256) * max(formats.ACT_BYTES, dots.reordered_bytes(formats.QUANTIZED[name])), np.int8)
 
 
 def activations(x, target):

@@ -64,28 +64,3 @@ def nibble_codes(s, w, at, stride):
             q = s.concat(s.concat(a, b), s.concat(c, d))
         codes += [s.b.and_(q, s.fill(i8, 64, 15)), s.b.lshr(q, s.fill(i8, 64, 4))]
     return codes
-
-
-def half_pair(s, ws, stride, at=0):
-    """The half scales of 8 blocks of two rows as 16 floats.
-
-    Each row's come from a few wide loads, blended so that no two scales fall on one lane, which takes far fewer instructions
-    than a load for each.
-    """
-    step, size = stride // 2, (8 * stride - at) // 2
-    rows, lanes = [], {}
-    for w in ws:
-        row, lanes, k = None, {}, 0
-        while k < 8:
-            start = min(k * step, size - 32)
-            held = [b for b in range(k, 8) if b * step < start + 32]
-            shift = next(m for m in range(32) if m <= start and all(b * step - start + m not in lanes.values() for b in held))
-            here = {b: b * step - start + shift for b in held if b * step - start + shift < 32}
-            v = s.load(vec(i16, 32), w, at + 2 * (start - shift))
-            row = row or v
-            row = s.shuffle(row, [32 + lane if lane in here.values() else lane for lane in range(32)], v)
-            lanes |= here
-            k += len(here)
-        rows.append(row)
-    pick = [lanes[b] for b in range(8)]
-    return s.from_half(s.bits(s.shuffle(rows[0], pick + [32 + lane for lane in pick], rows[1]), f16))

@@ -2,7 +2,7 @@
 common.h.
 """
 
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_pair, half_scales, nibble_codes, nibbles
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_scales, nibble_codes, nibbles
 
 block, nbytes, group, offset, largest = 32, 18, 32, 128, 255
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
@@ -38,8 +38,3 @@ def scales(s, w, n):
 def codes(s, w):
     """Weights as 4 registers in `order`."""
     return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 2, nbytes)]
-
-
-def pair(s, ws):
-    """The scales of two rows."""
-    return [half_pair(s, ws, nbytes)], None

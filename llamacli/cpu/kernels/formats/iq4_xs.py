@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, nibble_codes, nibbles, splat_half
 from llamacli.cpu.kernels.formats.iq4_nl import LEVELS, SHIFTED
-from llamacli.cpu.kernels.jit.simd import f16, i8, i16, i32, vec
+from llamacli.cpu.kernels.jit.simd import i8, i16, vec
 
 block, nbytes, group, offset, largest = 256, 136, 32, 128, 255
 order = NIBBLE_ORDER
@@ -47,13 +47,3 @@ def scales(s, w, n):
 def codes(s, w):
     """Weights as 4 registers in `order`."""
     return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 8, 16)]
-
-
-def pair(s, ws):
-    """The scales of two rows: words that hold a scale's bits somewhere are turned until they lie right."""
-    word = lambda at: s.concat(*(s.splat(s.load(i32, w, at), 8) for w in ws))  # noqa: E731
-    low = s.b.and_(s.b.lshr(word(4), ir.Constant(vec(i32, 16), [4 * (i % 8) for i in range(16)])), s.fill(i32, 16, 15))
-    high = s.b.and_(s.rotate(word(0), [12 + 2 * (i % 8) for i in range(16)]), s.fill(i32, 16, 0x30))
-    six = s.to_float(s.b.sub(s.b.or_(low, high), s.fill(i32, 16, 32)))
-    d = s.from_half(s.concat(*(s.load(vec(f16, 1), w) for w in ws)))
-    return [s.b.fmul(six, s.shuffle(d, [0] * 8 + [1] * 8))], None

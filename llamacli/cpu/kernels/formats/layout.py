@@ -6,8 +6,7 @@ codes exceed 127 also answer `signed_piece`: the same as signed bytes.
 
 For registers of 32 bytes a format may answer `crossed` (the weights of groups j and j + 4 as two registers, their first 16,
 then their last 16, so that products of a group add up before they are scaled) and `whole_scales` (16-bit pairs and a float).
-For registers of 64 bytes it may answer `codes` (a superblock at once, in an `order` and with `factors` of its own) and `pair`
-(the scales of two rows).
+For registers of 64 bytes it may answer `codes` (a superblock at once, in an `order` and with `factors` of its own).
 
 An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16 scaled sums of
 16, float32.
@@ -73,15 +72,6 @@ def scales_and_mins(s, fmt, w, n):
     """Scale and minimum of each group of n blocks (of 32 weights; or of one of 256)."""
     scale, least = fmt.scales(s, w, n)
     return scale, least if least is not None else s.b.fmul(scale, s.fill(f32, scale.type.count, float(fmt.offset)))
-
-
-def pair(s, fmt, ws):
-    """The scales and, but for formats with an offset, the mins of two rows, one row after the other in vectors of 16."""
-    if s.width == 64 and hasattr(fmt, "pair"):
-        return fmt.pair(s, ws)
-    (a, c), (b, d) = (fmt.scales(s, w, 8) for w in ws)
-    join = (lambda a, b: [s.concat(a, b)]) if fmt.group == 32 else (lambda a, b: [a, b])
-    return join(a, b), c and join(c, d)
 
 
 def odd_blocks(s, fmt, starts, supers, n_cols, x, values):

@@ -3,7 +3,7 @@
 `piece` and `scales` are the two questions formats.py asks of every block format. Source: ggml-common.h, block_q4_0.
 """
 
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_pair, half_scales, nibble_codes, nibbles
+from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_scales, nibble_codes, nibbles
 
 block, nbytes, group, offset, largest = 32, 18, 32, 8, 15
 order = NIBBLE_ORDER
@@ -27,8 +27,3 @@ def scales(s, w, n):
 def codes(s, w):
     """Weights as 4 registers in `order`."""
     return nibble_codes(s, w, 2, nbytes)
-
-
-def pair(s, ws):
-    """The scales of two rows."""
-    return [half_pair(s, ws, nbytes)], None

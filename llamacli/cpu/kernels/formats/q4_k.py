@@ -7,7 +7,7 @@ Layout: half d, half dmin, 12 bytes of packed scales and mins, 128 bytes of nibb
 from llvmlite import ir
 
 from llamacli.cpu.kernels.formats.halves import splat_half
-from llamacli.cpu.kernels.jit.simd import f16, i8, i32, vec
+from llamacli.cpu.kernels.jit.simd import i8, i32, vec
 
 block, nbytes, group, offset, largest = 256, 144, 32, None, 15
 order = (0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)  # of the pieces of 16 weights in `codes`
@@ -54,17 +54,6 @@ def factors(s):
 
 def _in_place(s):
     return s.target.dot == "vnni"
-
-
-def pair(s, ws):
-    """Scales and mins of two rows, 16 floats each."""
-    packed = six_bits(s, s.concat(*(s.load(vec(i32, 4), w, 4) for w in ws)))
-    d = s.from_half(s.concat(*(s.load(vec(f16, 2), w) for w in ws)))
-    part = lambda at, k: s.b.fmul(  # noqa: E731
-        s.to_float(s.unsigned(s.shuffle(packed, [*range(at, at + 8), *range(16 + at, 24 + at)]))),
-        s.shuffle(d, [k] * 8 + [2 + k] * 8),
-    )
-    return [part(0, 0)], [part(8, 1)]
 
 
 def six_bits(s, v):

@@ -3,7 +3,7 @@
 The bytes are read as q + 128, since dot4 wants them unsigned. Source: ggml-common.h, block_q8_0.
 """
 
-from llamacli.cpu.kernels.formats.halves import half_pair, half_scales
+from llamacli.cpu.kernels.formats.halves import half_scales
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
 block, nbytes, group, offset, largest = 32, 34, 32, 128, 255
@@ -22,8 +22,3 @@ def signed_piece(s, w, j):
 def scales(s, w, n):
     """The scales of n blocks; the mins follow from `offset`."""
     return half_scales(s, w, n, nbytes), None
-
-
-def pair(s, ws):
-    """The scales of two rows."""
-    return [half_pair(s, ws, nbytes)], None

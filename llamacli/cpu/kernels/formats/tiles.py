@@ -36,11 +36,16 @@ def centre(target, fmt):
     A format's offset, which then needs no term of its own; or half the largest code, where only so a group's sum fits 16 bits.
     16-bit addition wraps, so it is enough that the end result fits.
     """
-    if target.width == 64 or target.step == 8:
+    if target.step == 8:
         return 0
     if fmt.offset is not None:
         return fmt.offset
-    return (fmt.largest + 1) // 2 if target.dot == "maddubs" and Simd.fits(fmt.largest) < fmt.group // 4 else 0
+    return (fmt.largest + 1) // 2 if adds_in_16_bits(target) and Simd.fits(fmt.largest) < fmt.group // 4 else 0
+
+
+def adds_in_16_bits(target):
+    """Whether a tile adds the products of a group in 16 bits. Registers of 64 bytes have room for sums of 32 bits."""
+    return target.dot == "maddubs" and target.width == 32
 
 
 def has_sums(target, fmt):
@@ -50,7 +55,7 @@ def has_sums(target, fmt):
 
 def has_whole_scales(target, fmt):
     """Whether a panel holds scales as integers, which widen the 16-bit sums, and one float for each superblock of a row."""
-    return target.dot == "maddubs" and target.width == 32 and hasattr(fmt, "whole_scales")
+    return adds_in_16_bits(target) and hasattr(fmt, "whole_scales")
 
 
 def prepare(module, target, fmt):
@@ -81,7 +86,7 @@ def prepare(module, target, fmt):
                 shift = s.fill(f32, groups, float(middle))
                 both = [(scale, s.b.fsub(least, s.b.fmul(scale, shift))) for scale, least in both]
             both = [s.concat(s.b.fmul(scale, factors), least) for scale, least in both]
-        for part in range(((2 if has_sums(target, fmt) else 1) * groups + (lanes if whole else 0)) // lanes):
+        for part in range(-(-((2 if has_sums(target, fmt) else 1) * groups + (lanes if whole else 0)) // lanes)):
             pick = list(range(part * lanes, (part + 1) * lanes))
             for k, column in enumerate(s.transpose([s.shuffle(v, pick) for v in both])):
                 s.store(column, panel, 256 * lanes + (part * lanes + k) * lanes * 4)
@@ -139,7 +144,7 @@ def _start(s, fmt, middle, x, g):
         n = wide.type.count // 2
         wide = s.b.add(s.shuffle(wide, list(range(n))), s.shuffle(wide, list(range(n, 2 * n))))
     pairs = s.b.add(s.shuffle(wide, [0, 2]), s.shuffle(wide, [1, 3]))
-    if s.target.dot == "maddubs":
+    if adds_in_16_bits(s.target):
         return s.b.bitcast(s.b.mul(pairs, s.fill(i16, 2, -middle)), i32)
     halves = [s.b.sext(s.b.extract_element(pairs, i32(k)), i32) for k in range(2)]
     return s.b.mul(s.b.add(*halves), i32(-middle))
@@ -161,8 +166,7 @@ def tile(module, target, fmt):
     starts_at = 72 + (groups if sums_too else 0)
     panels = [s.add(panel0, s.mul(s.mul(supers, v), size)) for v in range(vectors)]
     each = [(v, t) for v in range(vectors) for t in range(tokens)]
-    multiply = _products_of_pairs if target.step == 8 else _short_products if target.dot == "maddubs" else _products
-    multiply = _products if s.width == 64 else multiply
+    multiply = _products_of_pairs if target.step == 8 else _short_products if adds_in_16_bits(target) else _products
 
     def superblock(i, sums):
         here, packed = [s.add(panel, s.mul(i, size)) for panel in panels], s.add(packed0, s.mul(i, packed_size))
