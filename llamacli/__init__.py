@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from llamacli.session import Piece, Session
+    from llamacli.snapshots import Snapshots
 
 __all__ = [
     "CheckpointError",
@@ -119,11 +120,27 @@ class Model:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def session(self, ctx: int | None = None) -> Session:
+    def session(self, ctx: int | None = None, snapshots: Snapshots | None = None) -> Session:
         """A new, empty conversation of at most `ctx` tokens (default: the model's)."""
         from llamacli.session import Session
 
-        return Session(self.engine, self.tokenizer, ctx or self.ctx)
+        return Session(self.engine, self.tokenizer, ctx or self.ctx, snapshots)
+
+    def snapshots(self, limit: int | None = None, exact: bool = True) -> Snapshots:
+        """Where a session reads the beginnings of prompts from and keeps them (llamacli/snapshots.py).
+
+        `limit`: bytes of all models' snapshots; None: half of what the disk has free and they take. `exact`: answers have the
+        same bytes as without; else a conversation's answers are kept, too. ModelFileError if the model's file has gone.
+        """
+        from llamacli.environment import snapshots_folder
+        from llamacli.snapshots import Snapshots, identity
+
+        try:
+            return Snapshots(snapshots_folder(), self.engine, identity(self.gguf), limit, exact)
+        except OSError as error:
+            raise ModelFileError(
+                f"{error.filename}: expected the model's file, found: {error.strerror}; load it again"
+            ) from None
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Every token's logits in a fresh context, float32 [len(ids), n_vocab]."""

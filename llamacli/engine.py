@@ -11,13 +11,17 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import IoStats
+from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import default_threads
+from llamacli.cpu.kernels.jit.loader import chosen_target
+from llamacli.cpu.kernels.ops import matmul
 from llamacli.cpu.operations import Inputs
 from llamacli.cpu.stage import CHECK_EVERY, cpu_stages
 from llamacli.device import Run, Stage, Tokens
@@ -38,8 +42,8 @@ class Cache:
 
     @property
     def pos(self) -> int:
-        """Tokens held."""
-        return self.parts[0].pos
+        """Tokens held by all parts."""
+        return min(part.pos for part in self.parts)
 
     @pos.setter
     def pos(self, pos: int) -> None:
@@ -66,7 +70,7 @@ class Cache:
     def agree(self) -> None:
         """After an interrupt that moved some parts only: all go back to the first position."""
         if any(part.pos != self.pos for part in self.parts):
-            lowest, self.pos = min(part.pos for part in self.parts), max(part.pos for part in self.parts)
+            lowest, self.pos = self.pos, max(part.pos for part in self.parts)
             self.truncate(lowest)
 
     def held(self, layer: int) -> range:
@@ -116,6 +120,8 @@ class Engine:
         self.config, self.threads = config, threads or default_threads()
         self._path, self._closed, self._interrupted = gguf.path, False, False
         self._max_batch = buffers.tokens(config, max_batch)
+        groups = config.n_experts // max(1, config.n_experts_used) if any(map(config.is_moe, range(config.n_layers))) else 0
+        self._steady = max(buffers.MIN_BATCH, matmul.FEW * groups)  # tokens of a batch from which on its length changes no bit
         self.stages: list[Stage] = cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)))
         self._fetches = slots > 0 and any(map(config.is_moe, range(config.n_layers)))
         self._lock = threading.RLock()
@@ -173,6 +179,32 @@ class Engine:
     def products_per_token(self) -> int:
         """Multiply-adds of weights for one token, those of the output matrix apart: a prompt needs these once."""
         return sum(stage.products_per_token for stage in self.stages)
+
+    # A token's keys, values and logits have the same bits in all batches of at least `_steady` tokens; in smaller ones kernels
+    # add in another order. So what is left of a prompt can be evaluated as in a whole one if its batches end where those do.
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides about the last bits of keys and values, but for the model: another value, other bits."""
+        kernels = sources_digest(Path(matmul.__file__).parents[1])
+        return f"{kernels} {chosen_target().name} {min(self._steady, self._max_batch)}"
+
+    def batch_of(self, pos: int) -> range:
+        """The positions of the batch in which `pos` is evaluated if a long prompt is from its start."""
+        chunk = self.config.chunk_size
+        at = pos % chunk if chunk else pos
+        start = pos - at % self._max_batch
+        return range(start, start + self._batch_size(start, self._max_batch))
+
+    def may_begin(self, pos: int, n: int) -> bool:
+        """Whether a prompt of `n` tokens, evaluated from `pos` to the end of that batch and on, has the bits of a whole one."""
+        batch = self.batch_of(pos)
+        return pos == batch.start or min(batch.stop, n) - pos >= self._steady
+
+    def steady_end(self, n: int) -> int:
+        """How many of a prompt's `n` positions have bits that they have in every longer prompt, too."""
+        batch = self.batch_of(n)
+        return n if n == batch.start or n - batch.start >= self._steady else batch.start
 
     def forward(self, ids: Sequence, cache: Cache, all_logits: bool = False, first: int = 0) -> np.ndarray:
         """Evaluate tokens after what `cache` holds and remember them. A token is an id or a prompt.FeatureRow.

@@ -49,9 +49,14 @@ def config_file() -> Path:
 
 
 def cache_root() -> Path:
-    """The folder of what can be made again: compiled kernels, random models of `bench --shape`."""
+    """The folder of what can be made again: compiled kernels, snapshots, random models of `bench --shape`."""
     named = os.environ.get("LLAMACLI_CACHE")
     return Path(named) if named else _user_folder("XDG_CACHE_HOME", ".cache")
+
+
+def snapshots_folder() -> Path:
+    """The folder of keys and values of prompts."""
+    return cache_root() / "snapshots"
 
 
 def state_folder() -> Path:

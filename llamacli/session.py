@@ -15,6 +15,7 @@ import numpy as np
 from llamacli.cpu.experts import IoStats
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.prompt import Token, tokens
+from llamacli.snapshots import Snapshots
 
 
 class Piece(NamedTuple):
@@ -85,8 +86,9 @@ class StopStrings:
 class Session:
     """Holds the evaluated tokens in `ids`, at most `ctx`. `stats` tells of the latest `stream`."""
 
-    def __init__(self, engine, tokenizer, ctx: int):
-        self.engine, self.tokenizer, self.ctx = engine, tokenizer, ctx
+    def __init__(self, engine, tokenizer, ctx: int, snapshots: Snapshots | None = None):
+        """`snapshots`: where beginnings of prompts are read from and kept; with exact ones each begins from these alone."""
+        self.engine, self.tokenizer, self.ctx, self.snapshots = engine, tokenizer, ctx, snapshots
         self.cache = engine.new_cache(ctx)
         self.ids: list[Token] = []
         self.stats = Stats()
@@ -116,6 +118,8 @@ class Session:
             (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
         )
         self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
+        if self.snapshots:
+            return self._sync_kept(ids)
         self.stats.cached_tokens = len(self.ids)
         return self._evaluate(ids[len(self.ids) :])
 
@@ -157,6 +161,8 @@ class Session:
             raise
         finally:
             stats.decode_io = self.engine.take_io_stats()
+            if self.snapshots and not self.snapshots.exact:
+                self._keep()
         tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
         yield Piece(tail, None, reason)
 
@@ -164,17 +170,47 @@ class Session:
         """The ids that were said, for penalties: positions of pictures are no words."""
         return [t for t in self.ids if type(t) is int] if self._pictures else self.ids
 
+    def _sync_kept(self, ids: list[Token]) -> np.ndarray:
+        """The rest of `sync` with snapshots: read what is kept of `ids`, evaluate the others, keep those."""
+        exact = self.snapshots.exact
+        if exact:
+            self._rewind(0)
+        self._touched = max(self._touched, len(ids))  # reading writes to the cache, and may be interrupted
+        restored = self.snapshots.restore(self.cache, ids)
+        self.ids, self._touched = ids[:restored], restored
+        self._pictures = any(type(t) is not int for t in self.ids)
+        self.stats.cached_tokens = restored
+        try:
+            if exact:
+                self._evaluate_until(self.engine.batch_of(restored).stop, ids)
+            edge = self.snapshots.last_edge(len(ids))
+            if edge > len(self.ids):  # beyond it, chunked layers hold nothing of what comes before
+                self._evaluate_until(edge, ids)
+                self._keep()
+            return self._evaluate(ids[len(self.ids) :])
+        finally:  # on Ctrl-C as well: what was evaluated need not be again
+            self._keep()
+
+    def _evaluate_until(self, stop: int, ids: list[Token]) -> None:
+        if len(self.ids) < stop < len(ids):
+            self._evaluate(ids[len(self.ids) : stop])
+
+    def _keep(self) -> None:
+        n = len(self.ids)
+        self.snapshots.keep(self.cache, self.ids, self.engine.steady_end(n) if self.snapshots.exact else n)
+
     def _evaluate(self, ids: list[Token]) -> np.ndarray:
-        """Forward `ids` from where the cache stands. They count as held only once the engine is through."""
+        """Forward `ids` from where the cache stands. Only those that the engine is through with count as held."""
         if len(self.ids) + len(ids) > self.ctx:
             raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start anew")
         if self._touched > len(self.ids):
             ids = self._rewind(len(self.ids)) + ids
-        self._touched = len(self.ids) + len(ids)
-        logits = self.engine.forward(ids, self.cache)
-        self.ids.extend(ids)
-        self._pictures = self._pictures or any(type(t) is not int for t in ids)
-        return logits
+        before, self._touched = len(self.ids), len(self.ids) + len(ids)
+        try:
+            return self.engine.forward(ids, self.cache)
+        finally:  # of a prompt that was broken off, the batches that are through are kept
+            self.ids.extend(ids[: max(0, self.cache.pos - before)])
+            self._pictures = self._pictures or any(type(t) is not int for t in ids)
 
     def _rewind(self, length: int) -> list[Token]:
         """Forget from `length` on; returns the ids that the cache had to forget besides, to be evaluated again.

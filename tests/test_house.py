@@ -30,6 +30,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "plan.placement",
     "cpu",
     "engine",
+    "snapshots",
     "session",
     "store",
     "conversation",

@@ -21,6 +21,7 @@ COMMANDS = (  # a module each
     "bench",
     "warmup",
     "history",
+    "cache",
     "config",
     "completion",
 )

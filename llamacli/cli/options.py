@@ -226,6 +226,25 @@ class Generation(Sampling):
             help="Routed experts: mapped (used where the file lies), slots (read when needed), auto (default).",
         ),
     ] = Placing.auto
+    cache: Annotated[
+        bool,
+        option(
+            "--cache",
+            group="Model",
+            help="Keep what was computed of a prompt on disk; a text that begins alike is then read back.",
+        ),
+    ] = False
+    cache_limit: Annotated[
+        str | None,
+        option(
+            "--cache-limit",
+            metavar="SIZE",
+            group="Model",
+            setting=True,
+            check=_size,
+            help="Most that --cache takes on disk, such as 50G (default: half of what is free).",
+        ),
+    ] = None
     stop: Annotated[
         list[str] | None,
         option(
@@ -280,6 +299,13 @@ class Generation(Sampling):
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
         return model
+
+    def session(self, model, ctx: int | None = None, exact: bool = False):
+        """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
+        if not self.cache:
+            return model.session(ctx)
+        limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
+        return model.session(ctx, model.snapshots(limit, exact))
 
 
 def _setting_kinds() -> dict[str, tuple[type, object]]:

@@ -148,7 +148,7 @@ class Answer:
     def take(self, model, ids: list[int], options: Generation, logprobs: int | None = None) -> None:
         """Answer `ids`; what was said is kept on Ctrl-C and SIGTERM. `logprobs`: as --logprobs."""
         self._logprobs = None if logprobs is None else []
-        session, console, reason = model.session(), self._console, None
+        session, console, reason = options.session(model, exact=True), self._console, None
         wrap = None if self._held else console.wrap()
         with ExitStack() as stack:
             first = stack.enter_context(reading(console, model))
@@ -170,6 +170,8 @@ class Answer:
                     self._end(session.stats, reason or "interrupt")
                 elif not self._held:
                     console.end(always=False)
+        for notice in session.snapshots.notices if session.snapshots else ():
+            console.note(notice)
         if reason == "context":
             console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
         if console.verbose or reason not in ("stop", None):

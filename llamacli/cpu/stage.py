@@ -7,6 +7,7 @@ the mapped file or, if there are slots, from memory that experts.py fills while 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -278,7 +279,9 @@ class CpuStage:
             end = first + run.n
             b["positions"][first:end] = range(run.cache.pos, run.cache.pos + run.n)
             b["tables"][first:end] = run.cache.table_address
-            blocks += [(start, min(most, end - start)) for start in range(first, end, most)]
+            parts = -(-run.n // most)  # of equal size: a short one at the end would take another path, which rounds differently
+            edges = [first + run.n * i // parts for i in range(parts + 1)]
+            blocks += [(start, stop - start) for start, stop in pairwise(edges)]
             first = end
         b["blocks"][: len(blocks)] = blocks
         self._state[BLOCKS] = len(blocks)

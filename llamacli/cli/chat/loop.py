@@ -37,6 +37,8 @@ def talk_at_length(
     typed = is_terminal(sys.stdin)
     if no_save and (go_on or resume is not None):
         raise UsageError("--no-save: expected a new conversation, found one to go on with; leave one of the two out")
+    if no_save:
+        options.cache = False
     store = None if no_save else _store(console, required=go_on or resume is not None, wanted=typed)
     earlier = store.latest() if go_on else store.find(resume) if resume is not None else None
     if earlier and options.model is None and Path(earlier.model).exists():

@@ -33,7 +33,7 @@ class Talk:
     def __init__(self, model, options: Generation, console, conversation: Conversation):
         self.model, self.options, self.conversation, self._console = model, options, conversation, console
         self.sampler = options.sampler(model, console)
-        self.session = model.session()
+        self.session = options.session(model)
         self.reason: str | None = None
         self.unread: dict[str, str] = {}  # texts that go before the next question, by the names of their files
 
@@ -77,7 +77,7 @@ class Talk:
 
     def resize(self, ctx: int) -> None:
         """Another context limit; keys and values are computed again with the next question."""
-        self.session = self.model.session(ctx)
+        self.session = self.options.session(self.model, ctx)
 
     def set(self, name: str, text: str) -> None:
         """Change a setting, checked as its option is; "default" gives the model's. UsageError if it makes no sense."""
@@ -115,7 +115,7 @@ class Talk:
             self.model = load(before)
             raise
         finally:
-            self.session = self.model.session(ctx)
+            self.session = self.options.session(self.model, ctx)
             self.sampler = self.options.sampler(self.model, self._console)
 
     @property

@@ -2,7 +2,8 @@
 
 `Matrix` says where rows of weights are and which microkernels read them. `matmul` is the driver: threads take ranges of rows
 as they become free, and do them for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed;
-more go through panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`).
+more go through panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`). From
+FEW pairs a group on, on average, all groups take panels: then a token's result does not depend on what else is in the batch.
 
 Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and
 pair j is token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1
@@ -329,7 +330,7 @@ def matmul(a, thread, threads):
         count = table[group + 1] - table[group]
         if count == 0:
             continue
-        tiled = count >= FEW and a.tile != 0
+        tiled = a.tile != 0 and (count >= FEW or table[a.n_groups] >= FEW * a.n_groups)
         n_tiles = (count + tile_tokens - 1) // tile_tokens
         padded = n_tiles * tile_tokens
         blocks = (padded + TOKENS - 1) // TOKENS
