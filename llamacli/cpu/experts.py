@@ -205,6 +205,10 @@ class Slots:
             given += cache.slot_bytes
         return given
 
+    def close(self) -> None:
+        """End the reading threads and close the files."""
+        self._reads.close()
+
     def reset(self, layer: int) -> None:
         """Restore a valid state after a fetch was interrupted at any point, by an error or Ctrl-C.
 

@@ -217,6 +217,8 @@ class CpuStage:
     def close(self) -> None:
         """Release threads, buffers, slots and weights. Stages of one model share the pool, so the engine closes all of them."""
         self._pool.close()
+        if self.slots:
+            self.slots.close()
         self._recorded = self._buffers = self._stream = self._state = self._dense = self._weights = self._watched = (
             self.slots
         ) = None
