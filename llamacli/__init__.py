@@ -11,6 +11,7 @@ here, so that help and completion stay fast.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from llamacli.errors import (
@@ -152,14 +153,28 @@ class Model:
 
         return render(self.tokenizer, list(messages), self.gguf.metadata.get("tokenizer.chat_template"))
 
-    def sampler(self, *, ignore_eos: bool = False, dry_sequence_breakers: Sequence[str] | None = None, **settings):
+    def sampler(
+        self,
+        *,
+        ignore_eos: bool = False,
+        dry_sequence_breakers: Sequence[str] | None = None,
+        schema: str | dict | bool | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        **settings,
+    ):
         """A Sampler; `settings` as for `Sampler`, None means the model's default.
 
         `ignore_eos`: the tokens that end an answer are never picked. `dry_sequence_breakers`: texts that end a repetition, as
-        does every token with one of them in it (default: line break, colon, quotation mark, star).
+        does every token with one of them in it (default: line break, colon, quotation mark, star). `schema`, `grammar`,
+        `choice`: what the answer is bound to (text/constraint.py); a finish reason other than "stop" then means that it is cut.
         """
         from llamacli.text.sampler import Sampler
 
+        if (schema, grammar, choice) != (None, None, None):
+            if ignore_eos:
+                raise UsageError("ignore_eos: expected none with a schema, a grammar or a choice, which end the answer")
+            settings["constraint"] = self._grammars.constraint(schema, grammar, choice)
         chosen = {**self.defaults, **{name: value for name, value in settings.items() if value is not None}}
         if chosen.get("dry_multiplier"):
             breakers = DRY_BREAKERS if dry_sequence_breakers is None else dry_sequence_breakers
@@ -168,6 +183,12 @@ class Model:
         if ignore_eos:
             hidden = [*hidden, *self.tokenizer.stop_ids]
         return Sampler(**chosen, hidden_ids=hidden)
+
+    @functools.cached_property
+    def _grammars(self):
+        from llamacli.text.constraint import Grammars
+
+        return Grammars(self.tokenizer)
 
     def stream(
         self, messages: Sequence[dict[str, str]], max_tokens: int | None = None, stop: Sequence[str] = (), **settings

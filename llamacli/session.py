@@ -110,10 +110,7 @@ class Session:
         ids = tokens(prompt)
         if not ids:
             raise PromptError("the prompt is empty: expected at least one token")
-        if len(ids) > self.ctx:
-            raise ContextFullError(
-                f"the prompt has {len(ids)} tokens, the context holds {self.ctx}: shorten it or use -c {_round_up(len(ids))}"
-            )
+        check_length(len(ids), self.ctx)
         common = next(
             (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
         )
@@ -126,36 +123,50 @@ class Session:
     def stream(self, prompt: Sequence, sampler, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """Answer the prompt piece by piece, until a stop token, a stop string, `max_tokens` or a full context.
 
-        On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the KeyboardInterrupt.
+        Tokens that the sampler's constraint forces are evaluated together, as a prompt is. Under a constraint the reason "stop"
+        means that the answer is whole, so it takes no stop strings. On Ctrl-C the text held back comes first, as a piece with
+        finish_reason "interrupt", then the KeyboardInterrupt.
         """
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens: expected at least 1, found {max_tokens}; None sets no limit")
+        if stop and sampler.constraint is not None:
+            raise UsageError("stop: expected none with a schema, a grammar or a choice, which end the answer; leave it out")
         ids = tokens(prompt)
         stats = self.stats = Stats(prompt_tokens=len(ids))
         decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
         try:
+            ahead = sampler.begin()  # ids that come next
+            said: list[Token] = []  # that are not evaluated yet
+            chosen = None
             began = perf_counter()
             logits = self.sync(ids)
             stats.prefill_s = perf_counter() - began
             stats.prefill_io = self.engine.take_io_stats()
             while True:
-                began = perf_counter()
-                token = sampler.pick(logits, self._history())
-                stats.decode_s += perf_counter() - began
+                if not ahead:
+                    began = perf_counter()
+                    if said:
+                        logits = self._evaluate(said)
+                        stats.decoded += len(said)
+                        said = []
+                    ahead, chosen = sampler.next_ids(logits, self._history()), sampler.chosen
+                    stats.decode_s += perf_counter() - began
+                token = ahead.pop(0)
                 if token in self.tokenizer.stop_ids:
                     reason = "stop"
                     break
+                said.append(token)
                 stats.completion_tokens += 1
                 text, stopped = watch.push(decoder.push(token))
-                yield Piece(text, token, logprobs=sampler.chosen)
-                if stopped or stats.completion_tokens == max_tokens or len(self.ids) == self.ctx:
-                    reason = "stop" if stopped else "length" if stats.completion_tokens == max_tokens else "context"
+                yield Piece(text, token, logprobs=chosen)
+                chosen = None  # those that were forced were not chosen
+                if stopped or (sampler.over and not ahead):
+                    reason = "stop"
                     break
-                began = perf_counter()
-                logits = self._evaluate([token])
-                stats.decode_s += perf_counter() - began
-                stats.decoded += 1
+                if stats.completion_tokens == max_tokens or len(self.ids) + len(said) > self.ctx:
+                    reason = "length" if stats.completion_tokens == max_tokens else "context"
+                    break
         except KeyboardInterrupt:
             yield Piece("" if stopped else watch.push(decoder.flush())[0] + watch.flush(), None, "interrupt")
             raise
@@ -227,6 +238,8 @@ class Session:
         return lost
 
 
-def _round_up(n: int) -> int:
-    """A context size to suggest for a prompt of `n` tokens: room for an answer, in whole kilotokens."""
-    return (n + 512 + 1023) // 1024 * 1024
+def check_length(n: int, ctx: int, more: str = "") -> None:
+    """ContextFullError if a prompt of `n` tokens is longer than `ctx`; it suggests a size with room for an answer."""
+    if n > ctx:
+        size = (n + 512 + 1023) // 1024 * 1024
+        raise ContextFullError(f"the prompt has {n} tokens{more}, the context holds {ctx}: shorten it or use -c {size}")

@@ -25,7 +25,7 @@ import numpy as np
 
 from llamacli import Model
 from llamacli.errors import ContextFullError
-from llamacli.text.sampler import log_probabilities
+from llamacli.text.sampler import Sampler
 
 REPLY = "first line\nsecond line"
 BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
@@ -164,17 +164,8 @@ def one_hot(token):
     return logits
 
 
-class Greedy:
-    chosen = None
-
-    def __init__(self, logprobs=None):
-        self.logprobs = logprobs
-
-    def pick(self, logits, history):
-        id = int(np.argmax(logits))
-        if self.logprobs is not None:
-            self.chosen = log_probabilities(logits, id, self.logprobs)
-        return id
+def Greedy(logprobs=None):
+    return Sampler(temp=0, logprobs=logprobs)
 
 
 class FakeModel(Model):

@@ -9,13 +9,16 @@ import os
 import select
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from llamacli import environment
 from llamacli.cli import settings, signals
 from llamacli.cli.console import Console, amount, is_terminal
 from llamacli.cli.grammar import meant
-from llamacli.errors import ModelFileError, PromptError, UsageError
+from llamacli.errors import ContextFullError, ModelFileError, PromptError, UsageError
+
+MOST_BYTES = 512  # of a token: the longest of Llama 4's have a quarter
 
 
 def model_names(start: str = "") -> list[str]:
@@ -158,12 +161,29 @@ def decoded(data: bytes, where: str) -> str:
         ) from None
 
 
-def read_stdin(console: Console) -> str:
-    """All of stdin, exactly. A descriptor that cannot be read, as nohup leaves it, counts as empty."""
+def read_stdin(console: Console, limit: int | None = None) -> str:
+    """All of stdin, exactly. A descriptor that cannot be read, as nohup leaves it, counts as empty.
+
+    ContextFullError for more than `limit` bytes, which are not read.
+    """
     if not _readable(sys.stdin):
         return ""
     with patience(console, "reading stdin until it ends (Ctrl-D); --no-stdin leaves it alone", 1.0):
-        return decoded(b"".join(iter(lambda: _some(sys.stdin.buffer), b"")), "stdin")
+        return decoded(_all(lambda: _some(sys.stdin.buffer), limit, "stdin"), "stdin")
+
+
+def _all(read: Callable[[], bytes], limit: int | None, where: str) -> bytes:
+    """What `read` returns until it returns nothing."""
+    parts, size = [], 0
+    while part := read():
+        size += len(part)
+        if limit is not None and size > limit:
+            raise ContextFullError(
+                f"{where}: expected at most {limit} bytes, which fill a context of {limit // MOST_BYTES} tokens in any case, "
+                f"found more; shorten it or use a larger -c"
+            )
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _some(stream) -> bytes:
@@ -202,12 +222,13 @@ def stdin_is_piped() -> bool:
     return not is_terminal(sys.stdin) and _readable(sys.stdin)
 
 
-def read_file(name: str, console: Console) -> str:
-    """A file's text, exactly but for a byte order mark; "-" is stdin."""
+def read_file(name: str, console: Console, limit: int | None = None) -> str:
+    """A file's text, exactly but for a byte order mark; "-" is stdin. ContextFullError for more than `limit` bytes."""
     if name == "-":
-        return read_stdin(console)
+        return read_stdin(console, limit)
     try:
-        return decoded(Path(name).read_bytes(), name)
+        with open(name, "rb") as file:
+            return decoded(_all(lambda: file.read(1 << 20), limit, name), name)
     except (OSError, ValueError) as error:
         raise PromptError(
             f"{name}: expected a readable text file, found: {getattr(error, 'strerror', error)}; check the path"

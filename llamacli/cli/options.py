@@ -9,9 +9,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+from llamacli import DEFAULT_CTX
+from llamacli.cli.binding import binding
 from llamacli.cli.console import Console
 from llamacli.cli.grammar import OTHER, Given, argument, kind_of, option, token_count
 from llamacli.cli.inputs import (
+    MOST_BYTES,
     checked,
     decoded,
     find_model,
@@ -255,6 +258,36 @@ class Generation(Sampling):
             help="End the answer before TEXT; repeatable.",
         ),
     ] = None
+    schema: Annotated[
+        str | None,
+        option(
+            "--schema",
+            metavar="FILE|JSON",
+            group="Answer",
+            aliases=("--json-schema",),
+            complete="file",
+            help="Bind the answer to a JSON schema; - is stdin.",
+        ),
+    ] = None
+    grammar: Annotated[
+        str | None,
+        option(
+            "--grammar",
+            metavar="FILE",
+            group="Answer",
+            aliases=("--grammar-file",),
+            help="Bind it to a grammar: Lark, GBNF or a regular expression.",
+        ),
+    ] = None
+    choice: Annotated[
+        str | None,
+        option(
+            "--choice",
+            metavar="A,B,C",
+            group="Answer",
+            help="Bind it to one of these texts; as a JSON list if one has a comma.",
+        ),
+    ] = None
     routing_log: Annotated[
         Path | None,
         option("--routing-log", metavar="FILE", group=OTHER, help="Log which experts are chosen; see inspect --routing."),
@@ -275,10 +308,16 @@ class Generation(Sampling):
         if self.system_file is not None:
             if getattr(self.system, "typed", self.system is not None):
                 raise UsageError("--system-file and --system exclude each other; leave one of the two out")
-            self.system = read_file(self.system_file, Console())
+            self.system = read_file(self.system_file, Console(), self.limit)
         for name, texts in (("--system", [self.system or ""]), ("--stop", self.stop or ())):
             for text in texts:
                 checked(text, name)
+        self.bound = binding(self.schema, self.grammar, self.choice, bool(self.stop), self.ignore_eos)
+
+    @property
+    def limit(self) -> int:
+        """Bytes of text that surely fill the context."""
+        return (self.ctx or DEFAULT_CTX) * MOST_BYTES
 
     def load(self, console: Console):
         """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
@@ -306,6 +345,10 @@ class Generation(Sampling):
             return model.session(ctx)
         limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
         return model.session(ctx, model.snapshots(limit, exact))
+
+    def sampler(self, model, console: Console, logprobs: int | None = None):
+        """The sampler that the options and the model's defaults ask for, bound if it is to be. `logprobs`: as for Sampler."""
+        return super().sampler(model, console, logprobs, **self.bound)
 
 
 def _setting_kinds() -> dict[str, tuple[type, object]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from llamacli.cli import signals
+from llamacli.cli.binding import check_whole
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.grammar import OTHER, Given, argument, option
@@ -84,7 +85,7 @@ def run(
         raise UsageError("--logprobs: expected --json with it, which is what shows them; add it or leave this out")
     if out is not None:
         _check_new(Path(out))
-    text = _prompt(words, file or [], no_stdin, console)
+    text = _prompt(words, file or [], no_stdin, console, options.limit)
     began = time.perf_counter()
     model = options.load(console)
     load_s = time.perf_counter() - began
@@ -117,11 +118,11 @@ def _check_new(path: Path) -> None:
         raise OutputError(f"{path}: expected the name of a new file, found {found}; choose another name")
 
 
-def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console) -> str:
-    """stdin, then the files, then the words, a blank line between each two."""
-    parts = [read_file(name, console) for name in files]
+def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console, limit: int) -> str:
+    """stdin, then the files, then the words, a blank line between each two. `limit`: bytes of each."""
+    parts = [read_file(name, console, limit) for name in files]
     if "-" not in files and not no_stdin and stdin_is_piped():
-        parts.insert(0, read_stdin(console))
+        parts.insert(0, read_stdin(console, limit))
         if parts[0] and words and is_terminal(sys.stderr) and is_terminal(sys.stdout):
             console.note(f"read {len(parts[0].encode())} bytes of stdin before the prompt; --no-stdin leaves it alone")
     parts = [part for part in [*parts, checked(" ".join(words), "prompt")] if part]
@@ -148,13 +149,13 @@ class Answer:
     def take(self, model, ids: list[int], options: Generation, logprobs: int | None = None) -> None:
         """Answer `ids`; what was said is kept on Ctrl-C and SIGTERM. `logprobs`: as --logprobs."""
         self._logprobs = None if logprobs is None else []
-        session, console, reason = options.session(model, exact=True), self._console, None
+        session, sampler = options.session(model, exact=True), options.sampler(model, self._console, logprobs)
+        console, reason = self._console, None
         wrap = None if self._held else console.wrap()
         with ExitStack() as stack:
             first = stack.enter_context(reading(console, model))
             stack.enter_context(signals.last_words(lambda: self._end(session.stats, "interrupt")))
             try:
-                sampler = options.sampler(model, console, logprobs)
                 for piece in session.stream(ids, sampler, options.max_tokens, options.stop or ()):
                     first()
                     self._text.append(piece.text)
@@ -176,6 +177,7 @@ class Answer:
             console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
         if console.verbose or reason not in ("stop", None):
             console.note(describe(session.stats, reason, self._load_s))
+        check_whole(sampler, reason)
 
     def _end(self, stats, reason: str) -> None:
         if self._said:

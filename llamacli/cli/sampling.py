@@ -163,8 +163,8 @@ class Sampling(_Numbers):
         ),
     ] = None
 
-    def sampler(self, model, console: Console, logprobs: int | None = None):
-        """The sampler that the options and the model's defaults ask for. `logprobs`: as for Sampler."""
+    def sampler(self, model, console: Console, logprobs: int | None = None, **more):
+        """The sampler that the options and the model's defaults ask for. `logprobs`, `more`: for Model.sampler."""
         seed = time.time_ns() % (1 << 32) if self.seed is None else self.seed
         if console.verbose:
             console.note(f"seed {seed}")
@@ -181,4 +181,5 @@ class Sampling(_Numbers):
             ignore_eos=self.ignore_eos,
             seed=seed,
             logprobs=logprobs,
+            **more,
         )

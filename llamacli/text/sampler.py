@@ -25,13 +25,21 @@ _CHANGES = ("penalties", "dry")  # steps after which an unlikely token may be a 
 
 
 class Constraint(Protocol):
-    """What a grammar must offer to `Sampler`."""
+    """What a grammar must offer to `Sampler` (constraint.py)."""
+
+    over: bool  # the answer is whole, and nothing may follow
+
+    def begin(self) -> None:
+        """Forget the answer so far: another one begins."""
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place."""
 
     def accept(self, id: int) -> None:
         """Take note of the token that was picked."""
+
+    def forced(self) -> list[int]:
+        """The ids that must come next whatever the model says, and take note of them."""
 
 
 class Sampler:
@@ -84,6 +92,23 @@ class Sampler:
         self._own = np.empty(0, np.float32)
         self._in_use = self._active()
         self._temp = self.settings["temp"] if "temperature" in self.order else 1.0
+
+    def begin(self) -> list[int]:
+        """Another answer begins. Returns the ids that it must begin with, none without a constraint."""
+        if self.constraint is None:
+            return []
+        self.constraint.begin()
+        return self.constraint.forced()
+
+    def next_ids(self, logits: np.ndarray, history: Sequence[int] = ()) -> list[int]:
+        """The next id as `pick` finds it, and those that a constraint forces to follow it."""
+        id = self.pick(logits, history)
+        return [id] if self.constraint is None else [id, *self.constraint.forced()]
+
+    @property
+    def over(self) -> bool:
+        """Whether a constraint lets nothing follow what came so far."""
+        return self.constraint is not None and self.constraint.over
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
         """The next id. `logits` are left as they are; `history` counts for the penalties.

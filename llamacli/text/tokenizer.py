@@ -34,6 +34,8 @@ _NEVER_SAID = re.compile(  # reserved rows, padding, and tokens that stand aroun
 )
 _STOPS = ("<|eot|>", "<|eom|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>")  # Llama 4, Llama 3, ChatML
 _BYTES = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+_ALPHABET = frozenset(BYTE_LETTERS)
+_PLAIN = {ord(letter): byte for letter, byte in _BYTES.items()}
 _NEEDED = frozenset(c for c, b in _BYTES.items() if b not in (0xC0, 0xC1) and b < 0xF5)  # bytes that occur in UTF-8
 
 
@@ -216,6 +218,21 @@ class Tokenizer:
         if id in self._as_written:
             return text.encode()
         return b"".join(_BYTES[c].to_bytes() if c in _BYTES else c.encode() for c in text)
+
+    def byte_table(self) -> tuple[list[bytes], list[int]]:
+        """The bytes of every id, n_vocab of them, and which ids are special. Those that are never said have none."""
+        table = [text.translate(_PLAIN).encode("latin-1", "replace") for text in self._texts]
+        own = {id for id, text in enumerate(self._texts) if not _ALPHABET.issuperset(text)}
+        for id in own | self._special | self._as_written:
+            table[id] = self.token_bytes(id, special=True)
+        for id in self._unused:
+            table[id] = b""
+        return table + [b""] * (self.n_vocab - len(table)), sorted(self._special)
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """How many bytes of text a token stands for at most."""
+        return max(len(text) if id not in self._as_written else len(text.encode()) for id, text in enumerate(self._texts))
 
     def ids_with(self, texts: Iterable[str]) -> list[int]:
         """Ids of the ordinary tokens whose text has one of `texts` in it."""

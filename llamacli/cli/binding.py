@@ -1,0 +1,52 @@
+"""What --schema, --grammar and --choice bind an answer to.
+
+In: the options' words. Out: keywords for `Model.sampler`. What can be refused without a model is refused before it loads.
+"""
+
+import json
+
+from llamacli.cli.console import Console
+from llamacli.cli.inputs import read_file
+from llamacli.errors import LlamacliError, UsageError
+
+LARGEST = 16 << 20  # bytes of a schema or a grammar
+
+
+def binding(schema: str | None, grammar: str | None, choice: str | None, stops: bool, ignore_eos: bool) -> dict:
+    """The keyword and the value of what is asked for; empty for nothing."""
+    asked = {"--schema": schema, "--grammar": grammar, "--choice": choice}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not asked:
+        return {}
+    name, *others = [*asked, *["--stop"] * stops, *["--ignore-eos"] * ignore_eos]
+    if others:
+        raise UsageError(f"{name} and {others[0]} exclude each other: {name} alone decides where the answer ends")
+    from llamacli.text.constraint import library, schema_text
+
+    library()
+    if schema is not None:
+        is_json = schema.lstrip()[:1] in ("{", "[") or schema in ("true", "false")
+        return {"schema": schema_text(schema if is_json else read_file(schema, Console(), LARGEST))}
+    if grammar is not None:
+        return {"grammar": read_file(grammar, Console(), LARGEST)}
+    return {"choice": _choices(choice)}
+
+
+def _choices(words: str) -> list[str]:
+    if not words.startswith("["):
+        found = [word.strip() for word in words.split(",")]
+    else:
+        try:
+            found = json.loads(words)
+        except ValueError as error:
+            raise UsageError(f"--choice: expected texts as a JSON list, found: {error}") from None
+    if not found or not all(isinstance(word, str) and word for word in found):
+        raise UsageError(f"--choice: expected texts such as yes,no with nothing empty among them, found {words!r:.80}")
+    return found
+
+
+def check_whole(sampler, reason: str | None) -> None:
+    """LlamacliError if an answer that is bound to something ended before it was whole."""
+    if sampler.constraint is not None and not sampler.constraint.whole:
+        limit = {"length": "the -n limit", "context": "the full context"}.get(reason, "an interrupt")
+        raise LlamacliError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")
