@@ -144,12 +144,19 @@ def _parts(schema):
                 yield from _parts(part)
 
 
+def _exact(digits):
+    try:
+        return decimal.Decimal(digits)
+    except decimal.InvalidOperation:  # an exponent past all measure
+        return float(digits)
+
+
 def fits(text, schema):
     """None if `text` is JSON that meets `schema`, else what is wrong. Numbers are compared as decimals, not as doubles."""
     with decimal.localcontext() as context:
         context.prec = 2000
         try:
-            value = json.loads(text, parse_float=decimal.Decimal)
+            value = json.loads(text, parse_float=_exact)
         except ValueError as error:
             return f"no JSON: {error}"
         exact = json.loads(json.dumps(schema), parse_float=decimal.Decimal)
