@@ -11,9 +11,6 @@ here, so that help and completion stay fast.
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
-
 from llamacli.errors import (
     CheckpointError,
     ContextFullError,
@@ -26,6 +23,7 @@ from llamacli.errors import (
     UsageError,
 )
 
+TYPE_CHECKING = False  # as type checkers know it; importing `typing` would delay the handling of Ctrl-C (__main__.py)
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from os import PathLike
@@ -65,6 +63,8 @@ class Model:
     the file asks for, else Llama 4's own (temp 0.6, top_p 0.9).
     """
 
+    _made_grammars = None
+
     def __init__(self, gguf, config, tokenizer, engine, ctx: int, nbytes: int = 0):
         """`nbytes`: what the model may come to hold, which models loaded later must leave to it."""
         from llamacli.plan.machine import reserve
@@ -81,12 +81,14 @@ class Model:
         ctx: int | None = None,
         memory: int | None = None,
         experts: str = "auto",
+        logits_rows: int = 0,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
         `memory`: bytes that the process will stay below (None: what the machine has free, less a reserve). `experts`: "mapped",
         used where they lie in the file; "slots", some of them kept in memory and the others read when they are needed; "auto",
-        slots if the model does not fit into the memory.
+        slots if the model does not fit into the memory. `logits_rows`: rows of logits that the caller will keep at a time; they
+        count as the model's memory.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
@@ -107,7 +109,8 @@ class Model:
             from llamacli.engine import Engine
             from llamacli.plan.placement import plan_residency
 
-            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts)
+            beside = 4 * logits_rows * config.n_vocab
+            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside)
             return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx, nbytes)
 
     def close(self) -> None:
@@ -184,11 +187,13 @@ class Model:
             hidden = [*hidden, *self.tokenizer.stop_ids]
         return Sampler(**chosen, hidden_ids=hidden)
 
-    @functools.cached_property
+    @property
     def _grammars(self):
-        from llamacli.text.constraint import Grammars
+        if self._made_grammars is None:
+            from llamacli.text.constraint import Grammars
 
-        return Grammars(self.tokenizer)
+            self._made_grammars = Grammars(self.tokenizer)
+        return self._made_grammars
 
     def stream(
         self, messages: Sequence[dict[str, str]], max_tokens: int | None = None, stop: Sequence[str] = (), **settings

@@ -100,7 +100,7 @@ def write_imatrix(imatrix: Imatrix, force: bool = False) -> None:
     for name, entry in sorted(imatrix.entries.items()):
         for suffix, values in ((SUMS, entry.sums), (COUNTS, entry.counts[:, None])):
             infos.append((name + suffix, BY_NAME["F32"], values.shape, offset))
-            data.append((name + suffix, values.nbytes, [values.astype("<f4").tobytes()]))
+            data.append((name + suffix, values.nbytes, [memoryview(np.ascontiguousarray(values, "<f4")).cast("B")]))
             offset += -(-values.nbytes // ALIGNMENT) * ALIGNMENT
     write_file(imatrix.path, header(metadata, infos), data, force)
 
@@ -187,3 +187,8 @@ def collected(path: Path, inputs: Iterable, dataset: str, chunk_count: int, chun
     """An Imatrix of the sums that an engine collected (each of `inputs` has names, square_sums, counts)."""
     entries = {name: checked(path, name, sums, counts) for names, sums, counts in inputs for name in names}
     return Imatrix(path, entries, [dataset], chunk_count, chunk_size)
+
+
+def size_of(inputs: Iterable) -> int:
+    """Bytes that the file of such sums takes, but for its header."""
+    return sum(4 * len(names) * (sums.size + counts.size) for names, sums, counts in inputs)

@@ -103,7 +103,7 @@ def write_files(files: Sequence[File], job: str, maker: Maker, force: bool) -> N
     """
     log = log_of(files)
     try:
-        _check_ours(files, log, force)
+        _check_ours(files, log, job, force)
         with _locked(log, files[0].path) as journal:
             kept = ""
             try:
@@ -138,8 +138,10 @@ def _clean_up(files: Sequence[File], job: str, log: Path) -> str:
     return ""
 
 
-def _check_ours(files: Sequence[File], log: Path, force: bool) -> None:
-    """OutputError if the name of the log or a part is taken by another's file (unless `force`), or by a link or a pipe."""
+def _check_ours(files: Sequence[File], log: Path, job: str, force: bool) -> None:
+    """OutputError if the name of the log or a part is taken by a link or a pipe, or, unless `force`, by another's file or by
+    finished tensors of another job.
+    """
     parts = [part_of(file.path) for file in files]
     for path in (log, *parts):
         if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
@@ -152,6 +154,20 @@ def _check_ours(files: Sequence[File], log: Path, force: bool) -> None:
     found = next((part for part in parts if part.exists()), None)
     if found and not head:
         raise OutputError(f"{found}: expected no such file, found one without its log; move it away or add --force")
+    if count := _finished_by_another(log, job):
+        raise OutputError(
+            f"{parts[0]}: expected what an earlier run of the same conversion left, found {count} finished tensors of one with "
+            f"other options, another source or another version; complete that one, choose another name, or add --force"
+        )
+
+
+def _finished_by_another(log: Path, job: str) -> int:
+    """Tensors that the log of another job says are finished."""
+    if not log.exists():
+        return 0
+    raw = log.read_bytes()
+    other = raw.partition(b"\n")[0].removeprefix(MAGIC).decode("ascii", "replace")
+    return 0 if other == job else len(_read(raw, other).finished)
 
 
 def _head(log: Path) -> bytes:

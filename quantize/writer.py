@@ -123,7 +123,8 @@ def write_file(path: Path, head: bytes, tensors: Iterable[tuple[str, int, Iterab
         raise OutputError(f"{part}: expected no such file, found one; move it away") from None
     except OSError as error:
         _remove(part)
-        raise OutputError(f"{path}: expected to write it, found: {error.strerror or error}; nothing was kept") from None
+        kept = "the file of that name is as it was" if path.exists() else "nothing was kept"
+        raise OutputError(f"{path}: expected to write it, found: {error.strerror or error}; {kept}") from None
     except BaseException:
         _remove(part)
         raise

@@ -76,7 +76,7 @@ sys.exit(main())
 def test_an_installed_wheel_has_the_command_and_its_own_modules(installed):
     code = "import importlib.metadata as m; print(*m.entry_points(name='llamacli')); import llamacli as p; print(p.__file__)"
     command, file = installed("-c", code).stdout.decode().splitlines()
-    assert "llamacli.cli:enter" in command
+    assert "llamacli.__main__:start" in command
     assert str(ROOT) not in file
 
 

@@ -14,9 +14,11 @@ from llamacli.cpu.kernels.jit.loader import chosen_target, load
 from llamacli.cpu.kernels.jit.simd import Simd, i8, i16, i32, i64, vec
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kernels.runtime.program import Program
+from llamacli.plan.machine import memory_free
 
 STREAMS = 8  # vectors read at a time, enough to keep the core's line-fill buffers busy
 SYMBOLS = ("read", "multiply")
+LEAST_BUFFER = 48  # megabytes
 LINES = 16  # vectors of first-level cache that `multiply` takes its left sides from
 
 
@@ -114,9 +116,13 @@ def _median_seconds(threads: int, rounds: int, microkernel: int, data: np.ndarra
     return sorted(seconds[1:])[rounds // 2]
 
 
-def buffer_megabytes(threads: int, most: int) -> int:
-    """The size of a buffer that no cache holds, also where each of many cores has several MB of its own; `most` bounds it."""
-    return min(most, max(512, 16 * threads))
+def buffer_megabytes(threads: int, usual: int = 512) -> int:
+    """The size of a buffer that no cache holds, also where each of many cores has several MB of its own.
+
+    It comes on top of a model, which may have taken all that a limit allows but for a reserve; so it is at most half of what is
+    free, and at least larger than most caches.
+    """
+    return min(max(LEAST_BUFFER, memory_free() // 2 >> 20), max(usual, 16 * threads))
 
 
 def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:

@@ -17,10 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.llama4.tensors import TOKEN_EMBD
-from llamacli.plan.machine import memory_free
 
 HALF = 2  # bytes of a number in the KV cache
-LEAST_BUFFER = 48  # megabytes read to find the bandwidth
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
 
@@ -56,10 +54,12 @@ def speed(
     progress: Callable[[int, int, str], None] = lambda *_: None,
     peers: Sequence = (),
     profile: bool = False,
+    records: list[dict] | None = None,
 ) -> list[dict]:
     """Run every case `repetitions` times after one run that is not counted; `peers` (peer.Peer) take turns with the model.
 
-    Fields of a record:
+    Returns a record for each case. They are added to `records`, if given, as cases are done: after an interrupt it holds the
+    complete ones, without the limits of the machine. Fields of a record:
       test, n, depth             the case: its name, tokens, depth
       tokens_per_second          median; min, max, runs
       gbytes_per_second          bytes that must be read, over time. Decode: weights of the active experts, keys and values.
@@ -73,7 +73,8 @@ def speed(
     """
     engine, most = model.engine, max(case.depth + case.n for case in cases)
     ids = tokens(model, most)
-    records, done, total = [], 0, len(cases) * (repetitions + 1)
+    records = [] if records is None else records
+    done, total = 0, len(cases) * (repetitions + 1)
     cache, depth = None, None
     for case in cases:
         if case.depth != depth:
@@ -86,15 +87,16 @@ def speed(
             for name, seconds in runners.items():
                 rates[name].append(case.n / seconds(case))
             done += 1
-        records.append(_record(model, case, rates.pop("llamacli")[1:]))
+        record = _record(model, case, rates.pop("llamacli")[1:])
         if peers:
             others = {
                 name: {"tokens_per_second": _rounded(median(r[1:])), "runs": _rounded(r[1:])} for name, r in rates.items()
             }
             best = max(other["tokens_per_second"] for other in others.values())
-            records[-1] |= {"peers": others, "ratio": _rounded(records[-1]["tokens_per_second"] / best)}
+            record |= {"peers": others, "ratio": _rounded(record["tokens_per_second"] / best)}
         if profile:
-            records[-1]["profile"] = _profile(engine, cache, ids, case)
+            record["profile"] = _profile(engine, cache, ids, case)
+        records.append(record)
     read, multiply = limits(engine.threads)  # last, or its buffer would count as the model's peak memory
     for case, record in zip(cases, records, strict=True):
         share = record["gbytes_per_second"] / read if case.decode else record["gops_per_second"] / multiply
@@ -103,15 +105,10 @@ def speed(
 
 
 def limits(threads: int) -> tuple[float, float]:
-    """GB/s that `threads` threads read from memory, and Gop/s of their int8 dot products.
-
-    The buffer comes on top of the model, which may have taken all that a limit allows but for a reserve; so it is at most half
-    of what is free, and at least larger than any cache.
-    """
+    """GB/s that `threads` threads read from memory, and Gop/s of their int8 dot products."""
     from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
 
-    megabytes = buffer_megabytes(threads, max(LEAST_BUFFER, memory_free() // 2 >> 20))
-    return read_gbps(threads, megabytes), multiply_gops(threads)
+    return read_gbps(threads, buffer_megabytes(threads)), multiply_gops(threads)
 
 
 def startup(path: os.PathLike, threads: int | None, repetitions: int) -> dict:

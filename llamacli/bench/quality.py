@@ -5,7 +5,6 @@ second half is scored, as llama-perplexity does, so that the numbers can be comp
 memory at a time.
 """
 
-from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from llamacli.errors import ModelFileError, PromptError, UsageError
 
 SHORTEST = 8  # tokens in a window: three of them are scored, enough for a standard error
-BLOCK = 1 << 21  # logits converted to float64 at a time
+BLOCK = 1 << 19  # logits converted to float64 at a time
 
 
 def windows(tokenizer, text: str, ctx: int, where: str = "the text") -> np.ndarray:
@@ -33,56 +32,86 @@ def windows(tokenizer, text: str, ctx: int, where: str = "the text") -> np.ndarr
     return found
 
 
-def perplexity(model, ids: np.ndarray, reference=None, progress: Callable[[int, int, str], None] = lambda *_: None) -> dict:
+def rows_held(ctx: int) -> int:
+    """Rows of logits that each model holds at a time (Model.load, `logits_rows`)."""
+    return ctx - ctx // 2
+
+
+class Scores:
+    """What is known after some windows: `add` scores one more, `record` says how the model did on all of them."""
+
+    def __init__(self, model, n_windows: int, ctx: int, reference=None):
+        """UsageError: `reference` has another vocabulary."""
+        if reference is not None:
+            _check_same_vocabulary(model, reference)
+        self.model, self.reference, self.ctx, self.scored = model, reference, ctx, 0
+        self._first = ctx // 2
+        shape = n_windows, ctx - 1 - self._first
+        self._losses, self._others, self._divergences = (np.empty(shape) for _ in range(3))
+        self._same_top = np.empty(shape, bool)
+        self._cache = model.engine.new_cache(ctx)
+        self._other_cache = reference.engine.new_cache(ctx) if reference else None
+        self._seconds = 0.0
+
+    def add(self, window: np.ndarray) -> None:
+        """Score the next window. After an exception it counts as not scored."""
+        i, first, n_rows = self.scored, self._first, self._losses.shape[1]
+        began = perf_counter()
+        logits = _logits(self.model, window, self._cache, first)
+        seconds = perf_counter() - began
+        expected = None if self.reference is None else _logits(self.reference, window, self._other_cache, first)
+        step = max(1, BLOCK // logits.shape[1])
+        for at in range(0, n_rows, step):
+            block = slice(at, min(at + step, n_rows))
+            rows, targets = np.arange(block.stop - at), window[first + 1 :][block]
+            log_q = _log_softmax(logits[block])
+            self._losses[i, block] = -log_q[rows, targets]
+            if expected is not None:
+                log_p = _log_softmax(expected[block])
+                self._others[i, block] = -log_p[rows, targets]
+                self._divergences[i, block] = np.einsum("ij,ij->i", np.exp(log_p), log_p - log_q)
+                self._same_top[i, block] = log_p.argmax(1) == log_q.argmax(1)
+        self._seconds += seconds
+        self.scored += 1
+
+    @property
+    def label(self) -> str:
+        """The perplexity so far; empty before the first window."""
+        return f"perplexity {np.exp(self._losses[: self.scored].mean()):.4g}" if self.scored else ""
+
+    def record(self) -> dict:
+        """Of the windows scored, at least one: see `perplexity`."""
+        n = self.scored
+        losses, others, divergences, same_top = (
+            values[:n] for values in (self._losses, self._others, self._divergences, self._same_top)
+        )
+        value, error = _perplexity(losses)
+        record = {"perplexity": value, "perplexity_error": error, "windows": n, "ctx": self.ctx, "tokens": losses.size}
+        record["tokens_per_second"] = round(n * self.ctx / self._seconds, 3)
+        if self.reference is not None:
+            record["reference_perplexity"], record["reference_perplexity_error"] = _perplexity(others)
+            record |= {
+                "kl_mean": float(divergences.mean()),
+                "kl_error": _standard_error(divergences),
+                "kl_median": float(np.median(divergences)),
+                "kl_p99": float(np.quantile(divergences, 0.99)),
+                "kl_max": float(divergences.max()),
+                "top1_agreement": float(same_top.mean()),
+            }
+        return record
+
+
+def perplexity(model, ids: np.ndarray, reference=None) -> dict:
     """Score `ids` [n_windows, ctx]. UsageError: `reference` has another vocabulary.
 
     The record has perplexity, perplexity_error (standard error), windows, ctx, tokens (scored) and tokens_per_second
     (evaluated, by `model` alone). With a reference also reference_perplexity, reference_perplexity_error, kl_mean, kl_error,
     kl_median, kl_p99, kl_max (KL(reference || model) in nats, over the same positions) and top1_agreement (a share).
     """
-    if reference is not None:
-        _check_same_vocabulary(model, reference)
-    n, ctx = ids.shape
-    first = ctx // 2
-    scored = ctx - 1 - first
-    losses, others, divergences = (np.empty((n, scored)) for _ in range(3))
-    same_top = np.empty((n, scored), bool)
-    cache = model.engine.new_cache(ctx)
-    other_cache = reference.engine.new_cache(ctx) if reference else None
-    seconds, label = 0.0, ""
-    for i, window in enumerate(ids):
-        progress(i, n, label)
-        began = perf_counter()
-        logits = _logits(model, window, cache, first)
-        seconds += perf_counter() - began
-        expected = None if reference is None else _logits(reference, window, other_cache, first)
-        step = max(1, BLOCK // logits.shape[1])
-        for at in range(0, scored, step):
-            block = slice(at, min(at + step, scored))
-            rows, targets = np.arange(block.stop - at), window[first + 1 :][block]
-            log_q = _log_softmax(logits[block])
-            losses[i, block] = -log_q[rows, targets]
-            if expected is not None:
-                log_p = _log_softmax(expected[block])
-                others[i, block] = -log_p[rows, targets]
-                divergences[i, block] = np.einsum("ij,ij->i", np.exp(log_p), log_p - log_q)
-                same_top[i, block] = log_p.argmax(1) == log_q.argmax(1)
-        label = f"perplexity {np.exp(losses[: i + 1].mean()):.4g}"
-    progress(n, n, label)
-    value, error = _perplexity(losses)
-    record = {"perplexity": value, "perplexity_error": error, "windows": n, "ctx": ctx, "tokens": losses.size}
-    record["tokens_per_second"] = round(ids.size / seconds, 3)
-    if reference is not None:
-        record["reference_perplexity"], record["reference_perplexity_error"] = _perplexity(others)
-        record |= {
-            "kl_mean": float(divergences.mean()),
-            "kl_error": _standard_error(divergences),
-            "kl_median": float(np.median(divergences)),
-            "kl_p99": float(np.quantile(divergences, 0.99)),
-            "kl_max": float(divergences.max()),
-            "top1_agreement": float(same_top.mean()),
-        }
-    return record
+    scores = Scores(model, *ids.shape, reference)
+    for window in ids:
+        scores.add(window)
+    return scores.record()
 
 
 def _logits(model, window: np.ndarray, cache, first: int) -> np.ndarray:

@@ -5,8 +5,8 @@ command (a shell shows 130 or 143). Everything else is imported late, so that `-
 """
 
 import os
-import signal
 import sys
+from contextlib import suppress
 from importlib import import_module
 
 COMMANDS = (  # a module each
@@ -25,31 +25,41 @@ COMMANDS = (  # a module each
     "config",
     "completion",
 )
+MANY_FILES = 8192  # fewer than any system refuses
 CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
 
 
 def enter() -> None:
-    """The program's door: run one command and end the process at once.
+    """Run one command and end the process at once.
 
     There is nothing to tidy up, and taking apart a vocabulary and a map of gigabytes takes the interpreter a tenth of a second.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing has been said yet: die of it, quietly
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
     from llamacli.cli import signals
 
-    signals.install()
     try:
+        signals.install()
+        _allow_files()
         code = main()
-    except KeyboardInterrupt:  # while main was already leaving
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        if code not in (INTERRUPTED, TERMINATED):
+            os._exit(code)
+    except KeyboardInterrupt:  # before main began, or while it was already leaving
         code = INTERRUPTED
     except SystemExit:
         code = TERMINATED
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    if code in (INTERRUPTED, TERMINATED):
-        signals.die(code - 128)
-    os._exit(code)
+    signals.die(code - 128)
+
+
+def _allow_files() -> None:
+    """Let this process have many files open: a split model takes two descriptors for each part, and macOS allows 256."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def main(args: list[str] | None = None) -> int:

@@ -122,13 +122,21 @@ def bench(
         loaded = load_model(path, threads, longest + 1, console, **({} if memory is None else {"memory": memory_bytes(memory)}))
         _check_room(loaded.config, longest)
         peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
-        with console.progress("bench") as update:
-            records = measure.speed(loaded, tests, repetitions, update, peers, profile or shape is not None)
+        title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads"
+        records: list[dict] = []
+        try:
+            with console.progress("bench") as update:
+                measure.speed(loaded, tests, repetitions, update, peers, profile or shape is not None, records)
+        except (KeyboardInterrupt, SystemExit):
+            if records and as_json:
+                console.result(json.dumps([*starts, *(record | {"interrupted": True} for record in records)]))
+            elif records:
+                _show(records + starts, f"{title}, interrupted", console)
+            raise
         records += starts
         for record in records:
             if record["test"] in earlier:
                 record["ratio_to_earlier"] = round(_value(record) / earlier[record["test"]], 4)
-        title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads"
         if shape:
             _extrapolate(records, shape.value, layers, measure)
     if as_json:
@@ -227,14 +235,13 @@ def _show(records: list[dict], title: str, console) -> None:
     head = ["test", "tokens/s", "range", "GB/s", "Gop/s", "limit", "share", "peak memory"]
     rows = []
     for r in speeds:
-        limit = f"{rate(r['bandwidth_limit'])} GB/s" if r["test"].startswith("tg") else f"{rate(r['compute_limit'])} Gop/s"
         rows.append([r["test"], rate(r["tokens_per_second"]), f"{rate(r['min'])} to {rate(r['max'])}"])
-        rows[-1] += [
-            rate(r["gbytes_per_second"]),
-            rate(r["gops_per_second"]),
-            limit,
-            f"{100 * r['share_of_limit']:.0f} %",
-        ]
+        rows[-1] += [rate(r["gbytes_per_second"]), rate(r["gops_per_second"])]
+        if "share_of_limit" in r:
+            limit = f"{rate(r['bandwidth_limit'])} GB/s" if r["test"].startswith("tg") else f"{rate(r['compute_limit'])} Gop/s"
+            rows[-1] += [limit, f"{100 * r['share_of_limit']:.0f} %"]
+        else:  # interrupted before the limits were measured
+            rows[-1] += ["", ""]
         rows[-1].append(amount(r["peak_memory_bytes"]))
         if peers:
             rows[-1] += [rate(peer["tokens_per_second"]) for peer in r["peers"].values()] + [f"{r['ratio']:.2f}"]

@@ -5,6 +5,7 @@ the sums, the package quantize writes them.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,10 @@ from llamacli.cli.options import (
     option,
     read_file,
 )
+from llamacli.errors import OutputError
+
+EVERY = 30.0  # seconds of work that an interrupt or a crash may cost
+MOST_PART = 20  # but at most one part in so many is spent on writing
 
 
 def imatrix(
@@ -39,15 +44,15 @@ def imatrix(
 ) -> None:
     """Find out which columns of the weights matter on a text, for quantize --imatrix.
 
-    The text should be varied and long enough for every expert to see some of it.
+    The text should be varied and long enough for every expert to see some of it. OUT is written every half minute; Ctrl-C or an
+    error leaves what was last written.
 
     Examples:
     llamacli imatrix -m scout-q8.gguf -f wiki.txt -o scout.imatrix
     llamacli quantize scout-f16.gguf --imatrix scout.imatrix --type Q4_K_M
     """
     from llamacli.bench.quality import windows
-    from llamacli.llama4.tensors import find
-    from quantize.imatrix import collected, write_imatrix
+    from quantize.imatrix import size_of
     from quantize.writer import check_not_input, check_output, output_path
 
     model, file = model_and_text(words or [], model, file)
@@ -58,21 +63,75 @@ def imatrix(
     loaded = load_model(source, threads, ctx, console)
     check_not_input(path, loaded.gguf.paths)  # the other parts of a split model
     ids = windows(loaded.tokenizer, text, ctx, file)
-    inputs = loaded.engine.watch()
+    keeper = _Keeper(path, loaded.engine.watch(), "stdin" if file == "-" else file, ids, force, console)
+    check_output(path, size_of(keeper.inputs), force)
     cache = loaded.engine.new_cache(ctx)
-    with console.progress("imatrix") as update:
-        for i, window in enumerate(ids):
-            update(i, len(ids))
-            cache.truncate(0)
-            loaded.engine.forward(window, cache)
-    matrix = collected(path, inputs, "stdin" if file == "-" else file, len(ids), ctx)
-    write_imatrix(matrix, force)
-    # a layer's gate, up and down see the same tokens
-    unseen = {f"blk.{found[1]}": experts for name, experts in matrix.unseen.items() if (found := find(name))}
+    try:
+        with console.progress("imatrix") as update:
+            for i, window in enumerate(ids):
+                update(i, len(ids))
+                cache.truncate(0)
+                loaded.engine.forward(window, cache)
+                keeper.keep(i + 1)
+        keeper.write(len(ids))
+    except BaseException as error:
+        if keeper.written:
+            console.warn(f"{path}: kept, of the first {keeper.written} of {len(ids)} windows")
+            if as_json and not isinstance(error, Exception):
+                console.result(json.dumps(keeper.report() | {"interrupted": True}))
+        raise
+    unseen = keeper.report()["unseen"]
     if unseen:
         layers = ", ".join(f"{len(experts)} in {layer}" for layer, experts in unseen.items())
         console.warn(f"experts that saw no token: {layers}; more text, or more varied text, may reach them")
     if as_json:
-        report = {"out": str(path), "tensors": len(matrix.entries), "windows": len(ids), "ctx": ctx, "tokens": ids.size}
-        console.result(json.dumps(report | {"unseen": unseen}))
-    console.note(f"wrote {path}: {len(matrix.entries)} tensors, from {ids.size} tokens in {len(ids)} windows")
+        console.result(json.dumps(keeper.report()))
+    console.note(f"wrote {path}: {len(keeper.matrix.entries)} tensors, from {ids.size} tokens in {len(ids)} windows")
+
+
+class _Keeper:
+    """Writes the sums after whole windows. An interrupted window leaves sums of half a layer, so they are never written."""
+
+    def __init__(self, path: Path, inputs: list, dataset: str, ids, force: bool, console):
+        """`inputs`: the engine's sums. `ids`: all windows. `force`: whether the first writing may replace a file."""
+        self.path, self.inputs, self._dataset, self._ids, self._force, self._console = (
+            path,
+            inputs,
+            dataset,
+            ids,
+            force,
+            console,
+        )
+        self.written = 0  # windows in the file
+        self.matrix = None
+        self._due = time.monotonic() + EVERY
+
+    def keep(self, n_windows: int) -> None:
+        """Write the file if that is due. A full disk may have room again later: a warning."""
+        began = time.monotonic()
+        if n_windows == len(self._ids) or began < self._due:
+            return
+        try:
+            self.write(n_windows)
+        except OutputError as error:
+            self._console.warn(f"{error}; going on, to be tried again")
+        now = time.monotonic()
+        self._due = now + max(EVERY, MOST_PART * (now - began))
+
+    def write(self, n_windows: int) -> None:
+        """Write the file from the sums of the first `n_windows`; OutputError if it cannot be."""
+        from quantize.imatrix import collected, write_imatrix
+
+        matrix = collected(self.path, self.inputs, self._dataset, n_windows, self._ids.shape[1])
+        write_imatrix(matrix, self._force or self.written > 0)
+        self.matrix, self.written = matrix, n_windows
+
+    def report(self) -> dict:
+        """What the file holds, fit for JSON."""
+        from llamacli.llama4.tensors import find
+
+        # a layer's gate, up and down see the same tokens
+        unseen = {f"blk.{found[1]}": experts for name, experts in self.matrix.unseen.items() if (found := find(name))}
+        n, ctx = self.written, self._ids.shape[1]
+        tensors = len(self.matrix.entries)
+        return {"out": str(self.path), "tensors": tensors, "windows": n, "ctx": ctx, "tokens": n * ctx, "unseen": unseen}

@@ -55,26 +55,42 @@ def perplexity(
     if not text and file == "-":
         raise UsageError("expected a text, found none; give -f/--file FILE, or pipe it in")
     paths = [find_model(name, console) for name in (model, reference)[: 1 if reference is None else 2]]
-    limits = _shares(paths, memory_bytes(memory))
+    limits = [share | {"logits_rows": quality.rows_held(ctx)} for share in _shares(paths, memory_bytes(memory))]
     loaded = load_model(paths[0], threads, ctx, console, **limits[0])
     ids = quality.windows(loaded.tokenizer, text, ctx, file)
     other = load_model(paths[1], threads, ctx, console, **limits[1]) if reference is not None else None
-    with console.progress("perplexity") as update:
-        record = quality.perplexity(loaded, ids, other, update)
+    scores = quality.Scores(loaded, *ids.shape, other)
+    title = f"{loaded.gguf.path.name} on {file}"
+    try:
+        with console.progress("perplexity") as update:
+            for i, window in enumerate(ids):
+                update(i, len(ids), scores.label)
+                scores.add(window)
+            update(len(ids), len(ids), scores.label)
+    except (KeyboardInterrupt, SystemExit):
+        if scores.scored:
+            _show(scores, len(ids), f"{title}, interrupted", as_json, console)
+        raise
+    _show(scores, len(ids), title, as_json, console)
+
+
+def _show(scores, n_windows: int, title: str, as_json: bool, console) -> None:
+    record = scores.record()
     if as_json:
-        console.result(json.dumps(record))
+        console.result(json.dumps(record | ({} if scores.scored == n_windows else {"interrupted": True})))
         return
     rows = [("perplexity", _with_error(record, "perplexity", "perplexity_error"))]
-    if other:
+    if scores.reference is not None:
         rows += [
             ("of the reference", _with_error(record, "reference_perplexity", "reference_perplexity_error")),
             ("mean KL divergence", _with_error(record, "kl_mean", "kl_error")),
             ("median, 99 %, maximum", ", ".join(f"{record[k]:.3g}" for k in ("kl_median", "kl_p99", "kl_max"))),
             ("same best token", f"{100 * record['top1_agreement']:.2f} %"),
         ]
-    rows.append(("tokens", f"{record['tokens']} scored in {record['windows']} windows of {ctx}"))
+    of = "" if scores.scored == n_windows else f" of {n_windows}"
+    rows.append(("tokens", f"{record['tokens']} scored in {record['windows']}{of} windows of {scores.ctx}"))
     rows.append(("speed", f"{rate(record['tokens_per_second'])} tokens/s"))
-    console.table(f"{loaded.gguf.path.name} on {file}", rows)
+    console.table(title, rows)
 
 
 def _shares(paths: list, memory: int | None) -> list[dict]:

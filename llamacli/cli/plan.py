@@ -195,9 +195,9 @@ def _speeds(path: Path, disk: str | None, bandwidth: str | None, threads: int) -
 
 def _limits(threads: int) -> tuple[float, float]:
     """GB/s and Gop/s of this machine, from a look that is short and takes little memory."""
-    from llamacli.bench.limits import multiply_gops, read_gbps
+    from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
 
-    return read_gbps(threads, megabytes=256, rounds=3), multiply_gops(threads, steps=1_000_000, rounds=3)
+    return read_gbps(threads, buffer_megabytes(threads, 256), rounds=3), multiply_gops(threads, steps=1_000_000, rounds=3)
 
 
 def _listed(text: str, where: str) -> list[str]:

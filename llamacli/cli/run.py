@@ -19,7 +19,7 @@ from llamacli.cli.grammar import OTHER, Given, argument, option
 from llamacli.cli.options import Generation, Json, Output, checked, is_model, read_file, read_stdin, stdin_is_piped
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.errors import OutputError, UsageError
-from llamacli.plan.machine import resident
+from llamacli.plan.machine import resident_words
 
 REASONS = {
     "stop": "complete",
@@ -285,5 +285,5 @@ def describe_io(io, tokens: int, seconds: float) -> str:
     speed = f" at {io.bytes_read / io.reading_s / 1e9:.1f} GB/s" if io.reading_s else ""
     return (
         f"{100 * io.hits / max(1, asked):.0f} % of experts in memory, {megabytes:.0f} MB a token read{speed}, "
-        f"{wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for it, {resident() / 1e9:.2f} GB resident"
+        f"{wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for it, {resident_words()}"
     )

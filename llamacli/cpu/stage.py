@@ -108,6 +108,7 @@ class CpuStage:
         self.products_per_token = sum(m.n_rows * m.n_cols * times for m, times in used if m is not self._weights.output)
         if not slots:
             populate([(m.address, m.nbytes) for m, _ in used if m.n_groups == 1])
+        self._check()  # vectors were read from the map
 
     def _fetch(self, gguf: GGUF, share: dict[int, int]) -> tuple[Slots, dict[str, int]]:
         """(slots for the routed experts, addresses of the weights that every token uses, which are read into memory)."""

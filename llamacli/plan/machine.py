@@ -68,6 +68,12 @@ def resident(root: Path = Path("/")) -> int:
         return 0
 
 
+def resident_words() -> str:
+    """`resident` in words."""
+    nbytes = resident()
+    return f"{nbytes / 1e9:.2f} GB resident" if nbytes else "resident memory unknown here"
+
+
 def private(root: Path = Path("/")) -> int:
     """Of it, what is this process's alone; 0 where the system does not say."""
     try:

@@ -255,22 +255,22 @@ def products_per_token(config: Config) -> int:
 
 
 def plan_residency(
-    gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str
+    gguf, config: Config, ctx: int, threads: int | None, memory: int | None, experts: str, beside: int = 0
 ) -> tuple[int, int, int]:
     """(slots of all layers, largest batch, bytes to reserve) for Engine and machine.reserve; 0 slots: all experts are mapped.
 
     `memory`: bytes for all models of this process; None: what the machine has free, less a reserve. What other models have
-    reserved is subtracted. `experts`: "mapped", "slots" or "auto".
+    reserved is subtracted. `experts`: "mapped", "slots" or "auto". `beside`: bytes that its user will hold beside the model.
     """
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
     sizes, threads = size_by_kind(((t.name, t.nbytes) for t in gguf.tensors.values()), config), threads or default_threads()
     if experts == "mapped" or (not config.n_experts and memory is None):
         needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
-        return 0, MAX_BATCH, needed + working_bytes(config, threads, MAX_BATCH)
-    memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved())
+        return 0, MAX_BATCH, needed + beside + working_bytes(config, threads, MAX_BATCH)
+    memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
-    return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident
+    return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident + beside
 
 
 def batch_within(config: Config, memory: int, threads: int) -> int:

@@ -11,8 +11,9 @@ import tiny
 from fakes import CONFIG, FakeEngine, FakeModel
 
 from llamacli import LlamacliError, Model
+from llamacli.bench import limits as bench_limits
 from llamacli.bench import measure, peer, plot
-from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
+from llamacli.bench.limits import multiply_gops, read_gbps
 from llamacli.bench.measure import Case, plan
 from llamacli.engine import Engine
 from llamacli.errors import OutputError, UsageError
@@ -111,9 +112,21 @@ def test_a_whole_model_costs_its_layers_and_the_ends_once():
     assert 1 / measure.extrapolate(record, 2, 48) == pytest.approx(0.1 * (0.25 + 0.75 * 24))
 
 
-@pytest.mark.parametrize(("threads", "most", "megabytes"), [(2, 9000, 512), (128, 9000, 2048), (128, 700, 700), (2, 48, 48)])
-def test_the_buffer_grows_with_the_threads_as_far_as_memory_allows(threads, most, megabytes):
-    assert buffer_megabytes(threads, most) == megabytes
+@pytest.mark.parametrize(
+    ("threads", "usual", "free", "megabytes"),
+    [
+        (2, 512, 9000, 512),
+        (128, 512, 9000, 2048),
+        (128, 512, 1400, 700),
+        (2, 512, 10, 48),
+        (2, 256, 9000, 256),
+        (2, 256, 300, 150),
+    ],
+)
+def test_the_buffer_grows_with_the_threads_as_far_as_memory_allows(threads, usual, free, megabytes, monkeypatch):
+    """`plan`, too, runs under limits."""
+    monkeypatch.setattr(bench_limits, "memory_free", lambda: free << 20)
+    assert bench_limits.buffer_megabytes(threads, usual) == megabytes
 
 
 def test_the_limits_are_measured_and_more_than_nothing():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from fakes import BOS, FakeModel, FakeTokenizer, Scripted
+from fakes import BOS, FakeTokenizer
 
 from llamacli import Model
 from llamacli.bench import quality
@@ -117,11 +117,28 @@ def test_a_window_too_short_to_score_is_refused():
         quality.windows(FakeTokenizer(), "abcdefghi", 7)
 
 
-def test_progress_tells_the_perplexity_so_far():
-    seen = []
-    quality.perplexity(FakeModel(Scripted("hi")), np.full((2, 8), 97), progress=lambda *now: seen.append(now))
-    assert [now[:2] for now in seen] == [(0, 2), (1, 2), (2, 2)]
-    assert seen[1][2].startswith("perplexity ")
+def test_after_some_windows_the_record_is_that_of_these():
+    """What Ctrl-C leaves."""
+    scores = quality.Scores(numbers(1), *IDS.shape, numbers(2))
+    assert scores.label == ""
+    for n, window in enumerate(IDS[:3], 1):
+        scores.add(window)
+        found, whole = scores.record(), quality.perplexity(numbers(1), IDS[:n], numbers(2))
+        assert found.keys() == whole.keys()
+        assert all(found[name] == whole[name] for name in whole if name != "tokens_per_second")
+        assert scores.label == f"perplexity {whole['perplexity']:.4g}"
+
+
+def test_a_window_that_is_interrupted_is_not_scored(monkeypatch):
+    def interrupted(self, ids):
+        raise KeyboardInterrupt
+
+    scores = quality.Scores(numbers(1), *IDS.shape)
+    scores.add(IDS[0])
+    monkeypatch.setattr(Numbers, "row", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scores.add(IDS[1])
+    assert scores.record()["windows"] == scores.scored == 1
 
 
 def test_the_engine_gives_logits_from_a_position_on(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fakes import start, write_gguf
+from fakes import FakeEngine, start, write_gguf
 
 from llamacli.cli import bench, imatrix, main, perplexity
 from llamacli.cpu import kvcache
@@ -241,6 +241,94 @@ def test_imatrix_never_overwrites_unasked_and_says_so_before_the_work(scored, ca
     assert main([*command[:-1], "10", "-o", "no/such/folder"]) == 1
 
 
+# Ctrl-C and full disks
+
+
+@pytest.fixture
+def ends_early(scored, measured):
+    """Ctrl-C comes in the engine's third call."""
+
+    def forward(ids, cache, **more):
+        if len(scored.engine.calls) == 2:
+            raise KeyboardInterrupt
+        return FakeEngine.forward(scored.engine, ids, cache, **more)
+
+    scored.engine.forward = forward
+    return scored
+
+
+def test_an_interrupted_perplexity_shows_the_windows_it_has(ends_early, capfd):
+    assert main(["perplexity", "-f", "text", "-c", "10"]) == 130
+    out = capfd.readouterr().out
+    assert "miniature.gguf on text, interrupted" in out
+    assert "8 scored in 2 of 4 windows of 10" in out
+    ends_early.engine.calls.clear()
+    assert main(["perplexity", "-f", "text", "-c", "10", "--json"]) == 130
+    record = json.loads(capfd.readouterr().out)
+    assert (record["windows"], record["tokens"], record["interrupted"]) == (2, 8, True)
+
+
+def test_an_interrupted_bench_shows_the_tests_it_has(ends_early, capfd):
+    assert main(["bench", "-p", "8,16", "-n", "0", "-r", "1"]) == 130
+    out = capfd.readouterr().out
+    assert "miniature.gguf, 1 threads, interrupted" in out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == ["test", "pp8"]
+    ends_early.engine.calls.clear()
+    assert main(["bench", "-p", "8,16", "-n", "0", "-r", "1", "--json"]) == 130
+    (record,) = json.loads(capfd.readouterr().out)
+    assert (record["test"], record["interrupted"]) == ("pp8", True)
+
+
+def test_an_interrupted_imatrix_keeps_what_was_written_last(ends_early, capfd, monkeypatch):
+    monkeypatch.setattr(imatrix, "EVERY", 0)
+    monkeypatch.setattr(imatrix, "MOST_PART", 0)
+    command = ["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]
+    assert main(command) == 130
+    assert capfd.readouterr().err == "llamacli: out.gguf: kept, of the first 2 of 4 windows\n"
+    assert read_imatrix("out.gguf").chunk_count == 2
+    ends_early.engine.calls.clear()
+    assert main([*command, "--force", "--json"]) == 130
+    record = json.loads(capfd.readouterr().out)
+    assert (record["windows"], record["tokens"], record["interrupted"]) == (2, 20, True)
+
+
+def test_an_imatrix_is_written_from_time_to_time(scored, monkeypatch):
+    """And never over a file that is not its own."""
+    clock, found = iter(range(0, 1000, 20)), []
+    monkeypatch.setattr(imatrix, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    def forward(ids, cache, **more):
+        found.append(read_imatrix("out.gguf").chunk_count if Path("out.gguf").exists() else None)
+        return FakeEngine.forward(scored.engine, ids, cache, **more)
+
+    scored.engine.forward = forward
+    Path("text").write_text("a" * 69)
+    assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]) == 0
+    assert found[0] is None
+    assert sorted(set(found[1:]) - {None}) == [2]  # once in 30 seconds, and no more than one part in 20 of the time
+    assert read_imatrix("out.gguf").chunk_count == 7
+
+
+def test_a_full_disk_while_an_imatrix_grows_is_a_warning_and_at_the_end_an_error(scored, capfd, monkeypatch):
+    monkeypatch.setattr(imatrix, "EVERY", 0)
+    monkeypatch.setattr(imatrix, "MOST_PART", 0)
+    real, asked = os.fsync, []
+
+    def full(file):
+        asked.append(file)
+        if len(asked) != 3:  # the third writing alone works
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10"]) == 1
+    printed = capfd.readouterr().err
+    assert "going on, to be tried again" in printed
+    assert read_imatrix("out.gguf").chunk_count == 3
+    assert "out.gguf: kept, of the first 3 of 4 windows" in printed
+    assert "the file of that name is as it was" in printed
+
+
 @pytest.mark.parametrize("command", [["perplexity", "-v"], ["imatrix", "-o", "out.gguf", "-v"]], ids=lambda c: c[0])
 def test_ctrl_c_ends_a_long_measurement_quietly(command, tmp_path):
     (tmp_path / "text").write_text("a" * 4000)
@@ -249,6 +337,7 @@ def test_ctrl_c_ends_a_long_measurement_quietly(command, tmp_path):
     process.stderr.readline()  # progress: the measurement has begun
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (-signal.SIGINT, b"")
+    assert process.returncode == -signal.SIGINT
+    assert not out or b"interrupted" in out  # a window may be complete
     assert b"Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["text"]

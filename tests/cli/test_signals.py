@@ -11,12 +11,15 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pexpect
 import pytest
 from fakes import REPLY, fake
 
 from llamacli.cli import main
+
+ROOT = Path(__file__).parents[2]
 
 DEAF = """
 import ctypes, sys
@@ -138,14 +141,54 @@ def test_a_signal_that_was_ignored_stays_ignored():
     assert (process.returncode, out.decode()) == (0, REPLY[1:] + "\n")
 
 
-def test_ctrl_c_while_the_program_starts_is_quiet():
-    """Between the program's first line and its handlers, which is where most of a start is spent."""
+STARTED = """
+import builtins, importlib, os, signal, sys, tomllib
+with open(sys.argv.pop(1), "rb") as file:
+    module, name = tomllib.load(file)["project"]["scripts"]["llamacli"].split(":")
+real, wanted, before = builtins.__import__, sys.argv.pop(1), set(sys.modules)
+def watched(name, *args, **more):
+    if name == wanted:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(name, *args, **more)
+start = getattr(importlib.import_module(module), name)
+print(*sorted(set(sys.modules) - before), file=sys.stderr, flush=True)
+builtins.__import__ = watched
+start()
+"""
+
+
+def started(interrupted_at, *args):
+    """The program as the script that pip makes starts it; interrupted where it imports a module. The modules that are imported
+    before its first line, and what became of it.
+    """
+    command = [sys.executable, "-c", STARTED, ROOT / "pyproject.toml", interrupted_at, *args]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    first, _, rest = done.stderr.partition(b"\n")
+    return first.decode().split(), (done.returncode, done.stdout, rest)
+
+
+@pytest.mark.parametrize("module", ["llamacli.cli", "click", "llamacli.cli.console", "llamacli.cli.options"])
+def test_ctrl_c_while_the_program_starts_is_quiet(module):
+    """Most of a start is spent on imports."""
+    assert started(module, "run", "hi")[1] == (-signal.SIGINT, b"", b"")
+
+
+def test_next_to_nothing_is_imported_before_ctrl_c_is_quiet():
+    """An interrupt in one of these is a traceback, and so is one in the interpreter's own start."""
+    assert set(started("", "--version")[0]) <= {"__future__", "llamacli", "llamacli.__main__", "llamacli.errors"}
+
+
+@pytest.mark.parametrize("place", ["install", "main", "after"])
+def test_ctrl_c_before_and_after_the_command_is_quiet(place):
+    """In the lines around it that are of no command."""
     code = (
-        "import os, signal, builtins\nfrom llamacli.cli import enter\nreal = builtins.__import__\n"
-        "def watched(name, *args, **more):\n"
-        "    if name == 'llamacli.cli':\n        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return real(name, *args, **more)\n"
-        "builtins.__import__ = watched\nenter()"
+        "import os, signal, sys\nfrom llamacli import cli\nfrom llamacli.cli import signals\n"
+        "def interrupt(*_):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 0\n"
+        "install = signals.install\n"
+        "if sys.argv[1] == 'install':\n    signals.install = lambda: (install(), interrupt())\n"
+        "if sys.argv[1] == 'main':\n    cli.main = interrupt\n"
+        "if sys.argv[1] == 'after':\n    cli.main = lambda: 0\n    sys.stderr.flush = interrupt\n"
+        "cli.enter()"
     )
-    done = subprocess.run([sys.executable, "-c", code, "run", "hi"], capture_output=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

@@ -201,11 +201,22 @@ def test_a_log_cut_in_a_line_counts_the_lines_before(folder, whole, tmp_path):
     assert out.read_bytes() == whole
 
 
-def test_another_type_or_a_changed_source_begins_anew(folder, tmp_path):
+def test_another_type_does_not_throw_away_what_is_finished_unless_forced(folder, whole, tmp_path):
     out = tmp_path / "out.gguf"
     interrupted(folder, out)
-    assert convert(folder, out, "F16")["resumed_bytes"] == 0
+    left = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match=r"out\.gguf\.part: .*found \d+ finished tensors of one with other options.*--force"):
+        convert(folder, out, "F16")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == left
+    assert convert(folder, out, "Q8_0")["resumed_bytes"] > 0
+    assert out.read_bytes() == whole
     out.unlink()
+    interrupted(folder, out)
+    assert convert(folder, out, "F16", force=True)["resumed_bytes"] == 0
+
+
+def test_a_changed_source_begins_anew(folder, tmp_path):
+    out = tmp_path / "out.gguf"
     interrupted(folder, out)
     shard = next(folder.glob("*.safetensors"))
     shard.touch()
@@ -219,7 +230,7 @@ def test_a_source_without_a_usual_name_is_noticed_when_it_changes(folder, tmp_pa
     data = bytearray(source.read_bytes())
     data[-33] ^= 1
     source.write_bytes(data)
-    assert convert(source, out, "Q8_0")["resumed_bytes"] == 0
+    assert convert(source, out, "Q8_0", force=True)["resumed_bytes"] == 0
 
 
 def test_files_beside_the_source_that_are_not_read_change_nothing(tmp_path):
@@ -247,7 +258,7 @@ def test_every_file_that_is_read_counts_as_source(tmp_path, name):
         convert(source, source / name, "Q8_0", force=True)
     interrupted(source, tmp_path / "out.gguf")
     (source / name).write_text((source / name).read_text() + "\n")
-    assert convert(source, tmp_path / "out.gguf", "Q8_0")["resumed_bytes"] == 0
+    assert convert(source, tmp_path / "out.gguf", "Q8_0", force=True)["resumed_bytes"] == 0
 
 
 @pytest.mark.parametrize("odd", ["w.gguf", "w.part", "w.log", "w"])
@@ -477,14 +488,14 @@ def test_whatever_is_damaged_where_the_files_come_out_right(seed, chunks, damage
                 raw[int(place * len(raw))] ^= 4
             victims[-1].write_bytes(raw)
         if not files[0].path.exists():
-            made, skipped, log = [], [], folder / "0.gguf.part.log"
-            ours = not log.exists() or log.read_bytes().startswith(MAGIC)
-            if not ours:  # as far as can be told
-                before = names(folder)
-                with pytest.raises(OutputError, match="--force"):
-                    attempt(files, data)
+            made, skipped, log, before = [], [], folder / "0.gguf.part.log", names(folder)
+            ours = not log.exists() or log.read_bytes().startswith(MAGIC + b"job\n")
+            try:
+                attempt(files, data, made, skipped)
+            except OutputError as error:  # the log of another job or program, as far as can be told
+                assert not ours and "--force" in str(error)
                 assert names(folder) == before
-            attempt(files, data, made, skipped, force=not ours)
+                attempt(files, data, made, skipped, force=True)
             assert sorted(made + skipped) == sorted(data)
         assert [file.path.read_bytes() for file in files] == expected
         assert names(folder) == {"0.gguf", "1.gguf"}
@@ -583,7 +594,7 @@ def test_another_jobs_work_is_not_lost_by_an_error_before_it_is_replaced(tmp_pat
 
     with monkeypatch.context() as patch, pytest.raises(OutputError, match="Permission denied"):
         patch.setattr(Path, "unlink", denied)
-        write_files(files, "another job", Maker(lambda name: [], str, lambda name, note: None), False)
+        write_files(files, "another job", Maker(lambda name: [], str, lambda name, note: None), True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

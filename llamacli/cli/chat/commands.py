@@ -23,7 +23,7 @@ from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import OutputError, PromptError, UsageError
 from llamacli.files.gguf import open_gguf
-from llamacli.plan.machine import resident
+from llamacli.plan.machine import resident_words
 from llamacli.store import Store
 
 COMMANDS = {  # name: (argument, help); an argument in brackets may be left out
@@ -333,7 +333,7 @@ class Commands:
         for what, io in (("prompt", session.stats.prefill_io), ("answer", session.stats.decode_io)):
             if io:
                 self.console.say(f"experts of the {what}: {io}")
-        self.console.say(f"resident: {resident() / 1e9:.2f} GB")
+        self.console.say(f"memory: {resident_words()}")
 
     def model_(self, rest: str) -> None:
         if not rest:
