@@ -14,6 +14,7 @@ from __future__ import annotations
 from llamacli.errors import (
     CheckpointError,
     ContextFullError,
+    DeviceError,
     LlamacliError,
     MemoryLimitError,
     ModelFileError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ContextFullError",
+    "DeviceError",
     "LlamacliError",
     "MemoryLimitError",
     "Model",

@@ -112,17 +112,24 @@ class Engine:
         slots: int = 0,
         max_batch: int = MAX_BATCH,
         cuts: Iterable[int] = (),
+        gpu_layers: int = 0,
     ):
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
-        layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head.
+        layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. `gpu_layers`: so many of
+        the last layers, and the head, run on MLX; the others and the embedding on the CPU.
         """
-        self.config, self.threads = config, threads or default_threads()
+        self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
         self._max_batch = buffers.tokens(config, max_batch)
         groups = config.n_experts // max(1, config.n_experts_used) if any(map(config.is_moe, range(config.n_layers))) else 0
         self._steady = max(buffers.MIN_BATCH, matmul.FEW * groups)  # tokens of a batch from which on its length changes no bit
-        self.stages: list[Stage] = cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)))
+        on_cpu = config.n_layers - gpu_layers if gpu_layers else None
+        self.stages: list[Stage] = [*cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)), on_cpu)]
+        if gpu_layers:
+            from llamacli.mlx.stage import MlxStage
+
+            self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers)))
         self._fetches = slots > 0 and any(map(config.is_moe, range(config.n_layers)))
         self._lock = threading.RLock()
         _engines.add(self)
@@ -187,7 +194,7 @@ class Engine:
     def arithmetic(self) -> str:
         """What decides about the last bits of keys and values, but for the model: another value, other bits."""
         kernels = sources_digest(Path(matmul.__file__).parents[1])
-        return f"{kernels} {chosen_target().name} {min(self._steady, self._max_batch)}"
+        return f"{kernels} {chosen_target().name} {min(self._steady, self._max_batch)} {self.gpu_layers}"
 
     def batch_of(self, pos: int) -> range:
         """The positions of the batch in which `pos` is evaluated if a long prompt is from its start."""

@@ -7,6 +7,7 @@
     |- PromptError                prompt, message list or chat template that cannot be turned into tokens
     |- ContextFullError           the conversation reached its context limit
     |- MemoryLimitError           the model does not fit into the memory allowed
+    |- DeviceError                a GPU or its driver failed
     |- OutputError                output file exists, disk full, read-only
     `- UsageError                 wrong or impossible arguments, exit code 2
 
@@ -43,6 +44,10 @@ class ContextFullError(LlamacliError):
 
 class MemoryLimitError(LlamacliError):
     """The memory allowed is too small for the weights that every token uses."""
+
+
+class DeviceError(LlamacliError):
+    """A GPU or its driver failed."""
 
 
 class OutputError(LlamacliError):

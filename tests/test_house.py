@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted([*ROOT.glob("llamacli/**/*.py"), *ROOT.glob("quantize/**/*.py")])
 HEAVY = {
     "llama_cpp": ("llamacli/bench/peer.py",),
+    "mlx": ("llamacli/mlx/",),
     "matplotlib": ("llamacli/bench/plot.py",),
     "numba": ("llamacli/cpu/kernels/", "quantize/encoders/"),
     "llvmlite": ("llamacli/cpu/kernels/", "quantize/encoders/", "llamacli/bench/limits.py"),
@@ -26,9 +27,9 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "cpu.kernels",
     "files",
     "llama4 plan.machine",
-    "text device prompt cpu.weights cpu.kvcache cpu.experts cpu.buffers",
+    "text device prompt positions cpu.weights cpu.kvcache cpu.experts cpu.buffers",
     "plan.placement",
-    "cpu",
+    "cpu mlx",
     "engine",
     "snapshots",
     "session",

@@ -7,8 +7,8 @@ head_dim], values alike. `table` is what kernels read: int64 [n_layers, 3], key 
 
 import numpy as np
 
-from llamacli.errors import ContextFullError
 from llamacli.llama4.config import Config
+from llamacli.positions import Positions
 
 
 def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
@@ -18,15 +18,12 @@ def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
     return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
 
 
-class KVCache:
-    """Holds `pos` tokens, at most `ctx` (see device.Cache)."""
+class KVCache(Positions):
+    """Keys and values in memory that kernels address (see device.Cache)."""
 
     def __init__(self, config: Config, ctx: int, layers: range | None = None):
         """`layers`: those of the stage; None: all."""
-        self.layers = range(config.n_layers) if layers is None else layers
-        self.ctx, self.pos = ctx, 0
-        self._newest = -1  # the highest position that may ever have been written; survives truncation and interrupts
-        self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in self.layers]
+        super().__init__(config, ctx, layers)
         self._shape = config.n_kv_heads, config.head_dim
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
         self.table = np.zeros((len(self.layers), 3), np.int64)
@@ -44,18 +41,13 @@ class KVCache:
 
     def reserve(self, n: int) -> None:
         """Make room for `n` more tokens; ContextFullError past ctx."""
-        need = self.pos + n
-        if need > self.ctx:
-            raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
-        if n:
-            self._newest = need - 1
+        need = self._claim(n)
         if need <= self._room:
             return
         self._room = 0  # an interrupt from here on leaves table and layers at odds: the next call must go through all of them
-        for i, (layer, chunk) in enumerate(zip(self._layers, self._chunks, strict=True)):
+        for i, (number, layer) in enumerate(zip(self.layers, self._layers, strict=True)):
             held = layer[0].shape[1]
-            if held < need and not (chunk and held == chunk):
-                capacity = min(max(need, 2 * held, 256), chunk or self.ctx, self.ctx)
+            if (capacity := self._capacity(number, held, need)) > held:
                 grown = tuple(self._empty(capacity) for _ in layer)
                 for old, new in zip(layer, grown, strict=True):
                     new[:, :held] = old
@@ -65,36 +57,12 @@ class KVCache:
         growing = (keys.shape[1] for (keys, _), chunk in zip(self._layers, self._chunks, strict=True) if keys.shape[1] != chunk)
         self._room = min([self.ctx, *growing])
 
-    def truncate(self, pos: int) -> int:
-        """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
-
-        A ring holds only the chunk that was last written to, even if its tokens have been forgotten since. To go back into an
-        older one, its tokens must be evaluated again from its start.
-        """
-        pos = max(0, min(pos, self.pos))
-        chunk = max(self._chunks, default=0)
-        if chunk and pos < self.pos and max(self.pos - 1, self._newest) // chunk != pos // chunk:
-            pos = pos // chunk * chunk
-        self.pos = pos
-        return pos
-
-    def held(self, layer: int) -> range:
-        """Positions of a layer that can be exported: all, or those of the chunk that was last written to."""
-        chunk = self._chunks[self.layers.index(layer)]
-        if not chunk or not self.pos:
-            return range(self.pos)
-        start = max(self.pos - 1, self._newest) // chunk * chunk
-        return range(min(start, self.pos), self.pos)
-
     def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of positions start to end - 1: copies, float16 [n_kv_heads, end - start, head_dim].
 
         ValueError if the layer no longer holds one of them.
         """
-        held = self.held(layer)
-        if start < end and not (held.start <= start and end <= held.stop):
-            raise ValueError(f"layer {layer} holds positions {held.start} to {held.stop - 1}, not {start} to {end - 1}")
-        slots = self._slots(layer, start, end)
+        slots = self._held_slots(layer, start, end)
         return tuple(side[:, slots].copy() for side in self._layers[self.layers.index(layer)])
 
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
@@ -104,10 +72,3 @@ class KVCache:
         """
         for side, rows in zip(self._layers[self.layers.index(layer)], (keys, values), strict=True):
             side[:, self._slots(layer, start, start + keys.shape[1])] = rows
-
-    def _slots(self, layer: int, start: int, end: int) -> slice:
-        chunk = self._chunks[self.layers.index(layer)]
-        if chunk and start < end and start // chunk != (end - 1) // chunk:
-            raise ValueError(f"positions {start} to {end - 1} of layer {layer} are not of one chunk")
-        first = start % chunk if chunk else start
-        return slice(first, first + end - start)

@@ -69,8 +69,7 @@ class Recorder:
         self._floats = np.array(
             [1.0, c.rms_eps, c.head_dim**-0.5, c.temperature_length or 1.0, c.temperature_scale], np.float32
         )
-        factors = 1.0 if weights.rope_freqs is None else weights.rope_freqs.astype(np.float64)
-        self._frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2, dtype=np.float64) / c.head_dim) / factors
+        self._frequencies = c.frequencies(weights.rope_freqs)
         self._state, self._stop = buffers.address("state"), stop
         self._scratch = matmul_scratch(c, layers, len(buffers["x"]), "logits" in buffers)
         assert self._scratch.end == buffers["scratch"].shape[1], "the buffers were made for other products"

@@ -35,21 +35,29 @@ CHECK_EVERY = 64  # decoded tokens after which pages of the embedding are droppe
 
 
 def cpu_stages(
-    gguf: GGUF, config: Config, threads: int, n_slots: int, max_batch: int, cuts: Sequence[int] = ()
+    gguf: GGUF,
+    config: Config,
+    threads: int,
+    n_slots: int,
+    max_batch: int,
+    cuts: Sequence[int] = (),
+    n_layers: int | None = None,
 ) -> list["CpuStage"]:
-    """A whole model as stages that share threads. `n_slots`: routed experts that all layers together cache; 0: all are mapped.
+    """A model as stages that share threads. `n_slots`: routed experts that these layers together cache; 0: all are mapped.
 
-    `cuts`: layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. Each stage that
+    `n_layers`: only the embedding and the first so many layers, without the head; None: the whole model. `cuts`: layers at
+    which another stage begins; 0 parts the embedding from the layers, config.n_layers the head. Each stage that
     fetches experts has buffers of its own for those under way, which `plan` counts once; a stage without experts is mapped.
     UnsupportedModelError if heads do not fill vectors, or experts are of a type without kernels.
     """
     lanes = chosen_target().lanes
     if config.head_dim % lanes:
         raise UnsupportedModelError(f"{gguf.path}: expected a head size that is a multiple of {lanes}, found {config.head_dim}")
-    routed = [i for i in range(config.n_layers) if config.is_moe(i)]
+    last = config.n_layers + 1 if n_layers is None else n_layers
+    routed = [i for i in range(min(last, config.n_layers)) if config.is_moe(i)]
     share = dict(zip(routed, slots_per_layer(n_slots, len(routed)), strict=True)) if n_slots and routed else {}
     pool, guard, found = Pool(threads), Guard(gguf.maps), []
-    for first, end in zip([-1, *cuts], [*cuts, config.n_layers + 1], strict=True):
+    for first, end in zip([-1, *cuts], [*cuts, last], strict=True):
         layers = range(max(0, first), min(end, config.n_layers))
         ends = {"embeds": first < 0, "heads": end > config.n_layers}
         own = {i: share[i] for i in layers if i in share}

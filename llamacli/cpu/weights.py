@@ -6,7 +6,7 @@ norms and the rotary divisors are copied. A tensor of a type without kernels is 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.ggml import dequantize
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import ROPE_FREQS, Spec, needed
+from llamacli.llama4.tensors import ROPE_FREQS, needed
 
 LONG_FACTOR = 16.0  # Scout divides the frequencies of wavelengths beyond 8192 by this; early uploads had other numbers
 
@@ -38,7 +38,7 @@ class Experts(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One block. Norms are float32 [n_embd]."""
+    """One block. Norms are float32 [n_embd]; a matrix is whatever the device calls one."""
 
     attn_norm: np.ndarray
     attn_q: Matrix  # [n_heads * head_dim, n_embd]
@@ -90,13 +90,43 @@ def bind(
     will be asked for. `layers`: the numbers of the layers to bind, None for all. `embedding`, `head`: whether to bind
     token_embd, and output_norm with output.
 
-    Errors as for `needed`. ModelFileError: a rotary divisor is not positive. UnsupportedModelError: a norm that is not F32, or
-    a type that gguf-py cannot dequantize.
+    Errors as for `assemble`. UnsupportedModelError: a type that gguf-py cannot dequantize.
     """
-    binder = _Binder(gguf, address)
-    by_layer: dict[int | None, dict[str, Matrix | np.ndarray]] = {}
+    keep: list = [gguf]
+    converted: list[str] = []
+
+    def matrix(tensor: Tensor) -> Matrix:
+        *groups, n_rows, n_cols = tensor.shape
+        if has_kernels(tensor):
+            at, kind, row_bytes = address(tensor), tensor.type.name, tensor.type.row_bytes(n_cols)
+        else:
+            halves = as_half(gguf, tensor)
+            keep.append(halves)
+            converted.append(f"{tensor.name} ({tensor.type.name})")
+            at, kind, row_bytes = halves.ctypes.data, "F16", 2 * n_cols
+        return Matrix(at, kind, groups[0] if groups else 1, n_rows, n_cols, row_bytes, tensor.name)
+
+    weights = assemble(gguf, config, matrix, layers, embedding=embedding, head=head)
+    return weights._replace(notices=conversion_notices(converted) + weights.notices, keep=keep)
+
+
+def assemble(
+    gguf: GGUF,
+    config: Config,
+    matrix: Callable[[Tensor], Any],
+    layers: range | None = None,
+    *,
+    embedding: bool = True,
+    head: bool = True,
+) -> Weights:
+    """The tensors of `bind`'s arguments in their fields, whatever the device: `matrix(tensor)` makes what it calls a matrix.
+
+    Errors as for `needed`. ModelFileError: a rotary divisor is not positive. UnsupportedModelError: a norm that is not F32.
+    """
+    by_layer: dict[int | None, dict[str, Any]] = {}
     for spec in needed(gguf, config, layers, embedding, head).values():
-        by_layer.setdefault(spec.layer, {})[spec.kind] = binder.bound(spec)
+        tensor = gguf.tensors[spec.name]
+        by_layer.setdefault(spec.layer, {})[spec.kind] = matrix(tensor) if len(spec.shape) > 1 else _vector(gguf, tensor)
     ends = by_layer.pop(None, {})
     token_embd, freqs = ends.get("token_embd"), ends.get("rope_freqs")
     if freqs is not None:
@@ -107,12 +137,12 @@ def bind(
         ends.get("output_norm"),
         ends.get("output", token_embd) if head else None,
         freqs,
-        _notices(binder.converted, freqs),
-        binder.keep,
+        _frequency_notices(freqs),
+        [gguf],
     )
 
 
-def _layer(fields: dict[str, Matrix | np.ndarray]) -> Layer:
+def _layer(fields: dict[str, Any]) -> Layer:
     """One block of fields that are called as in the GGUF."""
 
     def ffn(suffix: str) -> Dense:
@@ -123,48 +153,26 @@ def _layer(fields: dict[str, Matrix | np.ndarray]) -> Layer:
     return Layer(ffn=ffn(""), **fields)
 
 
-class _Binder:
-    """Binds one tensor after the other; `converted` names those that became F16, `keep` holds their memory and the file's."""
-
-    def __init__(self, gguf: GGUF, address: Callable[[Tensor], int]):
-        self._gguf, self._address = gguf, address
-        self.keep: list = [gguf]
-        self.converted: list[str] = []
-
-    def bound(self, spec: Spec) -> Matrix | np.ndarray:
-        tensor = self._gguf.tensors[spec.name]
-        return self._vector(tensor) if len(spec.shape) == 1 else self._matrix(tensor)
-
-    def _vector(self, tensor: Tensor) -> np.ndarray:
-        if tensor.type.name != "F32":
-            raise UnsupportedModelError(
-                f"{self._gguf.path}: expected {tensor.name} as F32, found {tensor.type.name}; convert the model again"
-            )
-        return np.frombuffer(tensor.data, np.float32).copy()  # copied: maps need not be aligned, and norms are tiny
-
-    def _matrix(self, tensor: Tensor) -> Matrix:
-        *groups, n_rows, n_cols = tensor.shape
-        n_groups = groups[0] if groups else 1
-        if has_kernels(tensor):
-            at, kind, row_bytes = self._address(tensor), tensor.type.name, tensor.type.row_bytes(n_cols)
-        else:
-            halves = _as_half(self._gguf, tensor)
-            self.keep.append(halves)
-            self.converted.append(f"{tensor.name} ({tensor.type.name})")
-            at, kind, row_bytes = halves.ctypes.data, "F16", 2 * n_cols
-        return Matrix(at, kind, n_groups, n_rows, n_cols, row_bytes, tensor.name)
-
-
-def _notices(converted: list[str], freqs: np.ndarray | None) -> list[str]:
-    notices = []
-    if converted:
-        some = ", ".join(converted[:3])
-        notices.append(
-            f"{len(converted)} tensors have types without fast kernels and run as F16, slower and larger: {some} ..."
+def _vector(gguf: GGUF, tensor: Tensor) -> np.ndarray:
+    if tensor.type.name != "F32":
+        raise UnsupportedModelError(
+            f"{gguf.path}: expected {tensor.name} as F32, found {tensor.type.name}; convert the model again"
         )
-    if freqs is not None and not np.isin(freqs, (1.0, LONG_FACTOR)).all():
-        notices.append(f"{ROPE_FREQS} is not Scout's published scaling; an early upload may answer badly at length")
-    return notices
+    return np.frombuffer(tensor.data, np.float32).copy()  # copied: maps need not be aligned, and norms are tiny
+
+
+def conversion_notices(converted: list[str]) -> list[str]:
+    """What a user should know of tensors, named with their types, that `as_half` converted."""
+    if not converted:
+        return []
+    some = ", ".join(converted[:3])
+    return [f"{len(converted)} tensors have types without fast kernels and run as F16, slower and larger: {some} ..."]
+
+
+def _frequency_notices(freqs: np.ndarray | None) -> list[str]:
+    if freqs is None or np.isin(freqs, (1.0, LONG_FACTOR)).all():
+        return []
+    return [f"{ROPE_FREQS} is not Scout's published scaling; an early upload may answer badly at length"]
 
 
 def _check_divisors(gguf: GGUF, factors: np.ndarray) -> None:
@@ -173,7 +181,7 @@ def _check_divisors(gguf: GGUF, factors: np.ndarray) -> None:
         raise ModelFileError(f"{gguf.path}: expected positive numbers in {ROPE_FREQS}, found others; the file is damaged")
 
 
-def _as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
+def as_half(gguf: GGUF, tensor: Tensor) -> np.ndarray:
     """A tensor of a type without kernels as float16, converted a few rows at a time."""
     rows = tensor.data.reshape(-1, tensor.type.row_bytes(tensor.shape[-1]))
     out = np.empty((len(rows), tensor.shape[-1]), np.float16)

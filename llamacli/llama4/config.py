@@ -76,6 +76,11 @@ class Config:
         """Rotary frequencies: one for each pair of a head's elements."""
         return self.head_dim // 2
 
+    def frequencies(self, divisors: np.ndarray | None = None) -> np.ndarray:
+        """Radians that each pair of a head turns by per position, float64 [n_rot]; `divisors` are the file's rope_freqs."""
+        plain = self.rope_theta ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        return plain if divisors is None else plain / divisors.astype(np.float64)
+
     def is_moe(self, i: int) -> bool:
         """Whether layer i has experts."""
         return self.n_experts > 0 and self.moe_step > 0 and (i + 1) % self.moe_step == 0

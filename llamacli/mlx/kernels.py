@@ -1,0 +1,186 @@
+"""Kernels over raw GGUF blocks: rows of activations times a matrix, and a matrix widened to float16.
+
+In: MLX arrays: the bytes of a window, `place` (where in it the matrix begins, and its sizes), the number of an expert, rows.
+Out: MLX arrays, not yet evaluated. One text serves Metal and CUDA; a `Dialect` holds what differs. Tests compile it as C++.
+
+A group of 32 threads (Metal's simdgroup, CUDA's warp) multiplies a few rows of the matrix with a few rows of activations;
+each thread reads every 32nd piece of 32 weights, so neighbours read neighbouring bytes.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from llamacli.mlx import runtime
+from llamacli.mlx.blocks import FORMATS, HELPERS, PIECE
+
+LANES = 32  # threads of a simdgroup or warp
+GROUP = 64  # threads of a threadgroup or block
+ROWS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of the matrix for each group of lanes, by rows of activations: what registers hold
+SMALL = 8  # elements from which on Metal is given an array in another address space, which is another signature
+
+
+class Dialect(NamedTuple):
+    """A language that the kernels are written in: definitions, the beginning of each body, and what compiles it."""
+
+    header: str
+    prologue: str
+    make: Callable
+
+
+METAL = """
+#include <metal_stdlib>
+using namespace metal;
+typedef uchar u8; typedef ushort u16; typedef uint u32; typedef ulong u64; typedef half f16;
+#define INLINE inline
+#define GLOBAL device
+#define LOCAL thread
+#define TABLE constant constexpr
+INLINE float half_of(u16 v) { return (float)as_type<half>(v); }
+INLINE float float_of(u32 v) { return as_type<float>(v); }
+INLINE float lane_sum(float v) { return simd_sum(v); }
+"""
+METAL_PROLOGUE = "const u32 at_x = thread_position_in_grid.x, at_y = thread_position_in_grid.y;"
+CUDA = """
+#include <cuda_fp16.h>
+typedef unsigned char u8; typedef unsigned short u16; typedef unsigned int u32;
+typedef unsigned long long u64; typedef __half f16;
+#define INLINE static __device__ __forceinline__
+#define GLOBAL
+#define LOCAL
+#define TABLE static __device__ const
+INLINE float half_of(u16 v) { return __half2float(__ushort_as_half(v)); }
+INLINE float float_of(u32 v) { return __uint_as_float(v); }
+INLINE float lane_sum(float v) {
+  for (int other = 16; other; other >>= 1) v += __shfl_xor_sync(0xffffffffu, v, other);
+  return v;
+}
+"""
+CUDA_PROLOGUE = "const u32 at_x = blockIdx.x * blockDim.x + threadIdx.x, at_y = blockIdx.y * blockDim.y + threadIdx.y;"
+
+INPUTS = {"matvec": ["w", "place", "experts", "x"], "widen": ["w", "place", "experts"]}
+BODIES = {
+    "matvec": """
+  // y[group, token, row]: `group` rows of x go through the matrix of expert experts[group], TOKENS at a time
+  const u32 lane = at_x % 32, first = at_x / 32 * ROWS, group_no = at_y;
+  const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
+  if (first >= n_rows) return;
+  const u64 row_bytes = (u64)(n_cols / BLOCK) * NBYTES;
+  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[group_no] * n_rows * row_bytes;
+  const GLOBAL float* rows = x + (u64)group_no * TOKENS * n_cols;
+  float sums[ROWS * TOKENS];
+  for (u32 i = 0; i < ROWS * TOKENS; i++) sums[i] = 0.0f;
+  for (u32 s = lane; s < n_cols / 32; s += 32) {
+    const u32 p = s % (BLOCK / 32), block = s / (BLOCK / 32);
+    const u32 c0 = block * BLOCK + run(p, 0), c1 = block * BLOCK + run(p, 1);
+    float totals[2 * TOKENS];  // of the activations of each run, which minima are multiplied with
+    for (u32 t = 0; t < TOKENS; t++) {
+      const GLOBAL float* v = rows + (u64)t * n_cols;
+      totals[2 * t] = totals[2 * t + 1] = 0.0f;
+      for (u32 i = 0; i < 16; i++) {
+        totals[2 * t] += v[c0 + i];
+        totals[2 * t + 1] += v[c1 + i];
+      }
+    }
+    for (u32 r = 0; r < ROWS; r++) {
+      const u32 row = first + r < n_rows ? first + r : n_rows - 1;
+      float q[32], d[2], m[2];
+      piece(base + row * row_bytes + (u64)block * NBYTES, p, q, d, m);
+      for (u32 t = 0; t < TOKENS; t++) {
+        const GLOBAL float* v = rows + (u64)t * n_cols;
+        float a = 0.0f, b = 0.0f;
+        for (u32 i = 0; i < 16; i++) {
+          a += q[i] * v[c0 + i];
+          b += q[16 + i] * v[c1 + i];
+        }
+        sums[r * TOKENS + t] += d[0] * a - m[0] * totals[2 * t] + d[1] * b - m[1] * totals[2 * t + 1];
+      }
+    }
+  }
+  for (u32 r = 0; r < ROWS; r++)
+    for (u32 t = 0; t < TOKENS; t++) {
+      const float sum = lane_sum(sums[r * TOKENS + t]);
+      if (lane == 0 && first + r < n_rows) y[((u64)group_no * TOKENS + t) * n_rows + first + r] = sum;
+    }
+""",
+    "widen": """
+  // y[row, column] of expert experts[0]; a thread a piece
+  const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
+  if (at_x >= n_cols / 32 || at_y >= n_rows) return;
+  const u64 row_bytes = (u64)(n_cols / BLOCK) * NBYTES;
+  const u32 p = at_x % (BLOCK / 32), block = at_x / (BLOCK / 32);
+  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + ((u64)experts[0] * n_rows + at_y) * row_bytes;
+  float q[32], d[2], m[2];
+  piece(base + (u64)block * NBYTES, p, q, d, m);
+  for (u32 r = 0; r < 2; r++) {
+    const u64 first = (u64)at_y * n_cols + block * BLOCK + run(p, r);
+    for (u32 i = 0; i < 16; i++) y[first + i] = (f16)(d[r] * q[16 * r + i] - m[r]);
+  }
+""",
+}
+
+
+def fits(type_name: str, n_cols: int) -> bool:
+    """Whether the kernels read rows of `n_cols` weights of a type."""
+    return type_name in FORMATS and n_cols % PIECE == 0
+
+
+def place(offset: int, n_rows: int, n_cols: int) -> mx.array:
+    """Where a matrix is: the byte in the window at which its first expert begins; and its sizes."""
+    return mx.array([offset, n_rows, n_cols], mx.int64)
+
+
+def matvec(type_name: str, w: mx.array, where: mx.array, experts: mx.array, x: mx.array, tokens: int, n_rows: int) -> mx.array:
+    """Rows of x, float32 [n, n_cols], times matrices: float32 [n, n_rows].
+
+    `experts`, int32 [n / tokens]: which expert's matrix each group of `tokens` rows goes through.
+    """
+    n, padded = len(x), 1 << (tokens - 1).bit_length()
+    if padded != tokens:  # of one group
+        x = mx.pad(x, ((0, padded - tokens), (0, 0)))
+    rows, groups = ROWS[padded], len(x) // padded
+    (y,) = _kernel("matvec", type_name, experts.size < SMALL)(
+        inputs=[w, where, experts, x],
+        template=[("ROWS", rows), ("TOKENS", padded)],
+        grid=(LANES * -(-n_rows // rows), groups, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(len(x), n_rows)],
+        output_dtypes=[mx.float32],
+    )
+    return y if len(x) == n else y[:n]
+
+
+def widen(type_name: str, w: mx.array, where: mx.array, expert: mx.array, n_rows: int, n_cols: int) -> mx.array:
+    """One expert's matrix as float16 [n_rows, n_cols]; `expert`: int32 [1]."""
+    (y,) = _kernel("widen", type_name, True)(
+        inputs=[w, where, expert],
+        grid=(n_cols // PIECE, n_rows, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(n_rows, n_cols)],
+        output_dtypes=[mx.float16],
+    )
+    return y
+
+
+def dialect() -> Dialect | None:
+    """The language of the GPU that is here; None without one."""
+    return {
+        "Metal": Dialect(METAL, METAL_PROLOGUE, mx.fast.metal_kernel),
+        "CUDA": Dialect(CUDA, CUDA_PROLOGUE, mx.fast.cuda_kernel),
+    }.get(runtime.start().gpu)
+
+
+@cache
+def _kernel(kind: str, type_name: str, few: bool) -> Callable:
+    """A compiled kernel; `few`: its number of experts is below SMALL. Names are unique: MLX finds compiled code by its name."""
+    language, (block, nbytes, text) = dialect(), FORMATS[type_name]
+    sizes = f"#define BLOCK {block}\n#define NBYTES {nbytes}\n"
+    return language.make(
+        name=f"llamacli_{kind}_{type_name.lower()}_{'few' if few else 'many'}",
+        input_names=INPUTS[kind],
+        output_names=["y"],
+        source=language.prologue + BODIES[kind],
+        header=language.header + sizes + HELPERS + text,
+    )

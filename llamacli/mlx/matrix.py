@@ -1,0 +1,83 @@
+"""Linear maps on MLX, one matrix or one for each expert: raw GGUF blocks that our kernels read, or plain arrays.
+
+In: rows of activations, float32. Out: products, float32. `Blocks` needs a GPU; `Wide` runs everywhere and is what MLX's CPU
+build is given. Long prompts on the GPU widen one matrix at a time to float16 and leave the product to MLX.
+"""
+
+import ctypes
+import math
+
+import mlx.core as mx
+import numpy as np
+
+from llamacli.cpu.kernels.ops.matmul import microkernels
+from llamacli.cpu.weights import as_half, has_kernels
+from llamacli.files.gguf import GGUF, Tensor
+from llamacli.mlx import kernels
+from llamacli.mlx.memory import Window
+
+FEW = 8  # rows that are multiplied with blocks; more of them are worth widening the matrix
+
+
+class Wide:
+    """Weights as an array [n_groups, n_rows, n_cols] in float32 or float16."""
+
+    def __init__(self, values: mx.array, nbytes: int):
+        """`nbytes`: what one group takes in the file, for counts of work."""
+        self.values, self.nbytes, (self.n_groups, self.n_rows, self.n_cols) = values, nbytes, values.shape
+
+    @classmethod
+    def of(cls, gguf: GGUF, tensor: Tensor, dtype: mx.Dtype) -> "Wide":
+        """A tensor widened, now."""
+        *groups, n_rows, n_cols = tensor.shape
+        if has_kernels(tensor):
+            values = np.empty(math.prod(tensor.shape), np.float32)
+            call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+            call(microkernels(tensor.type.name).dequantize)(tensor.data.ctypes.data, values.size, values.ctypes.data)
+        else:
+            values = as_half(gguf, tensor)
+        array = mx.array(values.reshape(-1, n_rows, n_cols)).astype(dtype)
+        mx.eval(array)
+        return cls(array, tensor.nbytes // math.prod(groups))
+
+    def times(self, x: mx.array, expert: int = 0) -> mx.array:
+        """x [n, n_cols] times a group's matrix: [n, n_rows]."""
+        w = self.values[expert : expert + 1].squeeze(0)  # an int as the index would copy
+        return multiply(x, w)
+
+    def times_chosen(self, x: mx.array, experts: mx.array) -> mx.array:
+        """Each row of x times the matrix of its own group: [n, n_rows]. Copies the matrices; meant for few rows."""
+        return multiply(x[:, None], self.values[experts])[:, 0]
+
+
+class Blocks:
+    """Weights as they lie in a GGUF, of a type that kernels.py has a text for."""
+
+    def __init__(self, window: Window, type_name: str, n_groups: int, n_rows: int, n_cols: int, nbytes: int):
+        self.window, self.type_name, self.nbytes = window, type_name, nbytes
+        self.n_groups, self.n_rows, self.n_cols = n_groups, n_rows, n_cols
+        self._place = kernels.place(window.offset, n_rows, n_cols)
+        self._numbers = [mx.array([expert], mx.int32) for expert in range(n_groups)]
+
+    def times(self, x: mx.array, expert: int = 0) -> mx.array:
+        """x [n, n_cols] times a group's matrix: [n, n_rows]."""
+        if len(x) <= FEW:
+            return self._matvec(x, self._numbers[expert], len(x))
+        w = kernels.widen(self.type_name, self.window.array, self._place, self._numbers[expert], self.n_rows, self.n_cols)
+        return multiply(x, w)
+
+    def times_chosen(self, x: mx.array, experts: mx.array) -> mx.array:
+        """Each row of x times the matrix of its own group, which only the device knows: [n, n_rows]."""
+        return self._matvec(x, experts, 1)
+
+    def _matvec(self, x: mx.array, experts: mx.array, tokens: int) -> mx.array:
+        return kernels.matvec(self.type_name, self.window.array, self._place, experts, x, tokens, self.n_rows)
+
+
+def multiply(x: mx.array, w: mx.array) -> mx.array:
+    """x w^T, float32. In float16 each row of x is divided by its largest element before, so that nothing overflows."""
+    w = w.swapaxes(-1, -2)
+    if w.dtype == mx.float32:
+        return x @ w
+    scale = mx.maximum(mx.abs(x).max(-1, keepdims=True), np.finfo(np.float32).tiny)
+    return ((x / scale).astype(w.dtype) @ w).astype(mx.float32) * scale

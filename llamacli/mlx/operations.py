@@ -1,0 +1,125 @@
+"""The order of operations of llama4/layers.py on MLX: each call adds to a graph that is evaluated later.
+
+In: arrays of a batch, caches of its runs. Out: arrays. The residual stream, norms, the router and the product of gate and up
+are float32; keys, values and attention have the cache's type. What each token may see follows from its run: runs end at
+chunk edges, so a run sees its chunk, or everything, and needs no mask beyond the causal one.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from llamacli.cpu.weights import Dense, Layer
+from llamacli.device import Run
+from llamacli.llama4.config import Config
+from llamacli.mlx.matrix import Blocks, Wide
+
+LAZY = 4  # choices of experts up to which the device alone knows them; beyond, they are read back and grouped by expert
+
+
+class Routed(NamedTuple):
+    """The experts that tokens chose, int32 [n, n_experts_used], and their scores, float32 [n, n_experts_used]."""
+
+    experts: mx.array
+    scores: mx.array
+
+
+class Part(NamedTuple):
+    """Activations of the rows (token * n_experts_used + choice) that go through one expert."""
+
+    expert: int
+    rows: mx.array
+    values: mx.array
+
+
+class Operations:
+    """Operations over one batch (llama4.layers.Operations). `chosen` collects each layer's Routed.experts."""
+
+    def __init__(self, config: Config, frequencies: np.ndarray, runs: Sequence[Run], dtype: mx.Dtype):
+        """`frequencies`: radians that each pair of a head turns by per position; angles are computed here, in float64."""
+        self._config, self._runs, self._dtype = config, runs, dtype
+        self.chosen: dict[int, mx.array] = {}
+        self.layer = -1  # the one that is being computed; set by the caller
+        positions = np.concatenate([np.arange(run.cache.pos, run.cache.pos + run.n, dtype=np.float64) for run in runs])
+        angles = positions[:, None, None] * frequencies
+        self._cos, self._sin = mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
+        scales = np.ones(len(positions))
+        if config.temperature_length:
+            scales += config.temperature_scale * np.log1p(np.floor((positions + 1) / config.temperature_length))
+        self._temperature = mx.array(scales.astype(np.float32))[:, None, None]
+
+    def norm(self, x: mx.array, w: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, w, self._config.rms_eps)
+
+    def qkv(self, h: mx.array, w: Layer) -> tuple[mx.array, mx.array, mx.array]:
+        heads = (-1, self._config.head_dim)
+        return tuple(m.times(h).reshape(len(h), *heads) for m in (w.attn_q, w.attn_k, w.attn_v))
+
+    def attend(self, i: int, q, k, v, *, rotate: bool, norm: bool, temperature: bool, chunk: int) -> mx.array:
+        if rotate:
+            q, k = self._rotated(q), self._rotated(k)
+        if norm:
+            q, k = (mx.fast.rms_norm(a, None, self._config.rms_eps) for a in (q, k))
+        if temperature:
+            q = q * self._temperature
+        first, out = 0, []
+        for run in self._runs:
+            rows = slice(first, first + run.n)
+            keys, values = run.cache.append(i, k[rows].swapaxes(0, 1), v[rows].swapaxes(0, 1))
+            out.append(
+                mx.fast.scaled_dot_product_attention(
+                    q[rows].swapaxes(0, 1)[None].astype(keys.dtype),
+                    keys[None],
+                    values[None],
+                    scale=self._config.head_dim**-0.5,
+                    mask="causal" if run.n > 1 else None,  # of the last n positions, whatever came before
+                )[0].swapaxes(0, 1)
+            )
+            first += run.n
+        joined = out[0] if len(out) == 1 else mx.concatenate(out)
+        return joined.reshape(first, -1).astype(mx.float32)
+
+    def _rotated(self, x: mx.array) -> mx.array:
+        """Neighbouring elements of each head turned as pairs; x [n, n_heads, head_dim]."""
+        a, b = x[..., ::2], x[..., 1::2]
+        turned = mx.stack([a * self._cos - b * self._sin, a * self._sin + b * self._cos], -1)
+        return turned.reshape(x.shape)
+
+    def add_matmul(self, x: mx.array, h: mx.array, w: Blocks | Wide) -> mx.array:
+        return x + w.times(h)
+
+    def gate_up(self, h: mx.array, w: Dense) -> mx.array:
+        return _swiglu(w.gate.times(h), w.up.times(h))
+
+    def route(self, h: mx.array, w: Wide) -> Routed:
+        logits, k = w.times(h), self._config.n_experts_used
+        best = mx.argmax(logits, -1, keepdims=True) if k == 1 else mx.argpartition(-logits, k - 1, -1)[:, :k]
+        routed = Routed(best.astype(mx.int32), mx.sigmoid(mx.take_along_axis(logits, best, -1)))
+        self.chosen[self.layer] = routed.experts
+        return routed
+
+    def expert_gate_up(self, h: mx.array, w: Dense, routed: Routed) -> mx.array | list[Part]:
+        k, scores = self._config.n_experts_used, routed.scores.reshape(-1, 1)
+        if routed.experts.size <= LAZY:
+            rows, experts = mx.repeat(h, k, 0), routed.experts.reshape(-1)
+            return _swiglu(scores * w.gate.times_chosen(rows, experts), scores * w.up.times_chosen(rows, experts))
+        flat, parts = np.array(routed.experts).reshape(-1), []
+        for e in np.unique(flat).tolist():
+            rows = mx.array(np.flatnonzero(flat == e))
+            x, score = h[rows // k], scores[rows]
+            parts.append(Part(e, rows, _swiglu(score * w.gate.times(x, e), score * w.up.times(x, e))))
+        return parts
+
+    def add_expert_matmul(self, x: mx.array, h: mx.array | list[Part], w: Blocks | Wide, routed: Routed) -> mx.array:
+        k = self._config.n_experts_used
+        if isinstance(h, mx.array):
+            return x + w.times_chosen(h, routed.experts.reshape(-1)).reshape(len(x), k, -1).sum(1)
+        for part in h:
+            x = x.at[part.rows // k].add(w.times(part.values, part.expert))
+        return x
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up

@@ -1,0 +1,167 @@
+"""A stage on MLX: the last layers of a model and its head, on the GPU.
+
+In: the residual stream, and caches. Out: the stream, or logits. One token is one graph, evaluated once, when its logits are
+asked for; longer batches are evaluated layer by layer, which bounds their memory and lets Ctrl-C be heard. Weights stay as they
+lie in the file where kernels read them; on a machine without a GPU they are widened when they are loaded.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import mlx.core as mx
+import numpy as np
+
+from llamacli.cpu.weights import Experts, Layer, Weights, assemble, conversion_notices
+from llamacli.device import Run
+from llamacli.errors import UsageError
+from llamacli.files.gguf import GGUF, Tensor
+from llamacli.llama4 import layers as llama4
+from llamacli.llama4.config import Config
+from llamacli.mlx import kernels, memory, runtime
+from llamacli.mlx.cache import MlxCache
+from llamacli.mlx.matrix import Blocks, Wide
+from llamacli.mlx.operations import Operations
+
+LOGITS_BATCH = 64  # rows of logits made at a time
+
+
+class MlxStage:
+    """`layers` of a model and, with `heads`, its head (see device.Stage); never the embedding."""
+
+    def __init__(self, gguf: GGUF, config: Config, layers: range, *, heads: bool = True, dtype: mx.Dtype | None = None):
+        """`dtype`: of keys, values, attention and widened weights; None: float16 on a GPU, float32 without one."""
+        here = runtime.start()
+        self.layers, self._config, self._heads, self._path = layers, config, heads, gguf.path
+        self.timings: Counter | None = None
+        self.follow: Callable[[float], None] | None = None
+        self._blocks = kernels.dialect() is not None  # whether kernels read blocks here
+        self._device = mx.gpu if here.gpu else mx.cpu
+        self._adopts = here.gpu == "Metal"
+        self._dtype = dtype or (mx.float16 if here.gpu else mx.float32)
+        self._converted: list[str] = []
+        self._windows: list[memory.Window] = []
+        self._stopped = False
+        self._chosen: dict[int, mx.array] = {}
+        self._pending: list[mx.array] = []  # keys and values that the last call wrote
+        with runtime.translated(gguf.path), mx.stream(self._device):
+            self._weights: Weights = assemble(
+                gguf, config, lambda tensor: self._matrix(gguf, tensor), layers, embedding=False, head=heads
+            )
+            self._norms = [[mx.array(norm) for norm in (w.attn_norm, w.ffn_norm)] for w in self._weights.layers]
+            self._output_norm = mx.array(self._weights.output_norm) if heads else None
+        self._frequencies = config.frequencies(self._weights.rope_freqs)
+        used = [(m, times) for w in self._weights.layers for m, times in _used(w, config)]
+        self.products_per_token = sum(m.n_rows * m.n_cols * times for m, times in used)
+        self.bytes_per_token = sum(m.nbytes * times for m, times in [*used, *([(self._weights.output, 1)] if heads else [])])
+        self.notices = [*self._notices(here), *conversion_notices(self._converted), *self._weights.notices]
+
+    def _matrix(self, gguf: GGUF, tensor: Tensor) -> Blocks | Wide:
+        *groups, n_rows, n_cols = tensor.shape
+        n_groups = groups[0] if groups else 1
+        router = tensor.name.endswith("ffn_gate_inp.weight")
+        if self._blocks and not router and kernels.fits(tensor.type.name, n_cols):
+            found = memory.window(tensor, self._adopts)
+            self._windows.append(found)
+            return Blocks(found, tensor.type.name, n_groups, n_rows, n_cols, tensor.nbytes // n_groups)
+        if self._blocks and not router:
+            self._converted.append(f"{tensor.name} ({tensor.type.name})")
+        exact = router or self._dtype == mx.float32
+        return Wide.of(gguf, tensor, mx.float32 if exact else mx.float16)
+
+    def _notices(self, here: runtime.Runtime) -> list[str]:
+        """What the device is, and where its weights are."""
+        count = f"{len(self.layers)} of {self._config.n_layers} layers"
+        if not here.gpu:
+            return [f"{here}: {count} run on MLX's CPU build, with widened weights; it is slower than --device cpu"]
+        copied = sum(window.array.nbytes for window in self._windows if not window.adopted)
+        how = f"{copied / 1e9:.2f} GB of weights were copied to the GPU" if copied else "weights used where the file is mapped"
+        return [f"{here}: {count} run on the GPU, {how}"]
+
+    def new_cache(self, ctx: int) -> MlxCache:
+        """An empty cache for at most `ctx` tokens."""
+        with runtime.translated(self._path), mx.stream(self._device):
+            return MlxCache(self._config, ctx, self.layers, self._dtype)
+
+    def forward(self, x: np.ndarray, runs: Sequence[Run]) -> mx.array:
+        """The stream after the layers, float32 [n, n_embd]; of a single token not yet evaluated, if `logits` follows.
+
+        NumPy evaluates it when it is read. KeyboardInterrupt after `interrupt`.
+        """
+        lazy = len(x) == 1 and self._heads
+        with runtime.translated(self._path), mx.stream(self._device):
+            x = mx.array(x)
+            ops = Operations(self._config, self._frequencies, runs, self._dtype)
+            for i, weights, norms in zip(self.layers, self._weights.layers, self._norms, strict=True):
+                began = perf_counter()
+                ops.layer = i
+                x = llama4.layer(ops, self._config, i, weights._replace(attn_norm=norms[0], ffn_norm=norms[1]), x)
+                if not lazy or self.timings is not None:
+                    mx.eval(x)
+                if self.timings is not None:
+                    self.timings[i, "layer"] += perf_counter() - began
+                if self._stopped:
+                    raise KeyboardInterrupt
+                if self.follow and not lazy:
+                    self.follow((i + 1 - self.layers.start) / len(self.layers))
+        self._chosen = ops.chosen
+        self._pending = [side for run in runs for i in self.layers for side in run.cache.arrays(i)]
+        return x
+
+    def logits(self, x: mx.array | np.ndarray, first: int = 0) -> np.ndarray:
+        """Logits of the rows x[first:] of the stream, float32 [len(x) - first, n_vocab]."""
+        with runtime.translated(self._path), mx.stream(self._device):
+            began = perf_counter()
+            h = mx.fast.rms_norm(mx.array(x)[first:], self._output_norm, self._config.rms_eps)
+            parts = [self._weights.output.times(h[row : row + LOGITS_BATCH]) for row in range(0, len(h), LOGITS_BATCH)]
+            mx.eval(parts, self._pending)
+            if self.timings is not None:
+                self.timings[None, "output"] += perf_counter() - began
+        if self._stopped:
+            raise KeyboardInterrupt
+        return np.concatenate([np.array(part) for part in parts])
+
+    def chosen(self, n: int) -> np.ndarray:
+        """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]; 0 in dense layers."""
+        found = np.zeros((len(self.layers), n * self._config.n_experts_used), np.int64)
+        for i, experts in self._chosen.items():
+            found[i - self.layers.start] = np.array(experts).reshape(-1)
+        return found
+
+    def interrupt(self) -> None:
+        """Have the call that another thread is in end after its layer, or its token; it raises KeyboardInterrupt."""
+        self._stopped = True
+
+    def resume(self) -> None:
+        """Forget an interrupt."""
+        self._stopped = False
+
+    def shrink(self, nbytes: int) -> int:
+        """0: nothing here can be read again."""
+        return 0
+
+    def watch(self) -> list:
+        """UsageError: inputs of products are summed up on the CPU only."""
+        raise UsageError("expected all layers on the CPU, found some on the GPU; use --device cpu for this")
+
+    def take_io_stats(self) -> None:
+        """None: nothing is fetched."""
+
+    def after_fork(self) -> None:
+        """In a forked child: a GPU's queues are the parent's."""
+        self._forked = True
+
+    def close(self) -> None:
+        """Drop weights and what MLX keeps of freed memory."""
+        self._weights = self._norms = self._output_norm = self._chosen = self._pending = None
+        self._windows = []
+        mx.clear_cache()
+
+
+def _used(w: Layer, config: Config) -> list[tuple[Blocks | Wide, int]]:
+    """The matrices of a layer, each with how often one token goes through (one of) it."""
+    found = [(m, 1) for m in (w.attn_q, w.attn_k, w.attn_v, w.attn_output)]
+    if not isinstance(w.ffn, Experts):
+        return found + [(m, 1) for m in w.ffn]
+    found += [(m, 1) for m in (w.ffn.gate_inp, *w.ffn.shexp)]
+    return found + [(m, config.n_experts_used) for m in w.ffn.exps]

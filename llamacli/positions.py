@@ -1,0 +1,71 @@
+"""Which positions of a sequence the layers of a stage hold: the part of a KV cache that is the same on every device.
+
+In: a Config, a limit, layers. Out: `Positions`, from which caches derive. A chunked layer keeps at most one chunk (a ring,
+slot = position mod chunk); a global layer keeps everything.
+"""
+
+from llamacli.errors import ContextFullError
+from llamacli.llama4.config import Config
+
+
+class Positions:
+    """Positions 0 to `pos` - 1 are held, at most `ctx`; derived classes keep the keys and values (see device.Cache)."""
+
+    def __init__(self, config: Config, ctx: int, layers: range | None = None):
+        """`layers`: those of the stage; None: all."""
+        self.layers = range(config.n_layers) if layers is None else layers
+        self.ctx, self.pos = ctx, 0
+        self._newest = -1  # the highest position that may ever have been written; survives truncation and interrupts
+        self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in self.layers]
+
+    def _claim(self, n: int) -> int:
+        """`n` more positions will be written; returns the number then held. ContextFullError past ctx."""
+        need = self.pos + n
+        if need > self.ctx:
+            raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
+        if n:
+            self._newest = need - 1
+        return need
+
+    def truncate(self, pos: int) -> int:
+        """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
+
+        A ring holds only the chunk that was last written to, even if its tokens have been forgotten since. To go back into an
+        older one, its tokens must be evaluated again from its start.
+        """
+        pos = max(0, min(pos, self.pos))
+        chunk = max(self._chunks, default=0)
+        if chunk and pos < self.pos and max(self.pos - 1, self._newest) // chunk != pos // chunk:
+            pos = pos // chunk * chunk
+        self.pos = pos
+        return pos
+
+    def held(self, layer: int) -> range:
+        """Positions of a layer that can be exported: all, or those of the chunk that was last written to."""
+        chunk = self._chunks[self.layers.index(layer)]
+        if not chunk or not self.pos:
+            return range(self.pos)
+        start = max(self.pos - 1, self._newest) // chunk * chunk
+        return range(min(start, self.pos), self.pos)
+
+    def _held_slots(self, layer: int, start: int, end: int) -> slice:
+        """Slots of positions start to end - 1; ValueError if the layer no longer holds one of them."""
+        held = self.held(layer)
+        if start < end and not (held.start <= start and end <= held.stop):
+            raise ValueError(f"layer {layer} holds positions {held.start} to {held.stop - 1}, not {start} to {end - 1}")
+        return self._slots(layer, start, end)
+
+    def _slots(self, layer: int, start: int, end: int) -> slice:
+        """Slots of positions start to end - 1; ValueError if they are not of one chunk."""
+        chunk = self._chunks[self.layers.index(layer)]
+        if chunk and start < end and start // chunk != (end - 1) // chunk:
+            raise ValueError(f"positions {start} to {end - 1} of layer {layer} are not of one chunk")
+        first = start % chunk if chunk else start
+        return slice(first, first + end - start)
+
+    def _capacity(self, layer: int, held: int, need: int) -> int:
+        """Slots that a layer with `held` of them should have for `need` positions: twice as many, at most what it can use."""
+        chunk = self._chunks[self.layers.index(layer)]
+        if held >= need or (chunk and held == chunk):
+            return held
+        return min(max(need, 2 * held, 256), chunk or self.ctx, self.ctx)

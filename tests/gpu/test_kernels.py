@@ -1,0 +1,106 @@
+"""The block kernels, compiled as C++, against gguf-py's values: every type, place, expert and number of rows."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+mx = pytest.importorskip("mlx.core")
+cpp = pytest.importorskip("cpp")
+
+from llamacli.files.ggml import BY_NAME  # noqa: E402
+from llamacli.mlx import kernels  # noqa: E402
+from llamacli.mlx.blocks import FORMATS  # noqa: E402
+
+pytestmark = pytest.mark.skipif(cpp.COMPILER is None, reason="needs a C++ compiler")
+
+N_EXPERTS, N_ROWS, N_COLS = 3, 13, 1536  # rows that no group of rows divides; more pieces than lanes
+NEAR = 2e-6  # float32 sums against float64
+HEADS = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0]}
+HEADS |= {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+
+
+@pytest.fixture(autouse=True)
+def as_cpp(monkeypatch):
+    monkeypatch.setattr(kernels, "dialect", cpp.dialect)
+    kernels._kernel.cache_clear()
+    yield
+    kernels._kernel.cache_clear()
+
+
+def stored(name, offset, n_cols=N_COLS):
+    """Bytes of N_EXPERTS random matrices from byte `offset` on, as a window; and their weights in float64 by gguf-py."""
+    kind, random = BY_NAME[name], np.random.RandomState(len(name) + offset)
+    shape = N_EXPERTS, N_ROWS, n_cols
+    if name in HEADS:
+        raw = random.randint(0, 256, (N_EXPERTS * N_ROWS * n_cols // kind.block, kind.nbytes)).astype(np.uint8)
+        for at in HEADS[name]:
+            raw[:, at : at + 2] = random.uniform(-1.5, 1.5, (len(raw), 1)).astype(np.float16).view(np.uint8)
+    else:
+        raw = quantize(random.standard_normal(shape).astype(np.float32), GGMLQuantizationType[name]).view(np.uint8)
+    weights = dequantize(raw.reshape(N_EXPERTS * N_ROWS, -1), GGMLQuantizationType[name]).astype(np.float64).reshape(shape)
+    window = np.full((offset + raw.size + 4095) // 4096 * 4096, 0xAA, np.uint8)
+    window[offset : offset + raw.size] = raw.reshape(-1)
+    return mx.array(window.reshape(-1, 4096)), weights
+
+
+def difference(found, expected):
+    return np.abs(np.array(found) - expected).max() / np.abs(expected).max()
+
+
+def product(name, window, offset, experts, x, tokens, n_cols=N_COLS):
+    where = kernels.place(offset, N_ROWS, n_cols)
+    return kernels.matvec(name, window, where, mx.array(experts, mx.int32), mx.array(x), tokens, N_ROWS)
+
+
+@pytest.mark.parametrize("offset", [0, 2, 4094, 5030])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_times_each_expert_at_any_place(name, offset):
+    window, weights = stored(name, offset)
+    x = np.random.RandomState(1).standard_normal((1, N_COLS)).astype(np.float32)
+    for expert in range(N_EXPERTS):
+        found = product(name, window, offset, [expert], x, 1)
+        assert difference(found, x @ weights[expert].T) <= NEAR
+        assert difference(found, x @ weights[expert - 1].T) > 0.1  # another expert's result is far off
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 8])
+@pytest.mark.parametrize("name", FORMATS)
+def test_several_rows_at_a_time_give_what_each_gives_alone(name, tokens):
+    window, weights = stored(name, 64)
+    x = np.random.RandomState(2).standard_normal((tokens, N_COLS)).astype(np.float32)
+    found = product(name, window, 64, [1], x, tokens)
+    assert found.shape == (tokens, N_ROWS)
+    assert difference(found, x @ weights[1].T) <= NEAR
+
+
+@pytest.mark.parametrize("experts", [[2], [0, 2], [1, 0, 2, 1], [2, 2, 1, 0, 0, 1, 2, 0, 1]], ids=len)
+def test_rows_with_an_expert_each_go_through_their_own(experts):
+    window, weights = stored("Q6_K", 96)
+    x = np.random.RandomState(3).standard_normal((len(experts), N_COLS)).astype(np.float32)
+    expected = np.stack([row @ weights[e].T for row, e in zip(x, experts, strict=True)])
+    assert difference(product("Q6_K", window, 96, experts, x, 1), expected) <= NEAR
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if BY_NAME[name].block <= 32])
+def test_rows_need_not_be_whole_superblocks(name):
+    window, weights = stored(name, 32, n_cols=96)
+    x = np.random.RandomState(4).standard_normal((1, 96)).astype(np.float32)
+    assert difference(product(name, window, 32, [2], x, 1, n_cols=96), x @ weights[2].T) <= NEAR
+
+
+@pytest.mark.parametrize("offset", [0, 4094])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_widened_matrix_is_gguf_pys_rounded_to_float16(name, offset):
+    window, weights = stored(name, offset)
+    where = kernels.place(offset, N_ROWS, N_COLS)
+    for expert in range(N_EXPERTS):
+        found = kernels.widen(name, window, where, mx.array([expert], mx.int32), N_ROWS, N_COLS)
+        assert found.dtype == mx.float16
+        np.testing.assert_allclose(np.array(found), weights[expert].astype(np.float16), rtol=2e-3, atol=1e-6)
+
+
+def test_the_types_that_the_cpu_computes_with_have_texts():
+    from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
+
+    assert set(FORMATS) == {*QUANTIZED, *FLOATS}
