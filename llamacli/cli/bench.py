@@ -27,7 +27,6 @@ from llamacli.cli.options import (
     one_model,
 )
 from llamacli.errors import OutputError, UsageError
-from llamacli.plan.machine import memory_free
 
 LONGEST = 1 << 24  # tokens
 
@@ -172,6 +171,7 @@ def _value(record: dict) -> float:
 
 def _check_room(config, longest: int) -> None:
     from llamacli.cpu.kvcache import nbytes
+    from llamacli.plan.machine import memory_free
 
     need, free = nbytes(config, longest), memory_free()
     if need > free:
@@ -184,6 +184,7 @@ def _check_room(config, longest: int) -> None:
 def _peers(model, measure, longest: int):
     """llama.cpp as it is, which keeps a rearranged copy of the weights, where memory holds one; and without that."""
     from llamacli.bench.peer import Peer
+    from llamacli.plan.machine import memory_free
 
     ids = measure.tokens(model, longest)
     for repack in (True, False) if memory_free() > 2 * model.gguf.nbytes else (False,):
@@ -281,6 +282,8 @@ def _show_profiles(records: list[dict], console) -> None:
 
 
 def _show_whole(records: list[dict], name: str, layers: int, console) -> None:
+    from llamacli.plan.machine import memory_free
+
     rows = [(r["test"], rate(r["whole_model"]["tokens_per_second"])) for r in records if "whole_model" in r]
     whole, free = records[0]["whole_model"], memory_free()
     fits = ", which fits" if whole["weights_bytes"] < free else ", more than that: its disk will decide"

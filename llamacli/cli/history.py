@@ -5,7 +5,7 @@ In: an action and its argument. Out: text, JSON or Markdown on stdout.
 
 import json
 import sys
-from datetime import datetime
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -120,4 +120,4 @@ def _name(chat: "StoredChat") -> str:
 
 
 def _when(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))

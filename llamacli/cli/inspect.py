@@ -16,7 +16,6 @@ from llamacli.cli.options import Json, ModelName, Output, find_model, model_name
 from llamacli.cli.routing import show_routing
 from llamacli.errors import LlamacliError, UsageError
 from llamacli.llama4.tensors import Role, role_of
-from llamacli.plan.machine import memory_free
 
 CONTEXTS = (4096, 8192, 32768, 131072, 1048576)
 
@@ -172,6 +171,8 @@ def _show(r: dict, console) -> None:
     if not r["runnable"]:
         console.result(f"\nThis file cannot be run: {r['why_not']}")
         return
+    from llamacli.plan.machine import memory_free
+
     weights, free = r["memory"]["weights_bytes"], memory_free()
     rows = []
     for kv in r["memory"]["kv"]:

@@ -19,7 +19,6 @@ from llamacli.cli.grammar import OTHER, Given, argument, option
 from llamacli.cli.options import Generation, Json, Output, checked, is_model, read_file, read_stdin, stdin_is_piped
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.errors import OutputError, UsageError
-from llamacli.plan.machine import resident_words
 
 REASONS = {
     "stop": "complete",
@@ -280,6 +279,8 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
 
 def describe_io(io, tokens: int, seconds: float) -> str:
     """What the answer's tokens asked of the disk."""
+    from llamacli.plan.machine import resident_words
+
     asked = io.hits + io.misses
     megabytes, wait = io.bytes_read / tokens / 1e6, 1000 * io.stall_s / tokens
     speed = f" at {io.bytes_read / io.reading_s / 1e9:.1f} GB/s" if io.reading_s else ""

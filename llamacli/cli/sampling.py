@@ -63,7 +63,7 @@ def _option(name: str) -> tuple[str, object, dataclasses.Field]:
     return name, Annotated[type(default) | None, spec], dataclasses.field(default=None)
 
 
-_Numbers = dataclasses.make_dataclass("_Numbers", [_option(name) for name in HELP])
+_Numbers = dataclasses.make_dataclass("_Numbers", [_option(name) for name in HELP], eq=False, repr=False)
 
 
 class Mirostat(StrEnum):

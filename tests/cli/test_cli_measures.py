@@ -73,7 +73,7 @@ def test_bench_json_has_a_record_for_prefill_and_one_for_decode(measured, capfd)
 
 def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_path, monkeypatch):
     (tmp_path / "old.json").write_text("[1]")
-    monkeypatch.setattr(bench, "memory_free", lambda: 10**6)
+    monkeypatch.setattr("llamacli.plan.machine.memory_free", lambda: 10**6)
     for args, code, word in (
         (["-p", "0", "-n", "0"], 2, "nothing to measure"),
         (["-p", "12,x"], 2, "512,4096"),
