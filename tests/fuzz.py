@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import checkpoint
 import numpy as np
-from gguf_bytes import file, info, pair
+from gguf_bytes import llama4
 
 from llamacli.cli.console import one_line
 from llamacli.errors import LlamacliError
@@ -86,7 +86,7 @@ def kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
         return Kind(folder, path.read_bytes(), path, read, name.endswith(".json"))
 
     return {
-        "gguf": lambda: Kind(folder, model(), folder / "x.gguf", lambda: read_model(folder / "x.gguf")),
+        "gguf": lambda: Kind(folder, llama4(), folder / "x.gguf", lambda: read_model(folder / "x.gguf")),
         "imatrix": lambda: Kind(folder, imatrix(), folder / "x.imatrix", lambda: read_imatrix(folder / "x.imatrix")),
         "imatrix-gguf": lambda: Kind(
             folder, imatrix_gguf(folder / "s.gguf"), folder / "x.gguf", lambda: read_imatrix(folder / "x.gguf")
@@ -106,25 +106,6 @@ def read_model(path: Path) -> None:
         assert len(tensor.read()) == tensor.nbytes
     Config.from_gguf(found)
     Tokenizer.from_gguf(found).encode("hello <|eot|> wörld", special=True)
-
-
-def model() -> bytes:
-    """The head of a small Llama 4, and one tensor."""
-    counts = {"block_count": 4, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
-              "feed_forward_length": 64, "expert_feed_forward_length": 32, "expert_count": 4, "expert_used_count": 1,
-              "interleave_moe_layer_step": 1, "context_length": 1024}  # fmt: skip
-    tokens = [*checkpoint.byte_alphabet(), "ab", "<|begin_of_text|>", "<|eot|>"]
-    pairs = [
-        pair("general.architecture", "string", "llama4"),
-        *(pair(f"llama4.{key}", "u32", count) for key, count in counts.items()),
-        pair("llama4.attention.layer_norm_rms_epsilon", "f32", 1e-5),
-        pair("tokenizer.ggml.model", "string", "gpt2"),
-        pair("tokenizer.ggml.tokens", "array", ("string", tokens)),
-        pair("tokenizer.ggml.token_type", "array", ("i32", [1] * (len(tokens) - 2) + [3, 3])),
-        pair("tokenizer.ggml.merges", "array", ("string", ["a b"])),
-        pair("tokenizer.ggml.bos_token_id", "u32", len(tokens) - 2),
-    ]
-    return file(pairs, [info("token_embd.weight", (32, len(tokens)), kind=1)], bytes(64 * len(tokens)))
 
 
 def imatrix() -> bytes:

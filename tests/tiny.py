@@ -11,16 +11,16 @@ import numpy as np
 from gguf.quants import quantize
 
 SPECIALS = ("begin_of_text", "end_of_text", "header_start", "header_end", "eom", "eot", "finetune_right_pad")
-# random blocks: size, offset of the scale, offset of the minimum's scale, spread of a block of scale 1, its mean in minima
+# random blocks: offset of the scale, offset of the minimum's scale, spread of a block of scale 1, its mean in minima
 _BLOCKS = {
-    "Q2_K": (84, 80, 82, 11.0, 1.5),
-    "Q3_K": (110, 108, None, 42.0, 0.0),
-    "Q4_K": (144, 0, 2, 190.0, 7.5),
-    "Q5_K": (176, 0, 2, 390.0, 15.5),
-    "Q6_K": (210, 208, None, 1350.0, 0.0),
-    "IQ4_NL": (18, 0, None, 70.0, 0.0),
-    "IQ4_XS": (136, 0, None, 1270.0, 0.0),
-    "IQ3_S": (110, 0, None, 130.0, 0.0),
+    "Q2_K": (80, 82, 11.0, 1.5),
+    "Q3_K": (108, None, 42.0, 0.0),
+    "Q4_K": (0, 2, 190.0, 7.5),
+    "Q5_K": (0, 2, 390.0, 15.5),
+    "Q6_K": (208, None, 1350.0, 0.0),
+    "IQ4_NL": (0, None, 70.0, 0.0),
+    "IQ4_XS": (0, None, 1270.0, 0.0),
+    "IQ3_S": (0, None, 130.0, 0.0),
 }
 
 
@@ -91,10 +91,11 @@ def tensors(seed=0, **shape):
 
 def blocks(values, type_name, random):
     """`values` as bytes of a type; for the types that gguf-py cannot write, sane random blocks of the same spread instead."""
+    kind = gguf.GGMLQuantizationType[type_name]
     if type_name not in _BLOCKS:
-        return quantize(values, gguf.GGMLQuantizationType[type_name])
-    nbytes, scale_at, min_at, spread, mean = _BLOCKS[type_name]
-    weights = 32 if type_name == "IQ4_NL" else 256
+        return quantize(values, kind)
+    weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    scale_at, min_at, spread, mean = _BLOCKS[type_name]
     raw = random.randint(0, 256, (values.size // weights, nbytes), np.uint8)
     scales = (values.std() / spread * random.uniform(0.5, 1.5, len(raw))).astype(np.float16)
     raw[:, scale_at : scale_at + 2] = scales.view(np.uint8).reshape(-1, 2)

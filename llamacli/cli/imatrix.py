@@ -11,12 +11,12 @@ from typing import Annotated
 
 from llamacli.cli.options import (
     Json,
+    ModelAndText,
     ModelName,
     Output,
     TextFile,
     Threads,
     Window,
-    argument,
     find_model,
     load_model,
     model_and_text,
@@ -31,9 +31,7 @@ MOST_PART = 20  # but at most one part in so many is spent on writing
 
 def imatrix(
     out: Annotated[str, option("-o", "--output", metavar="OUT", help="The file to write.")],
-    words: Annotated[
-        list[str] | None, argument("[MODEL] [TEXTFILE]", "The model and the text, as after -m and -f.", complete="file")
-    ] = None,
+    words: ModelAndText = None,
     model: ModelName = None,
     file: TextFile = None,
     ctx: Window = 512,

@@ -37,6 +37,7 @@ __all__ = [  # what commands take from here, wherever it is defined
     "Given",
     "Json",
     "Memory",
+    "ModelAndText",
     "ModelName",
     "Output",
     "TextFile",
@@ -142,6 +143,9 @@ Memory = Annotated[
 ]
 Json = Annotated[bool, option("--json", group=OTHER, help="Print JSON.")]
 TextFile = Annotated[str | None, option("-f", "--file", metavar="FILE", group="Text", help="The text, UTF-8; - is stdin.")]
+ModelAndText = Annotated[
+    list[str] | None, argument("[MODEL] [TEXTFILE]", "The model and the text, as after -m and -f.", complete="file")
+]
 Window = Annotated[
     int, option("-c", "--ctx", metavar="N", aliases=("--ctx-size",), least=8, tokens=True, help="Tokens of a window (512).")
 ]

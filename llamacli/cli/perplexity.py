@@ -5,10 +5,11 @@ import os
 from typing import Annotated
 
 from llamacli.cli.console import rate
-from llamacli.cli.grammar import argument, option
+from llamacli.cli.grammar import option
 from llamacli.cli.options import (
     Json,
     Memory,
+    ModelAndText,
     ModelName,
     Output,
     TextFile,
@@ -24,9 +25,7 @@ from llamacli.errors import UsageError
 
 
 def perplexity(
-    words: Annotated[
-        list[str] | None, argument("[MODEL] [TEXTFILE]", "The model and the text, as after -m and -f.", complete="file")
-    ] = None,
+    words: ModelAndText = None,
     model: ModelName = None,
     file: TextFile = None,
     ctx: Window = 512,

@@ -12,7 +12,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_bytes import file, info, pair, string
+from gguf_bytes import file, info, llama4, pair, string
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -452,26 +452,6 @@ def peak_of(path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     return peak
-
-
-def llama4():
-    """A small header with all that Config and Tokenizer read, so that mutations get past the first checks."""
-    counts = {"block_count": 4, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
-              "feed_forward_length": 64, "expert_feed_forward_length": 32, "expert_count": 4, "expert_used_count": 1,
-              "interleave_moe_layer_step": 1, "context_length": 1024}  # fmt: skip
-    letters = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 324)]]
-    tokens = [*letters, "ab", "<|begin_of_text|>", "<|eot|>"]
-    pairs = [
-        pair("general.architecture", "string", "llama4"),
-        *(pair(f"llama4.{key}", "u32", count) for key, count in counts.items()),
-        pair("llama4.attention.layer_norm_rms_epsilon", "f32", 1e-5),
-        pair("tokenizer.ggml.model", "string", "gpt2"),
-        pair("tokenizer.ggml.tokens", "array", ("string", tokens)),
-        pair("tokenizer.ggml.token_type", "array", ("i32", [1] * (len(tokens) - 2) + [3, 3])),
-        pair("tokenizer.ggml.merges", "array", ("string", ["a b"])),
-        pair("tokenizer.ggml.bos_token_id", "u32", len(tokens) - 2),
-    ]
-    return file(pairs, [info("token_embd.weight", (32, len(tokens)), kind=1)], bytes(64 * len(tokens)))
 
 
 LLAMA4 = llama4()
