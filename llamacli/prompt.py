@@ -55,7 +55,9 @@ def tokens(prompt: Iterable[int | FeatureRow | Features | Sequence[int]]) -> lis
         raise PromptError("expected token ids or features, found text: encode it first")
     found: list[Token] = []
     for part in prompt:
-        if isinstance(part, Features):
+        if type(part) is int:  # nearly all of them; to ask for a protocol costs microseconds
+            found.append(part)
+        elif isinstance(part, Features):
             if np.ndim(part.rows) != 2:
                 raise PromptError(f"expected a matrix of features, found {np.ndim(part.rows)} dimensions")
             rows = np.ascontiguousarray(part.rows, np.float32)

@@ -38,7 +38,7 @@ CONFIG = SimpleNamespace(
 
 
 class FakeTokenizer:
-    bos, eos, n_vocab = BOS, EOT, N_VOCAB
+    bos, eos, n_vocab, most_bytes = BOS, EOT, N_VOCAB, 1
     stop_ids = frozenset({EOT, EOM})
     hidden_ids = np.array([BOS, HEADER, RESERVED])
 

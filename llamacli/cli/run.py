@@ -88,6 +88,9 @@ def run(
     began = time.perf_counter()
     model = options.load(console)
     load_s = time.perf_counter() - began
+    from llamacli.session import check_length  # late: it imports NumPy, and help does not
+
+    check_length(len(text.encode()) // model.tokenizer.most_bytes, model.ctx, " or more")
     if raw:
         ids = model.tokenizer.encode(text, bos=True, special=False)
     else:

@@ -3,6 +3,7 @@
 All run over the miniature model of fakes.py, whose answers and pace are known; test_end_to_end.py starts the real thing.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -188,7 +189,7 @@ def test_run_at_a_full_context_says_so(model, capfd):
         (["-f", "/nonexistent", "hi"], 1, "/nonexistent"),
         (["broken \udcff"], 1, "UTF-8"),
         (["-s", "broken \udcff", "hi"], 1, "--system"),
-        (["x" * 5000], 1, "5005 tokens, the context holds 4096: shorten it or use -c 6144"),
+        (["x" * 4095], 1, "4100 tokens, the context holds 4096: shorten it or use -c 5120"),
     ],
 )
 def test_what_cannot_be_obeyed_is_one_line_on_stderr(model, capfd, args, code, words):
@@ -301,6 +302,32 @@ def test_a_pipe_that_does_not_wait_is_read_to_its_end(first):
         while part := inputs._some(stream):
             parts.append(part)
     assert options.decoded(b"".join(parts), "stdin") == ("Hello, " if first else "") + "world"
+
+
+def test_text_that_fills_any_context_is_refused_before_it_is_read_to_its_end():
+    reader, writer = os.pipe()
+    with start("run", "-c", "64", stdin=reader) as process:
+        os.close(reader)
+        wrote = 0
+        with contextlib.suppress(BrokenPipeError):
+            while wrote < 100 << 20:
+                wrote += os.write(writer, b"y\n" * 8192)
+        os.close(writer)
+        assert b"stdin: expected at most 32768 bytes" in process.stderr.read()
+    assert process.returncode == 1 and wrote < 1 << 20
+
+
+@pytest.mark.parametrize("name", ["-f", "--system-file"])
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_a_file_without_end_is_refused_too(model, capfd, name):
+    assert main(["run", name, "/dev/zero", "hi"]) == 1
+    assert "/dev/zero: expected at most" in capfd.readouterr().err
+
+
+def test_a_text_too_long_is_refused_before_it_becomes_tokens(model, capfd, monkeypatch):
+    monkeypatch.setattr(model, "prompt_ids", None)
+    assert main(["run", "y" * 5000]) == 1
+    assert "5000 tokens or more, the context holds 4096" in capfd.readouterr().err
 
 
 def test_no_stdin_leaves_stdin_to_the_loop_around():
