@@ -84,13 +84,16 @@ class Model:
         memory: int | None = None,
         experts: str = "auto",
         logits_rows: int = 0,
+        device: str = "cpu",
+        gpu_layers: int | None = None,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
         `memory`: bytes that the process will stay below (None: what the machine has free, less a reserve). `experts`: "mapped",
         used where they lie in the file; "slots", some of them kept in memory and the others read when they are needed; "auto",
         slots if the model does not fit into the memory. `logits_rows`: rows of logits that the caller will keep at a time; they
-        count as the model's memory.
+        count as the model's memory. `device`: "cpu"; "mlx", layers on a GPU through MLX; "auto", the same where Metal is, else
+        the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
@@ -109,11 +112,14 @@ class Model:
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.engine import Engine
+            from llamacli.plan.offload import plan_offload
             from llamacli.plan.placement import plan_residency
 
             beside = 4 * logits_rows * config.n_vocab
-            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside)
-            return cls(gguf, config, tokenizer.result(), Engine(gguf, config, threads, slots, batch), ctx, nbytes)
+            offload = plan_offload(gguf, config, ctx, device, gpu_layers)
+            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside, offload)
+            engine = Engine(gguf, config, threads, slots, batch, gpu_layers=offload.layers)
+            return cls(gguf, config, tokenizer.result(), engine, ctx, nbytes)
 
     def close(self) -> None:
         """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""

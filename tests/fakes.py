@@ -90,7 +90,7 @@ class FakeCache:
 
 
 class FakeEngine:
-    threads, bytes_per_token, products_per_token = 1, 1000, 2000
+    threads, bytes_per_token, products_per_token, gpu_layers = 1, 1000, 2000, 0
 
     def take_io_stats(self):
         return None

@@ -15,6 +15,8 @@ from typing import Annotated
 from llamacli.cli.console import amount, rate
 from llamacli.cli.grammar import argument, option
 from llamacli.cli.options import (
+    DeviceName,
+    GpuLayers,
     Json,
     Memory,
     ModelName,
@@ -25,6 +27,7 @@ from llamacli.cli.options import (
     memory_bytes,
     model_names,
     one_model,
+    placement,
 )
 from llamacli.errors import OutputError, UsageError
 
@@ -58,6 +61,8 @@ def bench(
     depth: _counted(("-d", "--depth"), "Tokens that the context holds before (0).", "--n-depth") = "0",
     threads: Threads = None,
     memory: Memory = None,
+    device: DeviceName = None,
+    gpu_layers: GpuLayers = None,
     repetitions: Annotated[
         int, option("-r", "--repetitions", metavar="N", least=1, most=1000, help="Runs of each test; the median counts (3).")
     ] = 3,
@@ -118,10 +123,12 @@ def bench(
         longest = max(test.depth + test.n for test in tests)
         # before this process holds a model: two of them may not fit
         starts = [measure.startup(path, threads, repetitions)] if startup else []
-        loaded = load_model(path, threads, longest + 1, console, **({} if memory is None else {"memory": memory_bytes(memory)}))
+        where = placement(device, gpu_layers) | ({} if memory is None else {"memory": memory_bytes(memory)})
+        loaded = load_model(path, threads, longest + 1, console, **where)
         _check_room(loaded.config, longest)
         peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
-        title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads"
+        on_gpu = f", {loaded.engine.gpu_layers} layers on the GPU" if loaded.engine.gpu_layers else ""
+        title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads{on_gpu}"
         records: list[dict] = []
         try:
             with console.progress("bench") as update:

@@ -33,8 +33,10 @@ from llamacli.cli.signals import at_once as leave_at_once
 from llamacli.errors import UsageError
 
 __all__ = [  # what commands take from here, wherever it is defined
+    "DeviceName",
     "Generation",
     "Given",
+    "GpuLayers",
     "Json",
     "Memory",
     "ModelAndText",
@@ -57,6 +59,7 @@ __all__ = [  # what commands take from here, wherever it is defined
     "one_model",
     "option",
     "patience",
+    "placement",
     "read_file",
     "read_stdin",
     "stdin_is_piped",
@@ -80,6 +83,15 @@ class Placing(StrEnum):
     slots = "slots"
 
 
+class Device(StrEnum):
+    """What runs layers."""
+
+    cpu = "cpu"
+    mlx = "mlx"
+    auto = "auto"
+
+
+ALL_LAYERS = 1 << 20  # more than any model has
 _UNITS = {
     "": 1,
     **{unit: 1000**n for n, unit in enumerate("KMGT", 1)},
@@ -104,6 +116,15 @@ def byte_count(text: str, where: str) -> int:
 def _size(text: str, where: str) -> str:
     byte_count(text, where)
     return text
+
+
+def _layer_count(text: str, where: str) -> int:
+    """N or "all"."""
+    if text.strip().lower() == "all":
+        return ALL_LAYERS
+    if not re.fullmatch(r"\d{1,6}", text.strip()):
+        raise UsageError(f"{where}: expected a number of layers or all, found {text!r}")
+    return int(text)
 
 
 ModelName = Annotated[
@@ -139,6 +160,27 @@ Memory = Annotated[
         setting=True,
         check=_size,
         help="Memory to stay below, such as 24G or 22GiB (default: what is free). G is 10^9 bytes, Gi is 2^30.",
+    ),
+]
+DeviceName = Annotated[
+    Device | None,
+    option(
+        "--device",
+        group="Model",
+        setting=True,
+        help="What runs the layers: cpu (default), mlx (a GPU, through MLX), auto (a Mac's GPU where there is one).",
+    ),
+]
+GpuLayers = Annotated[
+    int | None,
+    option(
+        "--gpu-layers",
+        metavar="N|all",
+        group="Model",
+        aliases=("-ngl", "--n-gpu-layers"),
+        setting=True,
+        check=_layer_count,
+        help="So many of the last layers on the GPU (default: what fits); without --device, it means --device mlx.",
     ),
 ]
 Json = Annotated[bool, option("--json", group=OTHER, help="Print JSON.")]
@@ -223,6 +265,8 @@ class Generation(Sampling):
     ] = None
     threads: Threads = None
     memory: Memory = None
+    device: DeviceName = None
+    gpu_layers: GpuLayers = None
     experts: Annotated[
         Placing,
         option(
@@ -338,6 +382,7 @@ class Generation(Sampling):
             console,
             memory=memory_bytes(self.memory),
             experts=self.experts.value,
+            **placement(self.device, self.gpu_layers),
         )
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
@@ -366,6 +411,15 @@ def _setting_kinds() -> dict[str, tuple[type, object]]:
 
 
 SETTINGS = _setting_kinds()
+
+
+def placement(device: Device | None, gpu_layers: int | None) -> dict:
+    """--device and --gpu-layers as Model.load takes them."""
+    if device is None:
+        device = Device.mlx if gpu_layers else Device.cpu
+    if device is Device.cpu and gpu_layers:
+        raise UsageError("--gpu-layers: expected --device mlx or auto with it, found cpu; leave one of the two out")
+    return {"device": device.value, "gpu_layers": gpu_layers}
 
 
 def memory_bytes(memory: str | None) -> int | None:

@@ -7,6 +7,8 @@ from typing import Annotated
 from llamacli.cli.console import rate
 from llamacli.cli.grammar import option
 from llamacli.cli.options import (
+    DeviceName,
+    GpuLayers,
     Json,
     Memory,
     ModelAndText,
@@ -19,6 +21,7 @@ from llamacli.cli.options import (
     load_model,
     memory_bytes,
     model_and_text,
+    placement,
     read_file,
 )
 from llamacli.errors import UsageError
@@ -35,12 +38,15 @@ def perplexity(
     ] = None,
     threads: Threads = None,
     memory: Memory = None,
+    device: DeviceName = None,
+    gpu_layers: GpuLayers = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
     """Measure perplexity on a text.
 
     The text is cut into windows; the second half of each is scored. Less is better. KL divergence is in nats.
+    A reference runs on the CPU, so that --reference with the same file tells how far --device mlx is from it.
 
     Examples:
     llamacli perplexity -m scout-q4.gguf -f wiki.txt
@@ -55,7 +61,7 @@ def perplexity(
         raise UsageError("expected a text, found none; give -f/--file FILE, or pipe it in")
     paths = [find_model(name, console) for name in (model, reference)[: 1 if reference is None else 2]]
     limits = [share | {"logits_rows": quality.rows_held(ctx)} for share in _shares(paths, memory_bytes(memory))]
-    loaded = load_model(paths[0], threads, ctx, console, **limits[0])
+    loaded = load_model(paths[0], threads, ctx, console, **limits[0], **placement(device, gpu_layers))
     ids = quality.windows(loaded.tokenizer, text, ctx, file)
     other = load_model(paths[1], threads, ctx, console, **limits[1]) if reference is not None else None
     scores = quality.Scores(loaded, *ids.shape, other)
