@@ -128,7 +128,7 @@ def test_as_many_of_the_last_layers_as_fit_go_to_the_gpu(small):
     assert place_layers(config, tensors, 64, everything.nbytes).layers == 4
     some = place_layers(config, tensors, 64, everything.nbytes - 1)
     assert (some.layers, some.weights) == (3, head + sum(layers[1:]))
-    with pytest.raises(MemoryLimitError, match="for 4 layers on the GPU .* use --gpu-layers 3"):
+    with pytest.raises(MemoryLimitError, match=r"for 4 layers on the GPU .* use --gpu-layers 3"):
         place_layers(config, tensors, 64, everything.nbytes - 1, 4)
     with pytest.raises(MemoryLimitError, match="use --gpu-layers 0 or --device cpu"):
         place_layers(config, tensors, 64, 1000)
