@@ -1,4 +1,4 @@
-"""Draw docs/pictures/*.svg: real sessions with the small model, typed on a pseudo-terminal. `python tests/draw_pictures.py`."""
+"""Draw docs/pictures/*.svg: sessions with the small model on a pseudo-terminal. `python tests/draw_pictures.py [NAME]...`."""
 
 import io
 import itertools
@@ -32,13 +32,13 @@ def shell(folder, columns=80, rows=24):
         XDG_STATE_HOME=folder,
         BASH_SILENCE_DEPRECATION_WARNING="1",
     )
-    t.wait("$ ")
+    t.wait("$")
     return t
 
 
 def chat(folder):
-    t = shell(folder)
-    t.type("clear; llamacli chat -m scout-tiny --temp 0 -n 40\r")
+    t = shell(folder, rows=27)
+    t.type("llamacli chat -m scout-tiny --temp 0 -n 40\r")
     t.wait("ctx 0 of", seconds=120)
     for typed in TURNS:
         t.type(typed)
@@ -54,36 +54,38 @@ def run(folder):
     """Two runs, the second while it reads a long prompt."""
     t = shell(folder, rows=10)
     t.type('llamacli run -m scout-tiny --temp 0 "What is the capital of France?"\r')
-    t.wait("Paris.", seconds=120)
-    t.type("cat docs/usage.md | llamacli run -m scout-tiny --temp 0 -v 'What is this?'\r")
-    while not re.search(r" [4-7]\d %", t.text):
+    t.wait("Paris.\n$", seconds=120)
+    t.type("cat docs/*.md | llamacli run -m scout-tiny -c 128K --temp 0 'What is this?'\r")
+    while not re.search(r" [3-6]\d % .*left", t.text):
         assert t.pump(0.1), t.text
     return t
 
 
 def help_(folder):
-    t = shell(folder, 90, 36)
-    t.type("clear; llamacli run --help | head -n 34\r")
-    t.wait("Sampling:")
+    t = shell(folder, 80, 36)
+    t.type("llamacli run --help | head -n 34\r")
+    t.wait("Answer:")
     t.pump(1)
     return t
 
 
 def history(folder):
-    """The conversation of `chat` and another one, listed, searched and shown."""
-    t = shell(folder, rows=20)
-    t.type('llamacli chat -m scout-tiny --temp 0 -n 40 "What do elephants eat?"\r')
-    t.wait("Ask something", seconds=120)
-    t.type("/save animals\r")
-    t.wait("is called")
-    t.type("\x04")
-    t.wait("$ ", times=2)
-    t.type("clear; llamacli history\r")
-    t.pump(2)
-    t.type("llamacli history search capital\r")
-    t.pump(2)
-    t.type("llamacli history show animals\r")
-    t.pump(2)
+    """Two conversations, listed, searched and shown."""
+    t = shell(folder, rows=28)
+    for n, (question, name) in enumerate(
+        (("What is the capital of France?", "travels"), ("What do elephants eat?", "animals")), 1
+    ):
+        t.type(f'llamacli chat -m scout-tiny --temp 0 -n 40 "{question}"\r')
+        t.wait("Ask something", times=1, seconds=120)
+        t.type(f"/save {name}\r")
+        t.wait("is called", times=n)
+        t.type("\x04")
+        t.wait("\n$", times=n)
+    t.type("\x0c")
+    t.pump(0.5)
+    for command in ("llamacli history", "llamacli history search capital", "llamacli history show animals"):
+        t.type(command + "\r")
+        t.pump(3)
     return t
 
 
@@ -94,7 +96,9 @@ def styled(screen):
         cells = [screen.buffer[y][x] for x in range(screen.columns)]
         row = Text()
         for style, group in itertools.groupby(cells, look):
-            row.append("".join(cell.data for cell in group), style)
+            text = "".join(cell.data for cell in group)
+            row.append(" " * (len(text) - len(text.lstrip())), f"conceal {style}")  # apart, or some viewers drop it
+            row.append(text.lstrip(), style)
         row.rstrip()
         rows.append(row)
     while rows and not rows[-1]:
@@ -103,9 +107,15 @@ def styled(screen):
 
 
 def look(cell):
-    colour = {"default": "", "brown": "yellow", "brightblack": "bright_black"}.get(cell.fg, cell.fg)
-    colour = f"#{colour}" if re.fullmatch("[0-9a-f]{6}", colour) else colour
-    return " ".join(word for word in ("bold" * cell.bold, "italic" * cell.italics, "reverse" * cell.reverse, colour) if word)
+    """A cell's style as rich writes it."""
+    ground = f"on {colour}" if (colour := named(cell.bg)) else ""
+    words = ("bold" * cell.bold, "italic" * cell.italics, "reverse" * cell.reverse, named(cell.fg), ground)
+    return " ".join(word for word in words if word)
+
+
+def named(colour):
+    colour = {"default": "", "brown": "yellow", "brightblack": "bright_black"}.get(colour, colour)
+    return f"#{colour}" if re.fullmatch("[0-9a-f]{6}", colour) else colour
 
 
 def main():
@@ -114,6 +124,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for draw in (chat, run, help_, history):
             name = draw.__name__.rstrip("_")
+            if sys.argv[1:] and name not in sys.argv[1:]:
+                continue
             t = draw(folder)
             console = Console(record=True, width=t.screen.columns, file=io.StringIO(), force_terminal=True)
             console.print(Text("\n").join(styled(t.screen)), soft_wrap=True)
