@@ -14,11 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.errors import OutputError, PromptError, UsageError
-from llamacli.llama4.config import Config
+from llamacli.llama4.config import BOUNDS, Config
 
 VERSION = 1
 MAX_LOG = 1 << 30  # bytes; larger logs are refused
-MAX_LAYERS, MAX_EXPERTS = 1 << 10, 1 << 12  # what config.py allows
 
 
 class Routing(NamedTuple):
@@ -102,9 +101,9 @@ def read(path: Path) -> Routing:
 def _header(head: dict) -> tuple[list[int], int, int]:
     """(layers, experts, experts used); KeyError, TypeError or ValueError if the line is not a header."""
     layers, n_experts, used = head["layers"], head["experts"], head["used"]
-    if head["routing"] != VERSION or not isinstance(layers, list) or not 1 <= len(layers) <= MAX_LAYERS:
+    if head["routing"] != VERSION or not isinstance(layers, list) or not 1 <= len(layers) <= BOUNDS["n_layers"][1]:
         raise ValueError("not a header of this version")
-    if not all(type(n) is int for n in (n_experts, used, *layers)) or not 1 <= used <= n_experts <= MAX_EXPERTS:
+    if not all(type(n) is int for n in (n_experts, used, *layers)) or not 1 <= used <= n_experts <= BOUNDS["n_experts"][1]:
         raise ValueError("impossible sizes")
     return layers, n_experts, used
 

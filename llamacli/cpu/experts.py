@@ -68,7 +68,7 @@ class _LayerCache:
 
     def __init__(self, tensors: Sequence[TensorSlices], n_experts: int, n_slots: int):
         self.tensors = tensors
-        self.slot_bytes = sum(tensor.room for tensor in tensors)
+        self.slot_bytes = sum(tensor.buffer_bytes for tensor in tensors)
         self.memory = pages.memory(n_slots * self.slot_bytes)
         self.slot_of: dict[int, int] = {}  # by expert
         self.uses = np.zeros(n_experts)  # weighted counts
@@ -103,7 +103,10 @@ class Slots:
             i: _LayerCache([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
             for i, tensors in layers.items()
         }
-        largest = max(max(s[GATE].room + s[UP].room, s[DOWN].room) for s in (layer.tensors for layer in self._layers.values()))
+        largest = max(
+            max(s[GATE].buffer_bytes + s[UP].buffer_bytes, s[DOWN].buffer_bytes)
+            for s in (layer.tensors for layer in self._layers.values())
+        )
         self._buffers = [pages.memory(largest) for _ in range(RING)]
         self._free_buffers = list(self._buffers)
         self._ring_reads: dict[_RingRead, tuple[mmap.mmap, list[Future]]] = {}  # the buffers in use
@@ -132,12 +135,12 @@ class Slots:
     def load_resident(self, tensors: Sequence[Tensor]) -> dict[str, int]:
         """Read whole tensors into memory that stays resident; returns addresses by name. ModelFileError if a read fails."""
         slices = {tensor.name: self._reads.slices(tensor, 1) for tensor in tensors}
-        memory = pages.memory(sum(whole.room for whole in slices.values()))
+        memory = pages.memory(sum(whole.buffer_bytes for whole in slices.values()))
         at, addresses, reads = 0, {}, []
         for name, whole in slices.items():
             begun, addresses[name] = self._reads.begin(whole, 0, memory, at)
             reads += begun
-            at += whole.room
+            at += whole.buffer_bytes
         self._wait(reads)
         self._resident.append(memory)
         pages.lock(address(memory), at)
@@ -183,7 +186,7 @@ class Slots:
     def take_io_stats(self) -> IoStats:
         """The counts since the last call."""
         taken, self._io = self._io, IoStats()
-        taken.bytes_read, taken.reading_s = self._reads.take()
+        taken.bytes_read, taken.reading_s = self._reads.take_counts()
         return taken
 
     def shrink(self, nbytes: int) -> int:
@@ -286,7 +289,7 @@ class Slots:
         self._free_buffers.pop()
         for part in read.parts:
             futures += self._read(cache, read.expert, part, memory, at)
-            at += cache.tensors[part].room
+            at += cache.tensors[part].buffer_bytes
 
     def _release_buffers(self, reads: list[_RingRead]) -> None:
         """Return buffers to the ring once their reads have ended; reads that have not begun are cancelled."""
@@ -322,7 +325,7 @@ class Slots:
         at = slot * cache.slot_bytes
         for part in (GATE, UP, DOWN):
             cache.pending[expert, part] = self._read(cache, expert, part, cache.memory, at)
-            at += cache.tensors[part].room
+            at += cache.tensors[part].buffer_bytes
 
     def _collect_finished(self, cache: _LayerCache) -> None:
         """Mark experts whose reads have finished as present; evict those whose reads failed."""

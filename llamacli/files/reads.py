@@ -26,7 +26,7 @@ from llamacli.files.gguf import Tensor
 
 BLOCK = max(4096, mmap.PAGESIZE)  # alignment of direct reads, in the file and in memory; ZFS asks for whole pages
 PIECE = pages.LARGE  # bytes of one read
-LANES = 8  # reads in flight: an SSD needs several to reach its full speed
+IN_FLIGHT = 8  # reads in flight: an SSD needs several to reach its full speed
 _F_NOCACHE = 48  # macOS: fcntl for reads that leave nothing in the page cache
 
 
@@ -65,7 +65,7 @@ class TensorSlices(NamedTuple):
         return start, _up(first + self.nbytes) - start, first - start
 
     @property
-    def room(self) -> int:
+    def buffer_bytes(self) -> int:
         """Bytes of a buffer that holds the span of any slice."""
         return _up(self.nbytes) + BLOCK
 
@@ -77,8 +77,10 @@ class DirectReader:
         self.notices: list[str] = []
         self._files: dict[Path, int] = {}
         self._direct: dict[int, bool] = {}
-        self._lanes = ThreadPoolExecutor(LANES, "read")
-        self._clearer = ThreadPoolExecutor(1, "clear")  # in a lane it would queue behind the reads that need this memory
+        self._readers = ThreadPoolExecutor(IN_FLIGHT, "read")
+        self._clearer = ThreadPoolExecutor(
+            1, "clear"
+        )  # among the readers it would queue behind the reads that need this memory
         self._lock, self._reading, self._since, self._nbytes, self._seconds = Lock(), 0, 0.0, 0, 0.0
         self._close_files = weakref.finalize(self, _close, self._files)
 
@@ -95,22 +97,22 @@ class DirectReader:
         while done < needed:
             n = min(PIECE - (first + done) % PIECE, size - done)  # no two reads into one huge page: both would clear it
             piece = view[at + done : at + done + n]
-            reads.append(self._lanes.submit(self._piece, slices, start + done, piece, min(n, needed - done)))
+            reads.append(self._readers.submit(self._piece, slices, start + done, piece, min(n, needed - done)))
             done += n
         return reads, first + inside
 
     def clear(self, memory: mmap.mmap, size: int, slots: Sequence[int]) -> Future:
         """Start to fault in memory that will be read into; `slots` are numbers of ranges of `size` bytes."""
-        lanes = self._lanes
+        readers = self._readers
 
         def work() -> None:
             for slot in slots:
-                if self._lanes is lanes:  # else `stop` was called
+                if self._readers is readers:  # else `stop` was called
                     pages.clear(address(memory) + slot * size, size)
 
         return self._clearer.submit(work)
 
-    def take(self) -> tuple[int, float]:
+    def take_counts(self) -> tuple[int, float]:
         """Bytes read since the last call, and the seconds during which at least one read was in flight."""
         with self._lock:
             taken, self._nbytes, self._seconds = (self._nbytes, self._seconds), 0, 0.0
@@ -118,7 +120,7 @@ class DirectReader:
 
     def stop(self) -> None:
         """Cancel reads that have not started and wait for the others, Ctrl-C or not."""
-        old, self._lanes = self._lanes, ThreadPoolExecutor(LANES, "read")
+        old, self._readers = self._readers, ThreadPoolExecutor(IN_FLIGHT, "read")
         while True:
             try:
                 return old.shutdown(wait=True, cancel_futures=True)
@@ -127,7 +129,7 @@ class DirectReader:
 
     def close(self) -> None:
         """End the threads, with the reads that they are in, and close the files. Closing twice is allowed."""
-        for threads in (self._lanes, self._clearer):
+        for threads in (self._readers, self._clearer):
             threads.shutdown(wait=True, cancel_futures=True)
         self._close_files()
 

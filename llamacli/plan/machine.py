@@ -89,7 +89,7 @@ def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | No
     The page cache is passed by, nothing is left in it. None where the file is smaller than a few pieces or lies where direct
     reads are not possible (tmpfs).
     """
-    from llamacli.files.reads import LANES, PIECE, open_direct  # it loads NumPy, which help does without
+    from llamacli.files.reads import IN_FLIGHT, PIECE, open_direct  # it loads NumPy, which help does without
 
     try:
         fd = open_direct(path)
@@ -97,24 +97,24 @@ def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | No
         return None
     try:
         offsets = [piece * PIECE for piece in range(os.fstat(fd).st_size // PIECE)]
-        if len(offsets) < LANES:
+        if len(offsets) < IN_FLIGHT:
             return None
         random.shuffle(offsets)
-        buffers = memoryview(pages.memory(LANES * PIECE))
+        buffers = memoryview(pages.memory(IN_FLIGHT * PIECE))
         buffers[:: os.sysconf("SC_PAGE_SIZE")] = bytes(-(-len(buffers) // os.sysconf("SC_PAGE_SIZE")))  # held from here on
         began = time.perf_counter()
 
         def lane(i: int) -> int:
             """Read one's own pieces, each once, until time is up; returns the bytes."""
             done, buffer = 0, buffers[i * PIECE : (i + 1) * PIECE]
-            for offset in offsets[i::LANES]:
+            for offset in offsets[i::IN_FLIGHT]:
                 done += os.preadv(fd, [buffer], offset)
                 if time.perf_counter() - began > seconds:
                     break
             return done
 
-        with ThreadPoolExecutor(LANES) as pool:
-            nbytes = sum(pool.map(lane, range(LANES)))
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            nbytes = sum(pool.map(lane, range(IN_FLIGHT)))
         return nbytes / (time.perf_counter() - began)
     except OSError:
         return None

@@ -31,7 +31,7 @@ def read_all(tensor, reader=None):
     reader = reader or DirectReader()
     slices, found = reader.slices(tensor, N), []
     for k in range(N):
-        memory = pages.memory(slices.room)
+        memory = pages.memory(slices.buffer_bytes)
         futures, at = reader.begin(slices, k, memory, 0)
         wait(futures)
         for future in futures:

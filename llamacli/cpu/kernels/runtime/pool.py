@@ -56,7 +56,7 @@ def _barrier(control, thread, threads):
 
 
 @device_function
-def _walk(control, thread, threads):
+def _run_steps(control, thread, threads):
     job = pointer(control + JOB, int64)
     rows, first, last = job[0], job[1], job[2]
     for step in range(first, last):
@@ -67,7 +67,7 @@ def _walk(control, thread, threads):
 
 
 @kernel(None)
-def work(control, thread, threads):
+def worker_loop(control, thread, threads):
     """A worker's whole life."""
     ticket = 0
     while True:
@@ -75,27 +75,27 @@ def work(control, thread, threads):
         ticket += 1
         if atomic_load(control + STOP):
             return
-        _walk(control, thread, threads)
+        _run_steps(control, thread, threads)
 
 
 @kernel(None)
-def lead(control, thread, threads):
-    """The caller's part of a run: start the workers and walk with them."""
+def run_program(control, thread, threads):
+    """The caller's part of a run: start the workers and run the steps with them."""
     atomic_add(control + TICKET, 1)
     wake(control, TICKET)
-    _walk(control, thread, threads)
+    _run_steps(control, thread, threads)
 
 
 @kernel(None)
-def dismiss(control, thread, threads):
+def stop_workers(control, thread, threads):
     """Let all workers return."""
     atomic_store(control + STOP, 1)
     atomic_add(control + TICKET, 1)
     wake(control, TICKET)
 
 
-def _dismiss(control: np.ndarray) -> None:
-    dismiss(control.ctypes.data, 0, 0)
+def _stop_workers(control: np.ndarray) -> None:
+    stop_workers(control.ctypes.data, 0, 0)
 
 
 class Pool:
@@ -111,10 +111,10 @@ class Pool:
         _pools.add(self)
 
     def _start(self) -> None:
-        control, entry = new_control(self.threads), work.address  # compiled before any thread needs it
-        _ = lead.address, dismiss.address
+        control, entry = new_control(self.threads), worker_loop.address  # compiled before any thread needs it
+        _ = run_program.address, stop_workers.address
         self._control, self._workers = control, []
-        self._finalizer = weakref.finalize(self, _dismiss, control)
+        self._finalizer = weakref.finalize(self, _stop_workers, control)
         try:
             for thread in range(1, self.threads):
                 # the array is an argument so that it outlives the thread
@@ -137,7 +137,7 @@ class Pool:
         """Run rows first..last on all threads; returns when all are done. The last of them must have a barrier."""
         last = len(program) if last is None else last
         assert first < last and program.table[last - 1, 2], "a run needs a step, and its last step a barrier"
-        self._lead(program.table, first, last)
+        self._run_program(program.table, first, last)
 
     def run_timed(self, program: Program, first: int = 0, last: int | None = None) -> list[float]:
         """The same one step at a time; returns the seconds of each, the barrier after it included."""
@@ -145,18 +145,18 @@ class Pool:
         table[:, 2] = 1
         for step in range(first, len(program) if last is None else last):
             began = perf_counter()
-            self._lead(table, step, step + 1)
+            self._run_program(table, step, step + 1)
             seconds.append(perf_counter() - began)
         return seconds
 
-    def _lead(self, table: np.ndarray, first: int, last: int) -> None:
+    def _run_program(self, table: np.ndarray, first: int, last: int) -> None:
         if self._control is None:
             self._start()
         if not self._finalizer.alive:
             raise UsageError("the threads of this model are gone: it was closed; load it again")
         job = JOB // 8
         self._control[job : job + 3] = table.ctypes.data, first, last
-        lead(self._control.ctypes.data, 0, self.threads)
+        run_program(self._control.ctypes.data, 0, self.threads)
 
     def _forget(self) -> None:
         """In a forked child: the workers are the parent's."""
