@@ -68,7 +68,7 @@ BODIES = {
   const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
   if (first >= n_rows) return;
   const u64 row_bytes = (u64)(n_cols / BLOCK) * NBYTES;
-  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[group_no] * n_rows * row_bytes;
+  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[group_no] * place[3];
   const GLOBAL float* rows = x + (u64)group_no * TOKENS * n_cols;
   float sums[ROWS * TOKENS];
   for (u32 i = 0; i < ROWS * TOKENS; i++) sums[i] = 0.0f;
@@ -111,7 +111,7 @@ BODIES = {
   if (at_x >= n_cols / 32 || at_y >= n_rows) return;
   const u64 row_bytes = (u64)(n_cols / BLOCK) * NBYTES;
   const u32 p = at_x % (BLOCK / 32), block = at_x / (BLOCK / 32);
-  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + ((u64)experts[0] * n_rows + at_y) * row_bytes;
+  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[0] * place[3] + at_y * row_bytes;
   float q[32], d[2], m[2];
   piece(base + (u64)block * NBYTES, p, q, d, m);
   for (u32 r = 0; r < 2; r++) {
@@ -127,9 +127,9 @@ def fits(type_name: str, n_cols: int) -> bool:
     return type_name in FORMATS and n_cols % PIECE == 0
 
 
-def place(offset: int, n_rows: int, n_cols: int) -> mx.array:
-    """Where a matrix is: the byte in the window at which its first expert begins; and its sizes."""
-    return mx.array([offset, n_rows, n_cols], mx.int64)
+def place(offset: int, n_rows: int, n_cols: int, stride: int = 0) -> mx.array:
+    """Where matrices are: the byte in the window at which the first begins; their sizes; bytes from one expert to the next."""
+    return mx.array([offset, n_rows, n_cols, stride], mx.int64)
 
 
 def matvec(type_name: str, w: mx.array, where: mx.array, experts: mx.array, x: mx.array, tokens: int, n_rows: int) -> mx.array:

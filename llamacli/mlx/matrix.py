@@ -16,6 +16,7 @@ from llamacli.files.gguf import GGUF, Tensor
 from llamacli.mlx import kernels
 from llamacli.mlx.memory import Window
 
+WIDENED = 256 << 20  # bytes of a matrix that are widened at a time
 FEW = 8  # rows that are multiplied with blocks; more of them are worth widening the matrix
 
 
@@ -56,15 +57,26 @@ class Blocks:
     def __init__(self, window: Window, type_name: str, n_groups: int, n_rows: int, n_cols: int, nbytes: int):
         self.window, self.type_name, self.nbytes = window, type_name, nbytes
         self.n_groups, self.n_rows, self.n_cols = n_groups, n_rows, n_cols
-        self._place = kernels.place(window.offset, n_rows, n_cols)
+        self._place = kernels.place(window.offset, n_rows, n_cols, nbytes)
+        step, row_bytes = max(1, WIDENED // (2 * n_cols)), nbytes // n_rows
+        self._pieces = [
+            (kernels.place(window.offset + row * row_bytes, n, n_cols, nbytes), n)
+            for row in range(0, n_rows, step)
+            for n in [min(step, n_rows - row)]
+        ]
         self._numbers = [mx.array([expert], mx.int32) for expert in range(n_groups)]
 
     def times(self, x: mx.array, expert: int = 0) -> mx.array:
         """x [n, n_cols] times a group's matrix: [n, n_rows]."""
         if len(x) <= FEW:
             return self._matvec(x, self._numbers[expert], len(x))
-        w = kernels.widen(self.type_name, self.window.array, self._place, self._numbers[expert], self.n_rows, self.n_cols)
-        return multiply(x, w)
+        found = []
+        for where, n in self._pieces:
+            w = kernels.widen(self.type_name, self.window.array, where, self._numbers[expert], n, self.n_cols)
+            found.append(multiply(x, w))
+            if len(self._pieces) > 1:
+                mx.eval(found[-1])  # releases the widened rows
+        return found[0] if len(found) == 1 else mx.concatenate(found, 1)
 
     def times_chosen(self, x: mx.array, experts: mx.array) -> mx.array:
         """Each row of x times the matrix of its own group, which only the device knows: [n, n_rows]."""

@@ -110,6 +110,7 @@ class Operations:
             rows = mx.array(np.flatnonzero(flat == e))
             x, score = h[rows // k], scores[rows]
             parts.append(Part(e, rows, _swiglu(score * w.gate.times(x, e), score * w.up.times(x, e))))
+            mx.eval(parts[-1].values)  # releases what was widened for this expert
         return parts
 
     def add_expert_matmul(self, x: mx.array, h: mx.array | list[Part], w: Blocks | Wide, routed: Routed) -> mx.array:
@@ -118,6 +119,7 @@ class Operations:
             return x + w.times_chosen(h, routed.experts.reshape(-1)).reshape(len(x), k, -1).sum(1)
         for part in h:
             x = x.at[part.rows // k].add(w.times(part.values, part.expert))
+            mx.eval(x)
         return x
 
 

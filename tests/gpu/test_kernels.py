@@ -44,12 +44,16 @@ def stored(name, offset, n_cols=N_COLS):
     return mx.array(window.reshape(-1, 4096)), weights
 
 
+def row_bytes(name, n_cols):
+    return BY_NAME[name].row_bytes(n_cols)
+
+
 def difference(found, expected):
     return np.abs(np.array(found) - expected).max() / np.abs(expected).max()
 
 
 def product(name, window, offset, experts, x, tokens, n_cols=N_COLS):
-    where = kernels.place(offset, N_ROWS, n_cols)
+    where = kernels.place(offset, N_ROWS, n_cols, N_ROWS * row_bytes(name, n_cols))
     return kernels.matvec(name, window, where, mx.array(experts, mx.int32), mx.array(x), tokens, N_ROWS)
 
 
@@ -93,7 +97,7 @@ def test_rows_need_not_be_whole_superblocks(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_widened_matrix_is_gguf_pys_rounded_to_float16(name, offset):
     window, weights = stored(name, offset)
-    where = kernels.place(offset, N_ROWS, N_COLS)
+    where = kernels.place(offset, N_ROWS, N_COLS, N_ROWS * row_bytes(name, N_COLS))
     for expert in range(N_EXPERTS):
         found = kernels.widen(name, window, where, mx.array([expert], mx.int32), N_ROWS, N_COLS)
         assert found.dtype == mx.float16

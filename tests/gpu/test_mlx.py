@@ -201,6 +201,14 @@ def test_prompts_go_through_kernels_as_tokens_do(as_cpp, shape, tmp_path):
     assert EXACT < difference(found, expected) <= WIDENED
 
 
+def test_a_large_matrix_is_widened_piece_by_piece(as_cpp, tmp_path, monkeypatch):
+    from llamacli.mlx import matrix
+
+    monkeypatch.setattr(matrix, "WIDENED", 2 * 256 * 100)  # 100 rows of 256 columns
+    path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf", types=lambda _: "Q4_K", n_layers=2, chunk=64, **WIDE), tokens(12)
+    assert difference(one_pass(engine(path), ids), oracle.logits(path, ids)) <= WIDENED
+
+
 def test_values_beyond_float16_do_not_overflow(as_cpp, tmp_path):
     """The product of gate and up may be large; each row is scaled before it is rounded to float16."""
     path = tiny.tiny_gguf(
