@@ -103,10 +103,10 @@ class Slots:
             i: _LayerCache([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
             for i, tensors in layers.items()
         }
-        largest = max(
-            max(s[GATE].buffer_bytes + s[UP].buffer_bytes, s[DOWN].buffer_bytes)
-            for s in (layer.tensors for layer in self._layers.values())
-        )
+        largest = 0
+        for layer in self._layers.values():
+            gate, up, down = (tensor.buffer_bytes for tensor in layer.tensors)
+            largest = max(largest, gate + up, down)
         self._buffers = [pages.memory(largest) for _ in range(RING)]
         self._free_buffers = list(self._buffers)
         self._ring_reads: dict[_RingRead, tuple[mmap.mmap, list[Future]]] = {}  # the buffers in use

@@ -78,9 +78,7 @@ class DirectReader:
         self._files: dict[Path, int] = {}
         self._direct: dict[int, bool] = {}
         self._readers = ThreadPoolExecutor(IN_FLIGHT, "read")
-        self._clearer = ThreadPoolExecutor(
-            1, "clear"
-        )  # among the readers it would queue behind the reads that need this memory
+        self._clearer = ThreadPoolExecutor(1, "clear")  # a reader would do it after the reads that need this memory
         self._lock, self._reading, self._since, self._nbytes, self._seconds = Lock(), 0, 0.0, 0, 0.0
         self._close_files = weakref.finalize(self, _close, self._files)
 
