@@ -108,7 +108,7 @@ class Model:
                 raise UsageError(f"{name}: expected at least 1, found {value}; None chooses for you")
         gguf = open_gguf(path)
         config = Config.from_gguf(gguf)
-        ctx = ctx or min(DEFAULT_CTX, config.context_length or DEFAULT_CTX)
+        ctx = ctx or default_ctx(config)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.engine import Engine
@@ -208,6 +208,11 @@ class Model:
     ) -> Iterator[Piece]:
         """Answer a conversation in a fresh session, piece by piece. `settings` as for `sampler`."""
         return self.session().stream(self.prompt_ids(messages), self.sampler(**settings), max_tokens, stop)
+
+
+def default_ctx(config) -> int:
+    """Tokens of a context that nobody asked for: what the file claims, at most DEFAULT_CTX."""
+    return min(DEFAULT_CTX, config.context_length or DEFAULT_CTX)
 
 
 def sampling_defaults(metadata) -> dict[str, float]:

@@ -205,9 +205,11 @@ def _random_file(name: str, layers: int, tests, keep: bool, console):
     from quantize.shapes import SHAPES, write
 
     shape = SHAPES[name]
-    if layers % 4 and max(test.depth + test.n for test in tests) > 8192:
+    period, chunk = shape.no_rope_step, shape.chunk_size
+    if layers % period and max(test.depth + test.n for test in tests) > chunk:
         raise UsageError(
-            "--shape: expected depths up to 8192 tokens, or a multiple of 4 as --layers: every fourth layer sees beyond that"
+            f"--shape: expected depths up to {chunk} tokens, or a multiple of {period} as --layers: one layer of {period} sees "
+            "beyond that"
         )
     folder = cache_folder()
     if folder is None:

@@ -260,7 +260,7 @@ class Generation(Sampling):
             aliases=("--ctx-size",),
             tokens=True,
             setting=True,
-            help="Context limit in tokens, such as 8192 or 128K (default: the model's, 8192 at most).",
+            help=f"Context limit in tokens, such as 8192 or 128K (default: the model's, {DEFAULT_CTX} at most).",
         ),
     ] = None
     threads: Threads = None

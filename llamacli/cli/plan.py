@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+from llamacli import DEFAULT_CTX, default_ctx
 from llamacli.cli.console import amount, count, rate
 from llamacli.cli.grammar import argument, option, token_count
 from llamacli.cli.options import Json, ModelName, Output, Threads, byte_count, find_model, model_names, one_model
@@ -54,7 +55,11 @@ def plan(
     ctx: Annotated[
         str | None,
         option(
-            "-c", "--ctx", metavar="N", aliases=("--ctx-size",), help="Context in tokens, such as 128K or 1M (8192 at most)."
+            "-c",
+            "--ctx",
+            metavar="N",
+            aliases=("--ctx-size",),
+            help=f"Context in tokens, such as 128K or 1M ({DEFAULT_CTX} at most).",
         ),
     ] = None,
     disk: Annotated[
@@ -97,7 +102,7 @@ def plan(
     for notice in model.notices:
         console.note(notice)
     memories = _memories(memory)
-    asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else min(8192, model.config.context_length or 8192)
+    asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
     many = {"threads": threads or default_threads()}
     plans, refused = [], None
     for limit in memories:

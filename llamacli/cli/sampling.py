@@ -17,13 +17,13 @@ from llamacli.errors import UsageError
 from llamacli.text.settings import DEFAULT_ORDER, SETTINGS
 
 HELP = {  # setting: metavar, help, names of other programs
-    "temp": ("T", "Temperature; 0 takes the likeliest (default: the model's, else 0.6).", "--temperature"),
+    "temp": ("T", "Temperature; 0 takes the likeliest (default: the model's, else {default:g}).", "--temperature"),
     "top_k": ("K", "Sample among the K likeliest; 0 is off."),
     "top_p": ("P", "Nucleus sampling; 1 is off."),
     "min_p": ("P", "Least share of the likeliest token's probability; 0 is off."),
     "typical_p": ("P", "Locally typical sampling; 1 is off.", "--typical", "--typical-p"),
     "top_n_sigma": ("N", "Logits at most N standard deviations below the best; 0 is off.", "--top-nsigma"),
-    "repeat_penalty": ("X", "Penalty on repetition, from 0.01 to 100; 1 is off."),
+    "repeat_penalty": ("X", "Penalty on repetition, from {least:g} to {most:g}; 1 is off."),
     "presence_penalty": ("X", "Taken off the logit of a token that occurred; 0 is off."),
     "frequency_penalty": ("X", "Taken off for each time that a token occurred; 0 is off."),
     "repeat_last_n": ("N", "Tokens that the three penalties look back on; -1 is all."),
@@ -58,7 +58,9 @@ def _option(name: str) -> tuple[str, object, dataclasses.Field]:
         least=least,
         most=None if math.isinf(most) else most,
         setting=True,
-        help=text if "default" in text else f"{text[:-1]} (default: {default:g}).",
+        help=(text if "default" in text else f"{text[:-1]} (default: {{default:g}}).").format(
+            default=default, least=least, most=most
+        ),
     )
     return name, Annotated[type(default) | None, spec], dataclasses.field(default=None)
 
