@@ -175,19 +175,21 @@ def test_two_threads_on_one_model_get_right_answers(tmp_path):
 
 
 FORKED = """
-import os, sys, threading
+import os, sys, threading, time
 import numpy as np
 from llamacli import Model
 from llamacli.errors import UsageError
 
 model = Model.load(sys.argv[1], threads=2, experts=sys.argv[2])
 expected = model.logits([1, 2, 3])
-if sys.argv[3] == "held":  # as if another thread were in the middle of a call
-    holder = threading.Thread(target=model.engine._lock.acquire)
-    holder.start()
-    holder.join()
+if sys.argv[3] == "held":  # another thread is in the middle of a call
+    inside = threading.Event()
+    model.engine.follow_progress = lambda *_: (inside.set(), time.sleep(60))
+    threading.Thread(target=model.logits, args=([1, 2, 3],), daemon=True).start()
+    inside.wait()
 child = os.fork()
 if not child:
+    model.engine.follow_progress = None
     try:
         same = np.array_equal(model.logits([1, 2, 3]), expected)
         print("right" if same else "wrong", flush=True)

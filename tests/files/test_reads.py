@@ -87,7 +87,7 @@ def test_a_file_system_that_opens_but_refuses_direct_reads_is_read_otherwise_wit
     refused = []
 
     def change(read, fd, view, offset):
-        if reader._direct[fd]:
+        if direct(fd):
             refused.append(offset)
             raise OSError(errno.EINVAL, "Invalid argument")
         return read(view)
