@@ -121,7 +121,7 @@ RECIPES = {recipe.name: recipe for recipe in (
         (kinds(Role.OUTPUT), always, "Q6_K"),
     )),
     Recipe("Q8_0", 7, "Q8_0", 8.5, "next to lossless"),
-    _mixture("Q6_K", 18, "Q6_K", 6.56, "hardly to be told from the original"),
+    _mixture("Q6_K", 18, "Q6_K", 6.56, "almost indistinguishable from the original"),
     _mixture("Q5_K_M", 17, "Q5_K", 5.68, "very close, more bits in the tensors that matter most", *MORE),
     _mixture("Q5_K_S", 16, "Q5_K", 5.51, "very close"),
     _mixture("Q5_1", 9, "Q5_1", 6.01, "plain 5 bits with an offset"),
