@@ -82,7 +82,7 @@ def kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
     def folder_kind(name: str) -> Kind:
         checkpoint.write(folder / "hf")
         path = folder / "hf" / name
-        read = lambda: convert(folder / "hf", folder / "out.gguf", "Q8_0", dry_run=True)  # noqa: E731
+        read = lambda: convert(folder / "hf", folder / "out.gguf", "Q8_0", dry_run=True)
         return Kind(folder, path.read_bytes(), path, read, name.endswith(".json"))
 
     return {

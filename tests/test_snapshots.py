@@ -63,7 +63,7 @@ def answer(engine, prompt, kept=None, n=3):
 @pytest.mark.parametrize("batch", [64, 256])
 def test_an_answer_has_the_same_bytes_with_and_without_at_every_edge(shape, batch, tmp_path):
     more = {"scout": {}, "maverick": tiny.MAVERICK, "no chunks": {"chunk": 0}}[shape]
-    types = lambda name: "F32" if "embd" in name else "Q4_0"  # noqa: E731
+    types = lambda name: "F32" if "embd" in name else "Q4_0"
     engine = engine_of(tiny.tiny_gguf(tmp_path / "m.gguf", types=types, **SIZES | more), batch)
     cold, _ = answer(engine, BOOK + QUESTION, snap(engine, tmp_path / "s"))
     assert np.array_equal(cold, answer(engine, BOOK + QUESTION)[0])

@@ -150,8 +150,8 @@ class Line(NamedTuple):
 def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
     b, most = s.b, float(fmt.INTEGERS.high)
     per_block = fmt.BLOCK // fmt.GROUP
-    total = lambda v: over_block(s, v, b.fadd, per_block)  # noqa: E731
-    largest = lambda v: over_block(s, v, s.fmax, per_block)  # noqa: E731
+    total = lambda v: over_block(s, v, b.fadd, per_block)
+    largest = lambda v: over_block(s, v, s.fmax, per_block)
     zero = s.zeros(f32, LANES)
 
     def follow(line, sc, d):

@@ -34,7 +34,7 @@ def linear(s, fmt, room):
     b, levels = s.b, fmt.LEVELS
     zero = s.zeros(f32, LANES)
     low, high, _, _, sxx = extremes(s, fmt, room, room.x)
-    further = lambda low, high: b.select(b.fcmp_ordered(">", b.fneg(low), high), low, high)  # noqa: E731
+    further = lambda low, high: b.select(b.fcmp_ordered(">", b.fneg(low), high), low, high)
     furthest = further(low, high)
 
     def solve(inverse):
@@ -93,7 +93,7 @@ def _linear_halves(s, fmt, room, scale, furthest, sxx):
 def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
     b, integers = s.b, fmt.INTEGERS
     per_block = fmt.BLOCK // fmt.GROUP
-    total = lambda v: over_block(s, v, b.fadd, per_block)  # noqa: E731
+    total = lambda v: over_block(s, v, b.fadd, per_block)
     zero = s.zeros(f32, LANES)
 
     def neighbours(d, sc, around):

@@ -22,7 +22,7 @@ def pack(s, out, p):
 
 def bit_pairs(s, out, at, p):
     """The two low bits of all codes in the 64 bytes at out + at."""
-    c = lambda value: s.fill(i8, 32, value)  # noqa: E731
+    c = lambda value: s.fill(i8, 32, value)
     for half in range(2):
         byte = c(0)
         for j in range(4):

@@ -15,7 +15,7 @@ LIMIT = 65504.0 * 32
 
 def pack(s, out, p):
     """One block to its bytes."""
-    c = lambda value, n: s.fill(i8, n, value)  # noqa: E731
+    c = lambda value, n: s.fill(i8, n, value)
     third = c(0, 32)
     for k in range(8):
         third = s.b.or_(third, s.b.shl(s.b.lshr(p.codes(s, 32 * k), c(2, 32)), c(k, 32)))

@@ -24,7 +24,7 @@ def pack(s, out, p):
 
 def six_bits(s, out, p):
     """8 scales and 8 minimums in bytes 4 to 15."""
-    c = lambda value: s.fill(i8, 4, value)  # noqa: E731
+    c = lambda value: s.fill(i8, 4, value)
     tops = []
     for at, values in ((4, p.scales), (8, p.mins)):
         first, second = values(s, 0, 4), values(s, 4, 4)

@@ -15,7 +15,7 @@ LIMIT = 65504.0 * 63
 
 def pack(s, out, p):
     """One block to its bytes."""
-    c = lambda value: s.fill(i8, 32, value)  # noqa: E731
+    c = lambda value: s.fill(i8, 32, value)
     s.store(p.d(s), out)
     s.store(p.m(s), out, 2)
     six_bits(s, out, p)

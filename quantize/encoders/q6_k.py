@@ -14,7 +14,7 @@ LIMIT = 65504.0 * 128
 
 def pack(s, out, p):
     """One block to its bytes."""
-    c = lambda value: s.fill(i8, 32, value)  # noqa: E731
+    c = lambda value: s.fill(i8, 32, value)
     for half in range(2):
         q = [p.codes(s, 128 * half + 32 * k) for k in range(4)]
         for k in range(2):

@@ -68,7 +68,7 @@ def _encoder(module, target, fmt, name):
         fmt.exact(s, x0, s.mul(n_units, unit // fmt.BLOCK), out0)
         s.done()
         return
-    lanes = lambda: s.room(f32, LANES)  # noqa: E731
+    lanes = lambda: s.room(f32, LANES)
     room = Room(
         s.room(f32, unit), s.room(f32, unit), s.room(f32, unit) if weighted else None, lanes(), lanes(), s.room(i8, unit),
         s.room(f16, LANES), s.room(f16, LANES), s.room(i8, LANES), s.room(i8, LANES),

@@ -156,7 +156,7 @@ def test_a_folder_of_another_user_is_not_trusted(cache_folder, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     assert (cache_folder() is None) == (owner != 0)  # what root made, everyone may use
     stat = Path.stat
-    someone = lambda path, **more: os.stat_result((*stat(path, **more)[:4], 54321, *stat(path, **more)[5:10]))  # noqa: E731
+    someone = lambda path, **more: os.stat_result((*stat(path, **more)[:4], 54321, *stat(path, **more)[5:10]))
     monkeypatch.setattr(Path, "stat", someone)
     assert cache_folder() is None
     assert "another user" in kernels.notices[0]

@@ -22,7 +22,7 @@ def piece(s, w, j):
 
 def scales(s, w, n):
     """The 16 scales; the mins follow from `offset`."""
-    c = lambda value, n: s.fill(i8, n, value)  # noqa: E731
+    c = lambda value, n: s.fill(i8, n, value)
     low, high = s.load(vec(i8, 8), w, 96), s.load(vec(i8, 4), w, 104)
     low = s.concat(s.b.and_(low, c(15, 8)), s.b.lshr(low, c(4, 8)))
     shifts = ir.Constant(vec(i8, 16), [2 * (i // 4) for i in range(16)])

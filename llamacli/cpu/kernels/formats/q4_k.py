@@ -29,9 +29,7 @@ def crossed(s, w, j):
 def scales(s, w, n):
     """(scales, mins) of the 8 groups."""
     packed = six_bits(s, s.load(vec(i32, 4), w, 4))
-    side = lambda k, at: s.b.fmul(  # noqa: E731
-        s.to_float(s.unsigned(s.shuffle(packed, list(range(k, k + 8))))), splat_half(s, w, at, 8)
-    )
+    side = lambda k, at: s.b.fmul(s.to_float(s.unsigned(s.shuffle(packed, list(range(k, k + 8))))), splat_half(s, w, at, 8))
     return side(0, 0), side(8, 2)
 
 
@@ -59,7 +57,7 @@ def _in_place(s):
 def six_bits(s, v):
     """8 scales, then 8 mins, as bytes, for each 4 words: the 12 bytes of the scales and four of the nibbles."""
     n = v.type.count // 4
-    rows = lambda lanes: [4 * r + lane for r in range(n) for lane in lanes]  # noqa: E731
+    rows = lambda lanes: [4 * r + lane for r in range(n) for lane in lanes]
     low, wide = [0x3F3F3F3F, 0x0F0F0F0F] * (2 * n), [0, 0x30303030] * (2 * n)
     four = s.b.lshr(s.shuffle(v, rows([0, 2, 1, 2])), ir.Constant(v.type, [0, 0, 0, 4] * n))
     four = s.b.and_(four, ir.Constant(v.type, low))

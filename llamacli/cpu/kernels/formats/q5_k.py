@@ -12,7 +12,7 @@ block, nbytes, group, offset, largest = 256, 176, 32, None, 31
 
 def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
-    c = lambda value: s.fill(i8, 32, value)  # noqa: E731
+    c = lambda value: s.fill(i8, 32, value)
     q = s.load(vec(i8, 32), w, 48 + 32 * (j // 2))
     low = s.b.lshr(q, c(4)) if j % 2 else s.b.and_(q, c(15))
     high = s.b.and_(s.b.lshr(s.load(vec(i8, 32), w, 16), c(j)), c(1))

@@ -15,7 +15,7 @@ block, nbytes, group, offset, largest = 256, 210, 16, 32, 63
 
 def piece(s, w, j):
     """Weights 32j..32j+31 as unsigned bytes."""
-    c = lambda value: s.fill(i8, 32, value)  # noqa: E731
+    c = lambda value: s.fill(i8, 32, value)
     half, quarter = divmod(j, 4)
     q = s.load(vec(i8, 32), w, 64 * half + 32 * (quarter % 2))
     low = s.b.lshr(q, c(4)) if quarter > 1 else s.b.and_(q, c(15))

@@ -178,7 +178,7 @@ def tile(module, target, fmt):
             for part in range(per_scale):
                 at = [s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line)) for panel in here]
                 total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
-                start = lambda t, at=total_at: s.splat(s.load(i32, at, 4 * (starts_at * tokens + t)))  # noqa: E731
+                start = lambda t, at=total_at: s.splat(s.load(i32, at, 4 * (starts_at * tokens + t)))
                 starts = [start(t) for t in range(tokens)] if centre(target, fmt) else None
                 if whole:
                     by = [s.bits(s.load(vec(i32, lanes), a, 256 * lanes), i16) for a in at]

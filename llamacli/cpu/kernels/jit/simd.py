@@ -179,7 +179,7 @@ class Simd:
     def exp(self, v):
         """e**v to about 2 ulp for v <= 88; below -87 it is 0."""
         n = v.type.count
-        c = lambda x: self.fill(f32, n, x)  # noqa: E731
+        c = lambda x: self.fill(f32, n, x)
         tiny = self.b.fcmp_ordered("<", v, c(-87.0))
         t = self.b.fmul(v, c(1.4426950408889634))
         whole = self.round(self.b.select(tiny, c(0.0), t))
@@ -216,7 +216,7 @@ class Simd:
         n = v.type.count
         if self.target.half:
             return self.b.fptrunc(v, vec(f16, n))
-        c = lambda x: self.fill(i32, n, x)  # noqa: E731
+        c = lambda x: self.fill(i32, n, x)
         raw = self.bits(v, i32)
         magnitude = self.b.and_(raw, c(0x7FFFFFFF))
         odd = self.b.and_(self.b.lshr(magnitude, c(13)), c(1))
