@@ -19,6 +19,7 @@ COMMANDS = (  # a module each
     "perplexity",
     "imatrix",
     "bench",
+    "doctor",
     "warmup",
     "history",
     "cache",

@@ -31,12 +31,8 @@ class Wide:
     def of(cls, gguf: GGUF, tensor: Tensor, dtype: mx.Dtype) -> "Wide":
         """A tensor widened, now."""
         *groups, n_rows, n_cols = tensor.shape
-        if has_kernels(tensor):
-            values = np.empty(math.prod(tensor.shape), np.float32)
-            call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-            call(microkernels(tensor.type.name).dequantize)(tensor.data.ctypes.data, values.size, values.ctypes.data)
-        else:
-            values = as_half(gguf, tensor)
+        count = math.prod(tensor.shape)
+        values = dequantized(tensor.data, tensor.type.name, count) if has_kernels(tensor) else as_half(gguf, tensor)
         array = mx.array(values.reshape(-1, n_rows, n_cols)).astype(dtype)
         mx.eval(array)
         return cls(array, tensor.nbytes // math.prod(groups))
@@ -84,6 +80,14 @@ class Blocks:
 
     def _matvec(self, x: mx.array, experts: mx.array, tokens: int) -> mx.array:
         return kernels.matvec(self.type_name, self.window.array, self._place, experts, x, tokens, self.n_rows)
+
+
+def dequantized(blocks: np.ndarray, type_name: str, n: int) -> np.ndarray:
+    """`n` weights of a type that the CPU has kernels for, float32."""
+    values = np.empty(n, np.float32)
+    call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    call(microkernels(type_name).dequantize)(blocks.ctypes.data, n, values.ctypes.data)
+    return values
 
 
 def multiply(x: mx.array, w: mx.array) -> mx.array:

@@ -1,0 +1,158 @@
+"""What this machine has and whether llamacli's parts do here what they should: for an owner to run and to report.
+
+In: a model's path, an encoder by type. Out: `Finding`s, one after the other; a check that this machine cannot make says why.
+"""
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from llamacli import Model, __version__
+from llamacli.cpu.kernels.cores import default_threads
+from llamacli.cpu.kernels.jit.loader import chosen_target
+from llamacli.errors import LlamacliError
+from llamacli.mlx import runtime
+from llamacli.plan import machine
+
+OK, FAILED, SKIPPED = "ok", "failed", "not checked"
+PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers", "mlx", "gguf")
+MEGABYTES = 256  # of weights for each speed
+PRODUCT, WIDENED, LOGITS = 1e-5, 1e-3, 0.05  # largest errors; logits of int8 activations and of float16 differ by more
+PROMPT, ANSWER, CTX = 128, 32, 256  # tokens
+BY_HAND = (  # what takes hours, gigabytes or another start
+    ("a model of Scout's shape", "llamacli bench --shape scout --layers 4 --device mlx"),
+    ("command buffers as MLX has them", "MLX_MAX_MB_PER_BUFFER=50 MLX_MAX_OPS_PER_BUFFER=50 llamacli bench --device mlx"),
+    ("faster waits (Metal)", "MLX_METAL_FAST_SYNCH=1 llamacli bench --device mlx"),
+    ("the limit of memory, for an hour", "llamacli chat --device mlx with a model near the budget above"),
+)
+
+
+class Finding(NamedTuple):
+    """One check: its result in words, and its numbers."""
+
+    check: str
+    state: str
+    text: str
+    figures: dict
+
+
+def examine(path: os.PathLike, encoder: Callable, megabytes: int = MEGABYTES) -> Iterator[Finding]:
+    """All checks. `encoder(type name)` returns a function from float32 rows to blocks."""
+    yield _machine()
+    yield _packages()
+    try:
+        here = runtime.start()
+    except LlamacliError as error:
+        here = None
+        yield Finding("MLX", SKIPPED, str(error), {})
+    else:
+        yield Finding("MLX", OK, str(here), here._asdict())
+    yield from _gpu(here, encoder, megabytes)
+    yield from _model(path, here)
+    for what, command in BY_HAND:
+        yield Finding(what, SKIPPED, f"by hand: {command}", {})
+
+
+def _machine() -> Finding:
+    target = chosen_target()
+    figures = {
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "kernels": target.name,
+        "threads": default_threads(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory_free_bytes": machine.memory_free(),
+        "page_bytes": os.sysconf("SC_PAGE_SIZE"),
+    }
+    gigabytes = f"{figures['memory_bytes'] / 1e9:.1f} GB of memory, {figures['memory_free_bytes'] / 1e9:.1f} GB free"
+    text = f"{figures['system']}, kernels {target.name}, {figures['threads']} threads, {gigabytes}"
+    return Finding("machine", OK, text, figures)
+
+
+def _packages() -> Finding:
+    found = {"llamacli": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return Finding("versions", OK, ", ".join(f"{name} {number}" for name, number in found.items()), found)
+
+
+def _gpu(here: runtime.Runtime | None, encoder: Callable, megabytes: int) -> Iterator[Finding]:
+    """Kernels, speeds and waits on the GPU."""
+    names = ("kernels against the CPU", "MLX's own product", "a wait for the GPU")
+    if here is not None:
+        from llamacli.mlx import checks, kernels
+    if here is None or kernels.dialect() is None:
+        yield from (Finding(name, SKIPPED, "there is no GPU that MLX can use", {}) for name in names)
+        return
+    with runtime.translated("doctor"):
+        for one in checks.check_kernels(encoder, megabytes):
+            right = one.error <= PRODUCT and one.widened_error <= WIDENED
+            text = f"error {one.error:.1e}, widened {one.widened_error:.1e}, {one.rate / 1e9:.1f} GB/s"
+            yield Finding(f"kernel {one.type_name}", OK if right else FAILED, text, one._asdict())
+        rate, wait = checks.own_product_rate(megabytes), checks.wait_seconds()
+    yield Finding(names[1], OK, f"{rate / 1e9:.1f} GB/s with 4 bits in groups of 32", {"rate": rate})
+    yield Finding(names[2], OK, f"{1e6 * wait:.0f} us; a layer whose experts are fetched needs one", {"seconds": wait})
+
+
+def _model(path: os.PathLike, here: runtime.Runtime | None) -> Iterator[Finding]:
+    """The model's speed on the CPU and on MLX, and how far apart their logits are."""
+    rows = {}
+    for device in ("cpu", "mlx"):
+        if device == "mlx" and here is None:
+            yield Finding("model on MLX", SKIPPED, "MLX is missing", {})
+            continue
+        try:
+            with Model.load(path, ctx=CTX, device=device) as model:
+                found, logits, ids = _speed(model)
+                notices = model.engine.notices
+        except LlamacliError as error:
+            yield Finding(f"model on {device}", FAILED, str(error), {})
+            continue
+        rows[device] = logits
+        text = f"prompt {found['prompt_tokens_per_second']:.0f}, answer {found['tokens_per_second']:.1f} tokens/s"
+        yield Finding(f"model on {device}", OK, "; ".join((text, *notices)), found | {"notices": notices, "ids": len(ids)})
+    if len(rows) == 2:
+        yield _compared(rows["cpu"], rows["mlx"])
+
+
+def _speed(model: Model) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Tokens a second of a prompt and of an answer; logits of the prompt's second half, one token after the other."""
+    ids = np.random.default_rng(0).integers(0, min(model.config.n_vocab, 10_000), PROMPT).tolist()
+    engine = model.engine
+    engine.forward(ids, engine.new_cache(CTX))  # compiles
+    cache, began = engine.new_cache(CTX), perf_counter()
+    engine.forward(ids[: PROMPT - ANSWER], cache)
+    prompt = perf_counter() - began
+    rows, began = [], perf_counter()
+    for token in ids[PROMPT - ANSWER :]:
+        rows.append(engine.forward([token], cache).copy())
+    answer = perf_counter() - began
+    figures = {
+        "prompt_tokens_per_second": (PROMPT - ANSWER) / prompt,
+        "tokens_per_second": ANSWER / answer,
+        "gpu_layers": engine.gpu_layers,
+        "resident_bytes": machine.resident(),
+        "platform": sys.platform,
+    }
+    return figures, np.array(rows), np.array(ids)
+
+
+def _compared(cpu: np.ndarray, mlx: np.ndarray) -> Finding:
+    finite = bool(np.isfinite(mlx).all())
+    error = np.abs(mlx - cpu).max(-1) / np.abs(cpu).max()
+    same = float((mlx.argmax(-1) == cpu.argmax(-1)).mean())
+    figures = {"median": float(np.median(error)), "largest": float(error.max()), "same_best": same, "finite": finite}
+    right = finite and figures["median"] <= LOGITS
+    text = (
+        f"median difference {figures['median']:.1e}, largest {figures['largest']:.1e}, {100 * same:.0f} % the same best token"
+    )
+    return Finding("logits of MLX and of the CPU", OK if right else FAILED, text, figures)
