@@ -32,6 +32,7 @@ class _State:
     survived = False  # whether the command went on after that one
     survives = False  # the command goes on after a first Ctrl-C
     unhurried = False  # the command may take its time to end
+    hurried = False  # there is nothing to keep: the first signal ends the process
     engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
     last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
 
@@ -123,9 +124,11 @@ def at_once():
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: _end(number))
+    _State.hurried = True
     try:
         yield
     finally:
+        _State.hurried = False
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -146,7 +149,7 @@ def _watch(reader: int) -> None:
         number = data[0]
         if number not in _NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
             continue
-        if (_State.obeying is not None and _State.obeying <= seen) or (deaf and _State.answers == seen):
+        if _State.hurried or (_State.obeying is not None and _State.obeying <= seen) or (deaf and _State.answers == seen):
             _end(number)
         if deaf:
             seen, deaf = _State.answers, False

@@ -27,6 +27,7 @@ _LLAMA3 = rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}
 _PATTERNS = {"llama4": SPLIT, "gpt-4o": SPLIT, "default": SPLIT, "llama-bpe": _LLAMA3}  # "default" is Ollama's word
 
 _LONGEST_NAME = 512  # characters
+_LONG = 1 << 16  # characters of a text that takes more than some hundredths of a second
 _SPECIAL_NAME = re.compile(r"<\|\w+\|>")
 _NEVER_SAID = re.compile(  # reserved rows, padding, and tokens that stand around turns and pictures
     r"<\|(begin_of_text|fim_\w+|header_start|header_end|start_header_id|end_header_id|\w*reserved\w*|\w*pad(_id)?"
@@ -178,10 +179,18 @@ class Tokenizer:
                 ids.append(part)
                 continue
             try:
-                ids += self._pieces.encode(part, add_special_tokens=False).ids
+                ids += self._bpe(part)
             except (TypeError, UnicodeEncodeError):
                 raise PromptError("expected text in UTF-8, found bytes that are not; convert it first") from None
         return ids
+
+    def _bpe(self, text: str) -> list[int]:
+        """Ids of a text without names. `encode` holds the interpreter's lock, for a long text so long that Ctrl-C is not heard;
+        the other call does not, but costs threads.
+        """
+        if len(text) < _LONG:
+            return self._pieces.encode(text, add_special_tokens=False).ids
+        return self._pieces.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     @cached_property
     def special_names(self) -> Names:

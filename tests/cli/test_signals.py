@@ -47,11 +47,11 @@ enter()
 
 
 @contextmanager
-def deaf(after, *args, **how):
+def deaf(after, *args, code=DEAF, **how):
     """A `llamacli` whose engine is deaf from its call number `after` on."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     env = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
-    process = subprocess.Popen([sys.executable, "-c", DEAF, str(after), *args], env=env, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", code, str(after), *args], env=env, **pipes)
     try:
         assert process.stderr.readline() == b"deaf\n"
         yield process
@@ -67,6 +67,20 @@ def test_a_signal_in_compiled_code_ends_the_process_soon(number):
         out, err = process.communicate(timeout=40)
     assert (process.returncode, out, err) == (-number, b"", b"")
     # the call alone would wait for ever
+
+
+def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
+    """There is nothing to keep yet: the process ends although the main thread is deaf and would have a thousand seconds."""
+    code = DEAF.replace(
+        "options.load_model = lambda *args, **more: model",
+        "from llamacli.cli import signals\nsignals.GRACE = 1000\n"
+        "def load(*args, **more):\n    with signals.at_once():\n        Engine('').forward([], None)\n"
+        "options.load_model = load",
+    )
+    with deaf(0, "run", "hi", code=code) as process:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=40)
+    assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
 
 
 def test_an_interrupted_answer_keeps_what_it_has():

@@ -1,6 +1,7 @@
 """Tokenizer: the ids of an independent reference, special tokens only on request, text that survives the round trip."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,25 @@ def test_any_text_gives_the_reference_s_ids_and_comes_back(text):
     ids = tokenizer.encode(text, bos=False)
     assert ids == vocab.trained().encode(text).ids
     assert tokenizer.decode(ids) == text
+
+
+def test_a_long_text_gives_the_reference_s_ids_and_other_threads_run_meanwhile(tokenizer):
+    """One of them hears Ctrl-C."""
+    text, ticks, over = "The sea is salt, é🦙 and 12345 who asked? " * 20_000, [], threading.Event()
+
+    def tick():
+        while not over.wait(0.001):
+            ticks.append(1)
+
+    other = threading.Thread(target=tick)
+    other.start()
+    before = len(ticks)
+    ids = tokenizer.encode(text, bos=False)
+    ticked = len(ticks) - before
+    over.set()
+    other.join()
+    assert ids == vocab.trained().encode(text).ids
+    assert ticked > 5
 
 
 @given(st.text(alphabet=st.sampled_from("<|>eothadr_sinfx🦙 \n"), max_size=60) | st.sampled_from(TEXTS))
