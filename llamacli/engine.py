@@ -149,7 +149,7 @@ class Engine:
     def interrupt(self) -> None:
         """From another thread: have a `forward` that is under way end soon, by a KeyboardInterrupt. The cache stays sound.
 
-        The main thread hears no signal while it is in compiled code; the signal watcher calls this.
+        The main thread handles no signal while it is in compiled code, so the signal watcher calls this.
         """
         self._interrupted = True
         for stage in self.stages:

@@ -1,8 +1,8 @@
 """Converts a Hugging Face folder or a GGUF to a GGUF by a recipe.
 
-In: paths and the name of a recipe. Out: the file, and a report that is fit for JSON. It reads and checks all headers, plans the
-whole file, checks the output and then streams it a few rows at a time, so that memory stays at some megabytes a thread whatever
-the size of the model. Prints nothing.
+In: paths and the name of a recipe. Out: the file, and a report ready for JSON. `convert` reads and checks all headers, plans the
+whole file, checks the output and then streams it a few rows at a time. Memory stays at a few megabytes a thread for a model of
+any size. Nothing is printed.
 """
 
 import math

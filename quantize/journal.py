@@ -6,7 +6,7 @@ Each file grows as NAME.part. The log, NAME.part.log beside the first one, names
 tensor: its checksum, what it was made from, a note of the maker's. The same job started again verifies the finished tensors
 and continues after the last good one. Whatever stops a conversion (Ctrl-C, a kill, a full disk, a bad tensor), part and log
 stay as soon as one tensor is finished, and the error says how to continue. Files of others under these names are never touched.
-What cannot be written is an OutputError.
+OutputError: a file cannot be written.
 """
 
 import contextlib

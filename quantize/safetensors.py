@@ -2,7 +2,7 @@
 
 In: a folder with model.safetensors, or with shards and perhaps model.safetensors.index.json. Out: tensors by name.
 Headers are hostile: length, JSON, dtype, shape and offsets are checked against the size of the file before anything is
-allocated; what does not fit is a CheckpointError. A tensor of an unknown dtype or of size 0 is an error only when it is used:
+allocated; CheckpointError if they do not fit. A tensor of an unknown dtype or of size 0 is an error only when it is used, since
 checkpoints hold such tensors beside the model (vision, positions).
 
 Format: https://huggingface.co/docs/safetensors: 8 bytes with the length of the header, a JSON header, the data.

@@ -2,7 +2,7 @@
 
 In: metadata and tensor descriptions; for a file, the bytes of each tensor in order. Out: the header's bytes, or the file. It
 grows as NAME.PID.part, is synced and renamed; on any failure, Ctrl-C included, the part is removed (journal.py keeps the parts
-of long conversions). What cannot be written is an OutputError.
+of long conversions). OutputError: a file cannot be written.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

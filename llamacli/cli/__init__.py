@@ -1,4 +1,4 @@
-"""The command line's two edges: arguments go in to one command a file, every error comes out as one line and an exit code.
+"""Entry point of the command line: it runs one command, a module each, and turns every error into one line and an exit code.
 
 In: sys.argv. Out: an exit code (0 answered, 1 could not, 2 usage, 141 closed pipe), or death by the signal that ended the
 command (a shell shows 130 or 143). Everything else is imported late, so that `--help` stays fast.
@@ -33,7 +33,7 @@ CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
 def enter() -> None:
     """Run one command and end the process at once.
 
-    There is nothing to tidy up, and taking apart a vocabulary and a map of gigabytes takes the interpreter a tenth of a second.
+    No cleanup is needed, and freeing a vocabulary and unmapping gigabytes takes the interpreter a tenth of a second.
     """
     from llamacli.cli import signals
 

@@ -1,4 +1,4 @@
-"""What options stand for: a model's file, found and loaded, and texts read from files and stdin.
+"""Finds and loads the model that the options name, and reads texts from files and stdin.
 
 In: words from the command line. Out: a path, a loaded `Model`, text; errors name the option, variable or file that was wrong.
 """

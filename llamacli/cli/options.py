@@ -1,4 +1,4 @@
-"""The one list of options that commands share, and their checks. inputs.py knows what they stand for.
+"""The options that commands share, and their checks. inputs.py loads the models and texts that they name.
 
 In: what the parser found. Out: dataclasses, or a UsageError.
 """
@@ -368,7 +368,7 @@ class Generation(Sampling):
         return (self.ctx or DEFAULT_CTX) * MOST_BYTES
 
     def load(self, console: Console):
-        """The model, with a note when it takes long; if a log is asked for, it is told every choice of experts."""
+        """The model, with a note when loading takes long; with --routing-log its choices of experts are logged."""
         from llamacli.bench.routing_log import RoutingLog, check_new
 
         if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):

@@ -1,7 +1,7 @@
 """A stage on the CPU: some layers, and perhaps the embedding and the head, run by threads that stay in compiled code.
 
 In: the residual stream or tokens, and caches. Out: the stream after the layers, or logits. A run of layers is one compiled
-call, unless experts must be fetched or the batch is so long that Ctrl-C should be heard between two layers. Experts come from
+call, unless experts must be fetched or the batch is so long that Ctrl-C should be handled between two layers. Experts come from
 the mapped file or, if there are slots, from memory that experts.py fills while the shared expert is computed.
 """
 

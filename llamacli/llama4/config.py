@@ -3,9 +3,9 @@
 In: the metadata of a GGUF in llama.cpp's or Ollama's dialect. Out: a frozen `Config` within `BOUNDS`, or an
 UnsupportedModelError for another architecture and a ModelFileError for impossible numbers. `Config.metadata` is the way back.
 
-Chunk size, temperature and QK norm come from the file, or are Meta's where the file does not name them. A chunk size of 0
-(MobileLLM) turns off chunks, layers without rotation and temperature together. llama.cpp means the same by `sliding_window` 0,
-but at the time of writing it leaves the last layer unrotated and then stops at an assertion.
+Chunk size, temperature and QK norm default to Meta's values. A chunk size of 0 (MobileLLM) turns off chunks, layers without
+rotation and temperature together. llama.cpp means the same by `sliding_window` 0, but at the time of writing it leaves the last
+layer unrotated and then stops at an assertion.
 """
 
 import math
@@ -19,8 +19,8 @@ from llamacli.llama4.tensors import OUTPUT, TOKEN_EMBD
 
 CHUNK, NO_ROPE_STEP, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 8192, 4, 8192.0, 0.1  # Meta's, built into llama.cpp
 META = {"chunk_size": CHUNK, "temperature_length": TEMPERATURE_LENGTH, "temperature_scale": TEMPERATURE_SCALE}
-WITHOUT_QK_NORM = 128  # llama.cpp takes a model of this many experts, and no other, to have no QK norm (Maverick)
-BOUNDS = {  # least and most of what is read from a file, whichever format it has
+WITHOUT_QK_NORM = 128  # llama.cpp assumes that models of this many experts, and only those, have no QK norm (Maverick)
+BOUNDS = {  # smallest and largest value accepted, from a GGUF or a config.json
     "n_layers": (1, 1 << 10),
     "n_embd": (1, 1 << 17),
     "n_heads": (1, 1 << 10),

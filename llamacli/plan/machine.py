@@ -1,7 +1,7 @@
-"""What this machine has: memory that may still be taken, memory that this process holds, and its disk: how to read, how fast.
+"""Measures this machine: memory that is free, memory that this process holds, and the speed of a file's disk.
 
-Out: bytes, bytes a second. Memory is what the machine has left and, inside a cgroup (v1, v2, nested), what every limit above
-this process still allows; page cache that would give way counts as free.
+Out: bytes, bytes a second. Free memory is what the machine has left and, inside a cgroup (v1, v2, nested), what every limit
+above this process still allows; page cache that can be reclaimed counts as free.
 """
 
 import os

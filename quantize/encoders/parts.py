@@ -1,5 +1,5 @@
-"""What both searches for scales are made of: passes over a group's weights, candidates compared, half floats and integers near
-a wish.
+"""Building blocks of both searches for scales: passes over a group's weights, comparison of candidates, half floats and integers
+near a value.
 
 In and out: vectors of LANES numbers, one for each group; `room` is where search.py keeps the groups.
 """

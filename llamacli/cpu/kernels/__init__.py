@@ -21,7 +21,7 @@ from llamacli import environment
 
 KEPT = 4  # cache folders of other versions and of this one that are kept
 UNUSED = 24 * 3600  # seconds after which a folder beyond those is removed: before, a running process may still need it
-notices: list[str] = []  # at most one line for the user, why compiled code is not kept; whoever shows it takes it out
+notices: list[str] = []  # at most one line for the user, why compiled code is not kept; the caller that shows it removes it
 _noted = False  # whether there was such a line
 
 

@@ -1,12 +1,12 @@
-"""The block formats, the questions that microkernels ask of each, and the form of the activations that meet them.
+"""The block formats, the functions that each provides to the microkernels, and the layout of quantized activations.
 
-A format's module answers `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each group), so that
+A format's module provides `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each group), so that
 weight = scale * u - min; where it has an `offset`, the minimum is scale * offset. `largest` is the largest u. Formats whose
-codes exceed 127 also answer `signed_piece`: the same as signed bytes.
+codes exceed 127 also provide `signed_piece`: the same as signed bytes.
 
-For registers of 32 bytes a format may answer `crossed` (the weights of groups j and j + 4 as two registers, their first 16,
+For registers of 32 bytes a format may provide `crossed` (the weights of groups j and j + 4 as two registers, their first 16,
 then their last 16, so that products of a group add up before they are scaled) and `whole_scales` (16-bit pairs and a float).
-For registers of 64 bytes it may answer `codes` (a superblock at once, in an `order` and with `factors` of its own).
+For registers of 64 bytes it may provide `codes` (a superblock at once, in an `order` and with `factors` of its own).
 
 An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16 scaled sums of
 16, float32.

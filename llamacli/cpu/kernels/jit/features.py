@@ -1,7 +1,7 @@
 """Features of this machine's processor by LLVM's names.
 
-LLVM knows those of an x86 processor. Of an ARM one it reports nothing on macOS, and on Linux neither of the two that matter
-here (LLVM 22), so the system is asked.
+On x86, LLVM detects them. On ARM it detects nothing on macOS, and on Linux neither of the two that matter here (LLVM 22), so
+this module asks the operating system.
 """
 
 import ctypes

@@ -45,7 +45,7 @@ def pointer(address, dtype):
     """An address as a typed pointer: `pointer(address, float32)[i]` reads and writes without bounds."""
 
 
-KERNELS: list["Kernel"] = []  # all that are marked, for who wants them compiled beforehand
+KERNELS: list["Kernel"] = []  # all drivers, so that `warmup` can compile them
 
 
 class Kernel:

@@ -1,4 +1,4 @@
-"""Vector IR in words: a thin layer over llvmlite that the microkernels are written in.
+"""A thin layer over llvmlite's IR builder in which the microkernels are written.
 
 `Simd` builds one function. Vectors are `target.width` bytes; LLVM splits them where registers are narrower. What differs
 between CPUs are `dot4`, `dot8` and `lookup`; everything else is portable IR.

@@ -1,8 +1,8 @@
-"""A mapped file that is cut or cannot be read any more: zeros and a mark instead of the end of the process.
+"""Keeps the process alive when a mapped file is truncated or its disk fails.
 
-Touching such a page raises SIGBUS in whatever code does it. The handler, compiled code that needs nothing of Python, puts
-zeros in place of the rest of the mapping and marks it, so that the run ends as it would have, with a wrong result that the
-caller throws away: `Guard.broken` says so. Faults anywhere else end the process as they always did.
+Touching a page of such a file raises SIGBUS. The handler is compiled code that does not call Python. It maps zero pages over
+the rest of the mapping and marks the mapping as broken. The run then ends normally with a wrong result, and the caller discards
+it because `Guard.broken` names the mapping. SIGBUS at any other address ends the process, as without this module.
 """
 
 import ctypes

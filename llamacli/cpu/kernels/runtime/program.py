@@ -16,7 +16,7 @@ class Program:
     """Steps for Pool.run. It keeps their argument arrays alive."""
 
     def __init__(self):
-        self.labels: list = []  # of the steps: what the caller says they are for
+        self.labels: list = []  # of the steps, as the caller gave them
         self.table = np.zeros((0, 3), np.int64)
         self._rows: list[list[int]] = []
         self._kept: list[np.ndarray] = []
