@@ -1,8 +1,8 @@
 """Converts a Hugging Face folder or a GGUF to a GGUF by a recipe.
 
-In: paths and the name of a recipe. Out: the file, and a report ready for JSON. `convert` reads and checks all headers, plans the
-whole file, checks the output and then streams it a few rows at a time. Memory stays at a few megabytes a thread for a model of
-any size. Nothing is printed.
+In: paths and the name of a recipe. Out: the file, and a report ready for JSON. `convert` reads and checks all headers, plans
+the whole file, checks the output and then streams it a few rows at a time. Memory stays at a few megabytes a thread for any
+model. Nothing is printed.
 """
 
 import math

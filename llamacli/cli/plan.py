@@ -1,7 +1,7 @@
 """`llamacli plan`: whether a model runs in some memory, what of it is resident, how fast it should be; nothing is loaded.
 
 In: a GGUF, of which the header is read, or a Hugging Face folder, of which config.json is enough; memory, context, speeds.
-Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine; this module gathers and shows.
+Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine, and this module shows.
 """
 
 import json

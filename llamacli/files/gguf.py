@@ -2,8 +2,8 @@
 
 In: the path of a file, or of the first part of a split model. Out: `GGUF` with `.metadata` and `.tensors`. The header is read,
 not mapped, so that a failing disk is an error and no signal. Every count is checked against a limit and against the bytes that
-are left before anything is allocated: a hostile or cut file leads to a ModelFileError, never to a large allocation. Lists of strings
-(vocabularies) are only measured on opening and decoded on first use.
+are left before anything is allocated: a hostile or cut file leads to a ModelFileError, never to a large allocation. Lists of
+strings (vocabularies) are only measured on opening and decoded on first use.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """

@@ -1,5 +1,5 @@
-"""Building blocks of both searches for scales: passes over a group's weights, comparison of candidates, half floats and integers
-near a value.
+"""Building blocks of both searches for scales: passes over a group's weights, comparison of candidates, half floats and
+integers near a value.
 
 In and out: vectors of LANES numbers, one for each group; `room` is where search.py keeps the groups.
 """

@@ -1,6 +1,6 @@
 """The block formats, the functions that each provides to the microkernels, and the layout of quantized activations.
 
-A format's module provides `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each group), so that
+A format's module provides `piece` (32 weights as unsigned bytes u) and `scales` (a factor and a minimum for each group), with
 weight = scale * u - min; where it has an `offset`, the minimum is scale * offset. `largest` is the largest u. Formats whose
 codes exceed 127 also provide `signed_piece`: the same as signed bytes.
 
