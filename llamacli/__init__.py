@@ -55,6 +55,7 @@ FILE_SAMPLING = {  # general.sampling.* to keywords of Sampler
     **{"penalty_last_n": "repeat_last_n", "penalty_repeat": "repeat_penalty"},
     **{"mirostat_tau": "mirostat_tau", "mirostat_eta": "mirostat_eta"},
 }
+KV_TYPES = ("F16", "Q8_0", "Q4_0")
 DEFAULT_CTX = 8192  # tokens; the file's own limit may be 10 million, which no memory holds
 
 
@@ -86,6 +87,7 @@ class Model:
         logits_rows: int = 0,
         device: str = "cpu",
         gpu_layers: int | None = None,
+        kv: str = "f16",
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
@@ -93,12 +95,14 @@ class Model:
         used where they lie in the file; "slots", some of them kept in memory and the others read when they are needed; "auto",
         slots if the model does not fit into the memory. `logits_rows`: rows of logits that the caller will keep at a time; they
         count as the model's memory. `device`: "cpu"; "mlx", layers on a GPU through MLX; "auto", the same where Metal is, else
-        the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds.
+        the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds. `kv`: type of keys and
+        values, "f16", "q8_0" or "q4_0"; on a GPU the first only.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
         """
         from concurrent.futures import ThreadPoolExecutor
+        from dataclasses import replace
 
         from llamacli.files.gguf import open_gguf
         from llamacli.llama4.config import Config
@@ -107,7 +111,9 @@ class Model:
             if value is not None and value < 1:
                 raise UsageError(f"{name}: expected at least 1, found {value}; None chooses for you")
         gguf = open_gguf(path)
-        config = Config.from_gguf(gguf)
+        if kv.upper() not in KV_TYPES:
+            raise UsageError(f"kv: expected {', '.join(KV_TYPES).lower()}, found {kv}")
+        config = replace(Config.from_gguf(gguf), kv_type=kv.upper())
         ctx = ctx or default_ctx(config)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)

@@ -39,7 +39,9 @@ class Cache(Protocol):
         """Positions whose keys and values of a layer can be exported."""
 
     def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of positions start to end - 1, a copy, float16 [n_kv_heads, end - start, head_dim] each."""
+        """Keys and values of positions start to end - 1, a copy: float16 [n_kv_heads, end - start, head_dim] each, or, of a
+        cache in blocks (config.kv_type), uint8 [n_kv_heads, end - start, kv_row_bytes]. Caches of one type can exchange them.
+        """
 
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write what `export` returned, from position `start` on, after `reserve`. Set `pos` when all layers are restored."""

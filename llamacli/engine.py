@@ -124,6 +124,10 @@ class Engine:
         self._max_batch = buffers.tokens(config, max_batch)
         groups = config.n_experts // max(1, config.n_experts_used) if any(map(config.is_moe, range(config.n_layers))) else 0
         self._steady = max(buffers.MIN_BATCH, matmul.FEW * groups)  # tokens of a batch from which on its length changes no bit
+        if gpu_layers and config.kv_type != "F16":
+            raise UsageError(
+                f"--kv: expected f16 with layers on a GPU, found {config.kv_type.lower()}; leave it out or use --device cpu"
+            )
         on_cpu = config.n_layers - gpu_layers if gpu_layers else None
         self.stages: list[Stage] = [*cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)), on_cpu)]
         if gpu_layers:
@@ -194,7 +198,7 @@ class Engine:
     def arithmetic(self) -> str:
         """What decides about the last bits of keys and values, but for the model: another value, other bits."""
         kernels = sources_digest(Path(matmul.__file__).parents[1])
-        return f"{kernels} {chosen_target().name} {min(self._steady, self._max_batch)} {self.gpu_layers}"
+        return f"{kernels} {chosen_target().name} {self.config.kv_type} {min(self._steady, self._max_batch)} {self.gpu_layers}"
 
     def batch_of(self, pos: int) -> range:
         """The positions of the batch in which `pos` is evaluated if a long prompt is from its start."""

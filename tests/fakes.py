@@ -31,7 +31,17 @@ REPLY = "first line\nsecond line"
 BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
 N_VOCAB = 261
 CONFIG = SimpleNamespace(
-    **{"n_vocab": N_VOCAB, "context_length": 4096, "n_embd": 4, "n_layers": 4, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8},
+    **{
+        "kv_type": "F16",
+        "kv_row_bytes": 16,
+        "n_vocab": N_VOCAB,
+        "context_length": 4096,
+        "n_embd": 4,
+        "n_layers": 4,
+        "n_heads": 2,
+        "n_kv_heads": 1,
+        "head_dim": 8,
+    },
     chunk_size=8,
     uses_rope=lambda i: i != 3,
 )

@@ -10,7 +10,8 @@ from gguf.quants import dequantize
 
 
 def logits(path, ids, kv=np.float64):
-    """float64 [len(ids), n_vocab]. `kv` float16 rounds keys and values as the engine's cache does, and nothing else."""
+    """float64 [len(ids), n_vocab]. `kv` float16, or a function, rounds keys and values as a cache does, and nothing else."""
+    keep = kv if not isinstance(kv, type) else lambda x: x.astype(kv).astype(np.float64)
     reader = gguf.GGUFReader(path)
     weights = {t.name: _values(t) for t in reader.tensors}
     read = _metadata(reader)
@@ -39,7 +40,7 @@ def logits(path, ids, kv=np.float64):
                 q, k = rms_norm(q, eps), rms_norm(k, eps)
         else:
             q = q * temperature[:, None, None]
-        k, v = k.astype(kv).astype(np.float64), v.astype(kv).astype(np.float64)
+        k, v = keep(k), keep(v)
         mixed = attend(q, k, v, causal & same_chunk if rotary else causal)
         x = x + mixed @ w["attn_output.weight"].T
         h = rms_norm(x, eps) * w["ffn_norm.weight"]

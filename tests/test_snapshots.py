@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,17 @@ def test_an_answer_has_the_same_bytes_with_and_without_at_every_edge(shape, batc
             if shape != "no chunks" and tail == 40:
                 assert cached >= common // CHUNK * CHUNK  # at most one chunk is evaluated again
     assert max(read) == len(BOOK)
+
+
+@pytest.mark.parametrize("kv", ["Q8_0", "Q4_0"])
+def test_keys_and_values_in_blocks_are_kept_as_they_are(kv, path, engine, tmp_path):
+    gguf = open_gguf(path)
+    blocks = Engine(gguf, replace(Config.from_gguf(gguf), kv_type=kv), 2, max_batch=BATCH)
+    cold, _ = answer(blocks, BOOK + QUESTION, snap(blocks, tmp_path))
+    warm, cached = answer(blocks, BOOK + QUESTION, snap(blocks, tmp_path))
+    assert np.array_equal(warm, cold)
+    assert cached == len(BOOK)
+    assert answer(engine, BOOK + QUESTION, snap(engine, tmp_path))[1] == 0  # those of another type are not taken
 
 
 def test_the_next_question_costs_little_more_than_itself(engine, tmp_path):

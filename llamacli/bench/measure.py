@@ -18,7 +18,6 @@ import numpy as np
 
 from llamacli.llama4.tensors import TOKEN_EMBD
 
-HALF = 2  # bytes of a number in the KV cache
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
 
@@ -155,7 +154,7 @@ def _record(model, case: Case, rates: list[float]) -> dict:
     products = engine.products_per_token * case.n + last * (case.n if case.decode else 1)
     products += 2 * config.n_heads * config.head_dim * pairs
     if case.decode:
-        nbytes = engine.bytes_per_token * case.n + 2 * HALF * config.n_kv_heads * config.head_dim * pairs
+        nbytes = engine.bytes_per_token * case.n + 2 * config.n_kv_heads * config.kv_row_bytes * pairs
     else:
         nbytes = sum(t.nbytes for t in model.gguf.tensors.values() if t.name != TOKEN_EMBD)
     return {

@@ -13,6 +13,7 @@ import tempfile
 from time import perf_counter
 
 from llamacli.errors import LlamacliError, UsageError
+from llamacli.files.ggml import BY_NAME
 
 BATCH, PIECE = 2048, 512
 
@@ -26,14 +27,15 @@ def check() -> None:
 class Peer:
     """llama.cpp in a worker process. `seconds(case)` runs one measure.Case; `close` ends the process."""
 
-    def __init__(self, path, threads: int, ids: list[int], repack: bool):
+    def __init__(self, path, threads: int, ids: list[int], repack: bool, kv: int = BY_NAME["F16"].id):
+        """`kv`: the number of the tensor type of keys and values."""
         self.name = "llama.cpp" if repack else "llama.cpp --repack 0"
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed by close
         command = [sys.executable, "-m", "llamacli.bench.peer"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._process = subprocess.Popen(command, text=True, **pipes)
         try:
-            self._ask({"path": str(path), "threads": threads, "ids": ids, "repack": repack})
+            self._ask({"path": str(path), "threads": threads, "ids": ids, "repack": repack, "kv": kv})
         except BaseException:
             self.close()
             raise
@@ -69,7 +71,7 @@ def _serve() -> None:
         print(json.dumps(run(**json.loads(line))), flush=True)
 
 
-def _load(path: str, threads: int, ids: list[int], repack: bool):
+def _load(path: str, threads: int, ids: list[int], repack: bool, kv: int):
     """A function (n, depth, decode) -> seconds of one run."""
     import ctypes
 
@@ -87,6 +89,9 @@ def _load(path: str, threads: int, ids: list[int], repack: bool):
     options.n_ctx, options.n_batch, options.n_ubatch = len(ids), BATCH, PIECE
     options.n_threads = options.n_threads_batch = threads
     options.swa_full = False
+    if kv != BY_NAME["F16"].id:
+        options.type_k = options.type_v = kv
+        options.flash_attn_type = 1  # llama.cpp multiplies values in blocks in no other way
     context = cpp.llama_init_from_model(model, options)
     if not context:
         raise SystemExit(f"{path}: llama.cpp has no memory for {len(ids)} tokens")

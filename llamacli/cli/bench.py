@@ -15,9 +15,11 @@ from typing import Annotated
 from llamacli.cli.console import amount, rate
 from llamacli.cli.grammar import argument, option
 from llamacli.cli.options import (
+    KV,
     DeviceName,
     GpuLayers,
     Json,
+    KvType,
     Memory,
     ModelName,
     Output,
@@ -60,6 +62,7 @@ def bench(
     generate: _counted(("-n", "--generate"), "Tokens to decode; 0 leaves them out (128).", "--n-gen") = "128",
     depth: _counted(("-d", "--depth"), "Tokens that the context holds before (0).", "--n-depth") = "0",
     threads: Threads = None,
+    kv: KvType = KV.f16,
     memory: Memory = None,
     device: DeviceName = None,
     gpu_layers: GpuLayers = None,
@@ -124,7 +127,7 @@ def bench(
         # before this process holds a model: two of them may not fit
         starts = [measure.startup(path, threads, repetitions)] if startup else []
         where = placement(device, gpu_layers) | ({} if memory is None else {"memory": memory_bytes(memory)})
-        loaded = load_model(path, threads, longest + 1, console, **where)
+        loaded = load_model(path, threads, longest + 1, console, kv=kv.value, **where)
         _check_room(loaded.config, longest)
         peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
         on_gpu = f", {loaded.engine.gpu_layers} layers on the GPU" if loaded.engine.gpu_layers else ""
@@ -191,11 +194,12 @@ def _check_room(config, longest: int) -> None:
 def _peers(model, measure, longest: int):
     """llama.cpp as it is, which keeps a rearranged copy of the weights, where memory holds one; and without that."""
     from llamacli.bench.peer import Peer
+    from llamacli.files.ggml import BY_NAME
     from llamacli.plan.machine import memory_free
 
     ids = measure.tokens(model, longest)
     for repack in (True, False) if memory_free() > 2 * model.gguf.nbytes else (False,):
-        yield Peer(model.gguf.path, model.engine.threads, ids, repack)
+        yield Peer(model.gguf.path, model.engine.threads, ids, repack, BY_NAME[model.config.kv_type].id)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -148,6 +149,33 @@ class _Type(click.ParamType):
 def read_value(kind: type, spec: Spec, text: str, where: str):
     """What `text` means to an option of this kind and Spec, wherever it was written; UsageError that begins with `where`."""
     return _Type(spec, kind).read(text, where)
+
+
+_UNITS = {
+    "": 1,
+    **{unit: 1000**n for n, unit in enumerate("KMGT", 1)},
+    **{f"{unit}I": 1024**n for n, unit in enumerate("KMGT", 1)},
+}
+
+
+def byte_count(text: str, where: str) -> int:
+    """A size such as 48G, 500 MB or 2GiB in bytes; G is 10^9, Gi 2^30. UsageError else, also for a number without a unit."""
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGT]?I?)B?", text.strip().upper())
+    if found and not found[2] and text.strip()[-1:].isdigit():
+        raise UsageError(
+            f"{where}: expected a size like 48G, 500M or 2GiB, with its unit, found {text!r}, which is bytes; "
+            f"{text.strip()}G, perhaps?"
+        )
+    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if size <= 0:
+        raise UsageError(f"{where}: expected a size like 48G, 500M or 2GiB, found {text!r}")
+    return size
+
+
+def size(text: str, where: str) -> str:
+    """The text, if it is a size: a check of an option."""
+    byte_count(text, where)
+    return text
 
 
 def token_count(text: str, where: str, least: int = 1) -> int:

@@ -12,7 +12,7 @@ from typing import Annotated
 from llamacli import DEFAULT_CTX
 from llamacli.cli.binding import binding
 from llamacli.cli.console import Console
-from llamacli.cli.grammar import OTHER, Given, argument, kind_of, option, token_count
+from llamacli.cli.grammar import OTHER, Given, argument, byte_count, kind_of, option, size, token_count
 from llamacli.cli.inputs import (
     MOST_BYTES,
     checked,
@@ -28,16 +28,19 @@ from llamacli.cli.inputs import (
     read_stdin,
     stdin_is_piped,
 )
+from llamacli.cli.keeping import KV, Keeping, KvType
 from llamacli.cli.sampling import Sampling
 from llamacli.cli.signals import at_once as leave_at_once
 from llamacli.errors import UsageError
 
 __all__ = [  # what commands take from here, wherever it is defined
+    "KV",
     "DeviceName",
     "Generation",
     "Given",
     "GpuLayers",
     "Json",
+    "KvType",
     "Memory",
     "ModelAndText",
     "ModelName",
@@ -92,30 +95,6 @@ class Device(StrEnum):
 
 
 ALL_LAYERS = 1 << 20  # more than any model has
-_UNITS = {
-    "": 1,
-    **{unit: 1000**n for n, unit in enumerate("KMGT", 1)},
-    **{f"{unit}I": 1024**n for n, unit in enumerate("KMGT", 1)},
-}
-
-
-def byte_count(text: str, where: str) -> int:
-    """A size such as 48G, 500 MB or 2GiB in bytes; G is 10^9, Gi 2^30. UsageError else, also for a number without a unit."""
-    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGT]?I?)B?", text.strip().upper())
-    if found and not found[2] and text.strip()[-1:].isdigit():
-        raise UsageError(
-            f"{where}: expected a size like 48G, 500M or 2GiB, with its unit, found {text!r}, which is bytes; "
-            f"{text.strip()}G, perhaps?"
-        )
-    size = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
-    if size <= 0:
-        raise UsageError(f"{where}: expected a size like 48G, 500M or 2GiB, found {text!r}")
-    return size
-
-
-def _size(text: str, where: str) -> str:
-    byte_count(text, where)
-    return text
 
 
 def _layer_count(text: str, where: str) -> int:
@@ -158,7 +137,7 @@ Memory = Annotated[
         metavar="SIZE",
         group="Model",
         setting=True,
-        check=_size,
+        check=size,
         help="Memory to stay below, such as 24G or 22GiB (default: what is free). G is 10^9 bytes, Gi is 2^30.",
     ),
 ]
@@ -210,7 +189,7 @@ class Output:
 
 
 @dataclasses.dataclass
-class Generation(Sampling):
+class Generation(Sampling, Keeping):
     """What decides about an answer; the same for `run` and `chat`."""
 
     model: ModelName = None
@@ -277,25 +256,6 @@ class Generation(Sampling):
             help="Routed experts: mapped (used where the file lies), slots (read when needed), auto (default).",
         ),
     ] = Placing.auto
-    cache: Annotated[
-        bool,
-        option(
-            "--cache",
-            group="Model",
-            help="Keep what was computed of a prompt on disk; a text that begins alike is then read back.",
-        ),
-    ] = False
-    cache_limit: Annotated[
-        str | None,
-        option(
-            "--cache-limit",
-            metavar="SIZE",
-            group="Model",
-            setting=True,
-            check=_size,
-            help="Most that --cache takes on disk, such as 50G (default: half of what is free).",
-        ),
-    ] = None
     stop: Annotated[
         list[str] | None,
         option(
@@ -382,18 +342,12 @@ class Generation(Sampling):
             console,
             memory=memory_bytes(self.memory),
             experts=self.experts.value,
+            kv=self.kv.value,
             **placement(self.device, self.gpu_layers),
         )
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
         return model
-
-    def session(self, model, ctx: int | None = None, exact: bool = False):
-        """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
-        if not self.cache:
-            return model.session(ctx)
-        limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
-        return model.session(ctx, model.snapshots(limit, exact))
 
     def sampler(self, model, console: Console, logprobs: int | None = None):
         """The sampler that the options and the model's defaults ask for, bound if it is to be. `logprobs`: as for Sampler."""

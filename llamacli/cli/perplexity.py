@@ -7,9 +7,11 @@ from typing import Annotated
 from llamacli.cli.console import rate
 from llamacli.cli.grammar import option
 from llamacli.cli.options import (
+    KV,
     DeviceName,
     GpuLayers,
     Json,
+    KvType,
     Memory,
     ModelAndText,
     ModelName,
@@ -38,6 +40,7 @@ def perplexity(
     ] = None,
     threads: Threads = None,
     memory: Memory = None,
+    kv: KvType = KV.f16,
     device: DeviceName = None,
     gpu_layers: GpuLayers = None,
     as_json: Json = False,
@@ -46,7 +49,8 @@ def perplexity(
     """Measure perplexity on a text.
 
     The text is cut into windows; the second half of each is scored. Less is better. KL divergence is in nats.
-    A reference runs on the CPU, so that --reference with the same file tells how far --device mlx is from it.
+    A reference runs on the CPU with keys and values in f16, so that --reference with the same file tells how far
+    --device mlx or --kv q8_0 is from it.
 
     Examples:
     llamacli perplexity -m scout-q4.gguf -f wiki.txt
@@ -61,7 +65,7 @@ def perplexity(
         raise UsageError("expected a text, found none; give -f/--file FILE, or pipe it in")
     paths = [find_model(name, console) for name in (model, reference)[: 1 if reference is None else 2]]
     limits = [share | {"logits_rows": quality.rows_held(ctx)} for share in _shares(paths, memory_bytes(memory))]
-    loaded = load_model(paths[0], threads, ctx, console, **limits[0], **placement(device, gpu_layers))
+    loaded = load_model(paths[0], threads, ctx, console, kv=kv.value, **limits[0], **placement(device, gpu_layers))
     ids = quality.windows(loaded.tokenizer, text, ctx, file)
     other = load_model(paths[1], threads, ctx, console, **limits[1]) if reference is not None else None
     scores = quality.Scores(loaded, *ids.shape, other)

@@ -4,6 +4,7 @@ In: a GGUF, of which the header is read, or a Hugging Face folder, of which conf
 Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine, and this module shows.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, NamedTuple
 from llamacli import DEFAULT_CTX, default_ctx
 from llamacli.cli.console import amount, count, rate
 from llamacli.cli.grammar import argument, option, token_count
-from llamacli.cli.options import Json, ModelName, Output, Threads, byte_count, find_model, model_names, one_model
+from llamacli.cli.options import KV, Json, KvType, ModelName, Output, Threads, byte_count, find_model, model_names, one_model
 from llamacli.errors import MemoryLimitError, UsageError
 
 ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
@@ -76,6 +77,7 @@ def plan(
         Path | None, option("--plot", metavar="FILE", help="Draw the speeds as an image (needs matplotlib).")
     ] = None,
     threads: Threads = None,
+    kv: KvType = KV.f16,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -99,6 +101,7 @@ def plan(
     source = one_model(source, model_option)
     path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)
     model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name)
+    model = model._replace(config=dataclasses.replace(model.config, kv_type=kv.value.upper()))
     for notice in model.notices:
         console.note(notice)
     memories = _memories(memory)

@@ -46,7 +46,8 @@ def _compile_all() -> None:
     from llamacli.cpu.kernels.formats import layout as formats
     from llamacli.cpu.kernels.jit.intrinsics import KERNELS
     from llamacli.cpu.kernels.jit.loader import chosen_target, load
-    from llamacli.cpu.kernels.ops import matmul, vectors
+    from llamacli.cpu.kernels.ops import kv, matmul, vectors
+    from llamacli.files.ggml import BY_NAME
 
     for driver in KERNELS:
         _ = driver.address
@@ -55,6 +56,9 @@ def _compile_all() -> None:
     for size in HEAD_SIZES:
         if size % chosen_target().lanes == 0:
             load(f"vectors-{size}", vectors.build(size), vectors.SYMBOLS)
+            for name in kv.TYPES:
+                if size % BY_NAME[name].block == 0:
+                    load(f"kv-{name}-{size}", kv.build(name, size), kv.SYMBOLS)
     limits.microkernels()
     _compile_conversion()
 

@@ -1,8 +1,9 @@
 """The KV cache of a CPU stage: keys and values of its layers for one sequence.
 
 A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by
-doubling, so memory follows the conversation, never the file's context length. Float16, head-major: keys [n_kv_heads, capacity,
-head_dim], values alike. `table` is what kernels read: int64 [n_layers, 3], key address, value address, capacity.
+doubling, so memory follows the conversation, never the file's context length. Head-major, in the type `config.kv_type`: keys
+[n_kv_heads, capacity, head_dim] in float16, or [n_kv_heads, capacity, kv_row_bytes] of blocks; values alike. `table` is what
+kernels read: int64 [n_layers, 3], key address, value address, capacity.
 """
 
 import numpy as np
@@ -13,7 +14,7 @@ from llamacli.positions import Positions
 
 def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
     """Bytes that a cache of `ctx` tokens holds when it is full; `chunked` False: as if no layer were capped at a chunk."""
-    per_token = 2 * config.n_kv_heads * config.head_dim * np.dtype(np.float16).itemsize
+    per_token = 2 * config.n_kv_heads * config.kv_row_bytes
     chunk = config.chunk_size if chunked else 0
     return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
 
@@ -24,15 +25,17 @@ class KVCache(Positions):
     def __init__(self, config: Config, ctx: int, layers: range | None = None):
         """`layers`: those of the stage; None: all."""
         super().__init__(config, ctx, layers)
-        self._shape = config.n_kv_heads, config.head_dim
+        half = config.kv_type == "F16"
+        self._row = (np.float16, config.head_dim) if half else (np.uint8, config.kv_row_bytes)  # type and length of a row
+        self._heads = config.n_kv_heads
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
         self.table = np.zeros((len(self.layers), 3), np.int64)
         self.table_address = self.table.ctypes.data
         self._room = 0 if self.layers else ctx  # positions for which every layer has room and the table is right
 
     def _empty(self, capacity: int) -> np.ndarray:
-        heads, dim = self._shape
-        return np.empty((heads, capacity, dim), np.float16)
+        dtype, length = self._row
+        return np.empty((self._heads, capacity, length), dtype)
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +61,7 @@ class KVCache(Positions):
         self._room = min([self.ctx, *growing])
 
     def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of positions start to end - 1: copies, float16 [n_kv_heads, end - start, head_dim].
+        """Keys and values of positions start to end - 1: copies, [n_kv_heads, end - start, ...].
 
         ValueError if the layer no longer holds one of them.
         """
@@ -66,7 +69,7 @@ class KVCache(Positions):
         return tuple(side[:, slots].copy() for side in self._layers[self.layers.index(layer)])
 
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """Write keys and values, float16 [n_kv_heads, n, head_dim], from position `start` on; `reserve` has made room for them.
+        """Write keys and values, as `export` gives them, from position `start` on; `reserve` has made room for them.
 
         Of a chunked layer, positions of one chunk only: the one of the last position that will be held.
         """

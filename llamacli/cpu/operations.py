@@ -12,7 +12,7 @@ import numpy as np
 from llamacli.cpu.buffers import Buffers, matmul_scratch
 from llamacli.cpu.experts import DOWN, GATE, UP, Slots
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
-from llamacli.cpu.kernels.ops import attention, elementwise, matmul, vectors
+from llamacli.cpu.kernels.ops import attention, elementwise, kv, matmul, vectors
 from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.program import Program
 from llamacli.cpu.weights import Dense, Experts, Layer, Weights
@@ -66,6 +66,9 @@ class Recorder:
         self._slots, self._watched = slots, watched
         c = config
         self._microkernels = load(f"vectors-{c.head_dim}", vectors.build(c.head_dim), vectors.SYMBOLS)
+        self._microkernels |= load(f"kv-{c.kv_type}-{c.head_dim}", kv.build(c.kv_type, c.head_dim), kv.SYMBOLS)
+        if c.kv_type == "F16":
+            self._microkernels |= {"dots": matmul.microkernels("F16").tile, "rotate": 0}
         self._floats = np.array(
             [1.0, c.rms_eps, c.head_dim**-0.5, c.temperature_length or 1.0, c.temperature_scale], np.float32
         )
@@ -129,6 +132,7 @@ class Recorder:
         c, b, row = self._config, self._buffers, i - self._layers.start
         queries, keys, out = b.rows(q), b.rows(k), b.rows("attended")
         heads = {"n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "head_dim": c.head_dim, "chunk": chunk, "layer": row}
+        heads |= {"row_bytes": c.kv_row_bytes, "rotate": self._microkernels["rotate"]}
         tokens = {"positions": b.address("positions"), "tables": b.address("tables"), "state": self._state}
         prepare = attention.PrepareHeadsArguments(
             q=queries.address,
@@ -139,12 +143,12 @@ class Recorder:
             angles=b.address("angles") if rotate else 0,
             use_norm=norm,
             use_temperature=temperature,
-            to_half=self._microkernels["to_half"],
+            write=self._microkernels["write"],
             floats=self._float(0),
             **heads,
             **tokens,
         )
-        self._add(attention.prepare_heads, prepare, {k, v, "angles"}, {q, k, "cache"}, "attention")
+        self._add(attention.prepare_heads, prepare, {k, v, "angles"}, {q, k, v, "cache"}, "attention")
         scratch, layout = b["attention_scratch"], attention.Scratch.of(c.head_dim)
         assert layout.end == scratch.shape[1]
         attend = attention.AttendArguments(
@@ -152,9 +156,8 @@ class Recorder:
             q_stride=queries.stride,
             out=out.address,
             out_stride=out.stride,
-            dots=matmul.microkernels("F16").tile,
-            **{name: self._microkernels[name] for name in ("softmax", "weigh", "transpose_keys", "widen", "product")},
-            span=vectors.span(c.head_dim, chosen_target()),
+            **{name: self._microkernels[name] for name in ("dots", "softmax", "weigh", "transpose_keys", "widen", "product")},
+            span=kv.span(c.head_dim, chosen_target()),
             tall=chosen_target().tile,
             floats=self._float(0),
             blocks=b.address("blocks"),

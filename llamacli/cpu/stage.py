@@ -25,6 +25,7 @@ from llamacli.cpu.operations import Inputs, Recorder
 from llamacli.cpu.weights import Experts, bind, has_kernels, in_map
 from llamacli.device import Run, Tokens
 from llamacli.errors import ModelFileError, UnsupportedModelError, UsageError
+from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.files.pages import drop_pages, on_large_pages, populate, random_access
 from llamacli.llama4.config import Config
@@ -56,6 +57,11 @@ def cpu_stages(
     last = config.n_layers + 1 if n_layers is None else n_layers
     routed = [i for i in range(min(last, config.n_layers)) if config.is_moe(i)]
     share = dict(zip(routed, slots_per_layer(n_slots, len(routed)), strict=True)) if n_slots and routed else {}
+    if config.head_dim % BY_NAME[config.kv_type].block:
+        raise UnsupportedModelError(
+            f"{gguf.path}: expected a head size that is a multiple of {BY_NAME[config.kv_type].block} for keys and values in "
+            f"{config.kv_type}, found {config.head_dim}; use --kv f16"
+        )
     pool, guard, found = Pool(threads), Guard(gguf.maps), []
     for first, end in zip([-1, *cuts], [*cuts, last], strict=True):
         layers = range(max(0, first), min(end, config.n_layers))

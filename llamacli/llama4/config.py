@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import GGUF
 from llamacli.llama4.tensors import OUTPUT, TOKEN_EMBD
 
@@ -60,6 +61,13 @@ class Config:
     temperature_scale: float
     use_qk_norm: bool
     tied: bool = False  # the embedding is the output matrix, too
+    kv_type: str = "F16"  # tensor type of a cache's keys and values; chosen at load, no property of the file
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of a head's key, or value, of one position in a cache."""
+        kind = BY_NAME[self.kv_type]
+        return self.head_dim // kind.block * kind.nbytes
 
     @property
     def n_q(self) -> int:

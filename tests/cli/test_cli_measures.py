@@ -39,7 +39,8 @@ def test_inspect_shows_what_cannot_be_run_and_says_so(tmp_path, capfd):
 
 
 def test_kv_memory_is_what_the_cache_takes():
-    config = SimpleNamespace(n_layers=8, n_kv_heads=2, head_dim=16, chunk_size=512, uses_rope=lambda i: i % 4 != 3)
+    sizes = {"n_layers": 8, "n_kv_heads": 2, "head_dim": 16, "chunk_size": 512, "kv_type": "F16", "kv_row_bytes": 32}
+    config = SimpleNamespace(**sizes, uses_rope=lambda i: i % 4 != 3)
     for ctx in (256, 300, 512, 2000):
         cache = KVCache(config, ctx)
         cache.reserve(ctx)

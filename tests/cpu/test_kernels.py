@@ -18,7 +18,7 @@ from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.jit import intrinsics as words
 from llamacli.cpu.kernels.jit import loader as jit
 from llamacli.cpu.kernels.jit.loader import assembly, chosen_target, host_targets, load, targets
-from llamacli.cpu.kernels.ops import matmul, vectors
+from llamacli.cpu.kernels.ops import kv, matmul, vectors
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kernels.runtime.program import Program
 from llamacli.errors import UsageError
@@ -40,6 +40,12 @@ HEADS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K
 
 def microkernels(name, build, symbols, target):
     return (arm.load if target.name in arm.TARGETS else load)(name, build, symbols, target)
+
+
+def float_rows(target):
+    """The microkernels of attention, over keys and values in half precision."""
+    found = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+    return found | microkernels(f"kv-F16-{HEAD_DIM}", kv.build("F16", HEAD_DIM), kv.SYMBOLS, target)
 
 
 def run(address, *args):
@@ -191,7 +197,7 @@ class TestVariants:
 
     def test_float_vectors(self, target):
         rng = np.random.default_rng(5)
-        f = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        f = float_rows(target)
         gate, up, factor = (rng.standard_normal(n).astype(np.float32) * 20 for n in (256, 256, 1))
         gate[0], gate[1] = 3000, -3000
         factor[0] = 0.7
@@ -203,14 +209,14 @@ class TestVariants:
         half = np.zeros(256, np.float16)
         x = np.concatenate([rng.standard_normal(200) * 10.0 ** rng.integers(-9, 4, 200), np.zeros(56)]).astype(np.float32)
         x[200:204] = 65504, -65519, 1e9, -1e9
-        run(f["to_half"], x, 256, half)
+        run(f["write"], x, 256, half)
         with np.errstate(over="ignore"):
             np.testing.assert_array_equal(half, x.astype(np.float16))
 
     @pytest.mark.parametrize("n_keys", [1, 7, 32, 37, 100])
     def test_a_product_with_transposed_keys_is_the_product(self, target, n_keys):
-        f, rng = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(5)
-        span, rows = vectors.span(HEAD_DIM, target), 2 * target.tile
+        f, rng = float_rows(target), np.random.default_rng(5)
+        span, rows = kv.span(HEAD_DIM, target), 2 * target.tile
         keys = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
         queries = rng.standard_normal((rows, HEAD_DIM)).astype(np.float32)
         transposed = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
@@ -222,8 +228,8 @@ class TestVariants:
         np.testing.assert_allclose(out[:, :n_keys], queries @ keys.astype(np.float32).T, atol=1e-4)
 
     def test_a_product_adds_to_what_stands_times_its_factor(self, target):
-        f, rng = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target), np.random.default_rng(6)
-        span, rows, n_keys = vectors.span(HEAD_DIM, target), 2 * target.tile, 21
+        f, rng = float_rows(target), np.random.default_rng(6)
+        span, rows, n_keys = kv.span(HEAD_DIM, target), 2 * target.tile, 21
         half = rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float16)
         values, p = np.empty((n_keys, HEAD_DIM), np.float32), rng.random((rows, n_keys)).astype(np.float32)
         run(f["widen"], half, half.size, values)
@@ -237,7 +243,7 @@ class TestVariants:
 
     def test_softmax_in_blocks_is_softmax(self, target):
         rng = np.random.default_rng(6)
-        f = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
+        f = float_rows(target)
         scores = (rng.standard_normal((2, 2, 64)) * 30).astype(np.float32)
         values = rng.standard_normal((2, 64, HEAD_DIM)).astype(np.float16)
         valid, scale = np.array([[64, 37], [5, 0]]), np.array([0.5], np.float32)

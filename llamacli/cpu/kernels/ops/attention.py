@@ -2,8 +2,8 @@
 
 q, k, v are float32 rows of heads side by side. Tokens of one run may belong to several sequences: `positions`, int64 [n], and
 `tables`, int64 [n], give each token's position and the address of its sequence's cache table, int64 [layers, 3]: key address,
-value address, capacity. The cache holds halves, head-major: [n_kv_heads][capacity][head_dim]. A chunked layer sees positions
-from the start of the query's chunk on and keeps one chunk (slot = position mod chunk).
+value address, capacity. The cache holds rows of `row_bytes` (kv.py), head-major: [n_kv_heads][capacity]. A chunked layer sees
+positions from the start of the query's chunk on and keeps one chunk (slot = position mod chunk).
 
 Work items of `attend` are (key-value head, block of tokens); `blocks`, int64 [BLOCKS, 2], holds the first token and the number
 of tokens of each block, which are neighbours in one sequence and one chunk. A token decodes with one item a key-value head, so
@@ -22,6 +22,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     Flag,
     Microkernel,
     OptionalAddress,
+    OptionalMicrokernel,
     atomic_load,
     call,
     kernel,
@@ -97,7 +98,9 @@ class PrepareHeadsArguments(NamedTuple):
     use_temperature: Flag  # of queries, where nothing is rotated
     chunk: Count  # 0: the layer keeps every position
     layer: Count  # row of the cache table
-    to_half: Microkernel
+    row_bytes: Count  # of a head of one position in the cache
+    write: Microkernel
+    rotate: OptionalMicrokernel  # of queries, keys and values, where the cache is quantized
     floats: Address
     positions: Address
     tables: Address
@@ -132,12 +135,16 @@ def prepare_heads(a, thread, threads):
             factor = float32(1.0 + float64(floats[TEMP_SCALE]) * math.log(1.0 + steps))
             for j in range(dim):
                 x[j] *= factor
+        if a.rotate != 0:
+            call(a.rotate, (at,))
         if not is_query:
-            cache = pointer(tables[t] + 24 * a.layer, int64)
+            cache, value = pointer(tables[t] + 24 * a.layer, int64), a.v + t * a.kv_stride + 4 * dim * (h - n_heads)
             slot = positions[t] % a.chunk if a.chunk > 0 else positions[t]
-            offset = 2 * dim * ((h - n_heads) * cache[2] + slot)
-            call(a.to_half, (at, dim, cache[0] + offset))
-            call(a.to_half, (a.v + t * a.kv_stride + 4 * dim * (h - n_heads), dim, cache[1] + offset))
+            offset = a.row_bytes * ((h - n_heads) * cache[2] + slot)
+            if a.rotate != 0:
+                call(a.rotate, (value,))
+            call(a.write, (at, dim, cache[0] + offset))
+            call(a.write, (value, dim, cache[1] + offset))
 
 
 class AttendArguments(NamedTuple):
@@ -150,7 +157,9 @@ class AttendArguments(NamedTuple):
     head_dim: Count
     chunk: Count
     layer: Count
-    dots: Microkernel  # of F16 rows with four float32 rows
+    row_bytes: Count
+    rotate: OptionalMicrokernel  # of the result, back
+    dots: Microkernel  # of keys with four float32 rows
     softmax: Microkernel
     weigh: Microkernel
     transpose_keys: Microkernel
@@ -196,8 +205,8 @@ def attend(a, thread, threads):
         kv, block = item // blocks, item % blocks
         start, tokens = block_table[2 * block], block_table[2 * block + 1]
         cache = pointer(tables[start] + 24 * a.layer, int64)
-        keys = cache[0] + 2 * dim * kv * cache[2]
-        values = cache[1] + 2 * dim * kv * cache[2]
+        keys = cache[0] + a.row_bytes * kv * cache[2]
+        values = cache[1] + a.row_bytes * kv * cache[2]
         first_slot = positions[start] % a.chunk if a.chunk > 0 else positions[start]
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
@@ -216,7 +225,7 @@ def attend(a, thread, threads):
             for key in range(0, last_key, KEYS):
                 n_keys = min(KEYS, last_key - key)
                 if rows >= MANY:
-                    call(a.transpose_keys, (keys + 2 * dim * key, n_keys, wide_keys))
+                    call(a.transpose_keys, (keys + a.row_bytes * key, n_keys, wide_keys))
                     for k in range(0, n_keys, span):
                         to = scores + 4 * k
                         call(a.product, (queries, 4 * dim, padded, wide_keys + 4 * dim * k, 4 * span, dim, to, 4 * KEYS, 0))
@@ -224,20 +233,23 @@ def attend(a, thread, threads):
                     for r in range(0, padded, 4):
                         for j in range(4):
                             xs[j], outs[j] = queries + 4 * dim * (r + j), scores + 4 * KEYS * (r + j)
-                        call(a.dots, (keys + 2 * dim * key, 2 * dim, n_keys, dim, pointers, pointers + 64, 0, 0))
+                        at = keys + a.row_bytes * key
+                        call(a.dots, (at, a.row_bytes, n_keys, dim, pointers, pointers + 64, 0, 0))
                 for r in range(padded):
                     seen = min(n_keys, max(0, first_slot + r // in_part + 1 - key)) if r < rows else 0
                     call(a.softmax, (scores + 4 * KEYS * r, seen, n_keys, states + 12 * r, a.floats + 4 * ATTN_SCALE))
                 if rows >= MANY:
-                    call(a.widen, (values + 2 * dim * key, n_keys * dim, wide_values))
+                    call(a.widen, (values + a.row_bytes * key, n_keys * dim, wide_values))
                     for c in range(0, dim, span):
                         to = sums + 4 * c
                         call(a.product, (scores, 4 * KEYS, padded, wide_values + 4 * c, 4 * dim, n_keys, to, 4 * dim, states))
                 else:
-                    call(a.weigh, (scores, 4 * KEYS, padded, values + 2 * dim * key, n_keys, sums, states))
+                    call(a.weigh, (scores, 4 * KEYS, padded, values + a.row_bytes * key, n_keys, sums, states))
             for r in range(rows):
                 t, h = r // in_part, r % in_part
-                to = pointer(a.out + (start + t) * a.out_stride + 4 * dim * (kv * group + head + h), float32)
-                whole = float32(1.0) / f[3 * r + 1]
+                result = a.out + (start + t) * a.out_stride + 4 * dim * (kv * group + head + h)
+                to, whole = pointer(result, float32), float32(1.0) / f[3 * r + 1]
                 for j in range(dim):
                     to[j] = total[r * dim + j] * whole
+                if a.rotate != 0:
+                    call(a.rotate, (result,))

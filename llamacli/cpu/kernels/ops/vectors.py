@@ -1,19 +1,16 @@
-"""Microkernels on float rows: quantize activations, SwiGLU, one block of a softmax, products with keys and values, float32 to
-half and back.
+"""Microkernels on float rows: quantize activations, SwiGLU, one block of a softmax, products of queries with keys as float32.
 
-`build(head_dim)` gives the module builder for jit.load; what deals with keys and values is compiled for one head size. Rows
-that `quantize` reads are padded to whole superblocks of 256.
+`build(head_dim)` gives the module builder for jit.load; `product` is compiled for one head size. Rows that `quantize` reads are
+padded to whole superblocks of 256.
 """
-
-from math import gcd
 
 from llvmlite import ir
 
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, S16, S32, D
-from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, i32, i64, vec
+from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i32, i64, vec
+from llamacli.cpu.kernels.ops.kv import span
 
-SYMBOLS = ("quantize", "swiglu", "softmax", "weigh", "to_half", "transpose_keys", "widen", "product")
-WEIGH_ROWS = 2  # rows of probabilities that weigh takes side by side
+SYMBOLS = ("quantize", "swiglu", "softmax", "product")
 
 
 def build(head_dim):
@@ -24,19 +21,10 @@ def build(head_dim):
         _quantize(module, target)
         _swiglu(module, target)
         _softmax(module, target)
-        _weigh(module, target, head_dim)
-        _to_half(module, target)
-        _transpose_keys(module, target, head_dim)
-        _widen(module, target)
         _product(module, target, head_dim)
         return module
 
     return module_for
-
-
-def span(head_dim, target):
-    """Columns that `product` makes at a time: as many registers as leave room for all sums, and whole ones of a head."""
-    return gcd(head_dim // target.lanes, 4 if target.width == 64 else 2) * target.lanes
 
 
 def _quantize(module, target):
@@ -125,104 +113,6 @@ def _softmax(module, target):
     s.store(now, state)
     s.store(s.b.fadd(s.b.fmul(s.load(f32, state, 4), factor), s.sum(total)), state, 4)
     s.store(factor, state, 8)
-    s.done()
-
-
-def _weigh(module, target, head_dim):
-    """weigh(p, p_stride, n_rows, v, n_keys, out, state): out[r] = factor[r] * out[r] + sum over keys of p[r, k] * v[k].
-
-    p and out rows are float32, v is half [n_keys, head_dim]; out is [n_rows, head_dim], state [n_rows, 3] as in softmax;
-    n_rows even.
-    """
-    s = Simd(module, target, "weigh", 7)
-    p0, p_stride, n_rows, v0, n_keys, out0, state0 = s.args
-    columns = gcd(head_dim // s.lanes, 8 if s.width == 64 else 4)
-    span = columns * s.lanes
-
-    def pair(i, _):
-        first = s.mul(i, WEIGH_ROWS)
-        ps = [s.add(p0, s.mul(p_stride, s.add(first, r))) for r in range(WEIGH_ROWS)]
-        states = [s.add(state0, s.mul(s.add(first, r), 12)) for r in range(WEIGH_ROWS)]
-        factors = [s.splat(s.load(f32, at, 8)) for at in states]
-        for block in range(head_dim // span):
-            outs = [s.add(s.add(out0, s.mul(s.add(first, r), 4 * head_dim)), 4 * span * block) for r in range(WEIGH_ROWS)]
-            sums = [
-                s.b.fmul(s.load(vec(f32, s.lanes), outs[r], s.width * c), factors[r])
-                for r in range(WEIGH_ROWS)
-                for c in range(columns)
-            ]
-
-            def key(k, sums, block=block):
-                v = s.add(v0, s.mul(k, 2 * head_dim))
-                row = [s.from_half(s.load(vec(f16, s.lanes), v, 2 * (span * block + s.lanes * c))) for c in range(columns)]
-                new = []
-                for r in range(WEIGH_ROWS):
-                    p = s.splat(s.load(f32, s.add(ps[r], s.mul(k, 4))))
-                    new += [s.fma(p, row[c], sums[r * columns + c]) for c in range(columns)]
-                return new
-
-            sums = s.loop(n_keys, sums, key)
-            for r in range(WEIGH_ROWS):
-                for c in range(columns):
-                    s.store(sums[r * columns + c], outs[r], s.width * c)
-        return []
-
-    s.loop(s.b.sdiv(n_rows, i64(WEIGH_ROWS)), [], pair)
-    s.done()
-
-
-def _to_half(module, target):
-    """to_half(x, n, out): float32 to half, n a multiple of the lanes."""
-    s = Simd(module, target, "to_half", 3)
-    x, n, out = s.args
-
-    def step(i, _):
-        s.store(s.to_half(s.load(vec(f32, s.lanes), s.add(x, s.mul(i, s.width)))), s.add(out, s.mul(i, s.width // 2)))
-        return []
-
-    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
-    s.done()
-
-
-def _transpose_keys(module, target, head_dim):
-    """transpose_keys(keys, n_keys, out): half [n_keys, head_dim] as float32
-    [ceil(n_keys / span)][head_dim][span], so that `product` takes `span` keys at a time; the last key pads the last block.
-    """
-    s = Simd(module, target, "transpose_keys", 3)
-    keys, n_keys, out = s.args
-    wide = span(head_dim, target)
-    last = s.b.sub(n_keys, i64(1))
-
-    def some(i, _):
-        first = s.mul(i, wide)
-        for part in range(0, wide, s.lanes):
-            numbers = [s.add(first, part + k) for k in range(s.lanes)]
-            rows = [s.add(keys, s.mul(s.b.select(s.b.icmp_signed("<", n, last), n, last), 2 * head_dim)) for n in numbers]
-            to = s.add(s.add(out, s.mul(first, 4 * head_dim)), 4 * part)
-
-            def columns(d, _, rows=rows, to=to):
-                at, here = s.mul(d, 2 * s.lanes), s.add(to, s.mul(d, 4 * s.lanes * wide))
-                for k, column in enumerate(s.transpose([s.from_half(s.load(vec(f16, s.lanes), s.add(r, at))) for r in rows])):
-                    s.store(column, here, 4 * wide * k)
-                return []
-
-            s.loop(i64(head_dim // s.lanes), [], columns)
-        return []
-
-    s.loop(s.b.sdiv(s.add(n_keys, wide - 1), i64(wide)), [], some)
-    s.done()
-
-
-def _widen(module, target):
-    """widen(x, n, out): half to float32, n a multiple of the lanes."""
-    s = Simd(module, target, "widen", 3)
-    x, n, out = s.args
-
-    def step(i, _):
-        s.store(s.from_half(s.load(vec(f16, s.lanes), s.add(x, s.mul(i, s.width // 2)))), s.add(out, s.mul(i, s.width)))
-        return []
-
-    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
     s.done()
 
 

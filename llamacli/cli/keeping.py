@@ -1,0 +1,64 @@
+"""Options about keys and values: their type, and what of them is kept on disk.
+
+In: what the parser found. Out: a session.
+"""
+
+import dataclasses
+from enum import StrEnum
+from typing import Annotated
+
+from llamacli.cli.grammar import byte_count, option, size
+
+
+class KV(StrEnum):
+    """Type of keys and values."""
+
+    f16 = "f16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
+
+
+KvType = Annotated[
+    KV,
+    option(
+        "--kv",
+        metavar="TYPE",
+        group="Model",
+        aliases=("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"),
+        setting=True,
+        help="Keys and values: f16 (default), or q8_0 and q4_0, which take half and a quarter of the memory.",
+    ),
+]
+
+
+@dataclasses.dataclass
+class Keeping:
+    """The same for `run` and `chat`."""
+
+    kv: KvType = KV.f16
+    cache: Annotated[
+        bool,
+        option(
+            "--cache",
+            group="Model",
+            help="Keep what was computed of a prompt on disk; a text that begins alike is then read back.",
+        ),
+    ] = False
+    cache_limit: Annotated[
+        str | None,
+        option(
+            "--cache-limit",
+            metavar="SIZE",
+            group="Model",
+            setting=True,
+            check=size,
+            help="Most that --cache takes on disk, such as 50G (default: half of what is free).",
+        ),
+    ] = None
+
+    def session(self, model, ctx: int | None = None, exact: bool = False):
+        """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
+        if not self.cache:
+            return model.session(ctx)
+        limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
+        return model.session(ctx, model.snapshots(limit, exact))

@@ -1,0 +1,209 @@
+"""Keys and values in blocks: microkernels in every variant against gguf-py and NumPy, models against the oracle."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import arm
+import numpy as np
+import oracle
+import pytest
+import tiny
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from test_kernels import VARIANTS, microkernels, run
+
+from llamacli import Model, environment
+from llamacli.cpu import kvcache
+from llamacli.cpu.kernels.ops import kv
+from llamacli.engine import Engine
+from llamacli.errors import UnsupportedModelError, UsageError
+from llamacli.files.ggml import BY_NAME
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
+from quantize.convert import convert
+
+HEAD_DIM = 64
+BLOCKS = ("Q8_0", "Q4_0")
+SIZES = {"head_dim": 32, "n_embd": 64}
+
+
+@cache
+def hadamard(n):
+    """Sylvester's matrix, normalized."""
+    return np.ones((1, 1)) if n == 1 else np.kron([[1, 1], [1, -1]], hadamard(n // 2)) / np.sqrt(2)
+
+
+def leaves(name, target, head_dim=HEAD_DIM):
+    return microkernels(f"kv-{name}-{head_dim}", kv.build(name, head_dim), kv.SYMBOLS, target)
+
+
+def rows(name, x, target):
+    """Float rows as the cache holds them, and what those mean."""
+    kind = BY_NAME[name]
+    raw = np.zeros((len(x), x.shape[1] // kind.block * kind.nbytes), np.uint8)
+    for row, out in zip(x, raw, strict=True):
+        run(leaves(name, target, x.shape[1])["write"], row, len(row), out)
+    return raw, dequantize(raw, GGMLQuantizationType[name]).astype(np.float32)
+
+
+@pytest.mark.parametrize("target", VARIANTS)
+class TestVariants:
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_a_written_row_is_as_close_as_ggmls(self, name, target):
+        x = np.random.default_rng(0).standard_normal((200, HEAD_DIM)).astype(np.float32)
+        _, meant = rows(name, x, target)
+        theirs = dequantize(quantize(x, GGMLQuantizationType[name]), GGMLQuantizationType[name])
+        assert np.square(meant - x).sum() <= 1.001 * np.square(theirs - x).sum()
+
+    @pytest.mark.parametrize("name", BLOCKS)
+    def test_rows_of_every_size_are_within_a_step(self, name, target):
+        x = np.zeros((9, HEAD_DIM), np.float32)
+        x[1], x[2], x[3, 5], x[4, 40] = 1e-9, -4e-7, 3e4, -3e4
+        x[5:] = np.random.default_rng(1).uniform(-1, 1, (4, HEAD_DIM)) * np.array([[1e-6], [1e-4], [1.0], [6e4]])
+        x[7] = np.abs(x[7])
+        _, meant = rows(name, x, target)
+        largest = np.abs(x.reshape(9, -1, 32)).max(-1, keepdims=True)
+        step = largest / (127 if name == "Q8_0" else 8) * np.ones((1, 1, 32)) + 6e-8 * 128  # half's least number, times a code
+        assert (np.abs(meant - x) <= step.reshape(9, -1)).all()
+        assert (meant[0] == 0).all()
+
+    @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+    def test_a_rotation_is_hadamards_and_its_own_inverse(self, head_dim, target):
+        x = np.random.default_rng(2).standard_normal(head_dim).astype(np.float32)
+        got, part = x.copy(), head_dim & -head_dim
+        run(leaves("Q8_0", target, head_dim)["rotate"], got)
+        np.testing.assert_allclose(got.reshape(-1, part), x.reshape(-1, part) @ hadamard(part), atol=1e-5)
+        run(leaves("Q8_0", target, head_dim)["rotate"], got)
+        np.testing.assert_allclose(got, x, atol=1e-5)
+
+    @pytest.mark.parametrize("name", kv.TYPES)
+    @pytest.mark.parametrize("n_keys", [1, 2, 17, 64])
+    def test_rows_are_multiplied_and_given_as_what_they_mean(self, name, n_keys, target):
+        f, rng = leaves(name, target), np.random.default_rng(n_keys)
+        raw, meant = rows(name, rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float32), target)
+        queries = rng.standard_normal((4, HEAD_DIM)).astype(np.float32)
+        scores = np.full((4, n_keys), np.nan, np.float32)
+        run(f["dots"], raw, raw.shape[1], n_keys, HEAD_DIM, arm.pointers(queries), arm.pointers(scores), 0, 0)
+        np.testing.assert_allclose(scores, queries @ meant.T, atol=1e-4)
+        out, state = (rng.standard_normal((8, n)).astype(np.float32) for n in (HEAD_DIM, 3))
+        p = rng.random((8, n_keys)).astype(np.float32)
+        want = state[:, 2:] * out + p @ meant
+        run(f["weigh"], p, 4 * n_keys, 8, raw, n_keys, out, state)
+        np.testing.assert_allclose(out, want, atol=1e-4)
+        wide = np.full((n_keys, HEAD_DIM), np.nan, np.float32)
+        run(f["widen"], raw, wide.size, wide)
+        np.testing.assert_array_equal(wide, meant)
+        span = kv.span(HEAD_DIM, target)
+        columns = np.full((-(-n_keys // span), HEAD_DIM, span), np.nan, np.float32)
+        run(f["transpose_keys"], raw, n_keys, columns)
+        np.testing.assert_array_equal(columns.transpose(0, 2, 1).reshape(-1, HEAD_DIM)[:n_keys], meant)
+
+
+# models
+
+
+def engine_of(path, name, **more):
+    gguf = open_gguf(path)
+    return Engine(gguf, replace(Config.from_gguf(gguf), kv_type=name), 2, **more)
+
+
+def stored(name):
+    """What keys and values [n, heads, dim] become in the cache, in NumPy."""
+
+    def back(x):
+        turn = hadamard(x.shape[-1])
+        blocks = (x @ turn).reshape(*x.shape[:-1], -1, 32)
+        if name == "Q8_0":
+            d = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
+            blocks = d * np.rint(blocks / d)
+        else:
+            largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+            d = largest / -8
+            for _ in range(3):
+                codes = np.clip(np.rint(blocks / d), -8, 7)
+                d = (blocks * codes).sum(-1, keepdims=True) / np.square(codes).sum(-1, keepdims=True)
+            blocks = d.astype(np.float16) * codes
+        return blocks.reshape(x.shape) @ turn
+
+    return back
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK], ids=["scout", "maverick"])
+def test_logits_are_those_of_quantized_keys_and_values(name, shape, tmp_path):
+    """A code next to an edge may round the other way, so most of the error of quantizing must vanish, not all."""
+    path, ids = tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES | shape), np.random.RandomState(0).randint(0, 257, 30)
+    model = engine_of(path, name)
+    found = model.forward(ids, model.new_cache(32), all_logits=True)
+    right, exact = oracle.logits(path, ids, kv=stored(name)), oracle.logits(path, ids)
+    assert np.median(np.abs(found - right)) < 0.1 * np.median(np.abs(exact - right))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_token_by_token_and_rewound_is_one_pass(name, tmp_path):
+    model = engine_of(tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES), name)
+    ids = np.random.RandomState(0).randint(0, 257, 30)
+    whole, cache = model.forward(ids, model.new_cache(32), all_logits=True), model.new_cache(32)
+    single = np.array([model.forward([token], cache) for token in ids])
+    close = {"atol": 1e-2 * np.abs(whole).max()}
+    np.testing.assert_allclose(single, whole, **close)
+    for pos in (29, 24, 23, 9, 8, 3):
+        reached = cache.truncate(pos)
+        np.testing.assert_allclose(model.forward(ids[reached:], cache, all_logits=True), whole[reached:], **close)
+
+
+@pytest.mark.parametrize("name", kv.TYPES)
+def test_a_cache_takes_the_bytes_that_are_planned(name, tmp_path):
+    model = engine_of(tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES, chunk=256), name)
+    cache = model.new_cache(1024)
+    cache.reserve(1024)
+    assert cache.nbytes == kvcache.nbytes(model.config, 1024)
+    one = kvcache.nbytes(replace(model.config, kv_type="F16"), 1024)
+    assert cache.nbytes == one * {"F16": 64, "Q8_0": 34, "Q4_0": 18}[name] // 64
+
+
+def test_heads_that_are_no_multiple_of_a_block_are_refused(tmp_path):
+    path = tiny.tiny_gguf(tmp_path / "m.gguf", head_dim=16)
+    with pytest.raises(UnsupportedModelError, match=r"multiple of 32.*--kv f16"):
+        engine_of(path, "Q8_0")
+    with pytest.raises(UsageError, match="f16, q8_0, q4_0"):
+        Model.load(path, kv="q5_1")
+
+
+def divergences(path, n_chunks, scored):
+    """Mean KL divergence from half precision by type, over the first `scored` tokens of chunks: there the small model, which
+    learned short conversations, sees one in its chunked layers, whatever lies before it in the other.
+    """
+    found, ctx = {}, 8192 * (n_chunks - 1) + scored
+    questions = (environment.SMALL_MODEL.parent / "questions.jsonl").read_text().splitlines()
+    for name in ("f16", "q8_0", "q4_0"):
+        with Model.load(path, ctx=ctx, kv=name) as model:
+            cache, rows, ids = model.engine.new_cache(ctx), [], []
+            for question in map(json.loads, questions * (1 + ctx // 8000)):
+                answer = {"role": "assistant", "content": question["accept"][0]}
+                ids += model.prompt_ids([*question["messages"], answer])
+            for start in range(0, ctx, 8192):
+                rows.append(model.engine.forward(ids[start : start + scored], cache, all_logits=True).astype(np.float64))
+                if rest := ids[start + scored : min(start + 8192, ctx)]:
+                    model.engine.forward(rest, cache)
+        logits = np.concatenate(rows)
+        logits -= logits.max(-1, keepdims=True)
+        found[name] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    exact = found["f16"]
+    return {name: np.mean((np.exp(exact) * (exact - other)).sum(-1)) for name, other in found.items()}
+
+
+def test_the_small_model_answers_nearly_alike_with_quantized_keys_and_values():
+    kl = divergences(environment.SMALL_MODEL, 1, 400)
+    assert kl["q8_0"] <= 1e-3
+    assert kl["q4_0"] <= 1e-2
+
+
+@pytest.mark.slow
+def test_so_it_does_at_depths_of_several_chunks(tmp_path):
+    """With weights in F16: in 4 bits, products of int8 activations turn a rounding into another choice of experts."""
+    convert(environment.SMALL_MODEL.parent / "hf", tmp_path / "f16.gguf", "F16")
+    kl = divergences(tmp_path / "f16.gguf", 4, 400)
+    assert kl["q8_0"] <= 1e-3
+    assert kl["q4_0"] <= 1e-2
