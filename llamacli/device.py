@@ -7,6 +7,7 @@ threads or queues it uses and where its experts come from is its own business.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -57,6 +58,29 @@ class Run(NamedTuple):
     n: int
 
 
+@dataclass
+class IoStats:
+    """Counts of cache hits, prefetches and reads."""
+
+    hits: int = 0  # experts that were in a slot when a layer's tokens chose them
+    misses: int = 0
+    bytes_read: int = 0
+    guesses: int = 0  # experts prefetched for a single token, and how many of them it then chose
+    good_guesses: int = 0
+    stall_s: float = 0.0  # waiting for reads
+    reading_s: float = 0.0  # with at least one read in flight
+
+    def __add__(self, other: "IoStats") -> "IoStats":
+        return IoStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __str__(self) -> str:
+        speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
+        asked = f"{self.hits} found in memory, {self.misses} not"
+        if self.guesses:
+            asked += f", {self.good_guesses} of {self.guesses} guesses were right"
+        return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
+
+
 class Stage(Protocol):
     """Layers i..j on one device. The engine calls a stage from one thread at a time, but for `interrupt`."""
 
@@ -96,8 +120,8 @@ class Stage(Protocol):
     def watch(self) -> list:
         """From now on sum the squares of all inputs to the layers' products; begins anew (cpu/operations.Inputs)."""
 
-    def take_io_stats(self):
-        """Counts of reads since the last call (cpu/experts.IoStats), None if nothing is fetched."""
+    def take_io_stats(self) -> IoStats | None:
+        """The counts since the last call, None if nothing is fetched."""
 
     def after_fork(self) -> None:
         """In a forked child: drop state that another thread of the parent may have left half changed."""

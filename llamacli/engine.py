@@ -17,14 +17,13 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import MAX_BATCH
-from llamacli.cpu.experts import IoStats
 from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops import matmul
 from llamacli.cpu.operations import Inputs
 from llamacli.cpu.stage import CHECK_EVERY, cpu_stages
-from llamacli.device import Run, Stage, Tokens
+from llamacli.device import IoStats, Run, Stage, Tokens
 from llamacli.errors import MemoryLimitError, PromptError, UsageError
 from llamacli.files.gguf import GGUF
 from llamacli.llama4.config import Config

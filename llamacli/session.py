@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.cpu.experts import IoStats
+from llamacli.device import IoStats
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.prompt import Token, tokens
 from llamacli.snapshots import Snapshots

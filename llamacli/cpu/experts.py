@@ -11,12 +11,12 @@ import mmap
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
+from llamacli.device import IoStats
 from llamacli.files import pages
 from llamacli.files.gguf import Tensor
 from llamacli.files.reads import DirectReader, TensorSlices, address, failed, settle
@@ -25,29 +25,6 @@ GATE, UP, DOWN = range(3)
 RING = 4  # buffers besides the slots: some are filled while another is multiplied
 HALF_LIFE = 100  # choices after which a use counts half: a frequent expert stays in its slot although others were used later
 MANY = 4  # choices per expert from which on a batch uses nearly all experts
-
-
-@dataclass
-class IoStats:
-    """Counts of cache hits, prefetches and reads."""
-
-    hits: int = 0  # experts that were in a slot when a layer's tokens chose them
-    misses: int = 0
-    bytes_read: int = 0
-    guesses: int = 0  # experts prefetched for a single token, and how many of them it then chose
-    good_guesses: int = 0
-    stall_s: float = 0.0  # waiting for reads
-    reading_s: float = 0.0  # with at least one read in flight
-
-    def __add__(self, other: "IoStats") -> "IoStats":
-        return IoStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __str__(self) -> str:
-        speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
-        asked = f"{self.hits} found in memory, {self.misses} not"
-        if self.guesses:
-            asked += f", {self.good_guesses} of {self.guesses} guesses were right"
-        return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
 
 
 class _RingRead(NamedTuple):

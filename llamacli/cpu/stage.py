@@ -13,7 +13,7 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import LOGITS_BATCH, MAX_BATCH, MIN_BATCH, Buffers
-from llamacli.cpu.experts import IoStats, Slots, slots_per_layer
+from llamacli.cpu.experts import Slots, slots_per_layer
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
 from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, N
@@ -23,7 +23,7 @@ from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kvcache import KVCache
 from llamacli.cpu.operations import Inputs, Recorder
 from llamacli.cpu.weights import Experts, bind, has_kernels, in_map
-from llamacli.device import Run, Tokens
+from llamacli.device import IoStats, Run, Tokens
 from llamacli.errors import ModelFileError, UnsupportedModelError, UsageError
 from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import GGUF, Tensor
