@@ -66,6 +66,17 @@ class Cache:
             return self.truncate(reached)
         return reached
 
+    def copy_to(self, other: Cache) -> None:
+        """Fill an empty cache with what this one holds."""
+        layers = [layer for part in self.parts for layer in part.layers]
+        held = {layer: self.held(layer) for layer in layers}
+        empty = any(len(within) == 0 for within in held.values())  # a ring without a token of the last chunk: at its edge
+        other.reserve(min(self.pos + empty, other.ctx))
+        for layer, within in held.items():
+            if within:
+                other.restore(layer, within.start, *self.export(layer, within.start, within.stop))
+        other.pos = self.pos
+
     def agree(self) -> None:
         """After an interrupt that moved some parts only: all go back to the first position."""
         if any(part.pos != self.pos for part in self.parts):
@@ -227,6 +238,19 @@ class Engine:
             self._check_open()
             return self._forward(tokens, cache, all_logits, first)
 
+    def forward_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> np.ndarray:
+        """`forward` for several sequences at once, which share the reading of weights: ids[i] after what caches[i] holds.
+
+        Returns the last token's logits of each, float32 [n_sequences, n_vocab]. One token each of fewer than matmul.FEW
+        sequences gives the bits of each alone; of more, products add in the order of a prompt's.
+        """
+        if len(ids) == 1:
+            return self.forward(ids[0], caches[0])[None]
+        tokens = [self._tokens(some) for some in ids]
+        with self._lock:
+            self._check_open()
+            return self._forward_each(tokens, caches)
+
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the model is closed: load it again")
@@ -246,13 +270,7 @@ class Engine:
 
     def _forward(self, tokens: Tokens, cache: Cache, all_logits: bool, first: int) -> np.ndarray:
         ids, done, result = tokens.ids, 0, None
-        self._interrupted = False
-        for stage in self.stages:
-            stage.resume()
-            stage.follow = None
-        cache.agree()
-        if len(ids) > 1 or cache.pos % CHECK_EVERY == 0:
-            self._make_room()
+        self._begin([cache], len(ids) > 1 or cache.pos % CHECK_EVERY == 0)
         cache.reserve(len(ids))
         if all_logits:
             result = np.empty((len(ids) - first, self.config.n_vocab), np.float32)
@@ -266,11 +284,7 @@ class Engine:
             if n < len(ids):
                 rows = {at - done: row for at, row in tokens.rows.items() if done <= at < done + n}
                 x = Tokens(ids[done : done + n], rows)
-            for stage, part in zip(self.stages, cache.parts, strict=True):
-                x = stage.forward(x, [Run(part, n)])
-            if self.follow_routing:
-                chosen = [stage.chosen(n) for stage in self.stages if stage.layers]
-                self.follow_routing(cache.pos, chosen[0] if len(chosen) == 1 else np.concatenate(chosen))
+            x = self._run_stages(x, [(cache, n)])
             if all_logits and done + n > first:
                 row = max(0, first - done)
                 result[done + row - first : done + n - first] = self.stages[-1].logits(x, row)
@@ -283,6 +297,59 @@ class Engine:
             if self.follow_progress:
                 self.follow_progress(done, len(ids))
         return result
+
+    def _forward_each(self, tokens: Sequence[Tokens], caches: Sequence[Cache]) -> np.ndarray:
+        found = np.empty((len(tokens), self.config.n_vocab), np.float32)
+        self._begin(caches, True)
+        for some, cache in zip(tokens, caches, strict=True):
+            cache.reserve(len(some.ids))
+        done = [0] * len(tokens)
+        while left := [i for i, some in enumerate(tokens) if done[i] < len(some.ids)]:
+            ids, rows, runs, last = [], {}, [], {}  # last: sequences that end in this batch, by the row of their last token
+            for i in left:
+                n = min(self._batch_size(caches[i].pos, len(tokens[i].ids) - done[i]), self._max_batch - len(ids))
+                if n == 0:
+                    break
+                rows |= {len(ids) + at - done[i]: row for at, row in tokens[i].rows.items() if done[i] <= at < done[i] + n}
+                ids.extend(tokens[i].ids[done[i] : done[i] + n])
+                runs.append((caches[i], n))
+                done[i] += n
+                if done[i] == len(tokens[i].ids):
+                    last[len(ids) - 1] = i
+            x = self._run_stages(Tokens(np.array(ids, np.int64), rows), runs)
+            if last:
+                ends = list(last)
+                x = x if len(ends) == len(ids) else np.array(x)[ends]
+                found[list(last.values())] = self.stages[-1].logits(x)
+            if self._interrupted:
+                raise KeyboardInterrupt
+            for cache, n in runs:
+                cache.pos += n
+        return found
+
+    def _begin(self, caches: Sequence[Cache], make_room: bool) -> None:
+        """Before a call: forget earlier interrupts and their traces."""
+        self._interrupted = False
+        for stage in self.stages:
+            stage.resume()
+            stage.follow = None
+        for cache in caches:
+            cache.agree()
+        if make_room:
+            self._make_room()
+
+    def _run_stages(self, x: Tokens, runs: Sequence[tuple[Cache, int]]) -> np.ndarray:
+        """The stream after all stages, for runs of so many tokens each."""
+        for k, stage in enumerate(self.stages):
+            x = stage.forward(x, [Run(cache.parts[k], n) for cache, n in runs])
+        if self.follow_routing:
+            chosen = [stage.chosen(sum(n for _, n in runs)) for stage in self.stages if stage.layers]
+            chosen, at = chosen[0] if len(chosen) == 1 else np.concatenate(chosen), 0
+            for cache, n in runs:
+                end = at + n * self.config.n_experts_used
+                self.follow_routing(cache.pos, chosen[:, at:end])
+                at = end
+        return x
 
     def _follow_batch(self, done: int, n: int, total: int) -> None:
         """Have the stages report a batch of `n` tokens while it is under way; `done` of `total` come before it."""

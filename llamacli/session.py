@@ -5,7 +5,7 @@ what the cache has in common with the new prompt. An interrupt (Ctrl-C) at any p
 only tokens whose evaluation succeeded, and whatever a broken-off call may have written is forgotten before the next one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -120,12 +120,30 @@ class Session:
         self.stats.cached_tokens = len(self.ids)
         return self._evaluate(ids[len(self.ids) :])
 
+    def fork(self) -> "Session":
+        """Another session that holds the same, and goes on by itself."""
+        other = Session(self.engine, self.tokenizer, self.ctx)
+        ids = self._rewind(len(self.ids))  # what a call that broke off has left is sorted out first
+        if ids:
+            self._evaluate(ids)
+        self.cache.copy_to(other.cache)
+        other.ids, other._touched, other._pictures = list(self.ids), len(self.ids), self._pictures
+        return other
+
     def stream(self, prompt: Sequence, sampler, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Iterator[Piece]:
         """Answer the prompt piece by piece, until a stop token, a stop string, `max_tokens` or a full context.
 
         Tokens that the sampler's constraint forces are evaluated together, as a prompt is. Under a constraint the reason "stop"
         means that the answer is whole, so it takes no stop strings. On Ctrl-C the text held back comes first, as a piece with
         finish_reason "interrupt", then the KeyboardInterrupt.
+        """
+        return self.answer(prompt, sampler, max_tokens, stop)
+
+    def answer(
+        self, prompt: Sequence, sampler, max_tokens: int | None = None, stop: Sequence[str] = (), shared: bool = False
+    ) -> Generator["Piece | Pending", np.ndarray, None]:
+        """THE decode loop, as `stream` says. `shared`: what is to be evaluated after the prompt comes as `Pending`, and whoever
+        drives several of these loops (together.py) sends the last token's logits back.
         """
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens: expected at least 1, found {max_tokens}; None sets no limit")
@@ -147,7 +165,7 @@ class Session:
                 if not ahead:
                     began = perf_counter()
                     if said:
-                        logits = self._evaluate(said)
+                        logits = (yield Pending(self, said)) if shared else self._evaluate(said)
                         stats.decoded += len(said)
                         said = []
                     ahead, chosen = sampler.next_ids(logits, self._history()), sampler.chosen
@@ -212,16 +230,25 @@ class Session:
 
     def _evaluate(self, ids: list[Token]) -> np.ndarray:
         """Forward `ids` from where the cache stands. Only those that the engine is through with count as held."""
+        ids = self._claim(ids)
+        try:
+            return self.engine.forward(ids, self.cache)
+        finally:
+            self._take(ids)
+
+    def _claim(self, ids: list[Token]) -> list[Token]:
+        """Before `ids` are evaluated; returns what is to be."""
         if len(self.ids) + len(ids) > self.ctx:
             raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start anew")
         if self._touched > len(self.ids):
             ids = self._rewind(len(self.ids)) + ids
-        before, self._touched = len(self.ids), len(self.ids) + len(ids)
-        try:
-            return self.engine.forward(ids, self.cache)
-        finally:  # of a prompt that was broken off, the batches that are through are kept
-            self.ids.extend(ids[: max(0, self.cache.pos - before)])
-            self._pictures = self._pictures or any(type(t) is not int for t in ids)
+        self._touched = len(self.ids) + len(ids)
+        return ids
+
+    def _take(self, ids: list[Token]) -> None:
+        """After `ids`, as claimed, were evaluated or broken off: the batches that are through are kept."""
+        self.ids.extend(ids[: max(0, self.cache.pos - len(self.ids))])
+        self._pictures = self._pictures or any(type(t) is not int for t in ids)
 
     def _rewind(self, length: int) -> list[Token]:
         """Forget from `length` on; returns the ids that the cache had to forget besides, to be evaluated again.
@@ -236,6 +263,23 @@ class Session:
         del self.ids[reached:]
         self._touched = reached
         return lost
+
+
+class Pending(NamedTuple):
+    """Tokens that a session is to evaluate next."""
+
+    session: Session
+    ids: list[Token]
+
+
+def evaluate_together(pending: Sequence[Pending]) -> np.ndarray:
+    """Evaluate what some sessions of one engine are waiting for; the last token's logits of each, float32 [n, n_vocab]."""
+    claimed = [session._claim(ids) for session, ids in pending]
+    try:
+        return pending[0].session.engine.forward_each(claimed, [session.cache for session, _ in pending])
+    finally:
+        for (session, _), ids in zip(pending, claimed, strict=True):
+            session._take(ids)
 
 
 def check_length(n: int, ctx: int, more: str = "") -> None:

@@ -34,6 +34,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "engine",
     "snapshots",
     "session",
+    "together",
     "store",
     "conversation",
     "bench",

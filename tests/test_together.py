@@ -1,0 +1,137 @@
+"""Several sessions answer at once: each as if it were alone, whatever the others do."""
+
+import numpy as np
+import pytest
+import tiny
+from fakes import BOS, HEADER, FakeEngine, FakeTokenizer, Greedy
+
+from llamacli.engine import Engine
+from llamacli.errors import ContextFullError
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
+from llamacli.session import Session
+from llamacli.together import Request, answer_together
+
+
+class Shared(FakeEngine):
+    """Counts calls for several sequences."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.widths = []
+
+    def forward_each(self, ids, caches):
+        self.widths.append(len(ids))
+        return np.array([self.forward(some, cache) for some, cache in zip(ids, caches, strict=True)])
+
+
+def requests(engine, prompts, ctx=256, **how):
+    return [Request(Session(engine, FakeTokenizer(), ctx), prompt, Greedy(), **how) for prompt in prompts]
+
+
+PROMPTS = [[BOS, *range(n), HEADER] for n in (3, 17, 8, 1, 30)]
+
+
+def collected(answers):
+    found = {}
+    for number, piece in answers:
+        found.setdefault(number, []).append(piece)
+    return found
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 8])
+def test_each_answer_is_the_one_given_alone(width):
+    engine = Shared()
+    found = collected(answer_together(requests(engine, PROMPTS, max_tokens=20), width))
+    for number, prompt in enumerate(PROMPTS):
+        assert found[number] == list(Session(FakeEngine(), FakeTokenizer(), 256).stream(prompt, Greedy(), 20))
+    assert max(engine.widths) == min(width, len(PROMPTS))
+
+
+def test_answers_of_several_lengths_leave_their_place_to_the_next():
+    engine = Shared()
+    asked = [request._replace(max_tokens=n) for request, n in zip(requests(engine, PROMPTS), (1, 9, 2, 30, 4), strict=True)]
+    found = collected(answer_together(asked, 2))
+    assert [found[n][-1].finish_reason for n in range(5)] == ["length"] * 5
+    assert [len(found[n]) - 1 for n in range(5)] == [1, 9, 2, 30, 4]
+
+
+def test_an_error_ends_its_own_request_alone():
+    engine = Shared()
+    found = collected(answer_together(requests(engine, [PROMPTS[0], [1] * 100, PROMPTS[1]], ctx=40, max_tokens=5)))
+    assert isinstance(found[1][0], ContextFullError)
+    assert found[0][-1].finish_reason == found[2][-1].finish_reason == "length"
+
+
+def test_an_interrupt_ends_all_and_leaves_sessions_usable():
+    engine = Shared()
+    asked, pieces = requests(engine, PROMPTS[:3], max_tokens=20), []
+    with pytest.raises(KeyboardInterrupt):
+        for number, piece in answer_together(asked):
+            pieces.append((number, piece))
+            if len(pieces) == 10:
+                engine.break_after = 0
+    assert {number for number, piece in pieces if piece.finish_reason == "interrupt"} == {0, 1, 2}
+    for request, prompt in zip(asked, PROMPTS, strict=False):
+        again = list(request.session.stream(prompt, Greedy(), 20))
+        assert again == list(Session(FakeEngine(), FakeTokenizer(), 256).stream(prompt, Greedy(), 20))
+
+
+# over the engine
+
+SIZES = {"n_embd": 256, "head_dim": 32, "n_ff": 256, "n_ff_exp": 256, "chunk": 16}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """Weights in F32: where products add in another order, the last bits differ and no more."""
+    gguf = open_gguf(tiny.tiny_gguf(tmp_path_factory.mktemp("model") / "m.gguf", **SIZES))
+    return Engine(gguf, Config.from_gguf(gguf), 2)
+
+
+def sequences(engine, count):
+    """Caches at positions of their own, on both sides of chunk edges, and the tokens before."""
+    texts = [np.random.RandomState(n).randint(0, 250, 5 + 11 * n).tolist() for n in range(count)]
+    caches = [engine.new_cache(200) for _ in texts]
+    for text, cache in zip(texts, caches, strict=True):
+        engine.forward(text, cache)
+    return texts, caches
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_single_tokens_of_few_sequences_give_the_bytes_of_each_alone(engine, count):
+    _, caches = sequences(engine, count)
+    _, alone = sequences(engine, count)
+    for step in range(20):
+        together = engine.forward_each([[step + n] for n in range(count)], caches)
+        assert np.array_equal(together, [engine.forward([step + n], cache) for n, cache in enumerate(alone)])
+
+
+@pytest.mark.parametrize("lengths", [(1,) * 8, (1, 3, 1, 40), (70, 1, 20), (100, 100)])
+def test_sequences_together_are_each_alone_but_for_rounding(engine, lengths):
+    """Runs over chunk edges, and more tokens than a batch holds."""
+    _, caches = sequences(engine, len(lengths))
+    _, alone = sequences(engine, len(lengths))
+    ids = [np.random.RandomState(50 + n).randint(0, 250, length).tolist() for n, length in enumerate(lengths)]
+    engine._max_batch, before = 64, engine._max_batch
+    try:
+        found = engine.forward_each(ids, caches)
+    finally:
+        engine._max_batch = before
+    expected = np.array([engine.forward(some, cache) for some, cache in zip(ids, alone, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+    assert [cache.pos for cache in caches] == [cache.pos for cache in alone]
+
+
+@pytest.mark.parametrize("length", [5, 16, 17, 40])
+def test_a_fork_goes_on_by_itself(engine, length):
+    text = np.random.RandomState(length).randint(0, 250, length).tolist()
+    session = Session(engine, None, 100)
+    session.eval(text)
+    other = session.fork()
+    assert np.array_equal(other.eval([1]), session.eval([1]))
+    other.eval([2, 3])
+    for prompt in ([*text, 9], text[: length // 2]):
+        found = [s.sync(prompt) for s in (session, other, Session(engine, None, 100))]
+        np.testing.assert_allclose(found[1], found[0], atol=1e-3 * np.abs(found[0]).max())
+        np.testing.assert_allclose(found[1], found[2], atol=1e-3 * np.abs(found[0]).max())
