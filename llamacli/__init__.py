@@ -122,7 +122,7 @@ class Model:
             from llamacli.plan.placement import plan_residency
 
             beside = 4 * logits_rows * config.n_vocab
-            offload = plan_offload(gguf, config, ctx, device, gpu_layers)
+            offload = plan_offload(gguf, config, ctx, device, gpu_layers, experts, memory)
             slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside, offload)
             engine = Engine(gguf, config, threads, slots, batch, gpu_layers=offload.layers)
             return cls(gguf, config, tokenizer.result(), engine, ctx, nbytes)

@@ -17,6 +17,7 @@ import numpy as np
 
 from llamacli.cpu import buffers
 from llamacli.cpu.buffers import MAX_BATCH
+from llamacli.cpu.experts import slots_per_layer
 from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.kernels.jit.loader import chosen_target
@@ -127,7 +128,8 @@ class Engine:
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
         layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. `gpu_layers`: so many of
-        the last layers, and the head, run on MLX; the others and the embedding on the CPU.
+        the last layers, and the head, run on MLX; the others and the embedding on the CPU. Slots are the CPU's layers', or, if
+        all layers run on MLX, those'.
         """
         self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
@@ -143,7 +145,9 @@ class Engine:
         if gpu_layers:
             from llamacli.mlx.stage import MlxStage
 
-            self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers)))
+            routed = [i for i in range(config.n_layers) if config.is_moe(i)]
+            own = dict(zip(routed, slots_per_layer(slots, len(routed)), strict=True)) if slots and routed and not on_cpu else {}
+            self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers), slots=own))
         self._fetches = slots > 0 and any(map(config.is_moe, range(config.n_layers)))
         self._lock = threading.RLock()
         _engines.add(self)

@@ -9,7 +9,7 @@ the next layer's. files/reads.py does the reading.
 
 import mmap
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from time import perf_counter
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import numpy as np
 from llamacli.device import IoStats
 from llamacli.files import pages
 from llamacli.files.gguf import Tensor
-from llamacli.files.reads import DirectReader, TensorSlices, address, failed, settle
+from llamacli.files.reads import DirectReader, Memory, TensorSlices, address, failed, settle
 
 GATE, UP, DOWN = range(3)
 RING = 4  # buffers besides the slots: some are filled while another is multiplied
@@ -43,10 +43,10 @@ class _LayerCache:
     begun may still write to it. The slot is in `abandoned` until `_take_slot` has seen that read end.
     """
 
-    def __init__(self, tensors: Sequence[TensorSlices], n_experts: int, n_slots: int):
+    def __init__(self, tensors: Sequence[TensorSlices], n_experts: int, n_slots: int, allocate: Callable[[int], Memory]):
         self.tensors = tensors
         self.slot_bytes = sum(tensor.buffer_bytes for tensor in tensors)
-        self.memory = pages.memory(n_slots * self.slot_bytes)
+        self.memory = allocate(n_slots * self.slot_bytes)
         self.slot_of: dict[int, int] = {}  # by expert
         self.uses = np.zeros(n_experts)  # weighted counts
         self._weight = 1.0  # of the next use: it doubles every HALF_LIFE choices
@@ -73,20 +73,30 @@ class _LayerCache:
 class Slots:
     """The routed experts of a stage's layers. Not thread-safe: one caller at a time."""
 
-    def __init__(self, layers: dict[int, tuple[Tensor, Tensor, Tensor]], n_experts: int, n_slots: dict[int, int]):
-        """`layers`: gate, up and down tensors by layer. `n_slots`: by layer, how many experts it caches."""
+    def __init__(
+        self,
+        layers: dict[int, tuple[Tensor, Tensor, Tensor]],
+        n_experts: int,
+        n_slots: dict[int, int],
+        allocate: Callable[[int], Memory] = pages.memory,
+    ):
+        """`layers`: gate, up and down tensors by layer. `n_slots`: by layer, how many experts it caches. `allocate(bytes)`
+        gives memory that begins at a page: of each layer's slots, then of the RING buffers.
+        """
         self._io, self._reads = IoStats(), DirectReader()
         self._layers = {
-            i: _LayerCache([self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts))
+            i: _LayerCache(
+                [self._reads.slices(tensor, n_experts) for tensor in tensors], n_experts, min(n_slots[i], n_experts), allocate
+            )
             for i, tensors in layers.items()
         }
         largest = 0
         for layer in self._layers.values():
             gate, up, down = (tensor.buffer_bytes for tensor in layer.tensors)
             largest = max(largest, gate + up, down)
-        self._buffers = [pages.memory(largest) for _ in range(RING)]
+        self._buffers = [allocate(largest) for _ in range(RING)]
         self._free_buffers = list(self._buffers)
-        self._ring_reads: dict[_RingRead, tuple[mmap.mmap, list[Future]]] = {}  # the buffers in use
+        self._ring_reads: dict[_RingRead, tuple[Memory, list[Future]]] = {}  # the buffers in use
         self._resident: list[mmap.mmap] = []
 
     @property
@@ -97,6 +107,10 @@ class Slots:
     def addresses(self, layer: int, part: int) -> int:
         """The address of the int64 addresses of a layer's GATE, UP or DOWN matrices."""
         return self._layers[layer].addresses[part].ctypes.data
+
+    def address(self, layer: int, part: int, expert: int) -> int:
+        """Where one of these matrices is, once it has been read."""
+        return int(self._layers[layer].addresses[part, expert])
 
     def prefetch(self, layer: int, chosen: Sequence[int]) -> None:
         """Start to read the experts that the layer's next `fetch` will probably need, as many as there is room for."""
@@ -180,8 +194,8 @@ class Slots:
             slot = self._take_slot(cache, ())
             cache.all_slots.remove(slot)
             start, end = -(-slot * cache.slot_bytes // mmap.PAGESIZE), (slot + 1) * cache.slot_bytes // mmap.PAGESIZE
-            if hasattr(mmap, "MADV_DONTNEED") and start < end:
-                cache.memory.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
+            if start < end:
+                pages.drop_pages(address(cache.memory) + start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
             given += cache.slot_bytes
         return given
 
@@ -321,7 +335,7 @@ class Slots:
         cache.abandoned[slot] = [future for future in futures if not future.cancel()]
         cache.free.append(slot)
 
-    def _read(self, cache: _LayerCache, expert: int, part: int, memory: mmap.mmap, at: int) -> list[Future]:
+    def _read(self, cache: _LayerCache, expert: int, part: int, memory: Memory, at: int) -> list[Future]:
         """Start to read one matrix into `memory` from byte `at` on; its address is valid when the reads are done."""
         reads, cache.addresses[part, expert] = self._reads.begin(cache.tensors[part], expert, memory, at)
         return reads

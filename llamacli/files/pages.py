@@ -73,7 +73,7 @@ def random_access(address: int, size: int) -> None:
 def drop_pages(address: int, size: int) -> None:
     """Drop the pages of a mapped file from this process; the next access reads them again.
 
-    Only for file maps: anonymous memory would lose its contents.
+    Anonymous memory loses its contents; its address must be that of a page then.
     """
     if sys.platform == "linux":
         start = address // mmap.PAGESIZE * mmap.PAGESIZE

@@ -27,6 +27,7 @@ from llamacli.files.gguf import Tensor
 BLOCK = max(4096, mmap.PAGESIZE)  # alignment of direct reads, in the file and in memory; ZFS asks for whole pages
 PIECE = pages.LARGE  # bytes of one read
 IN_FLIGHT = 8  # reads in flight: an SSD needs several to reach its full speed
+Memory = mmap.mmap | memoryview  # that is read into
 _F_NOCACHE = 48  # macOS: fcntl for reads that leave nothing in the page cache
 
 
@@ -88,7 +89,7 @@ class DirectReader:
             self._files[tensor.path] = self._open(tensor.path)
         return TensorSlices(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n)
 
-    def begin(self, slices: TensorSlices, k: int, memory: mmap.mmap, at: int) -> tuple[list[Future], int]:
+    def begin(self, slices: TensorSlices, k: int, memory: Memory, at: int) -> tuple[list[Future], int]:
         """Start to read slice k into `memory` from byte `at` on: the reads, and the slice's address once they are done."""
         start, size, inside = slices.span(k)
         needed, view, first, done, reads = inside + slices.nbytes, memoryview(memory), address(memory) + at, 0, []
@@ -99,7 +100,7 @@ class DirectReader:
             done += n
         return reads, first + inside
 
-    def clear(self, memory: mmap.mmap, size: int, slots: Sequence[int]) -> Future:
+    def clear(self, memory: Memory, size: int, slots: Sequence[int]) -> Future:
         """Start to fault in memory that will be read into; `slots` are numbers of ranges of `size` bytes."""
         readers = self._readers
 
@@ -212,7 +213,7 @@ def failed(futures: Iterable[Future]) -> bool:
     return any(future.cancelled() or future.exception() for future in futures)
 
 
-def address(memory: mmap.mmap) -> int:
+def address(memory: Memory) -> int:
     """The address at which a map begins."""
     return np.frombuffer(memory, np.uint8).ctypes.data
 

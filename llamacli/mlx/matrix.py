@@ -6,6 +6,7 @@ build is given. Long prompts on the GPU widen one matrix at a time to float16 an
 
 import ctypes
 import math
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -36,6 +37,16 @@ class Wide:
         array = mx.array(values.reshape(-1, n_rows, n_cols)).astype(dtype)
         mx.eval(array)
         return cls(array, tensor.nbytes // math.prod(groups))
+
+    @classmethod
+    def at(cls, window: Window, type_name: str, shape: tuple[int, int], nbytes: int) -> "Wide":
+        """One matrix of a type with kernels, widened; of float32 the bytes themselves, which are read when it is evaluated."""
+        if type_name == "F32":
+            flat = window.array.reshape(-1)[window.offset : window.offset + nbytes].view(mx.float32)
+        else:
+            blocks = np.array(window.array, copy=False).reshape(-1)[window.offset :]
+            flat = mx.array(dequantized(blocks, type_name, math.prod(shape)))
+        return cls(flat.reshape(1, *shape), nbytes)
 
     def times(self, x: mx.array, expert: int = 0) -> mx.array:
         """x [n, n_cols] times a group's matrix: [n, n_rows]."""
@@ -88,6 +99,15 @@ def dequantized(blocks: np.ndarray, type_name: str, n: int) -> np.ndarray:
     call = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
     call(microkernels(type_name).dequantize)(blocks.ctypes.data, n, values.ctypes.data)
     return values
+
+
+class Fetched(NamedTuple):
+    """Weights of a layer's experts that are read when they are needed (streaming.py)."""
+
+    n_groups: int
+    n_rows: int
+    n_cols: int
+    nbytes: int  # of one expert's
 
 
 def multiply(x: mx.array, w: mx.array) -> mx.array:

@@ -1,4 +1,5 @@
-"""Bytes of a tensor where the GPU reads them: pages of the mapped file, adopted without a copy, or a copy where that fails.
+"""Bytes of a tensor where the GPU reads them: pages of the mapped file, adopted without a copy, or a copy where that fails; and
+memory that files are read into.
 
 In: a tensor of an open GGUF. Out: a `Window`. Metal adopts memory that begins and ends at a page. So a window spans the whole
 pages around a tensor, and kernels are told the byte at which the tensor begins.
@@ -51,3 +52,20 @@ def copied(tensor: Tensor) -> Window:
     np.array(array, copy=False).reshape(-1)[: tensor.nbytes] = tensor.data
     pages.drop_pages(tensor.data.ctypes.data, tensor.nbytes)
     return Window(array, 0, False, None)
+
+
+def bank(nbytes: int, adopts: bool) -> tuple[mmap.mmap | memoryview, Window]:
+    """Memory of `nbytes` from a page on, which the host writes and the device reads; MLX does not see the writes."""
+    n_pages = -(-nbytes // mmap.PAGESIZE)
+    if adopts:
+        buffer = pages.memory(n_pages * mmap.PAGESIZE)
+        whole = np.frombuffer(buffer, np.uint8).reshape(n_pages, mmap.PAGESIZE)
+        try:
+            return buffer, Window(mx.asarray(whole, copy=False), 0, True, buffer)
+        except (ValueError, RuntimeError):
+            pass
+    array = mx.zeros((n_pages + 1, mmap.PAGESIZE), mx.uint8)
+    mx.eval(array)
+    view = np.array(array, copy=False).reshape(-1)
+    skipped = -view.ctypes.data % mmap.PAGESIZE
+    return memoryview(view)[skipped : skipped + nbytes], Window(array, skipped, False, view)

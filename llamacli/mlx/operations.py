@@ -14,7 +14,8 @@ import numpy as np
 from llamacli.cpu.weights import Dense, Layer
 from llamacli.device import Run
 from llamacli.llama4.config import Config
-from llamacli.mlx.matrix import Blocks, Wide
+from llamacli.mlx.matrix import Blocks, Fetched, Wide
+from llamacli.mlx.streaming import Experts, Fetch
 
 LAZY = 4  # choices of experts up to which the device alone knows them; beyond, they are read back and grouped by expert
 
@@ -37,9 +38,12 @@ class Part(NamedTuple):
 class Operations:
     """Operations over one batch (llama4.layers.Operations). `chosen` collects each layer's Routed.experts."""
 
-    def __init__(self, config: Config, frequencies: np.ndarray, runs: Sequence[Run], dtype: mx.Dtype):
-        """`frequencies`: radians that each pair of a head turns by per position; angles are computed here, in float64."""
-        self._config, self._runs, self._dtype = config, runs, dtype
+    def __init__(self, config: Config, frequencies: np.ndarray, runs: Sequence[Run], experts: Experts | None = None):
+        """`frequencies`: radians that each pair of a head turns by per position; angles are computed here, in float64.
+        `experts`: those that are fetched.
+        """
+        self._config, self._runs, self._experts = config, runs, experts
+        self._fetch: Fetch | None = None  # of the layer that is being computed
         self.chosen: dict[int, mx.array] = {}
         self.layer = -1  # the one that is being computed; set by the caller
         positions = np.concatenate([np.arange(run.cache.pos, run.cache.pos + run.n, dtype=np.float64) for run in runs])
@@ -91,16 +95,23 @@ class Operations:
         return x + w.times(h)
 
     def gate_up(self, h: mx.array, w: Dense) -> mx.array:
-        return _swiglu(w.gate.times(h), w.up.times(h))
+        product = _swiglu(w.gate.times(h), w.up.times(h))
+        if self._experts and self.layer in self.chosen:
+            mx.async_eval(product)
+        return product
 
     def route(self, h: mx.array, w: Wide) -> Routed:
         logits, k = w.times(h), self._config.n_experts_used
         best = mx.argmax(logits, -1, keepdims=True) if k == 1 else mx.argpartition(-logits, k - 1, -1)[:, :k]
         routed = Routed(best.astype(mx.int32), mx.sigmoid(mx.take_along_axis(logits, best, -1)))
         self.chosen[self.layer] = routed.experts
+        if self._experts:
+            mx.async_eval(routed.experts)  # first, so that the choice is known while the shared expert is computed
         return routed
 
     def expert_gate_up(self, h: mx.array, w: Dense, routed: Routed) -> mx.array | list[Part]:
+        if isinstance(w.gate, Fetched):
+            return self._fetched_gate_up(h, routed)
         k, scores = self._config.n_experts_used, routed.scores.reshape(-1, 1)
         if routed.experts.size <= LAZY:
             rows, experts = mx.repeat(h, k, 0), routed.experts.reshape(-1)
@@ -113,10 +124,27 @@ class Operations:
             mx.eval(parts[-1].values)  # releases what was widened for this expert
         return parts
 
-    def add_expert_matmul(self, x: mx.array, h: mx.array | list[Part], w: Blocks | Wide, routed: Routed) -> mx.array:
+    def _fetched_gate_up(self, h: mx.array, routed: Routed) -> list[Part]:
+        k, scores = self._config.n_experts_used, routed.scores.reshape(-1, 1)
+        flat, parts = np.array(routed.experts).reshape(-1), []
+        self._fetch = self._experts.fetch(self.layer, flat.tolist())
+        for e, gate, up in self._fetch.gate_up():
+            rows = mx.array(np.flatnonzero(flat == e))
+            x, score = h[rows // k], scores[rows]
+            parts.append(Part(e, rows, _swiglu(score * gate.times(x), score * up.times(x))))
+            self._fetch.used(parts[-1].values)
+        return parts
+
+    def add_expert_matmul(self, x: mx.array, h: mx.array | list[Part], w: Blocks | Wide | Fetched, routed: Routed) -> mx.array:
         k = self._config.n_experts_used
         if isinstance(h, mx.array):
             return x + w.times_chosen(h, routed.experts.reshape(-1)).reshape(len(x), k, -1).sum(1)
+        if isinstance(w, Fetched):
+            parts = {part.expert: part for part in h}
+            for e, matrix in self._fetch.down():
+                x = x.at[parts[e].rows // k].add(matrix.times(parts[e].values))
+                self._fetch.used(x)
+            return x
         for part in h:
             x = x.at[part.rows // k].add(w.times(part.values, part.expert))
             mx.eval(x)

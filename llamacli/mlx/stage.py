@@ -12,16 +12,19 @@ from time import perf_counter
 import mlx.core as mx
 import numpy as np
 
-from llamacli.cpu.weights import Experts, Layer, Weights, assemble, conversion_notices
-from llamacli.device import Run
-from llamacli.errors import UsageError
+from llamacli.cpu.weights import Experts as Mixture
+from llamacli.cpu.weights import Layer, Weights, assemble, conversion_notices, has_kernels
+from llamacli.device import IoStats, Run
+from llamacli.errors import UnsupportedModelError, UsageError
 from llamacli.files.gguf import GGUF, Tensor
 from llamacli.llama4 import layers as llama4
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role, find
 from llamacli.mlx import kernels, memory, runtime
 from llamacli.mlx.cache import MlxCache
-from llamacli.mlx.matrix import Blocks, Wide
+from llamacli.mlx.matrix import Blocks, Fetched, Wide
 from llamacli.mlx.operations import Operations
+from llamacli.mlx.streaming import Experts
 
 LOGITS_BATCH = 64  # rows of logits made at a time
 
@@ -29,8 +32,20 @@ LOGITS_BATCH = 64  # rows of logits made at a time
 class MlxStage:
     """`layers` of a model and, with `heads`, its head (see device.Stage); never the embedding."""
 
-    def __init__(self, gguf: GGUF, config: Config, layers: range, *, heads: bool = True, dtype: mx.Dtype | None = None):
-        """`dtype`: of keys, values, attention and widened weights; None: float16 on a GPU, float32 without one."""
+    def __init__(
+        self,
+        gguf: GGUF,
+        config: Config,
+        layers: range,
+        *,
+        heads: bool = True,
+        slots: dict[int, int] | None = None,
+        dtype: mx.Dtype | None = None,
+    ):
+        """`slots`: by layer with experts, how many of them are kept in memory; none: they are used where the file is.
+
+        `dtype`: of keys, values, attention and widened weights; None: float16 on a GPU, float32 without one.
+        """
         here = runtime.start()
         self.layers, self._config, self._heads, self._path = layers, config, heads, gguf.path
         self.timings: Counter | None = None
@@ -41,7 +56,8 @@ class MlxStage:
         self._dtype = dtype or (mx.float16 if here.gpu else mx.float32)
         self._converted: list[str] = []
         self._windows: list[memory.Window] = []
-        self._stopped = False
+        self._stopped = self._forked = False
+        self._slots, self._routed = slots or {}, {}
         self._chosen: dict[int, mx.array] = {}
         self._pending: list[mx.array] = []  # keys and values that the last call wrote
         with runtime.translated(gguf.path), mx.stream(self._device):
@@ -50,16 +66,22 @@ class MlxStage:
             )
             self._norms = [[mx.array(norm) for norm in (w.attn_norm, w.ffn_norm)] for w in self._weights.layers]
             self._output_norm = mx.array(self._weights.output_norm) if heads else None
+            self._experts = self._fetching(gguf) if self._slots else None
         self._frequencies = config.frequencies(self._weights.rope_freqs)
         used = [(m, times) for w in self._weights.layers for m, times in _used(w, config)]
         self.products_per_token = sum(m.n_rows * m.n_cols * times for m, times in used)
         self.bytes_per_token = sum(m.nbytes * times for m, times in [*used, *([(self._weights.output, 1)] if heads else [])])
-        self.notices = [*self._notices(here), *conversion_notices(self._converted), *self._weights.notices]
+        reading = self._experts.slots.notices if self._experts else ()
+        self.notices = [*self._notices(here), *reading, *conversion_notices(self._converted), *self._weights.notices]
 
-    def _matrix(self, gguf: GGUF, tensor: Tensor) -> Blocks | Wide:
+    def _matrix(self, gguf: GGUF, tensor: Tensor) -> Blocks | Wide | Fetched:
         *groups, n_rows, n_cols = tensor.shape
         n_groups = groups[0] if groups else 1
-        router = tensor.name.endswith("ffn_gate_inp.weight")
+        row, layer = find(tensor.name)
+        router = row.role is Role.ROUTER
+        if row.role is Role.EXPERTS and layer in self._slots:
+            self._routed[layer] = (*self._routed.get(layer, ()), tensor)
+            return Fetched(n_groups, n_rows, n_cols, tensor.nbytes // n_groups)
         if self._blocks and not router and kernels.fits(tensor.type.name, n_cols):
             found = memory.window(tensor, self._adopts)
             self._windows.append(found)
@@ -68,6 +90,16 @@ class MlxStage:
             self._converted.append(f"{tensor.name} ({tensor.type.name})")
         exact = router or self._dtype == mx.float32
         return Wide.of(gguf, tensor, mx.float32 if exact else mx.float16)
+
+    def _fetching(self, gguf: GGUF) -> Experts:
+        """Slots for the routed experts. UnsupportedModelError: a type that kernels do not read."""
+        for tensor in (tensor for layer in self._routed.values() for tensor in layer):
+            if not (kernels.fits(tensor.type.name, tensor.shape[-1]) if self._blocks else has_kernels(tensor)):
+                raise UnsupportedModelError(
+                    f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {tensor.name}, which "
+                    f"only runs if it fits into memory; quantize it again"
+                )
+        return Experts(gguf, self._routed, self._config.n_experts, self._slots, self._adopts, self._blocks)
 
     def _notices(self, here: runtime.Runtime) -> list[str]:
         """What the device is, and where its weights are."""
@@ -88,16 +120,23 @@ class MlxStage:
 
         NumPy evaluates it when it is read. KeyboardInterrupt after `interrupt`.
         """
-        lazy = len(x) == 1 and self._heads
+        if self._forked:
+            raise UsageError("a forked process cannot use the GPU of its parent: load the model again")
+        lazy = len(x) == 1 and self._heads and not self._experts  # slots may be filled again in the next call
         with runtime.translated(self._path), mx.stream(self._device):
             x = mx.array(x)
-            ops = Operations(self._config, self._frequencies, runs, self._dtype)
+            ops = Operations(self._config, self._frequencies, runs, self._experts)
             for i, weights, norms in zip(self.layers, self._weights.layers, self._norms, strict=True):
                 began = perf_counter()
                 ops.layer = i
-                x = llama4.layer(ops, self._config, i, weights._replace(attn_norm=norms[0], ffn_norm=norms[1]), x)
-                if not lazy or self.timings is not None:
-                    mx.eval(x)
+                try:
+                    x = llama4.layer(ops, self._config, i, weights._replace(attn_norm=norms[0], ffn_norm=norms[1]), x)
+                    if not lazy or self.timings is not None:
+                        mx.eval(x)
+                except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
+                    if i in self._slots:
+                        self._experts.slots.reset(i)
+                    raise
                 if self.timings is not None:
                     self.timings[i, "layer"] += perf_counter() - began
                 if self._stopped:
@@ -137,15 +176,16 @@ class MlxStage:
         self._stopped = False
 
     def shrink(self, nbytes: int) -> int:
-        """0: nothing here can be read again."""
-        return 0
+        """Give back slots, up to so many bytes; returns how many."""
+        return self._experts.slots.shrink(nbytes) if self._experts else 0
 
     def watch(self) -> list:
         """UsageError: inputs of products are summed up on the CPU only."""
         raise UsageError("expected all layers on the CPU, found some on the GPU; use --device cpu for this")
 
-    def take_io_stats(self) -> None:
-        """None: nothing is fetched."""
+    def take_io_stats(self) -> IoStats | None:
+        """What was read since the last call, None if all experts are where the file is."""
+        return self._experts.slots.take_io_stats() if self._experts else None
 
     def after_fork(self) -> None:
         """In a forked child: a GPU's queues are the parent's."""
@@ -154,14 +194,16 @@ class MlxStage:
     def close(self) -> None:
         """Drop weights and what MLX keeps of freed memory."""
         self._weights = self._norms = self._output_norm = self._chosen = self._pending = None
-        self._windows = []
+        if self._experts:
+            self._experts.slots.close()
+        self._windows, self._experts = [], None
         mx.clear_cache()
 
 
-def _used(w: Layer, config: Config) -> list[tuple[Blocks | Wide, int]]:
+def _used(w: Layer, config: Config) -> list[tuple[Blocks | Wide | Fetched, int]]:
     """The matrices of a layer, each with how often one token goes through (one of) it."""
     found = [(m, 1) for m in (w.attn_q, w.attn_k, w.attn_v, w.attn_output)]
-    if not isinstance(w.ffn, Experts):
+    if not isinstance(w.ffn, Mixture):
         return found + [(m, 1) for m in w.ffn]
     found += [(m, 1) for m in (w.ffn.gate_inp, *w.ffn.shexp)]
     return found + [(m, config.n_experts_used) for m in w.ffn.exps]

@@ -25,13 +25,16 @@ EXPERTS_AT_ONCE = 3  # matrices of experts that are widened for a prompt before 
 
 
 class Offload(NamedTuple):
-    """Layers on the GPU, and their bytes there. `budget`: what the GPU may hold."""
+    """Layers on the GPU, and their bytes there. `budget`: what the GPU may hold. `streams`: all layers are on the GPU and read
+    some experts when they are needed; how many of them it caches is placement.py's to say, and `weights` and `kv` are 0.
+    """
 
     layers: int
     weights: int
     kv: int
     working: int
     budget: int
+    streams: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -42,11 +45,20 @@ class Offload(NamedTuple):
 NONE = Offload(0, 0, 0, 0, 0)
 
 
-def plan_offload(gguf, config: Config, ctx: int, device: str, gpu_layers: int | None = None) -> Offload:
+def plan_offload(
+    gguf,
+    config: Config,
+    ctx: int,
+    device: str,
+    gpu_layers: int | None = None,
+    experts: str = "auto",
+    memory: int | None = None,
+) -> Offload:
     """What `device` and `gpu_layers` ask for on this machine. `gpu_layers` None: as many as fit.
 
-    `device`: "cpu"; "mlx"; "auto": the GPU where Metal is, else the CPU. UsageError: another device, MLX is missing.
-    MemoryLimitError: the layers do not fit.
+    `device`: "cpu"; "mlx"; "auto": the GPU where Metal is, else the CPU. `experts`, `memory`: as for Model.load; if the memory
+    does not hold the model, all layers are the GPU's and experts are read into slots. UsageError: another device, MLX is
+    missing. MemoryLimitError: the layers do not fit.
     """
     if device not in DEVICES:
         raise UsageError(f"device: expected cpu, mlx or auto, found {device}")
@@ -66,6 +78,11 @@ def plan_offload(gguf, config: Config, ctx: int, device: str, gpu_layers: int | 
         sizes, budget = [(t.name, t.nbytes) for t in gguf.tensors.values()], here.budget
     else:  # weights are widened to float32, in the machine's memory
         sizes, budget = [(t.name, FULL * prod(t.shape)) for t in gguf.tensors.values()], machine.budget()
+    every = gpu_layers is None or gpu_layers >= config.n_layers
+    if every and any(map(config.is_moe, range(config.n_layers))) and experts != "mapped":
+        least = sum(nbytes for _, nbytes in sizes) + kvcache.nbytes(config, ctx) + working_bytes(config)
+        if experts == "slots" or (here.gpu and least > (memory or machine.budget())):
+            return Offload(config.n_layers, 0, 0, working_bytes(config), budget, streams=True)
     return place_layers(config, sizes, ctx, budget, gpu_layers, needed=device == "mlx", name=str(gguf.path))
 
 
@@ -106,15 +123,15 @@ def place_layers(
     return Offload(wanted, weights, sum(kv[first:]), working, budget)
 
 
-def on_cpu(config: Config, offload: Offload) -> Config:
-    """The model that is left to the CPU: the first layers, and the embedding."""
-    return replace(config, n_layers=config.n_layers - offload.layers) if offload.layers else config
+def remaining(config: Config, offload: Offload) -> Config:
+    """The model whose memory is to be planned: the CPU's layers and the embedding, or, if experts are read, all of it."""
+    return replace(config, n_layers=config.n_layers - offload.layers) if offload.layers and not offload.streams else config
 
 
-def left_on_cpu(name: str, config: Config, offload: Offload) -> bool:
-    """Whether the CPU uses a tensor."""
+def remains(name: str, config: Config, offload: Offload) -> bool:
+    """Whether a tensor is part of that model."""
     found = find(name)
-    if not offload.layers or found is None:
+    if not offload.layers or offload.streams or found is None:
         return True
     row, layer = found
     return row.role is Role.EMBEDDING if layer is None else layer < config.n_layers - offload.layers

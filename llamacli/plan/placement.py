@@ -24,7 +24,7 @@ from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find, role_of
 from llamacli.plan import machine
-from llamacli.plan.offload import NONE, Offload, left_on_cpu, on_cpu
+from llamacli.plan.offload import NONE, Offload, remaining, remains
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code; bytes of a vocabulary entry. Measured
 LEAST_BATCH = 64  # the smallest batch of prompt tokens
@@ -269,17 +269,19 @@ def plan_residency(
 
     `memory`: bytes for all models of this process; None: what the machine has free, less a reserve. What other models have
     reserved is subtracted. `experts`: "mapped", "slots" or "auto". `beside`: bytes that its user will hold beside the model.
-    `offload`: layers that are not the CPU's; what the GPU holds of them is held in the same memory.
+    `offload`: layers that are the GPU's; what it holds of them is held in the same memory.
     """
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
-    tensors = ((t.name, t.nbytes) for t in gguf.tensors.values() if left_on_cpu(t.name, config, offload))
-    config, beside, threads = on_cpu(config, offload), beside + offload.nbytes, threads or default_threads()
+    tensors = ((t.name, t.nbytes) for t in gguf.tensors.values() if remains(t.name, config, offload))
+    config, beside, threads = remaining(config, offload), beside + offload.nbytes, threads or default_threads()
     sizes = size_by_kind(tensors, config)
     if experts == "mapped" or (not config.n_experts and memory is None):
         needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
         return 0, MAX_BATCH, needed + beside + working_bytes(config, threads, MAX_BATCH)
     memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
+    if offload.streams:
+        memory, experts = min(memory, offload.budget - offload.working), "slots"
     placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
     return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident + beside
 

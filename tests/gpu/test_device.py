@@ -14,7 +14,7 @@ from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.mlx import runtime
 from llamacli.mlx.runtime import Runtime
-from llamacli.plan.offload import left_on_cpu, place_layers, plan_offload
+from llamacli.plan.offload import place_layers, plan_offload, remains
 from llamacli.plan.placement import plan_residency
 
 METAL = Runtime("0.32.4", "Metal", "Apple M4", 72 << 30, 48 << 30)
@@ -147,7 +147,7 @@ def test_what_the_gpu_holds_is_not_planned_for_the_cpu_again(small, monkeypatch)
     config, _, gguf = sizes(small)
     with_gpu(monkeypatch)
     offload = plan_offload(gguf, config, 64, "mlx", 3)
-    left = {name for name in gguf.tensors if left_on_cpu(name, config, offload)}
+    left = {name for name in gguf.tensors if remains(name, config, offload)}
     assert {name.split(".")[1] for name in left if name.startswith("blk")} == {"0"}
     assert "token_embd.weight" in left
     assert "output.weight" not in left
@@ -164,6 +164,22 @@ def test_layers_of_the_cpu_may_stream_beside_layers_on_mlx(small):
     with Model.load(small, threads=1, ctx=32) as plain:
         expected = plain.logits([1, 2, 3, 4, 5])
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_a_model_beyond_the_memory_streams_on_the_gpu(small, monkeypatch):
+    config, tensors, gguf = sizes(small)
+    with_gpu(monkeypatch)
+    whole = sum(nbytes for _, nbytes in tensors)
+    assert not plan_offload(gguf, config, 64, "mlx", None, "auto", 1 << 40).streams
+    assert plan_offload(gguf, config, 64, "mlx", None, "auto", whole).streams
+    assert plan_offload(gguf, config, 64, "auto", None, "slots", 1 << 40).streams
+    assert not plan_offload(gguf, config, 64, "mlx", None, "mapped", whole).streams
+    assert not plan_offload(gguf, config, 64, "mlx", 2, "slots", whole).streams  # the CPU's layers do
+    with_gpu(monkeypatch, budget=1 << 30)
+    offload = plan_offload(gguf, config, 64, "mlx", None, "slots", 1 << 40)
+    slots, _, held = plan_residency(gguf, config, 64, 1, 1 << 40, "slots", 0, offload)
+    assert slots == 16
+    assert held <= 1 << 30
 
 
 # errors of the device
