@@ -1,6 +1,8 @@
 """Every environment variable that the project reads, and where its own files lie.
 
     LLAMACLI_MODEL   the model when -m is absent            LLAMACLI_DEBUG   1: a traceback with an error
+    LLAMACLI_MODELS  folder of the user's models            HF_TOKEN, HF_ENDPOINT    of the hub that models come from
+    OLLAMA_MODELS, HF_HUB_CACHE, HF_HOME     folders of other programs whose models are used where they lie
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
     NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
     XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
@@ -24,8 +26,40 @@ def model() -> str | None:
 
 
 def model_folders() -> list[Path]:
-    """Folders in which the name of a model is looked up: the project's `models/`, then the user's own."""
-    return [MODELS, _user_folder("XDG_DATA_HOME", ".local/share") / "models"]
+    """Folders of our own in which the name of a model is looked up: the project's `models/`, then the user's own."""
+    return [MODELS, models_folder()]
+
+
+def models_folder() -> Path:
+    """The user's folder of models, which `llamacli models` fills."""
+    named = os.environ.get("LLAMACLI_MODELS")
+    return Path(os.path.expanduser(named)) if named else _user_folder("XDG_DATA_HOME", ".local/share") / "models"
+
+
+def ollama_folders() -> list[Path]:
+    """Folders of Ollama's models: the user's, and that of a system-wide service."""
+    named = os.environ.get("OLLAMA_MODELS")
+    usual = [Path(os.path.expanduser("~")) / ".ollama" / "models", Path("/usr/share/ollama/.ollama/models")]
+    return [Path(named)] if named else usual
+
+
+def hub_cache() -> Path:
+    """The folder in which the package huggingface_hub keeps what it downloads."""
+    named = os.environ.get("HF_HUB_CACHE")
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"), "huggingface"
+    )
+    return Path(os.path.expanduser(named or os.path.join(home, "hub")))
+
+
+def hub_endpoint() -> str:
+    """The hub from which models are pulled: Hugging Face's or a mirror."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def hub_token() -> str | None:
+    """What the hub knows the user by; it goes to no other host."""
+    return (os.environ.get("HF_TOKEN") or "").strip() or None
 
 
 def debug() -> bool:

@@ -8,6 +8,7 @@
     |- ContextFullError           the conversation reached its context limit
     |- MemoryLimitError           the model does not fit into the memory allowed
     |- DeviceError                a GPU or its driver failed
+    |- DownloadError              a model cannot be fetched: no network, no permission, other bytes than promised
     |- OutputError                output file exists, disk full, read-only
     `- UsageError                 wrong or impossible arguments, exit code 2
 
@@ -48,6 +49,10 @@ class MemoryLimitError(LlamacliError):
 
 class DeviceError(LlamacliError):
     """A GPU or its driver failed."""
+
+
+class DownloadError(LlamacliError):
+    """A model cannot be fetched. What has come is kept, and the next try goes on from there."""
 
 
 class OutputError(LlamacliError):

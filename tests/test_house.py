@@ -29,7 +29,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "llama4 plan.machine mlx.runtime",
     "text device prompt positions cpu.weights cpu.kvcache cpu.experts cpu.buffers",
     "plan.offload",
-    "plan.placement",
+    "plan.placement library",
     "cpu mlx",
     "engine",
     "snapshots",

@@ -21,6 +21,7 @@ COMMANDS = (  # a module each
     "bench",
     "doctor",
     "warmup",
+    "models",
     "history",
     "cache",
     "config",

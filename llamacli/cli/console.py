@@ -110,6 +110,7 @@ class Console:
         self.talks = not quiet and (verbose or is_terminal(sys.stderr))
         self._color = color
         self._last = ""  # the last character of the answer under way; empty before its first
+        self._bar = False  # whether a bar may stand on the line where stderr is
 
     def note(self, text: str) -> None:
         """A remark beside the answer."""
@@ -118,7 +119,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line to stderr that the user asked for."""
-        _to_stderr(text + "\n")
+        _to_stderr((f"\r{CLEAR}" if self._bar else "") + text + "\n")
 
     def ask(self, sign: str) -> None:
         """The sign before a line to be typed, where readline does not write it."""
@@ -305,9 +306,11 @@ class Console:
         if not is_terminal(sys.stderr) or environment.dumb_terminal():
             yield self._log_progress(Meter(what))
             return
+        self._bar = True
         try:
             yield self._draw_progress(Meter(what))
         finally:
+            self._bar = False
             _to_stderr(f"\r{CLEAR}")
 
     def _log_progress(self, meter: Meter):

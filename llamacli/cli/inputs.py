@@ -6,6 +6,7 @@ In: words from the command line. Out: a path, a loaded `Model`, text; errors nam
 import contextlib
 import errno
 import os
+import re
 import select
 import sys
 import threading
@@ -18,22 +19,23 @@ from llamacli.cli.console import Console, amount, is_terminal
 from llamacli.cli.grammar import meant
 from llamacli.errors import ContextFullError, ModelFileError, PromptError, UsageError
 
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)  # USER/REPO[:QUANT]
 MOST_BYTES = 512  # of a token: the longest of Llama 4's have a quarter
 
 
 def model_names(start: str = "") -> list[str]:
     """Names of models that are installed, for completion."""
-    return sorted(
-        {path.stem for folder in environment.model_folders() for path in (*folder.glob("*.gguf"), *folder.glob("*/*.gguf"))}
-    )
+    from llamacli.library.installed import installed
+
+    return sorted({model.name for model in installed()})
 
 
 def named_model(name: str) -> Path | None:
-    """The file of a model's name; None if it is no name of one."""
-    if not name or len(Path(name).parts) != 1:
-        return None
-    known = [folder / inner for folder in environment.model_folders() for inner in (f"{name}.gguf", f"{name}/{name}.gguf")]
-    return next((candidate for candidate in known if candidate.exists()), None)
+    """The file of a model's name, or of USER/REPO[:LABEL]; None if it is no name of one."""
+    from llamacli.library.installed import find
+
+    found = find(name)
+    return found and found.paths[0]
 
 
 def is_model(word: str) -> bool:
@@ -83,14 +85,15 @@ def find_model(name: str | None, console: Console) -> Path:
         )
         return environment.SMALL_MODEL
     path = Path(os.path.expanduser(chosen))  # Path's own raises for an unknown user
-    if path.exists() or len(path.parts) != 1:
+    if path.exists() or (len(path.parts) != 1 and chosen.endswith(".gguf")):
         return path
     found = named_model(chosen)
     if found is None:
         folders = " or ".join(map(str, environment.model_folders()))
+        pull = f"; `llamacli models pull {chosen}` fetches it" if _REPOSITORY.fullmatch(chosen) else ""
         raise ModelFileError(
             f"{chosen}: expected a GGUF file or the name of one in {folders}, found neither"
-            + (meant(chosen, model_names()) or f"; check {where}")
+            + (pull or meant(chosen, model_names()) or f"; check {where}")
         )
     return found
 

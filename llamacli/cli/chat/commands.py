@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-from llamacli import environment
 from llamacli.cli.chat.lines import FENCE
 from llamacli.cli.chat.show import Screen
 from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.options import find_model, read_file, token_count
+from llamacli.cli.options import find_model, model_names, read_file, token_count
 from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import OutputError, PromptError, UsageError
@@ -100,10 +99,7 @@ class Commands:
         if name == "/load" and self._store:
             return [word for chat in self._store.chats(100) for word in (chat.name, chat.id) if word]
         if name == "/model":
-            found = [
-                path for folder in environment.model_folders() for path in (*folder.glob("*.gguf"), *folder.glob("*/*.gguf"))
-            ]
-            return sorted({path.stem for path in found}) or "path"
+            return model_names() or "path"
         return ()
 
     def status(self) -> str:

@@ -1,0 +1,303 @@
+"""`llamacli models`: the models on this machine: list, show, add, remove; pull another one from a hub.
+
+In: an action and its arguments. Out: a table or JSON on stdout, notes and progress on stderr. library/ does the work.
+"""
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from llamacli import environment
+from llamacli.cli.console import Console, amount
+from llamacli.cli.grammar import argument, meant, option
+from llamacli.cli.options import Json, Memory, Output, byte_count, model_names
+from llamacli.errors import MemoryLimitError, ModelFileError, OutputError, UnsupportedModelError, UsageError
+
+PLACES = {"llamacli": "part of llamacli", "own": "added by you", "ollama": "Ollama's", "hub": "in the hub's cache"}
+OURS = "llama4"
+
+
+class Action(StrEnum):
+    """What to do."""
+
+    list = "list"
+    show = "show"
+    add = "add"
+    remove = "remove"
+    pull = "pull"
+
+
+_EXPECTED = {
+    Action.list: "nothing after it",
+    Action.show: "a model's name",
+    Action.add: "a GGUF file, and a name for it if you like",
+    Action.remove: "names of models",
+    Action.pull: "USER/REPO or USER/REPO:QUANT",
+}
+_COUNT = {Action.list: (0, 0), Action.show: (1, 1), Action.add: (1, 2), Action.remove: (1, 999), Action.pull: (1, 1)}
+
+
+def models(
+    action: Annotated[Action, argument("[list|show|add|remove|pull]", "What to do (list).")] = Action.list,
+    what: Annotated[
+        list[str] | None,
+        argument("[NAME|FILE|USER/REPO[:QUANT]]...", "Of which model.", complete=lambda start: model_names()),
+    ] = None,
+    everything: Annotated[
+        bool, option("-a", "--all", help="Of list: models of other programs that are not Llama 4, too.")
+    ] = False,
+    dry_run: Annotated[bool, option("--dry-run", help="Of pull: say what it would take, fetch nothing but the heads.")] = False,
+    force: Annotated[bool, option("--force", help="Of pull: even if the model cannot run here.")] = False,
+    memory: Memory = None,
+    as_json: Json = False,
+    output: Output = None,
+) -> None:
+    """Models on this machine: list, show NAME, add FILE [NAME], remove NAME, pull USER/REPO[:QUANT].
+
+    Those of Ollama and of the Hugging Face hub's cache are used where they lie. pull fetches a GGUF from the hub: it says first
+    what the model takes, goes on where it was cut off, and checks every byte.
+
+    Examples:
+    llamacli models
+    llamacli models pull unsloth/Llama-4-Scout-17B-16E-Instruct-GGUF:Q4_K_M
+    llamacli models pull --dry-run unsloth/Llama-4-Maverick-17B-128E-Instruct-GGUF:UD-Q2_K_XL
+    llamacli models add /data/scout-q4.gguf scout
+    llamacli run -m scout "Hello"
+    """
+    console, words = output.console(), what or []
+    least, most = _COUNT[action]
+    if not least <= len(words) <= most:
+        found = repr(" ".join(words)) if words else "nothing"
+        raise UsageError(f"models {action}: expected {_EXPECTED[action]}, found {found}")
+    if action == Action.list:
+        _list(console, everything, as_json)
+    elif action == Action.show:
+        _show(words[0], console, as_json)
+    elif action == Action.add:
+        _add(Path(os.path.expanduser(words[0])), words[1] if len(words) > 1 else None, console)
+    elif action == Action.remove:
+        _remove(words, console)
+    else:
+        limit = None if memory is None else byte_count(memory, "--memory")
+        _pull(words[0], limit, dry_run, force, as_json, console)
+
+
+def _list(console: Console, everything: bool, as_json: bool) -> None:
+    from llamacli.library.installed import installed, unfinished
+
+    found, hidden = [], 0
+    for model in installed():
+        if not everything and model.place in ("ollama", "hub") and model.architecture not in (OURS, None):
+            hidden += 1
+        else:
+            found.append(model)
+    if as_json:
+        console.result(json.dumps([_record(model) for model in found], ensure_ascii=False))
+        return
+    rows = [
+        (
+            model.name,
+            amount(model.nbytes),
+            model.source or PLACES[model.place],
+            f"{model.lacks} parts missing" if model.lacks else "",
+        )
+        for model in found
+    ]
+    rows += [
+        (name, amount(have), "/".join(part.parts[-3:-1]), f"cut off at {have / size:.0%}; pull goes on")
+        for name, part, have, size in unfinished()
+        if size > 0
+    ]
+    if rows:
+        console.table(
+            "",
+            rows,
+            ("name", "size", "from", "note") if any(row[3] for row in rows) else ("name", "size", "from", ""),
+            spare=(2,),
+        )
+    if hidden:
+        console.note(f"{hidden} more of other architectures, which llamacli cannot run; --all lists them")
+
+
+def _record(model) -> dict:
+    return {
+        "name": model.name,
+        "source": model.source,
+        "place": model.place,
+        "files": [str(path) for path in model.paths],
+        "bytes": model.nbytes,
+        "missing_parts": model.lacks,
+        "architecture": model.architecture,
+    }
+
+
+def _found(name: str):
+    from llamacli.library.installed import find
+
+    model = find(name)
+    if model is None:
+        raise UsageError(
+            f"{name}: expected the name of a model, found none{meant(name, model_names()) or '; `llamacli models` lists them'}"
+        )
+    return model
+
+
+def _show(name: str, console: Console, as_json: bool) -> None:
+    from llamacli.cli.inspect import describe
+    from llamacli.files.gguf import open_gguf
+
+    model = _found(name)
+    if model.lacks:
+        raise ModelFileError(
+            f"{model.name}: expected all its parts, found {model.lacks} missing; `llamacli models pull` goes on"
+        )
+    inside = describe(open_gguf(model.paths[0]))
+    if as_json:
+        console.result(json.dumps(_record(model) | {"inside": inside}, ensure_ascii=False))
+        return
+    rows = [("from", model.source or PLACES[model.place]), ("size", amount(model.nbytes))]
+    rows += [("file", str(path) + (f" -> {os.path.realpath(path)}" if path.is_symlink() else "")) for path in model.paths]
+    rows += [(key, inside[key]) for key in ("architecture", "license", "attribution") if inside[key]]
+    if inside["runnable"]:
+        rows.append(("context", f"{inside['context']} tokens"))
+    else:
+        rows.append(("cannot run", inside["why_not"]))
+    console.table(model.name, rows)
+    console.note(f"`llamacli inspect {model.name}` shows what is inside, `llamacli plan {model.name}` whether it fits")
+
+
+def _add(file: Path, name: str | None, console: Console) -> None:
+    from llamacli.files.gguf import open_gguf
+    from llamacli.library.installed import PART, find
+
+    gguf = open_gguf(file)
+    part = PART.fullmatch(file.stem)
+    name = name or (part["stem"] if part else file.stem)
+    if not name.isprintable() or "/" in name or name.startswith(".") or len(name) > 200:
+        raise UsageError(f"models add: expected a name without slashes and leading dots, found {name!r:.80}")
+    if (there := find(name)) is not None and there.name == name:
+        raise UsageError(
+            f"models add: expected a new name, found {name}, which is {there.paths[0]}; give another one after FILE"
+        )
+    folder = environment.models_folder()
+    if len(gguf.paths) > 1:
+        ends = [path.name[-len("-00001-of-00002.gguf") :] for path in gguf.paths]
+        links = [folder / name / f"{name}{end}" for end in ends]
+    else:
+        links = [folder / f"{name}.gguf"]
+    try:
+        links[0].parent.mkdir(parents=True, exist_ok=True)
+        for link, path in zip(links, gguf.paths, strict=True):
+            link.symlink_to(os.path.abspath(path))
+    except OSError as error:
+        raise OutputError(
+            f"{error.filename2 or error.filename}: expected a new link, found: {error.strerror}; remove it first"
+        ) from None
+    console.note(f"{name} is {file} from now on, which stays where it is")
+
+
+def _remove(names: list[str], console: Console) -> None:
+    from llamacli.library.installed import unfinished
+
+    cut = {}
+    for name, part, _, _ in unfinished():
+        cut.setdefault(name, []).append(part)
+    found = []
+    for name in names:  # all of them are there, or none is removed
+        parts = cut.get(name, [])
+        model = None if parts else _found(name)
+        if model is not None and model.place != "own":
+            how = {"ollama": f"`ollama rm {model.name}`", "hub": "`hf cache rm`"}.get(model.place, "nothing")
+            where = f"{environment.models_folder()}, found one that is {PLACES[model.place]}"
+            raise UsageError(f"{name}: expected a model of {where}; {how} removes it")
+        found.append((name, parts if model is None else model.paths))
+    for name, paths in found:
+        freed = 0
+        for path in paths:
+            try:
+                freed += 0 if path.is_symlink() else path.stat().st_size
+                path.unlink()
+                path.with_name(f"{path.name}.json").unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError(
+                    f"{path}: expected a file that can be removed, found: {error.strerror}; check the folder"
+                ) from None
+        _remove_empty(paths[0].parent)
+        console.note(f"removed {name}" + (f", {amount(freed)}" if freed else ", a link; its file stays where it is"))
+
+
+def _remove_empty(folder: Path) -> None:
+    """A folder and those around it, up to that of all models, if nothing is left in them."""
+    top = environment.models_folder()
+    while folder != top and top in folder.parents and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
+def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bool, console: Console) -> None:
+    from llamacli.library.http import Hub
+    from llamacli.library.hub import choose, parse, variants
+    from llamacli.library.pull import Pull, check_free_name
+
+    repo, wanted = parse(text)
+    hub = Hub(environment.hub_endpoint(), environment.hub_token(), console.note)
+    with console.waiting(lambda: f"asking {environment.hub_endpoint()} ..."):
+        variant = choose(variants(hub, repo), wanted, repo)
+    with console.progress("pull") as update:
+
+        def follow(done: int, total: int, name: str) -> None:
+            update(done, total, f"{name}, {amount(done)} of {amount(total)}")
+
+        with Pull(hub, repo, variant, follow) as pull:
+            check_free_name(pull, variant)
+            if pull.missing:
+                free, here = pull.check_room(), variant.nbytes - pull.missing
+                try:
+                    words, plan = _planned(pull.header(), memory)
+                except (UnsupportedModelError, MemoryLimitError) as error:
+                    if not force:
+                        pull.forget()
+                        raise type(error)(f"{error} (--force fetches it all the same)") from None
+                    words, plan = f"it cannot run here: {error}", None
+                kept = f", {amount(here)} of it are here" if here > 64 << 20 else ""
+                size = f"{amount(variant.nbytes)} in {len(variant.files)} files{kept}"
+                console.note(f"{repo}:{variant.label}: {size}; {amount(free)} free on the disk")
+                console.note(words)
+                record = {
+                    "repo": repo,
+                    "label": variant.label,
+                    "bytes": variant.nbytes,
+                    "missing_bytes": pull.missing,
+                    "disk_free_bytes": free,
+                }
+                if dry_run:
+                    console.result(json.dumps(record | {"plan": plan}) if as_json else words)
+                    return
+                pull.fetch()
+            path = pull.path
+    console.result(json.dumps({"name": variant.stem, "file": str(path), "bytes": variant.nbytes}) if as_json else str(path))
+    console.note(f"`llamacli run -m {variant.stem}` uses it, `-m {repo}:{variant.label}` as well")
+
+
+def _planned(gguf, memory: int | None) -> tuple[str, dict]:
+    """What the model will take in memory, in words and in numbers. MemoryLimitError if it cannot run."""
+    from llamacli.cpu.kernels.cores import default_threads
+    from llamacli.llama4.config import Config
+    from llamacli.plan import machine, placement
+
+    config = Config.from_gguf(gguf)
+    sizes = placement.size_by_kind(((t.name, t.nbytes) for t in gguf.tensors.values()), config)
+    ctx, threads = min(8192, config.context_length or 8192), default_threads()
+    limit = machine.budget() if memory is None else memory
+    ctx = placement.fit_ctx(config, sizes, limit, ctx, threads=threads) or ctx
+    p = placement.place(config, sizes, limit, ctx, threads=threads, name=gguf.path.name)
+    if p.mode == "mapped":
+        words = f"it fits into memory: {amount(p.resident)} of {amount(limit)} with a context of {ctx} tokens"
+    else:
+        words = (
+            f"it runs in {amount(limit)} of memory with a context of {ctx} tokens: {p.slots:.1f} of {sizes.n_experts} experts "
+            f"a layer stay there, the others are read when they are needed"
+        )
+    return words, {"ctx": ctx, "mode": p.mode, "resident_bytes": p.resident, "memory_bytes": limit}
