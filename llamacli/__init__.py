@@ -140,11 +140,11 @@ class Model:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def session(self, ctx: int | None = None, snapshots: Snapshots | None = None) -> Session:
-        """A new, empty conversation of at most `ctx` tokens (default: the model's)."""
+    def session(self, ctx: int | None = None, snapshots: Snapshots | None = None, exact: bool = False) -> Session:
+        """A new, empty conversation of at most `ctx` tokens (default: the model's). `exact`: as for Session."""
         from llamacli.session import Session
 
-        return Session(self.engine, self.tokenizer, ctx or self.ctx, snapshots)
+        return Session(self.engine, self.tokenizer, ctx or self.ctx, snapshots, exact)
 
     def snapshots(self, limit: int | None = None, exact: bool = True) -> Snapshots:
         """Where a session reads the beginnings of prompts from and keeps them (llamacli/snapshots.py).

@@ -82,6 +82,11 @@ def config_file() -> Path:
     return _user_folder("XDG_CONFIG_HOME", ".config") / "config.toml"
 
 
+def templates_folder() -> Path:
+    """The user's prompt templates, NAME.toml each, which `run --template NAME` fills in."""
+    return _user_folder("XDG_CONFIG_HOME", ".config") / "templates"
+
+
 def cache_root() -> Path:
     """The folder of what can be made again: compiled kernels, snapshots, random models of `bench --shape`."""
     named = os.environ.get("LLAMACLI_CACHE")

@@ -6,6 +6,7 @@
     |- CheckpointError            Hugging Face folder that cannot be converted
     |- PromptError                prompt, message list or chat template that cannot be turned into tokens
     |- ContextFullError           the conversation reached its context limit
+    |- CutAnswerError             an answer that a schema or a grammar binds ended before it was whole
     |- MemoryLimitError           the model does not fit into the memory allowed
     |- DeviceError                a GPU or its driver failed
     |- DownloadError              a model cannot be fetched: no network, no permission, other bytes than promised
@@ -41,6 +42,10 @@ class PromptError(LlamacliError):
 
 class ContextFullError(LlamacliError):
     """The context is full. Nothing was dropped."""
+
+
+class CutAnswerError(LlamacliError):
+    """An answer ended before it was all that it is bound to."""
 
 
 class MemoryLimitError(LlamacliError):

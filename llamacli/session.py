@@ -86,9 +86,12 @@ class StopStrings:
 class Session:
     """Holds the evaluated tokens in `ids`, at most `ctx`. `stats` tells of the latest `stream`."""
 
-    def __init__(self, engine, tokenizer, ctx: int, snapshots: Snapshots | None = None):
-        """`snapshots`: where beginnings of prompts are read from and kept; with exact ones each begins from these alone."""
-        self.engine, self.tokenizer, self.ctx, self.snapshots = engine, tokenizer, ctx, snapshots
+    def __init__(self, engine, tokenizer, ctx: int, snapshots: Snapshots | None = None, exact: bool = False):
+        """`snapshots`: where beginnings of prompts are read from and kept; with exact ones each begins from these alone.
+        `exact`: of an earlier prompt only that is reused which changes no bit of the next one's logits.
+        """
+        self.engine, self.tokenizer, self.ctx, self.snapshots, self.exact = engine, tokenizer, ctx, snapshots, exact
+        self._steady = 0  # positions below this one have the bits that they have in every prompt
         self.cache = engine.new_cache(ctx)
         self.ids: list[Token] = []
         self.stats = Stats()
@@ -117,6 +120,8 @@ class Session:
         self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
         if self.snapshots:
             return self._sync_kept(ids)
+        if self.exact:
+            return self._sync_exactly(ids)
         self.stats.cached_tokens = len(self.ids)
         return self._evaluate(ids[len(self.ids) :])
 
@@ -219,6 +224,22 @@ class Session:
             return self._evaluate(ids[len(self.ids) :])
         finally:  # on Ctrl-C as well: what was evaluated need not be again
             self._keep()
+
+    def _sync_exactly(self, ids: list[Token]) -> np.ndarray:
+        """The rest of `sync` if answers must not depend on what was asked before."""
+        start = min(len(self.ids), self._steady)
+        if not self.engine.may_begin(start, len(ids)):
+            start = self.engine.batch_of(start).start
+        self._rewind(start)
+        start = self.stats.cached_tokens = len(self.ids)
+        if not self.engine.may_begin(start, len(ids)):  # the cache had to forget more
+            self._rewind(0)
+            start = self.stats.cached_tokens = 0
+        self._steady = start
+        self._evaluate_until(self.engine.batch_of(start).stop, ids)
+        logits = self._evaluate(ids[len(self.ids) :])
+        self._steady = self.engine.steady_end(len(ids))
+        return logits
 
     def _evaluate_until(self, stop: int, ids: list[Token]) -> None:
         if len(self.ids) < stop < len(ids):

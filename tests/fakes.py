@@ -139,6 +139,16 @@ class FakeEngine:
         cache.pos += len(ids)
         return np.stack(rows[first:]) if all_logits else rows[-1]
 
+    def steady_end(self, n):
+        """No position keeps its bits in another prompt, so a session that must be exact reuses none."""
+        return 0
+
+    def batch_of(self, pos):
+        return range(0, 1 << 30)
+
+    def may_begin(self, pos, n):
+        return pos == 0
+
     def profile(self, ids, cache):
         self.forward(ids, cache)
         return [

@@ -7,7 +7,7 @@ import json
 
 from llamacli.cli.console import Console
 from llamacli.cli.inputs import read_file
-from llamacli.errors import LlamacliError, UsageError
+from llamacli.errors import CutAnswerError, UsageError
 
 LARGEST = 16 << 20  # bytes of a schema or a grammar
 
@@ -46,7 +46,7 @@ def _choices(words: str) -> list[str]:
 
 
 def check_whole(sampler, reason: str | None) -> None:
-    """LlamacliError if an answer that is bound to something ended before it was whole."""
+    """CutAnswerError if an answer that is bound to something ended before it was whole."""
     if sampler.constraint is not None and not sampler.constraint.whole:
         limit = {"length": "the -n limit", "context": "the full context"}.get(reason, "an interrupt")
-        raise LlamacliError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")
+        raise CutAnswerError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")

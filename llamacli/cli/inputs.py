@@ -10,7 +10,7 @@ import re
 import select
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llamacli import environment
@@ -187,6 +187,16 @@ def _all(read: Callable[[], bytes], limit: int | None, where: str) -> bytes:
             )
         parts.append(part)
     return b"".join(parts)
+
+
+def stdin_lines(longest: int) -> Iterator[bytes]:
+    """The lines of stdin as they come, without their ends; one that is too long is cut, and is the last."""
+    held = b""
+    while len(held) < longest and (part := _some(sys.stdin.buffer)):
+        *whole, held = (held + part).split(b"\n")
+        yield from whole
+    if held:
+        yield held
 
 
 def _some(stream) -> bytes:

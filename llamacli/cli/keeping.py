@@ -59,6 +59,6 @@ class Keeping:
     def session(self, model, ctx: int | None = None, exact: bool = False):
         """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
         if not self.cache:
-            return model.session(ctx)
+            return model.session(ctx, exact=exact)
         limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
         return model.session(ctx, model.snapshots(limit, exact))

@@ -35,6 +35,7 @@ from llamacli.errors import UsageError
 
 __all__ = [  # what commands take from here, wherever it is defined
     "KV",
+    "MOST_BYTES",
     "DeviceName",
     "Generation",
     "Given",

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Annotated
 
 from llamacli.cli import signals
+from llamacli.cli.batch import answer_all
 from llamacli.cli.binding import check_whole
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.grammar import OTHER, Given, argument, option
 from llamacli.cli.options import Generation, Json, Output, checked, is_model, read_file, read_stdin, stdin_is_piped
 from llamacli.cli.progress import Meter, clock_time
+from llamacli.cli.prompts import Prompts, joined
+from llamacli.cli.templates import Template, names, parameters
 from llamacli.errors import OutputError, UsageError
 
 REASONS = {
@@ -49,6 +52,29 @@ def run(
     extract: Annotated[
         bool, option("-x", "--extract", group=OTHER, help="Write only the first block of code of the answer, if it has one.")
     ] = False,
+    template: Annotated[
+        str | None,
+        option(
+            "--template",
+            metavar="NAME",
+            group="Text",
+            complete=lambda start: names(),
+            help="Fill in a prompt template, by its name or its file; see docs/usage.md.",
+        ),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        option("--param", metavar="NAME=VALUE", group="Text", help="A value for a place of the template; repeatable."),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        option(
+            "--batch",
+            metavar="FILE",
+            group="Text",
+            help="Answer a prompt a line, given as JSON lines; with -o FILE a run that was stopped goes on.",
+        ),
+    ] = None,
     as_json: Json = False,
     logprobs: Annotated[
         int | None,
@@ -73,6 +99,8 @@ def run(
     git diff | llamacli run "Write a commit message for this" -n 200
     llamacli run -m scout.gguf -f report.txt --temp 0 "Summarize in five points"
     llamacli run --json "Name three rivers" | jq -r .text
+    llamacli run --choice yes,no "Is Rome in Italy?"
+    llamacli run --batch questions.jsonl -o answers.jsonl --temp 0
     """
     console = output.console()
     words = ([prompt_option] if prompt_option is not None else []) + [*(prompt or [])]
@@ -82,20 +110,23 @@ def run(
         raise UsageError("--raw and --system exclude each other: without the chat template there is no system prompt")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs: expected --json with it, which is what shows them; add it or leave this out")
+    if param and template is None:
+        raise UsageError("--param: expected --template with it, which has the places; add it or leave this out")
+    text = _text(words, file or [], no_stdin or batch is not None, console, options.limit)
+    form = Template.find(template, console) if template is not None else None
+    prompts = Prompts(text, None if raw else options.system, form, parameters(param or []), raw)
+    if batch is not None:
+        if logprobs is not None:
+            raise UsageError("--batch and --logprobs exclude each other; leave one of them out")
+        answer_all(batch, out and Path(out), prompts, options, extract, console)
+        return
     if out is not None:
         _check_new(Path(out))
-    text = _prompt(words, file or [], no_stdin, console, options.limit)
+    messages = prompts.messages()
     began = time.perf_counter()
     model = options.load(console)
     load_s = time.perf_counter() - began
-    from llamacli.session import check_length  # late: it imports NumPy, and help does not
-
-    check_length(len(text.encode()) // model.tokenizer.most_bytes, model.ctx, " or more")
-    if raw:
-        ids = model.tokenizer.encode(text, bos=True, special=False)
-    else:
-        system = [{"role": "system", "content": str(options.system)}] if options.system else []
-        ids = model.prompt_ids([*system, {"role": "user", "content": text}])
+    ids = prompts.ids(model, messages)
     answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract)
     answer.take(model, ids, options, logprobs)
 
@@ -120,22 +151,14 @@ def _check_new(path: Path) -> None:
         raise OutputError(f"{path}: expected the name of a new file, found {found}; choose another name")
 
 
-def _prompt(words: list[str], files: list[str], no_stdin: bool, console: Console, limit: int) -> str:
+def _text(words: list[str], files: list[str], no_stdin: bool, console: Console, limit: int) -> str:
     """stdin, then the files, then the words, a blank line between each two. `limit`: bytes of each."""
     parts = [read_file(name, console, limit) for name in files]
     if "-" not in files and not no_stdin and stdin_is_piped():
         parts.insert(0, read_stdin(console, limit))
         if parts[0] and words and is_terminal(sys.stderr) and is_terminal(sys.stdout):
             console.note(f"read {len(parts[0].encode())} bytes of stdin before the prompt; --no-stdin leaves it alone")
-    parts = [part for part in [*parts, checked(" ".join(words), "prompt")] if part]
-    if not parts:
-        raise UsageError(
-            "no prompt: give one as an argument, with -f FILE or through a pipe; `llamacli chat` starts a conversation"
-        )
-    text = parts[0]
-    for part in parts[1:]:
-        text += ("\n" if text.endswith("\n") else "\n\n") + part
-    return text
+    return joined(*parts, checked(" ".join(words), "prompt"))
 
 
 class Answer:

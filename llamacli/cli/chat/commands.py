@@ -17,7 +17,7 @@ from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.options import find_model, model_names, read_file, token_count
+from llamacli.cli.options import MOST_BYTES, find_model, model_names, read_file, token_count
 from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import OutputError, PromptError, UsageError
@@ -202,7 +202,7 @@ class Commands:
 
     def attach(self, path: Path) -> None:
         """Put a text before the next question."""
-        text = read_file(str(path), self.console)
+        text = read_file(str(path), self.console, self.talk.session.ctx * MOST_BYTES)
         if not text.strip():
             raise PromptError(f"{path}: expected text, found none")
         tokens = len(self.talk.model.tokenizer.encode(text, bos=False, special=False))

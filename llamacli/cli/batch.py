@@ -1,0 +1,225 @@
+"""`run --batch FILE`: several prompts, a line each, answered in order; a run that was killed goes on where it stopped.
+
+In: JSON lines, each a text or an object with `prompt` or `messages`, and if wanted `system`, `id` and `params` (of a template).
+Out: a JSON line for each, in the same order: `line` (its number), `id`, `text`, `finish_reason` and `usage`, or `error`; and
+`input`, a hash of the line that was asked. A result is written with one call, so that a file ends in a whole line, or in one
+that was cut and is answered anew. A file is checked before the first answer; lines from a pipe are answered as they come.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamacli.cli.binding import check_whole
+from llamacli.cli.code import code_blocks
+from llamacli.cli.console import Console
+from llamacli.cli.inputs import decoded, stdin_lines
+from llamacli.errors import ContextFullError, CutAnswerError, LlamacliError, OutputError, PromptError, UsageError
+
+_KEYS = ("prompt", "messages", "system", "id", "params")
+_LONGEST = 16 << 20  # bytes of a line
+
+
+@dataclass
+class Request:
+    """One line. Either `messages` or `prompt` is None."""
+
+    line: int
+    digest: str
+    prompt: str | None = None
+    messages: list | None = None
+    system: str | None = None
+    id: object = None
+    params: dict[str, str] | None = None
+
+
+def answer_all(name: str, out: Path | None, prompts, options, extract: bool, console: Console) -> None:
+    """Answer each line of a batch that has no answer yet. LlamacliError at the end if some could not be answered."""
+    total = 0
+    if name != "-" and not os.path.exists(name):
+        raise PromptError(f"{name}: expected a file of JSON lines, found none; check the path")
+    if os.path.isfile(name):  # a pipe can be read but once
+        for request in _requests(name):
+            total += 1
+            _messages(request, prompts, name)
+    model, session, failed = None, None, 0
+    with Results(out, console) as results, console.progress("answering") as update:
+        for n, request in enumerate(_requests(name)):
+            if results.has(request):
+                continue
+            if model is None:
+                if n:
+                    console.note(f"{out}: {n} answers are there; going on with line {request.line}")
+                model = options.load(console)
+                session = options.session(model, exact=True)
+            if total:
+                update(n, total, f"answer {n + 1} of {total}")
+            found = _answer(session, model, prompts, _messages(request, prompts, name), options, extract, console)
+            failed += "error" in found
+            results.add(request, found)
+        results.check_end()
+    if failed:
+        raise LlamacliError(f"{name}: expected an answer to each line, found {failed} that failed; their lines have an error")
+
+
+def _requests(name: str) -> Iterator[Request]:
+    """The lines of a file or, for "-", of stdin. Empty ones count but ask nothing. PromptError names the one that is wrong."""
+    if name == "-":
+        yield from _parsed("stdin", stdin_lines(_LONGEST))
+        return
+    try:
+        with open(name, "rb") as file:
+            yield from _parsed(name, iter(lambda: file.readline(_LONGEST), b""))
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{name}: expected a file of JSON lines, found: {getattr(error, 'strerror', error)}") from None
+
+
+def _parsed(name: str, lines: Iterator[bytes]) -> Iterator[Request]:
+    for number, raw in enumerate(lines, 1):
+        where = f"{name}, line {number}"
+        if len(raw) >= _LONGEST:
+            raise PromptError(f"{where}: expected less than {_LONGEST >> 20} MB, found more; shorten it")
+        if not raw.strip():
+            continue
+        try:
+            found = json.loads(decoded(raw, where))
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{where}: expected a text or an object as JSON, found: {error or 'too much nesting'}") from None
+        digest = hashlib.sha256(raw.strip()).hexdigest()[:16]
+        yield _request(where, number, digest, {"prompt": found} if isinstance(found, str) else found)
+
+
+def _request(where: str, number: int, digest: str, found) -> Request:
+    if not isinstance(found, dict):
+        raise PromptError(f"{where}: expected a text or an object, found {type(found).__name__}")
+    if unknown := next((key for key in found if key not in _KEYS), None):
+        raise PromptError(f"{where}: expected {', '.join(_KEYS)}, found {unknown!r:.40}")
+    prompt, messages, params = found.get("prompt"), found.get("messages"), found.get("params", {})
+    if (prompt is None) == (messages is None):
+        raise PromptError(f"{where}: expected either prompt or messages, found {'none' if prompt is None else 'both'}")
+    if not isinstance(prompt, str | None) or not isinstance(found.get("system"), str | None):
+        raise PromptError(f"{where}: expected prompt and system to be texts, found something else")
+    if messages is not None and (not isinstance(messages, list) or not all(map(_is_message, messages)) or not messages):
+        raise PromptError(f"{where}: expected messages to be a list of objects with role and content, found something else")
+    if messages is not None and not {"system", "params"}.isdisjoint(found):
+        raise PromptError(f"{where}: expected messages without system and params, found one of them; put it into the messages")
+    if not isinstance(params, dict) or not all(isinstance(value, str) for value in params.values()):
+        raise PromptError(f"{where}: expected params to be an object of texts, found something else")
+    return Request(number, digest, prompt, messages, found.get("system"), found.get("id"), params)
+
+
+def _is_message(found) -> bool:
+    return isinstance(found, dict) and found.keys() == {"role", "content"} and all(isinstance(v, str) for v in found.values())
+
+
+def _messages(request: Request, prompts, name: str) -> list[dict]:
+    try:
+        if request.messages is not None:
+            return prompts.of_messages(request.messages)
+        return prompts.messages(request.prompt, request.system, request.params)
+    except UsageError as error:
+        raise UsageError(f"{name}, line {request.line}: {error}") from None
+
+
+def _answer(session, model, prompts, messages: list[dict], options, extract: bool, console: Console) -> dict:
+    """The text and how it ended, or why there is none."""
+    found = {}
+    try:
+        ids = prompts.ids(model, messages)
+        sampler, reason, parts = options.sampler(model, console), None, []
+        for piece in session.stream(ids, sampler, options.max_tokens, options.stop or ()):
+            parts.append(piece.text)
+            reason = piece.finish_reason
+        text = "".join(parts)
+        usage = {"prompt_tokens": len(ids), "completion_tokens": session.stats.completion_tokens}
+        found = {"text": next(iter(code_blocks(text)), text) if extract else text, "finish_reason": reason, "usage": usage}
+        check_whole(sampler, reason)
+    except (ContextFullError, PromptError, CutAnswerError) as error:
+        found["error"] = str(error)
+    return found
+
+
+class Results:
+    """Where results go: stdout, or a file that grows by whole lines and may have some from an earlier run."""
+
+    def __init__(self, path: Path | None, console: Console):
+        self._path, self._console, self._end = path, console, 0
+        self._file, self._resuming = None, False
+
+    def __enter__(self) -> "Results":
+        """OutputError for a file that cannot be written, or that another run writes to."""
+        if self._path is None:
+            return self
+        try:
+            self._file = open(self._path, "a+b")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.seek(0)
+        except BlockingIOError:
+            self._file.close()
+            raise OutputError(f"{self._path}: expected a file for this run alone, found another that writes to it") from None
+        except OSError as error:
+            raise OutputError(f"{self._path}: expected a file to write to, found: {error.strerror}; choose another") from None
+        self._resuming = True
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def has(self, request: Request) -> bool:
+        """Whether the file has this result; asked in order. OutputError if it has something else in its place."""
+        if not self._resuming:
+            return False
+        raw = self._file.readline()
+        if raw.endswith(b"\n"):
+            self._check(raw, request)
+            self._end += len(raw)
+            return True
+        start = _head(request)
+        if not (raw.startswith(start) or start.startswith(raw)):
+            raise self._foreign(f"a last line that is not its result {request.line}")
+        os.truncate(self._file.fileno(), self._end)
+        self._resuming = False
+        return False
+
+    def _check(self, raw: bytes, request: Request) -> None:
+        try:
+            found = json.loads(raw)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or (found.get("line"), found.get("input")) != (request.line, request.digest):
+            raise self._foreign(f"another in place of that for line {request.line}")
+
+    def check_end(self) -> None:
+        """OutputError if the file has more results than the batch has lines."""
+        if self._resuming and self._file.readline():
+            raise self._foreign("more than it has lines")
+
+    def _foreign(self, found: str) -> OutputError:
+        return OutputError(f"{self._path}: expected the results of this batch, found {found}; choose another name")
+
+    def add(self, request: Request, found: dict) -> None:
+        """Write one result. A file has it whole, on the disk, or not at all."""
+        named = {} if request.id is None else {"id": request.id}
+        text = json.dumps({"line": request.line, **named, **found, "input": request.digest}, ensure_ascii=False)
+        if self._file is None:
+            self._console.result(text)
+            return
+        data, at = (text + "\n").encode("utf-8", "replace"), self._file.fileno()
+        try:
+            if (wrote := os.write(at, data)) != len(data):
+                os.truncate(at, self._end)
+                raise OutputError(f"{self._path}: expected to write {len(data)} bytes, found room for {wrote}; free some")
+            os.fsync(at)
+        except OSError as error:
+            raise OutputError(f"{self._path}: expected to write a result, found: {error.strerror}; free some room") from None
+        self._end += len(data)
+
+
+def _head(request: Request) -> bytes:
+    """How a result's line begins."""
+    return f'{{"line": {request.line}, '.encode()

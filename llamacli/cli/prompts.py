@@ -1,0 +1,69 @@
+"""What `run` asks the model: text, a system prompt, and a template that they fill in.
+
+In: text from words, files and pipes; what one line of a batch adds. Out: messages, or the text alone with --raw, and their ids.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llamacli.cli.templates import Template
+from llamacli.errors import UsageError
+
+
+def joined(*parts: str) -> str:
+    """The parts that have text, with a blank line between each two."""
+    text = ""
+    for part in filter(None, parts):
+        text += ("" if not text else "\n" if text.endswith("\n") else "\n\n") + part
+    return text
+
+
+@dataclass
+class Prompts:
+    """`text` comes before what a line of a batch asks, or is all. `system`: of the options. `raw`: no chat template."""
+
+    text: str
+    system: str | None
+    template: Template | None
+    params: Mapping[str, str]
+    raw: bool
+
+    def __post_init__(self) -> None:
+        if self.raw and self.template and self.template.system:
+            raise UsageError(f"--raw and {self.template.path} exclude each other: the template has a system prompt")
+
+    def messages(self, prompt: str = "", system: str | None = None, params: Mapping[str, str] | None = None) -> list[dict]:
+        """The messages of one question. UsageError if there is nothing to ask."""
+        text = joined(self.text, prompt)
+        if self.template:
+            text, its_system = self.template.fill(text, {**self.params, **(params or {})})
+        elif params:
+            raise UsageError("params: expected --template with them, which has the places; add it or leave them out")
+        elif not text:
+            raise UsageError(
+                "no prompt: give one as an argument, with -f FILE or through a pipe; `llamacli chat` starts a conversation"
+            )
+        system = system or self.system or (its_system if self.template else None)
+        if self.raw and system:
+            raise UsageError("--raw and a system prompt exclude each other: there is no chat template; leave one out")
+        return [*self._system(system), {"role": "user", "content": text}]
+
+    def of_messages(self, messages: list[dict]) -> list[dict]:
+        """Messages that a line of a batch has as they are; the options' system prompt comes before them if they have none."""
+        if self.text or self.template or self.raw:
+            raise UsageError("messages: expected no other text, template or --raw beside them, found one; leave it out")
+        has_system = any(message["role"] == "system" for message in messages)
+        return messages if has_system else [*self._system(self.system), *messages]
+
+    def _system(self, system: str | None) -> list[dict]:
+        return [{"role": "system", "content": str(system)}] if system else []
+
+    def ids(self, model, messages: list[dict]) -> list[int]:
+        """Token ids. ContextFullError for more text than fills the context, before it becomes tokens."""
+        from llamacli.session import check_length  # late: it imports NumPy, and help does not
+
+        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        check_length(size // model.tokenizer.most_bytes, model.ctx, " or more")
+        if self.raw:
+            return model.tokenizer.encode(messages[-1]["content"], bos=True, special=False)
+        return model.prompt_ids(messages)

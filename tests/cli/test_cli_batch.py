@@ -1,0 +1,299 @@
+"""Batches, templates, bound answers: every line once and in order, whatever kills the run; what is wrong is named at once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+from fakes import REPLY, fake, prompt_of, start
+
+from llamacli import Model
+from llamacli.cli import main
+from llamacli.session import Session
+from llamacli.text.sampler import Sampler
+
+
+def write(path, *lines):
+    path.write_text("".join(line if isinstance(line, str) and line[:1] == "#" else json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def records(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def prompts_of(model):
+    """What the engine was asked at the start of each answer."""
+    return [bytes(t for t in ids if t < 256).decode() for _, ids in model.engine.calls if len(ids) > 1]
+
+
+# batches
+
+
+def test_each_line_is_answered_in_order(model, tmp_path, capfd):
+    messages = [{"role": "user", "content": "three"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "4"}]
+    lines = ["one", {"prompt": "two", "system": "be", "id": {"n": 2}}, {"messages": messages, "id": 7}]
+    assert main(["run", "-s", "all", "--batch", write(tmp_path / "in", *lines)]) == 0
+    found = records(capfd.readouterr().out)
+    assert [r["line"] for r in found] == [1, 2, 3]
+    assert [r.get("id") for r in found] == [None, {"n": 2}, 7]
+    assert {(r["text"], r["finish_reason"]) for r in found} == {(REPLY, "stop")}
+    assert found[0]["usage"] == {"prompt_tokens": 14, "completion_tokens": len(REPLY)}
+    assert prompts_of(model) == ["s\nallu\none", "s\nbeu\ntwo", "s\nallu\nthreea\n3u\n4"]
+
+
+def test_words_and_files_come_before_each_line_and_empty_lines_ask_nothing(model, tmp_path, capfd):
+    (tmp_path / "in").write_text('"a"\n\n  \n"b"')
+    (tmp_path / "text").write_text("text\n")
+    assert main(["run", "-f", str(tmp_path / "text"), "--batch", str(tmp_path / "in"), "words"]) == 0
+    assert [r["line"] for r in records(capfd.readouterr().out)] == [1, 4]
+    assert prompts_of(model) == ["u\ntext\n\nwords\n\na", "u\ntext\n\nwords\n\nb"]
+
+
+def test_a_prompt_that_cannot_be_answered_has_an_error_and_the_others_are_answered(model, tmp_path, capfd):
+    assert main(["run", "--batch", write(tmp_path / "in", "one", "x" * 5000, "three")]) == 1
+    out, err = capfd.readouterr()
+    assert ["text" in r for r in records(out)] == [True, False, True]
+    assert "context holds 4096" in records(out)[1]["error"]
+    assert "1 that failed" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("# no json\n", "line 2: expected a text or an object as JSON"),
+        (5, "line 2: expected a text or an object, found int"),
+        ({}, "either prompt or messages, found none"),
+        ({"prompt": "a", "messages": []}, "found both"),
+        ({"prompt": 5}, "to be texts"),
+        ({"prompt": "a", "temp": 0}, "found 'temp'"),
+        ({"messages": [{"role": "user"}]}, "role and content"),
+        ({"messages": [{"role": "user", "content": "a"}], "system": "b"}, "put it into the messages"),
+        ({"prompt": "a", "params": {"x": 1}}, "an object of texts"),
+        ({"prompt": "a", "params": {"x": "1"}}, "expected --template"),
+        ({"prompt": ""}, "no prompt"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named_before_the_first_answer(model, tmp_path, capfd, line, words):
+    assert main(["run", "--batch", write(tmp_path / "in", "one", line)]) in (1, 2)
+    out, err = capfd.readouterr()
+    assert out == "" and words in err and "line 2" in err and err.count("\n") == 1
+    assert model.engine.calls == []
+
+
+def test_a_batch_that_is_killed_goes_on_where_it_stopped(tmp_path):
+    questions, out = write(tmp_path / "in", *({"prompt": f"question {i}", "id": i} for i in range(60))), tmp_path / "out"
+    command = fake("run", "--batch", questions, "-o", str(out), reply="line\nother", delay="0.001")
+    kills, before = 0, -1
+    while True:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        while process.poll() is None and (not out.exists() or out.stat().st_size <= before + 300 * (kills + 1)):
+            time.sleep(0.005)
+        process.kill()
+        assert process.stderr.read() == b""
+        process.wait()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills, before = kills + 1, out.stat().st_size
+        if kills == 2:  # as a full disk or a lost machine would leave it
+            os.truncate(out, before - 20)
+    found = records(out.read_text())
+    assert kills >= 3
+    assert [(r["line"], r["id"], r["text"]) for r in found] == [(i + 1, i, "line\nother") for i in range(60)]
+    done = subprocess.run(command, capture_output=True)
+    assert (done.returncode, done.stdout, records(out.read_text())) == (0, b"", found)
+
+
+def test_results_of_something_else_are_left_alone(model, tmp_path, capfd):
+    questions, out = write(tmp_path / "in", "one", "two"), tmp_path / "out"
+    assert main(["run", "--batch", questions, "-o", str(out)]) == 0
+    good = out.read_text()
+    first, second = good.splitlines(keepends=True)
+    for other in ("notes", "notes\n", first + first, second, good + first, first + "[]\n", first + '{"line": 3, "te', "{}\n"):
+        out.write_text(other)
+        assert main(["run", "--batch", questions, "-o", str(out)]) == 1
+        assert out.read_text() == other
+        assert "expected the results of this batch" in capfd.readouterr().err
+    out.write_text(good)
+    assert main(["run", "--batch", write(tmp_path / "in", "one", "changed"), "-o", str(out)]) == 1
+    assert out.read_text() == good
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    questions, out = write(tmp_path / "in", *["hi"] * 50), tmp_path / "out"
+    with start("run", "--batch", questions, "-o", str(out), delay="0.01") as first:
+        while not out.exists() or not out.stat().st_size:
+            time.sleep(0.01)
+        second = subprocess.run(fake("run", "--batch", questions, "-o", str(out)), capture_output=True)
+        first.send_signal(signal.SIGINT)
+        assert first.wait() == -signal.SIGINT
+    assert second.returncode == 1 and b"another that writes to it" in second.stderr
+    assert all(r["text"] == REPLY for r in records(out.read_text()))
+
+
+def test_lines_from_a_pipe_are_answered_as_they_come():
+    for name in ("-", "/dev/stdin"):
+        with start("run", "--batch", name, stdin=subprocess.PIPE) as process:
+            for text in (b'"a"\n', b'{"prompt": "b"}\n'):
+                process.stdin.write(text)
+                process.stdin.flush()
+                assert name != "-" or json.loads(process.stdout.readline())["text"] == REPLY
+            process.stdin.close()
+            assert len(records(process.stdout.read())) == 2 * (name != "-")
+        assert process.returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="needs /dev/zero")
+def test_a_line_without_end_is_refused(model, capfd):
+    assert main(["run", "--batch", "/dev/zero"]) == 1
+    assert "line 1: expected less than 16 MB" in capfd.readouterr().err
+
+
+def test_an_answer_does_not_depend_on_the_one_before(tmp_path):
+    """To the last bit, though what the prompts share is evaluated once."""
+    with Model.load(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=64), threads=2, ctx=512) as model:
+        random, reused = np.random.default_rng(0), 0
+        shared = random.integers(0, 256, 300).tolist()
+        session = Session(model.engine, model.tokenizer, 512, exact=True)
+        for n in (300, 260, 299, 5, 100, 280, 64, 63, 200):
+            ids = shared[:n] + random.integers(0, 256, 9).tolist()
+            found = session.sync(ids)
+            assert np.array_equal(found, Session(model.engine, model.tokenizer, 512).sync(ids))
+            reused += session.stats.cached_tokens
+            list(session.stream(ids, Sampler(temp=0), 3))
+    assert reused > 300
+
+
+# templates
+
+
+@pytest.fixture
+def templates(tmp_path, monkeypatch):
+    """A folder for templates, as a function that writes one."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    folder = tmp_path / "config" / "llamacli" / "templates"
+    folder.mkdir(parents=True)
+
+    def add(name, text):
+        (folder / f"{name}.toml").write_text(text)
+        return folder / f"{name}.toml"
+
+    return add
+
+
+REVIEW = """
+system = "You know {{ language }}."
+prompt = "Review for {{what}}:\\n{{input}}\\nThat was {{language}}."
+[defaults]
+what = "mistakes"
+language = "C"
+"""
+
+
+def test_a_template_is_filled_in(model, templates):
+    templates("review", REVIEW)
+    assert main(["run", "--template", "review", "--param", "language=Rust {{what}}", "fn", "main"]) == 0
+    assert prompt_of(model) == "s\nYou know Rust {{what}}.u\nReview for mistakes:\nfn main\nThat was Rust {{what}}."
+
+
+def test_a_template_may_be_a_file_and_need_no_input(model, tmp_path):
+    (tmp_path / "t.toml").write_text('prompt = "A joke about {{n}} cats."\n[defaults]\nn = 3')
+    assert main(["run", "--template", str(tmp_path / "t.toml")]) == 0
+    assert prompt_of(model) == "u\nA joke about 3 cats."
+
+
+def test_input_that_has_no_place_comes_last_and_the_option_is_the_system_prompt(model, templates):
+    templates("t", 'prompt = "Sum up."\nsystem = "theirs"')
+    assert main(["run", "-s", "mine", "--template", "t", "text"]) == 0
+    assert prompt_of(model) == "s\nmineu\nSum up.\n\ntext"
+
+
+def test_a_line_of_a_batch_may_have_parameters(model, templates, tmp_path, capfd):
+    templates("review", REVIEW)
+    lines = [{"prompt": "x", "params": {"what": "style"}}, "y"]
+    assert main(["run", "--template", "review", "--param", "language=C++", "--batch", write(tmp_path / "in", *lines)]) == 0
+    assert [p.split("u\n")[1] for p in prompts_of(model)] == [
+        "Review for style:\nx\nThat was C++.",
+        "Review for mistakes:\ny\nThat was C++.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, args, words",
+    [
+        (None, [], "no .*mine.toml"),
+        ("prompt = ", [], "expected TOML"),
+        ("prompt = 5", [], "expected prompt and system as texts"),
+        ("system = 'x'", [], "expected prompt"),
+        ("prompt = 'a'\ntemp = 0", [], "found 'temp'"),
+        ("prompt = 'a'\ndefaults = 5", [], "defaults as a table"),
+        ("prompt = 'a'\n[defaults]\nx = []", [], "found x"),
+        ("prompt = '{{x}}'", [], "expected --param x="),
+        ("prompt = '{{input}}'", [], "expected a prompt, -f FILE or a pipe"),
+        ("prompt = '{{size}}'", ["--param", "sise=5"], "found sise; did you mean size"),
+        ("prompt = 'a'", ["--param", "x"], "expected NAME=VALUE"),
+        ("prompt = '{{input}}'", ["--param", "input=x"], "another name"),
+        ("prompt = 'a'\nsystem = 'b'", ["--raw"], "--raw"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_one_line(model, templates, capfd, text, args, words):
+    if text is not None:
+        templates("mine", text)
+    assert main(["run", "--template", "mine", *args]) in (1, 2)
+    err = capfd.readouterr().err
+    assert re.search(words, err) and err.count("\n") == 1 and "bug" not in err
+
+
+def test_parameters_need_a_template(model, capfd):
+    assert main(["run", "--param", "a=b", "hi"]) == 2
+    assert "--template" in capfd.readouterr().err
+
+
+# bound answers
+
+
+TINY_ARGS = ["run", "--no-stdin", "--seed", "1"]
+
+
+def small(*args, **how):
+    return subprocess.run([sys.executable, "-m", "llamacli", *TINY_ARGS, *args], capture_output=True, text=True, **how)
+
+
+def test_an_answer_that_is_cut_inside_its_json_says_so():
+    schema = '{"type": "object", "properties": {"a": {"type": "string", "minLength": 40}}, "required": ["a"]}'
+    done = small("--schema", schema, "-n", "5", "--json", "Hi")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["finish_reason"] == "length"
+    assert "the answer is cut" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_choice_and_a_schema_from_a_file_bind(tmp_path):
+    (tmp_path / "s.json").write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}')
+    done = small("--schema", str(tmp_path / "s.json"), "Hi")
+    assert done.returncode == 0 and set(json.loads(done.stdout)) <= {"a", "b"}
+    assert small("--choice", '["x, y", "z"]', "Hi").stdout in ("x, y\n", "z\n")
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--schema", '{"not": {}}'], "found not"),
+        (["--schema", "{"], "expected JSON"),
+        (["--schema", '{"type": "string"}', "--choice", "a"], "exclude each other"),
+        (["--choice", "a", "--stop", "x"], "--choice and --stop exclude"),
+        (["--choice", "a", "--ignore-eos"], "--choice and --ignore-eos exclude"),
+        (["--choice", "a,,b"], "nothing empty"),
+        (["--choice", '["a"'], "JSON list"),
+    ],
+)
+def test_what_cannot_bind_is_refused_before_the_model_loads(capfd, args, words):
+    assert main(["run", "-m", "/no/such/model.gguf", *args, "hi"]) == 2
+    err = capfd.readouterr().err
+    assert words in err and err.count("\n") == 1
