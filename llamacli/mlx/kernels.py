@@ -132,6 +132,12 @@ def place(offset: int, n_rows: int, n_cols: int, stride: int = 0) -> mx.array:
     return mx.array([offset, n_rows, n_cols, stride], mx.int64)
 
 
+@cache
+def number(expert: int) -> mx.array:
+    """The number of an expert as kernels are given it, int32 [1]."""
+    return mx.array([expert], mx.int32)
+
+
 def matvec(type_name: str, w: mx.array, where: mx.array, experts: mx.array, x: mx.array, tokens: int, n_rows: int) -> mx.array:
     """Rows of x, float32 [n, n_cols], times matrices: float32 [n, n_rows].
 

@@ -71,15 +71,14 @@ class Blocks:
             for row in range(0, n_rows, step)
             for n in [min(step, n_rows - row)]
         ]
-        self._numbers = [mx.array([expert], mx.int32) for expert in range(n_groups)]
 
     def times(self, x: mx.array, expert: int = 0) -> mx.array:
         """x [n, n_cols] times a group's matrix: [n, n_rows]."""
         if len(x) <= FEW:
-            return self._matvec(x, self._numbers[expert], len(x))
+            return self._matvec(x, kernels.number(expert), len(x))
         found = []
         for where, n in self._pieces:
-            w = kernels.widen(self.type_name, self.window.array, where, self._numbers[expert], n, self.n_cols)
+            w = kernels.widen(self.type_name, self.window.array, where, kernels.number(expert), n, self.n_cols)
             found.append(multiply(x, w))
             if len(self._pieces) > 1:
                 mx.eval(found[-1])  # releases the widened rows

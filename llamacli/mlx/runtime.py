@@ -15,7 +15,6 @@ from llamacli.errors import DeviceError, MemoryLimitError, UsageError
 
 OLDEST = (0, 32, 1)  # the first that adopts memory of ours: mlx.core.asarray(copy=False)
 COMMANDS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "1000000"}  # limits that end a command buffer
-CACHE_LIMIT = 256 << 20  # bytes of freed buffers that MLX keeps; they count as used memory
 INSTALL = "install it with pip install 'llamacli[mlx]', or use --device cpu"
 
 
@@ -49,7 +48,6 @@ def start() -> Runtime:
         oldest = ".".join(map(str, OLDEST))
         raise UsageError(f"--device mlx: expected mlx {oldest} or newer, found {mx.__version__}; {INSTALL}")
     gpu = "Metal" if mx.metal.is_available() else "CUDA" if mx.cuda.is_available() else None
-    mx.set_cache_limit(CACHE_LIMIT)
     info = mx.device_info(mx.gpu) if gpu else {}
     total = int(info.get("memory_size", info.get("total_memory", 0)))
     budget = int(info.get("max_recommended_working_set_size", info.get("free_memory", total)))

@@ -1,8 +1,9 @@
 """A stage on MLX: the last layers of a model and its head, on the GPU.
 
-In: the residual stream, and caches. Out: the stream, or logits. One token is one graph, evaluated once, when its logits are
-asked for; longer batches are evaluated layer by layer, which bounds their memory and lets Ctrl-C be heard. Weights stay as they
-lie in the file where kernels read them; on a machine without a GPU they are widened when they are loaded.
+In: the residual stream, and caches. Out: the stream, or logits. The graph of one token is handed over as it is built and waited
+for once, when its logits are asked for; longer batches are evaluated layer by layer, which bounds their memory and lets Ctrl-C
+be heard. Weights stay as they lie in the file where kernels read them; on a machine without a GPU they are widened when they
+are loaded.
 """
 
 from collections import Counter
@@ -17,6 +18,7 @@ from llamacli.cpu.weights import Layer, Weights, assemble, conversion_notices, h
 from llamacli.device import IoStats, Run
 from llamacli.errors import UnsupportedModelError, UsageError
 from llamacli.files.gguf import GGUF, Tensor
+from llamacli.files.pages import populate
 from llamacli.llama4 import layers as llama4
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find
@@ -25,8 +27,10 @@ from llamacli.mlx.cache import MlxCache
 from llamacli.mlx.matrix import Blocks, Fetched, Wide
 from llamacli.mlx.operations import Operations
 from llamacli.mlx.streaming import Experts
+from llamacli.plan.offload import working_bytes
 
 LOGITS_BATCH = 64  # rows of logits made at a time
+AHEAD = 4  # layers of a single token's graph that are handed to the GPU while the next ones are built
 
 
 class MlxStage:
@@ -67,6 +71,8 @@ class MlxStage:
             self._norms = [[mx.array(norm) for norm in (w.attn_norm, w.ffn_norm)] for w in self._weights.layers]
             self._output_norm = mx.array(self._weights.output_norm) if heads else None
             self._experts = self._fetching(gguf) if self._slots else None
+            mx.set_cache_limit(working_bytes(config))
+        populate([(w.owner.ctypes.data, w.owner.nbytes) for w in self._windows if w.adopted])
         self._frequencies = config.frequencies(self._weights.rope_freqs)
         used = [(m, times) for w in self._weights.layers for m, times in _used(w, config)]
         self.products_per_token = sum(m.n_rows * m.n_cols * times for m, times in used)
@@ -133,6 +139,8 @@ class MlxStage:
                     x = llama4.layer(ops, self._config, i, weights._replace(attn_norm=norms[0], ffn_norm=norms[1]), x)
                     if not lazy or self.timings is not None:
                         mx.eval(x)
+                    elif (i + 1) % AHEAD == 0:
+                        mx.async_eval(x)
                 except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
                     if i in self._slots:
                         self._experts.slots.reset(i)
