@@ -20,6 +20,7 @@ from llamacli.errors import (
     MemoryLimitError,
     ModelFileError,
     OutputError,
+    PictureError,
     PromptError,
     UnsupportedModelError,
     UsageError,
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from llamacli.files.gguf import GGUF
     from llamacli.session import Piece, Session
     from llamacli.snapshots import Snapshots
+    from llamacli.vision.sight import Sight
 
 __all__ = [
     "CheckpointError",
@@ -45,6 +48,7 @@ __all__ = [
     "Model",
     "ModelFileError",
     "OutputError",
+    "PictureError",
     "PromptError",
     "UnsupportedModelError",
     "UsageError",
@@ -70,13 +74,14 @@ class Model:
 
     _made_grammars = None
 
-    def __init__(self, gguf, config, tokenizer, engine, ctx: int, nbytes: int = 0):
-        """`nbytes`: what the model may come to hold, which models loaded later must leave to it."""
+    def __init__(self, gguf, config, tokenizer, engine, ctx: int, nbytes: int = 0, mmproj: GGUF | None = None):
+        """`nbytes`: what the model may come to hold, which models loaded later must leave to it. `mmproj`: its vision tower."""
         from llamacli.plan.machine import reserve
 
         self._release = reserve(engine, nbytes)
         self.gguf, self.config, self.tokenizer, self.engine, self.ctx = gguf, config, tokenizer, engine, ctx
         self.defaults = sampling_defaults(gguf.metadata)
+        self._mmproj, self._sight = mmproj, None
 
     @classmethod
     def load(
@@ -90,6 +95,7 @@ class Model:
         device: str = "cpu",
         gpu_layers: int | None = None,
         kv: str = "f16",
+        mmproj: str | PathLike[str] | bool = False,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
@@ -98,7 +104,8 @@ class Model:
         slots if the model does not fit into the memory. `logits_rows`: rows of logits that the caller will keep at a time; they
         count as the model's memory. `device`: "cpu"; "mlx", layers on a GPU through MLX; "auto", the same where Metal is, else
         the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds. `kv`: type of keys and
-        values, "f16", "q8_0" or "q4_0"; on a GPU the first only.
+        values, "f16", "q8_0" or "q4_0"; on a GPU the first only. `mmproj`: the file of the vision tower, or True for
+        the one beside the model; memory is kept for it. False: the one beside the model is opened with the first picture.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
@@ -124,14 +131,17 @@ class Model:
             from llamacli.plan.placement import plan_residency
 
             beside = 4 * logits_rows * config.n_vocab
+            tower, tower_nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
             offload = plan_offload(gguf, config, ctx, device, gpu_layers, experts, memory)
-            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside, offload)
+            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload)
             engine = Engine(gguf, config, threads, slots, batch, gpu_layers=offload.layers)
-            return cls(gguf, config, tokenizer.result(), engine, ctx, nbytes)
+            return cls(gguf, config, tokenizer.result(), engine, ctx, nbytes, tower)
 
     def close(self) -> None:
         """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""
         self.engine.close()
+        if self._sight is not None:
+            self._sight.close()
         self._release()
 
     def __enter__(self) -> Model:
@@ -166,11 +176,34 @@ class Model:
         """Every token's logits in a fresh context, float32 [len(ids), n_vocab]."""
         return self.engine.forward(ids, self.engine.new_cache(self.ctx), all_logits=True)
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins."""
-        from llamacli.text.template import render
+    @property
+    def sight(self) -> Sight:
+        """The vision tower, opened on first use. PictureError if the model has none."""
+        if self._sight is None:
+            from llamacli.vision.sight import Sight, open_tower
 
-        return render(self.tokenizer, list(messages), self.gguf.metadata.get("tokenizer.chat_template"))
+            tower = self._mmproj or open_tower(self.gguf, self.config.n_embd)
+            self._sight = Sight(tower, self.tokenizer, self.engine.threads)
+        return self._sight
+
+    def prompt_ids(self, messages: Sequence[dict], image_tiles: int | None = None) -> list:
+        """The tokens of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins.
+
+        A content may be a list of parts, {"type": "text", "text": ...} or {"type": "image", "image": ...} with a path, bytes, a
+        `data:` URL, a picture of Pillow or a View of `sight`. Rows of pictures are prompt.FeatureRow. `image_tiles`: the most
+        tiles of a picture's grid, fewer being faster and coarser. PictureError for what is no picture or cannot be seen.
+        """
+        from llamacli.text.template import pictures, render
+
+        messages = list(messages)
+        ids = render(self.tokenizer, messages, self.gguf.metadata.get("tokenizer.chat_template"))
+        if not (found := pictures(messages)):
+            return ids
+        from llamacli.prompt import tokens
+        from llamacli.vision.sight import View
+
+        views = [source if isinstance(source, View) else self.sight.look(source, image_tiles) for source in found]
+        return tokens(self.sight.prompt(ids, views))
 
     def sampler(
         self,
@@ -212,10 +245,15 @@ class Model:
         return self._made_grammars
 
     def stream(
-        self, messages: Sequence[dict[str, str]], max_tokens: int | None = None, stop: Sequence[str] = (), **settings
+        self,
+        messages: Sequence[dict],
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        image_tiles: int | None = None,
+        **settings,
     ) -> Iterator[Piece]:
-        """Answer a conversation in a fresh session, piece by piece. `settings` as for `sampler`."""
-        return self.session().stream(self.prompt_ids(messages), self.sampler(**settings), max_tokens, stop)
+        """Answer a conversation (`prompt_ids`) in a fresh session, piece by piece. `settings` as for `sampler`."""
+        return self.session().stream(self.prompt_ids(messages, image_tiles), self.sampler(**settings), max_tokens, stop)
 
 
 def default_ctx(config) -> int:
@@ -242,3 +280,14 @@ def _tokenizer(gguf):
     from llamacli.text.tokenizer import Tokenizer
 
     return Tokenizer.from_gguf(gguf)
+
+
+def _tower(gguf, config, path, threads: int | None) -> tuple[GGUF, int]:
+    """A vision tower's file, and the bytes that it and its buffers take."""
+    from pathlib import Path
+
+    from llamacli.cpu.kernels.cores import default_threads
+    from llamacli.vision.sight import open_tower, tower_bytes
+
+    tower = open_tower(gguf, config.n_embd, None if path is True else Path(path))
+    return tower, tower_bytes(tower, threads or default_threads())

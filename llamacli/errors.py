@@ -5,6 +5,7 @@
     |  `- UnsupportedModelError   valid GGUF that this engine cannot run: another architecture, an unknown tensor type
     |- CheckpointError            Hugging Face folder that cannot be converted
     |- PromptError                prompt, message list or chat template that cannot be turned into tokens
+    |- PictureError               picture that is damaged, too large, or of a format that is not read
     |- ContextFullError           the conversation reached its context limit
     |- CutAnswerError             an answer that a schema or a grammar binds ended before it was whole
     |- MemoryLimitError           the model does not fit into the memory allowed
@@ -38,6 +39,10 @@ class CheckpointError(LlamacliError):
 
 class PromptError(LlamacliError):
     """Text, messages or a template cannot be turned into tokens."""
+
+
+class PictureError(LlamacliError):
+    """A picture cannot be read."""
 
 
 class ContextFullError(LlamacliError):

@@ -193,7 +193,7 @@ class FakeModel(Model):
         gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), paths=[Path("miniature.gguf")], tensors={})
         super().__init__(gguf, CONFIG, FakeTokenizer(), engine, ctx or 4096)
 
-    def prompt_ids(self, messages):
+    def prompt_ids(self, messages, image_tiles=None):
         ids = [BOS]
         for message in messages:
             ids += [*message["role"][:1].encode(), 10, *message["content"].encode(), EOT]

@@ -11,6 +11,7 @@ import select
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from llamacli import environment
@@ -165,14 +166,28 @@ def decoded(data: bytes, where: str) -> str:
 
 
 def read_stdin(console: Console, limit: int | None = None) -> str:
-    """All of stdin, exactly. A descriptor that cannot be read, as nohup leaves it, counts as empty.
+    """All of stdin as text, exactly. ContextFullError for more than `limit` bytes, which are not read."""
+    return decoded(read_stdin_bytes(console, limit), "stdin")
 
-    ContextFullError for more than `limit` bytes, which are not read.
+
+def read_stdin_bytes(console: Console, limit: int | None = None, more: int = 0) -> bytes:
+    """All of stdin. A descriptor that cannot be read, as nohup leaves it, counts as empty.
+
+    ContextFullError for more than `limit` bytes, which are not read; a picture may have `more`.
     """
     if not _readable(sys.stdin):
-        return ""
+        return b""
     with patience(console, "reading stdin until it ends (Ctrl-D); --no-stdin leaves it alone", 1.0):
-        return decoded(_all(lambda: _some(sys.stdin.buffer), limit, "stdin"), "stdin")
+        first = _some(sys.stdin.buffer)
+        if limit is not None and more and may_be_picture(first):
+            limit = max(limit, more)
+        parts = chain([first], iter(lambda: _some(sys.stdin.buffer), b"")) if first else iter(())
+        return _all(lambda: next(parts, b""), limit, "stdin")
+
+
+def may_be_picture(data: bytes) -> bool:
+    """Whether bytes begin as a file of a picture may."""
+    return data[:1] in (b"\x89", b"\xff", b"G", b"R", b"I", b"M") or data[4:8] == b"ftyp"
 
 
 def _all(read: Callable[[], bytes], limit: int | None, where: str) -> bytes:

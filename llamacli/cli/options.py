@@ -213,9 +213,31 @@ class Generation(Sampling, Keeping):
             "--system-file", metavar="FILE", group="Text", aliases=("-sysf",), help="System prompt from a file; - is stdin."
         ),
     ] = None
-    image: Annotated[list[str] | None, option("--image", metavar="FILE", hidden=True, help="An image (not supported yet).")] = (
-        None
-    )
+    image: Annotated[
+        list[str] | None,
+        option("--image", metavar="FILE", group="Text", help="A picture before the prompt; repeatable, - is stdin."),
+    ] = None
+    image_tiles: Annotated[
+        int | None,
+        option(
+            "--image-tiles",
+            metavar="N",
+            group="Text",
+            least=1,
+            setting=True,
+            help="Most tiles of a picture: fewer are faster and coarser (default: the model's, 16).",
+        ),
+    ] = None
+    mmproj: Annotated[
+        str | None,
+        option(
+            "--mmproj",
+            metavar="FILE",
+            group="Model",
+            aliases=("-mm",),
+            help="The vision tower's file (default: mmproj*.gguf beside the model).",
+        ),
+    ] = None
     max_tokens: Annotated[
         int | None,
         option(
@@ -303,10 +325,6 @@ class Generation(Sampling, Keeping):
     ] = None
 
     def __post_init__(self) -> None:
-        if self.image:
-            raise UsageError(
-                "--image: this version cannot see images yet; leave the option out and describe the picture in words"
-            )
         if self.memory is not None and self.experts is Placing.mapped:
             if getattr(self.memory, "typed", True):
                 raise UsageError(
@@ -345,6 +363,7 @@ class Generation(Sampling, Keeping):
             experts=self.experts.value,
             kv=self.kv.value,
             **placement(self.device, self.gpu_layers),
+            mmproj=self.mmproj or bool(self.image),
         )
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)

@@ -3,9 +3,10 @@
 In: text from words, files and pipes; what one line of a batch adds. Out: messages, or the text alone with --raw, and their ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llamacli.cli.images import content
 from llamacli.cli.templates import Template
 from llamacli.errors import UsageError
 
@@ -20,13 +21,16 @@ def joined(*parts: str) -> str:
 
 @dataclass
 class Prompts:
-    """`text` comes before what a line of a batch asks, or is all. `system`: of the options. `raw`: no chat template."""
+    """`text` comes before what a line of a batch asks, or is all. `system`: of the options. `raw`: no chat template.
+    `pictured`: pictures come before the text, which may be empty then.
+    """
 
     text: str
     system: str | None
     template: Template | None
     params: Mapping[str, str]
     raw: bool
+    pictured: bool = False
 
     def __post_init__(self) -> None:
         if self.raw and self.template and self.template.system:
@@ -39,7 +43,7 @@ class Prompts:
             text, its_system = self.template.fill(text, {**self.params, **(params or {})})
         elif params:
             raise UsageError("params: expected --template with them, which has the places; add it or leave them out")
-        elif not text:
+        elif not text and not self.pictured:
             raise UsageError(
                 "no prompt: give one as an argument, with -f FILE or through a pipe; `llamacli chat` starts a conversation"
             )
@@ -58,12 +62,20 @@ class Prompts:
     def _system(self, system: str | None) -> list[dict]:
         return [{"role": "system", "content": str(system)}] if system else []
 
-    def ids(self, model, messages: list[dict]) -> list[int]:
-        """Token ids. ContextFullError for more text than fills the context, before it becomes tokens."""
+    def ids(self, model, messages: list[dict], views: Sequence = ()) -> list:
+        """Tokens, `views` of pictures before the last text. ContextFullError for more text than fills the context, before it
+        becomes tokens.
+        """
         from llamacli.session import check_length  # late: it imports NumPy, and help does not
 
         size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
         check_length(size // model.tokenizer.most_bytes, model.ctx, " or more")
-        if self.raw:
-            return model.tokenizer.encode(messages[-1]["content"], bos=True, special=False)
-        return model.prompt_ids(messages)
+        *before, last = messages
+        if not self.raw:
+            return model.prompt_ids([*before, {**last, "content": content(views, last["content"])}] if views else messages)
+        ids = model.tokenizer.encode(last["content"], bos=True, special=False)
+        if not views:
+            return ids
+        from llamacli.prompt import tokens
+
+        return tokens([ids[:1], *(part for view in views for part in view.segments), ids[1:]])

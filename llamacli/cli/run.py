@@ -7,9 +7,10 @@ been read, until the first token.
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from llamacli.cli import signals
 from llamacli.cli.batch import answer_all
@@ -17,11 +18,16 @@ from llamacli.cli.binding import check_whole
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.grammar import OTHER, Given, argument, option
-from llamacli.cli.options import Generation, Json, Output, checked, is_model, read_file, read_stdin, stdin_is_piped
+from llamacli.cli.images import MOST_BYTES, look, picture_in, read_pictures
+from llamacli.cli.inputs import read_stdin_bytes
+from llamacli.cli.options import Generation, Json, Output, checked, decoded, is_model, read_file, stdin_is_piped
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.cli.prompts import Prompts, joined
 from llamacli.cli.templates import Template, names, parameters
 from llamacli.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from llamacli.vision.pictures import Picture
 
 REASONS = {
     "stop": "complete",
@@ -101,6 +107,7 @@ def run(
     llamacli run --json "Name three rivers" | jq -r .text
     llamacli run --choice yes,no "Is Rome in Italy?"
     llamacli run --batch questions.jsonl -o answers.jsonl --temp 0
+    llamacli run -m scout.gguf --image receipt.jpg "What did this cost?"
     """
     console = output.console()
     words = ([prompt_option] if prompt_option is not None else []) + [*(prompt or [])]
@@ -112,23 +119,27 @@ def run(
         raise UsageError("--logprobs: expected --json with it, which is what shows them; add it or leave this out")
     if param and template is None:
         raise UsageError("--param: expected --template with it, which has the places; add it or leave this out")
-    text = _text(words, file or [], no_stdin or batch is not None, console, options.limit)
+    text, pictures = _text(words, file or [], options.image or [], no_stdin or batch is not None, console, options.limit)
     form = Template.find(template, console) if template is not None else None
-    prompts = Prompts(text, None if raw else options.system, form, parameters(param or []), raw)
+    prompts = Prompts(text, None if raw else options.system, form, parameters(param or []), raw, bool(pictures))
     if batch is not None:
         if logprobs is not None:
             raise UsageError("--batch and --logprobs exclude each other; leave one of them out")
+        if pictures:
+            raise UsageError("--batch and pictures exclude each other; leave one of them out")
         answer_all(batch, out and Path(out), prompts, options, extract, console)
         return
     if out is not None:
         _check_new(Path(out))
     messages = prompts.messages()
+    options.image = [picture.name for picture in pictures]
     began = time.perf_counter()
     model = options.load(console)
     load_s = time.perf_counter() - began
-    ids = prompts.ids(model, messages)
+    views = look(model, pictures, options.image_tiles, console)
+    ids = prompts.ids(model, messages, views)
     answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract)
-    answer.take(model, ids, options, logprobs)
+    answer.take(model, ids, options, logprobs, views)
 
 
 def _model_first(model: str | None, words: list[str], more: bool, console: Console) -> tuple[str | None, list[str]]:
@@ -151,14 +162,24 @@ def _check_new(path: Path) -> None:
         raise OutputError(f"{path}: expected the name of a new file, found {found}; choose another name")
 
 
-def _text(words: list[str], files: list[str], no_stdin: bool, console: Console, limit: int) -> str:
-    """stdin, then the files, then the words, a blank line between each two. `limit`: bytes of each."""
+def _text(
+    words: list[str], files: list[str], images: list[str], no_stdin: bool, console: Console, limit: int
+) -> tuple[str, list["Picture"]]:
+    """stdin, then the files, then the words, a blank line between each two; and the pictures. stdin may be one of them.
+
+    `limit`: bytes of each text.
+    """
+    pictures = read_pictures(images, console)
     parts = [read_file(name, console, limit) for name in files]
-    if "-" not in files and not no_stdin and stdin_is_piped():
-        parts.insert(0, read_stdin(console, limit))
+    if "-" not in (*files, *images) and not no_stdin and stdin_is_piped():
+        data = read_stdin_bytes(console, limit, MOST_BYTES)
+        if (picture := picture_in(data)) is not None:
+            pictures.insert(0, picture)
+            data = b""
+        parts.insert(0, decoded(data, "stdin"))
         if parts[0] and words and is_terminal(sys.stderr) and is_terminal(sys.stdout):
             console.note(f"read {len(parts[0].encode())} bytes of stdin before the prompt; --no-stdin leaves it alone")
-    return joined(*parts, checked(" ".join(words), "prompt"))
+    return joined(*parts, checked(" ".join(words), "prompt")), pictures
 
 
 class Answer:
@@ -169,10 +190,15 @@ class Answer:
         self._held = as_json or whole or out is not None  # nothing is shown before the end
         self._text: list[str] = []
         self._logprobs: list[dict] | None = None
+        self._views: Sequence = ()
         self._said = False
 
-    def take(self, model, ids: list[int], options: Generation, logprobs: int | None = None) -> None:
-        """Answer `ids`; what was said is kept on Ctrl-C and SIGTERM. `logprobs`: as --logprobs."""
+    def take(self, model, ids: list, options: Generation, logprobs: int | None = None, views: Sequence = ()) -> None:
+        """Answer `ids`, in which pictures stand as `views`; what was said is kept on Ctrl-C and SIGTERM.
+
+        `logprobs`: as --logprobs.
+        """
+        self._views = views
         self._logprobs = None if logprobs is None else []
         session, sampler = options.session(model, exact=True), options.sampler(model, self._console, logprobs)
         console, reason = self._console, None
@@ -211,7 +237,7 @@ class Answer:
         if self._extract:
             text = next(iter(code_blocks(text)), text)
         if self._as_json:
-            record = _record(text, reason, stats, self._load_s)
+            record = _record(text, reason, stats, self._load_s, self._views)
             if self._logprobs is not None:
                 record["logprobs"] = {"content": self._logprobs}
             text = json.dumps(record, ensure_ascii=False)
@@ -263,16 +289,19 @@ def reading(console: Console, model):
             model.engine.follow_progress = None
 
 
-def _record(text: str, reason: str, stats, load_s: float) -> dict:
+def _record(text: str, reason: str, stats, load_s: float, views: Sequence = ()) -> dict:
     timings = {"load_s": load_s} | {
         name: getattr(stats, name) for name in ("prefill_s", "decode_s", "prefill_tps", "decode_tps")
     }
-    return {
+    if views:
+        timings["vision_s"] = sum(view.seconds for view in views)
+    record = {
         "text": text,
         "finish_reason": reason,
         "usage": {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens},
         "timings": {name: value if value is None else round(value, 4) for name, value in timings.items()},
     }
+    return record | ({"images": [view.record for view in views]} if views else {})
 
 
 def _likely(tokenizer, piece) -> dict:

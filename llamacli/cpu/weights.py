@@ -96,18 +96,25 @@ def bind(
     converted: list[str] = []
 
     def matrix(tensor: Tensor) -> Matrix:
-        *groups, n_rows, n_cols = tensor.shape
-        if has_kernels(tensor):
-            at, kind, row_bytes = address(tensor), tensor.type.name, tensor.type.row_bytes(n_cols)
-        else:
-            halves = as_half(gguf, tensor)
-            keep.append(halves)
-            converted.append(f"{tensor.name} ({tensor.type.name})")
-            at, kind, row_bytes = halves.ctypes.data, "F16", 2 * n_cols
-        return Matrix(at, kind, groups[0] if groups else 1, n_rows, n_cols, row_bytes, tensor.name)
+        return bind_matrix(gguf, tensor, address, keep, converted)
 
     weights = assemble(gguf, config, matrix, layers, embedding=embedding, head=head)
     return weights._replace(notices=conversion_notices(converted) + weights.notices, keep=keep)
+
+
+def bind_matrix(gguf: GGUF, tensor: Tensor, address: Callable[[Tensor], int], keep: list, converted: list[str]) -> Matrix:
+    """A tensor as a matrix: where `address` says, or as float16 if its type has no kernels. Then `keep` gets its memory and
+    `converted` its name.
+    """
+    *groups, n_rows, n_cols = tensor.shape
+    if has_kernels(tensor):
+        at, kind, row_bytes = address(tensor), tensor.type.name, tensor.type.row_bytes(n_cols)
+    else:
+        halves = as_half(gguf, tensor)
+        keep.append(halves)
+        converted.append(f"{tensor.name} ({tensor.type.name})")
+        at, kind, row_bytes = halves.ctypes.data, "F16", 2 * n_cols
+    return Matrix(at, kind, groups[0] if groups else 1, n_rows, n_cols, row_bytes, tensor.name)
 
 
 def assemble(

@@ -1,7 +1,7 @@
 """Messages to token ids through the model's chat template.
 
 In: a tokenizer, messages ({"role": ..., "content": ...}) and the file's Jinja template, or None for Llama 4's own format. Out:
-ids with BOS exactly once.
+ids with BOS exactly once, and `<|image|>` for each picture.
 
 Only the template writes special tokens; what a message says stays text, whatever it says (marks.py). One exception: a special
 token that the model may say inside an answer (`Tokenizer.visible_ids`) is a token again in an assistant's message, so that the
@@ -14,6 +14,7 @@ from llamacli.errors import PromptError
 from llamacli.text.marks import marks
 from llamacli.text.tokenizer import Tokenizer
 
+PICTURE = "<|image|>"  # a picture's place in a prompt
 _LLAMA4 = (
     "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
@@ -25,20 +26,26 @@ def render(
 ) -> list[int]:
     """The ids of a conversation; with `add_generation_prompt` up to where the assistant's answer begins.
 
-    A content is a string or a list of {"type": "text", "text": ...}. PromptError says which message or what in the template
-    is wrong. A template that is empty counts as none; one that leaves the last message out is an error.
+    A content is a string or a list of parts: {"type": "text", "text": ...} or a picture (`pictures`), which becomes `<|image|>`
+    where it stands; the template sees one string. PromptError says which message or what in the template is wrong. A template
+    that is empty counts as none; one that leaves the last message or a picture out is an error.
     """
     from llamacli.text import sandbox  # loads Jinja, which takes longer than all else here
 
+    n_pictures = len(pictures(messages))
     messages = [_checked(i, message) for i, message in enumerate(messages, 1)]
     if not messages:
         raise PromptError("the conversation is empty: expected at least one message")
+    image = tokenizer.special_names.ids.get(PICTURE)
+    if n_pictures and image is None:
+        raise PromptError(f"expected a model with the token {PICTURE}, found none in its vocabulary; it cannot take pictures")
     source = _source(tokenizer, template)
     if len(source) > sandbox.LONGEST_SOURCE:
         raise PromptError(f"expected a chat template of at most {sandbox.LONGEST_SOURCE} characters, found {len(source)}")
     own = marks(tokenizer.special_names, [source, *_strings(messages)])
     tokens = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.token_id("<unk>"), "pad": tokenizer.padding}
     variables = {f"{name}_token": own.mark(_name(tokenizer, id)) for name, id in tokens.items()}
+    messages = [{**message, "content": _joined(message["content"], own.mark(PICTURE))} for message in messages]
     variables |= {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
 
     def text(messages: list[dict]) -> str:
@@ -47,11 +54,19 @@ def render(
 
     rendered = text(messages)
     last = messages[-1]["content"].strip()
-    if last and last not in own.plain(rendered) and text([*messages[:-1], {**messages[-1], "content": last + "x"}]) == rendered:
+    if (
+        last
+        and own.plain(last) not in own.plain(rendered)
+        and text([*messages[:-1], {**messages[-1], "content": last + "x"}]) == rendered
+    ):
         raise PromptError("the model's chat template leaves the last message out; --raw goes without the template")
     ids: list[int] = []
     for part in own.split(rendered):
         ids += [part] if isinstance(part, int) else tokenizer.encode(part, bos=False)
+    if n_pictures and ids.count(image) != n_pictures:
+        raise PromptError(
+            f"expected the model's chat template to show {n_pictures} pictures, found {ids.count(image)}; --raw goes without it"
+        )
     if (bos := tokenizer.bos) is not None:
         first = next((i for i, token in enumerate(ids) if token != bos), len(ids))
         ids[:first] = [bos]
@@ -70,21 +85,48 @@ def _source(tokenizer: Tokenizer, template: str | None) -> str:
     return _LLAMA4
 
 
+def pictures(messages: Sequence) -> list:
+    """What the picture parts of all messages name, in order: paths, bytes, `data:` URLs or Pillow's pictures.
+
+    A part is {"type": "image"} with "image", "path" or "url", or {"type": "image_url", "image_url": {"url": ...}}.
+    """
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [found for part in parts if (found := _picture(part)) is not None]
+
+
+def _picture(part):
+    """What a part names as its picture; None if it is no picture."""
+    if not isinstance(part, dict):
+        return None
+    if part.get("type") == "image":
+        return next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+    if part.get("type") == "image_url":
+        url = part.get("image_url")
+        return url.get("url") if isinstance(url, dict) else url
+    return None
+
+
+def _joined(content: list[str | None], mark: str) -> str:
+    return "".join(mark if part is None else part for part in content)
+
+
 def _checked(number: int, message) -> dict:
-    """A copy of a message, its content one string."""
+    """A copy of a message, its content a list of texts and, for each picture, None."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str) or not message["role"].strip():
         raise PromptError(f'message {number}: expected {{"role": "user", "content": "..."}}, found {repr(message)[:80]}')
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         content = ""
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise PromptError(f"message {number}: expected parts of type text, found {repr(part)[:80]}; only text is read")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise PromptError(f"message {number}: expected a string or list of texts as content, found {type(content).__name__}")
-    return {**message, "content": content}
+    if isinstance(content, str):
+        return {**message, "content": [content]}
+    if not isinstance(content, list):
+        raise PromptError(f"message {number}: expected a string or list of parts as content, found {type(content).__name__}")
+    for part in content:
+        text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not text and _picture(part) is None:
+            raise PromptError(f"message {number}: expected parts of type text or image, found {repr(part)[:80]}")
+    return {**message, "content": [None if part["type"] != "text" else part["text"] for part in content]}
 
 
 def _strings(value) -> Iterator[str]:

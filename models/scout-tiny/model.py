@@ -231,9 +231,13 @@ class ScoutTiny(nn.Module):
 
     def forward(self, ids: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Final hidden states (n, hidden), expert counts (layers, experts), mean balancing loss."""
+        return self.follow(self.model.embed_tokens(ids), layout)
+
+    def follow(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` from embeddings (n, hidden) on, among which rows of pictures may stand."""
         angle = (layout.positions[:, None] * self.frequency)[:, None]
         turn = angle.cos().float(), angle.sin().float()
-        x, counts, balance = self.model.embed_tokens(ids), [], 0.0
+        counts, balance = [], 0.0
         for layer in self.model.layers:
             x = x + layer.self_attn(layer.input_layernorm(x), layout, turn)
             out, count, loss = layer.feed_forward(layer.post_attention_layernorm(x))
@@ -250,6 +254,25 @@ def export(model: ScoutTiny, folder: Path, ids: dict[str, int | list[int]]) -> N
     save_file(weights, str(part), metadata={"format": "pt"})
     part.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf_config(model.shape, ids), indent=2) + "\n")
+
+
+def load_gguf(path: Path) -> ScoutTiny:
+    """The model with the weights of a GGUF, in float32: what an engine that runs the file computes with."""
+    from llamacli.files.ggml import dequantize
+    from llamacli.files.gguf import open_gguf
+    from llamacli.llama4.config import Config
+    from llamacli.llama4.tensors import tensors
+
+    gguf, found = open_gguf(path), {}
+    for spec in tensors(Config.from_gguf(gguf)):
+        if spec.hf is not None:
+            stored = gguf.tensors[spec.name]
+            rows = stored.data.reshape(-1, stored.type.row_bytes(stored.shape[-1]))
+            values = torch.from_numpy(dequantize(rows, stored.type, spec.name).reshape(stored.shape).copy())
+            found.setdefault(spec.hf, []).append(values.transpose(1, 2) if spec.row.part else values)
+    model = ScoutTiny(Shape())
+    model.load_state_dict({name: torch.cat(parts, -1) if len(parts) > 1 else parts[0] for name, parts in found.items()})
+    return model
 
 
 def load(folder: Path) -> ScoutTiny:

@@ -183,7 +183,7 @@ def test_run_at_a_full_context_says_so(model, capfd):
         (["--temp", "nan", "hi"], 2, "--temp"),
         (["--top-p", "2", "hi"], 2, "--top-p"),
         (["--stop", "", "hi"], 2, "--stop"),
-        (["--image", "cat.png", "hi"], 2, "images"),
+        (["--image", "cat.png", "hi"], 1, "cat.png: expected a picture"),
         (["--raw", "-s", "x", "hi"], 2, "--raw"),
         (["--nonsense"], 2, "--nonsense"),
         (["-f", "/nonexistent", "hi"], 1, "/nonexistent"),

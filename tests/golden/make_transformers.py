@@ -44,8 +44,11 @@ def ids_of(case, n=45):
     return np.random.RandomState(case["seed"] + 1000).randint(0, 257, n)
 
 
-def reference(case, ids):
-    """transformers' logits, [len(ids), n_vocab], in one pass; and the least margin by which an expert was chosen."""
+def reference(case, ids, rows=None):
+    """transformers' logits, [len(ids), n_vocab], in one pass; and the least margin by which an expert was chosen.
+
+    `rows`: by position, what stands in for the embedding.
+    """
     import torch
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
@@ -79,7 +82,10 @@ def reference(case, ids):
         if name.endswith("router"):
             module.register_forward_hook(watch)
     with torch.no_grad():
-        return model(torch.from_numpy(ids)[None], use_cache=False).logits[0].numpy(), min(margins)
+        embeds = model.model.embed_tokens(torch.from_numpy(ids)[None])
+        for at, row in (rows or {}).items():
+            embeds[0, at] = torch.from_numpy(row)
+        return model(inputs_embeds=embeds, use_cache=False).logits[0].numpy(), min(margins)
 
 
 def _names(tensors, s):

@@ -148,6 +148,7 @@ class MatmulArguments(NamedTuple):
     prepare: OptionalMicrokernel
     pack: OptionalMicrokernel
     tile: OptionalMicrokernel
+    ragged: Flag  # rows end within a superblock: `prepare` reads on into the next rows, and so not the last ones
     panel_rows: Count
     tile_rows: Count
     tile_tokens: Count
@@ -185,7 +186,7 @@ def arguments(
 ) -> MatmulArguments:
     """Arguments of one `matmul` step; `scratch` is uint8 [threads, offsets.end], aligned to 64 bytes."""
     f = microkernels(matrix.type_name)
-    supers = matrix.n_cols // 256
+    supers = -(-matrix.n_cols // 256)  # where the last is not whole, its other activations are zeros
     panel_bytes, packed_bytes = f.panel_bytes * supers, f.packed_bytes * supers
     block_rows = f.tile_rows
     if supers:
@@ -213,7 +214,8 @@ def arguments(
         matvec=f.matvec,
         prepare=f.prepare,
         pack=f.pack,
-        tile=f.tile if not f.quantized or matrix.n_cols % 256 == 0 else 0,
+        tile=f.tile,
+        ragged=f.quantized and matrix.n_cols % 256 != 0,
         panel_rows=f.panel_rows,
         tile_rows=f.tile_rows,
         tile_tokens=f.tile_tokens,
@@ -275,13 +277,13 @@ def _list_rows(a, xs, outs, group, padded):
 def _pack_tokens(a, xs, packed, token, token_end):
     """Lay out the activations of some tokens for `tile`."""
     for j in range(token, token_end, a.tile_tokens):
-        call(a.pack, (xs + 8 * j, a.n_cols // 256, packed + (j - token) // a.tile_tokens * a.packed_bytes))
+        call(a.pack, (xs + 8 * j, (a.n_cols + 255) // 256, packed + (j - token) // a.tile_tokens * a.packed_bytes))
 
 
 @device_function
 def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, packed):
     """Rows from `row` on, whole tiles of them, times tokens from `token` on, which are packed."""
-    supers = a.n_cols // 256
+    supers = (a.n_cols + 255) // 256
     if a.prepare != 0:
         for r in range(row, row_end, a.panel_rows):
             call(a.prepare, (base + r * a.row_bytes, a.row_bytes, supers, panels + (r - row) // a.panel_rows * a.panel_bytes))
@@ -319,7 +321,7 @@ def matmul(a, thread, threads):
     if a.out_div > 1:
         units, sharing = (a.n_rows + 31) // 32, int64(1)
         low, high = min(units * thread // threads * 32, a.n_rows), min(units * (thread + 1) // threads * 32, a.n_rows)
-    whole = max(0, high - low) // tile_rows * tile_rows
+    whole = max(0, high - low - a.ragged * tile_rows) // tile_rows * tile_rows
     row_blocks, block_rows = _blocks_of(whole, a.block_rows, tile_rows, sharing)
     first_group, end_group = int64(0), a.n_groups
     if a.window != 0:

@@ -1,4 +1,5 @@
-"""Microkernels on float rows: quantize activations, SwiGLU, one block of a softmax, products of queries with keys as float32.
+"""Microkernels on float rows: quantize activations, SwiGLU, GELU, one block of a softmax, products of queries with keys as
+float32.
 
 `build(head_dim)` gives the module builder for jit.load; `product` is compiled for one head size. Rows that `quantize` reads are
 padded to whole superblocks of 256.
@@ -10,7 +11,7 @@ from llamacli.cpu.kernels.formats.layout import ACT_BYTES, S16, S32, D
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i32, i64, vec
 from llamacli.cpu.kernels.ops.kv import span
 
-SYMBOLS = ("quantize", "swiglu", "softmax", "product")
+SYMBOLS = ("quantize", "swiglu", "gelu", "softmax", "product")
 
 
 def build(head_dim):
@@ -20,6 +21,7 @@ def build(head_dim):
         module = ir.Module("vectors")
         _quantize(module, target)
         _swiglu(module, target)
+        _gelu(module, target)
         _softmax(module, target)
         _product(module, target, head_dim)
         return module
@@ -71,6 +73,33 @@ def _swiglu(module, target):
         one = s.fill(f32, s.lanes, 1.0)
         sigmoid = s.b.fdiv(one, s.b.fadd(one, s.exp(s.b.fneg(bounded))))
         s.store(s.b.fmul(s.b.fmul(g, sigmoid), u), s.add(gate, at))
+        return []
+
+    s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)
+    s.done()
+
+
+def _gelu(module, target):
+    """gelu(x, bias, n): x = v * P(a normal variable is below v), v = x + bias, for n values, a multiple of the lanes.
+
+    P by the complementary error function, which Numerical Recipes (6.2) approximates to 1.2e-7 of its value.
+    """
+    s = Simd(module, target, "gelu", 3)
+    x, bias, n = s.args
+    terms = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368)
+
+    def step(i, _):
+        at = s.mul(i, s.width)
+        v = s.b.fadd(s.load(vec(f32, s.lanes), s.add(x, at)), s.load(vec(f32, s.lanes), s.add(bias, at)))
+        c = lambda value: s.fill(f32, s.lanes, value)
+        z = s.b.fmul(s.fabs(v), c(0.7071067811865476))
+        t = s.b.fdiv(c(1.0), s.fma(z, c(0.5), c(1.0)))
+        p = c(terms[0])
+        for term in (*terms[1:], -1.26551223):
+            p = s.fma(p, t, c(term))
+        tail = s.b.fmul(s.b.fmul(t, c(0.5)), s.exp(s.b.fsub(p, s.b.fmul(z, z))))
+        below = s.b.select(s.b.fcmp_ordered("<", v, c(0.0)), tail, s.b.fsub(c(1.0), tail))
+        s.store(s.b.fmul(v, below), s.add(x, at))
         return []
 
     s.loop(s.b.sdiv(n, i64(s.lanes)), [], step)

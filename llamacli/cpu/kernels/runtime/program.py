@@ -52,6 +52,10 @@ class Program:
         self._read, self._written = set(), set()
         return len(self._rows)
 
+    def keep(self, *arrays: np.ndarray) -> None:
+        """Keep arrays alive that steps read."""
+        self._kept += arrays
+
     def counter(self) -> int:
         """The address of an int64 of the program's own, zero."""
         self._kept.append(np.zeros(8, np.int64))  # a cache line, so that steps do not share one

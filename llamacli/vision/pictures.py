@@ -1,0 +1,213 @@
+"""Reads picture files, which nobody has checked: bytes to an RGB picture of Pillow.
+
+In: a path, bytes, a `data:` URL or a picture of Pillow. Out: `Picture`. Size and format are checked before anything is decoded.
+Transparency is laid on white and the orientation that a camera noted is applied, as transformers does; 16-bit gray is scaled,
+where transformers makes most of it white. Of an animation the first frame is taken. PictureError says what is wrong in a line.
+"""
+
+import base64
+import binascii
+import os
+import re
+import struct
+import warnings
+import zlib
+from contextlib import suppress
+from functools import cache
+from hashlib import blake2b
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+from llamacli.errors import PictureError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_BYTES = 64 << 20
+MOST_PIXELS = 100_000_000  # decoded they take 300 MB
+LONGEST_SIDE, MOST_RATIO = 65535, 1000
+FORMATS = ("Png", "Jpeg", "WebP", "Gif", "Bmp", "Tiff", "Avif")  # of Pillow's; others run programs or are rarely tested
+READ = "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF"
+SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
+HINTS = (  # how other files begin, and what to do with them
+    (rb"%PDF", "a PDF; `pdftoppm -r 150 -png FILE page` makes pictures of it"),
+    (
+        rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg",
+        "an SVG; `rsvg-convert -o picture.png FILE` draws it",
+    ),
+    (rb"....ftyp(heic|heix|hevc|mif1|msf1)", "HEIC; on a Mac, `sips -s format jpeg FILE --out picture.jpg` converts it"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript; `gs -sDEVICE=png16m -o page%d.png FILE` makes pictures of it"),
+)
+
+Source = str | os.PathLike | bytes
+
+
+class Picture(NamedTuple):
+    """A picture as it is shown upright."""
+
+    name: str  # for messages
+    image: "Image"  # RGB
+    digest: bytes  # of size and pixels
+
+
+def looks_like_picture(data: bytes) -> bool:
+    """Whether bytes begin as a file of a picture does."""
+    webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
+    return webp or data[4:12] in (b"ftypavif", b"ftypavis") or data.startswith(tuple(s for s in SIGNATURES if s != b"BM"))
+
+
+def read_picture(source, name: str | None = None) -> Picture:
+    """A picture from a path, from bytes, from a `data:` URL or from Pillow. `name`: for messages instead of the path.
+
+    PictureError: there is none, it is damaged, too large, or of another format.
+    """
+    if hasattr(source, "getexif") and hasattr(source, "convert"):  # Pillow's, and so Pillow is imported
+        name = name or "picture"
+        _check_size(name, *source.size)
+        return _upright(name, source, turn=False)
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, data = name or "picture", bytes(source)
+    elif isinstance(source, str) and source.startswith("data:"):
+        name, data = name or "picture", _data_url(source)
+    elif isinstance(source, str | os.PathLike):
+        if re.match(r"https?://", os.fspath(source)):
+            raise PictureError(f"{shown(source)}: expected a file, found an address; download it first")
+        name, data = name or shown(source), _file(Path(source))
+    else:
+        raise PictureError(f"expected a picture as a path, bytes, a data: URL or Pillow's, found {type(source).__name__}")
+    return _upright(name, _opened(name, data))
+
+
+def shown(name) -> str:
+    """A file's name in one line, without control characters."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", os.fspath(name))[:200]
+
+
+def _file(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except IsADirectoryError:
+        raise PictureError(f"{shown(path)}: expected a picture, found a folder") from None
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or error
+        raise PictureError(f"{shown(path)}: expected a picture, found: {found}; check the name") from None
+    return data
+
+
+def _data_url(url: str) -> bytes:
+    head, comma, body = url.partition(",")
+    if not comma:
+        raise PictureError("expected a data: URL with a comma before its data, found none")
+    if len(body) > 2 * MOST_BYTES:
+        raise PictureError(f"picture: expected at most {MOST_BYTES >> 20} MiB, found more; make it smaller")
+    try:
+        raw = unquote_to_bytes(body)
+        return base64.b64decode(raw, validate=True) if head.endswith(";base64") else raw
+    except (binascii.Error, ValueError):
+        raise PictureError("expected base64 in the data: URL, found other characters; encode the picture again") from None
+
+
+def _opened(name: str, data: bytes) -> "Image":
+    """The file, its header read and checked, its pixels not yet decoded."""
+    from PIL import Image, UnidentifiedImageError
+
+    formats = _formats()
+    if not data:
+        raise PictureError(f"{name}: expected a picture, found an empty file")
+    if len(data) > MOST_BYTES:
+        raise PictureError(
+            f"{name}: expected a picture of at most {MOST_BYTES >> 20} MiB, found a larger file; make it smaller"
+        )
+    for pattern, hint in HINTS:
+        if re.match(pattern, data[:1024].lstrip() if b"<" in data[:8] else data[:1024], re.DOTALL):
+            raise PictureError(f"{name}: expected {READ}, found {hint}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(BytesIO(data), formats=formats)
+            size = image.size
+    except UnidentifiedImageError:
+        raise PictureError(f"{name}: expected {READ}, found another format or a damaged header; convert it to PNG") from None
+    except Image.DecompressionBombError:  # of more than twice the pixels that Pillow warns of
+        raise PictureError(
+            f"{name}: expected at most {MOST_PIXELS // 10**6} million pixels, found more; scale it down"
+        ) from None
+    except _FAILURES as error:
+        raise PictureError(f"{name}: expected a whole picture, found a damaged one ({_reason(error)})") from None
+    _check_size(name, *size)
+    return image
+
+
+@cache
+def _formats() -> list[str]:
+    """Pillow's names of the formats that this Pillow was built with. Only their code is loaded."""
+    from PIL import Image
+
+    for name in FORMATS:
+        with suppress(ImportError):
+            import_module(f"PIL.{name}ImagePlugin")
+    return [name.upper() for name in FORMATS if name.upper() in Image.OPEN]
+
+
+_FAILURES = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
+_FAILURES += (struct.error, zlib.error, EOFError, MemoryError, AssertionError)  # what decoders raise on damaged files
+
+
+def _reason(error: BaseException) -> str:
+    return (re.sub(r"\s+", " ", shown(str(error))) or type(error).__name__)[:80]
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    """PictureError before pixels are decoded that would take all memory."""
+    longer, shorter = max(width, height), min(width, height)
+    if shorter < 1:
+        raise PictureError(f"{name}: expected a picture, found one of {width}x{height} pixels")
+    if width * height > MOST_PIXELS:
+        raise PictureError(
+            f"{name}: expected at most {MOST_PIXELS // 10**6} million pixels, found {width}x{height}; scale it down first"
+        )
+    if longer > LONGEST_SIDE or longer > MOST_RATIO * shorter:
+        raise PictureError(
+            f"{name}: expected sides up to {LONGEST_SIDE} pixels and {MOST_RATIO} to 1, found {width}x{height}; cut it first"
+        )
+
+
+def _upright(name: str, image: "Image", turn: bool = True) -> Picture:
+    """Decoded, turned as the camera was held, as RGB."""
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image.load()
+            if turn:
+                image = ImageOps.exif_transpose(image)
+            image = _rgb(image)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise PictureError(f"{name}: expected the size that the header names, found a larger picture inside") from None
+    except _FAILURES as error:
+        raise PictureError(f"{name}: expected a whole picture, found a damaged one ({_reason(error)})") from None
+    _check_size(name, *image.size)
+    digest = blake2b(b"%d %d " % image.size, digest_size=16)
+    digest.update(image.tobytes())
+    return Picture(name, image, digest.digest())
+
+
+def _rgb(image: "Image") -> "Image":
+    """RGB, what is transparent laid on white; gray of 16 bits by its upper 8."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or image.mode == "I":
+        import numpy as np
+
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")

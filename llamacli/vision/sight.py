@@ -1,0 +1,206 @@
+"""What a model sees: finds the tower's file, reads pictures, and puts their rows into prompts.
+
+In: ids with `<|image|>` where a picture stands, and pictures. Out: segments (prompt.py): Llama 4's marks around and between
+tiles, and for each tile the tower's rows. A picture that was looked at before is not looked at again.
+"""
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from llamacli.errors import ModelFileError, PictureError, PromptError, UsageError
+from llamacli.files.gguf import GGUF, open_gguf
+from llamacli.llama4.vision import VisionConfig, has_ollama_tower, has_tower, renamed
+from llamacli.prompt import Features
+from llamacli.vision.pictures import Picture, read_picture
+from llamacli.vision.tiles import Tiles, cut, layout
+from llamacli.vision.tower import Tower, nbytes
+
+KEPT = 512 << 20  # bytes of features kept for pictures that may be shown again
+MANY = 5  # pictures of a prompt that Meta tested
+NAMES = ("image_start", "image", "patch", "tile_x_separator", "tile_y_separator", "image_end")
+
+
+class Marks(NamedTuple):
+    """Ids of the tokens that a picture is made of."""
+
+    image_start: int
+    image: int
+    patch: int
+    tile_x_separator: int
+    tile_y_separator: int
+    image_end: int
+
+    @classmethod
+    def of(cls, tokenizer) -> "Marks":
+        """PromptError if the vocabulary lacks one."""
+        known = tokenizer.special_names.ids
+        if missing := [name for name in NAMES if f"<|{name}|>" not in known]:
+            raise PromptError(f"expected a model with the token <|{missing[0]}|>, found none; it cannot take pictures")
+        return cls(*(known[f"<|{name}|>"] for name in NAMES))
+
+
+class View(NamedTuple):
+    """A picture as the model sees it. Sizes are (width, height)."""
+
+    name: str
+    size: tuple[int, int]
+    shown: tuple[int, int]
+    grid: tuple[int, int]  # rows and columns of tiles
+    segments: list  # what stands for it in a prompt
+    n_tokens: int
+    seconds: float  # that the tower took; 0 if the picture was known
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles, the whole picture included."""
+        n = self.grid[0] * self.grid[1]
+        return n + (n > 1)
+
+    @property
+    def record(self) -> dict:
+        """Fit for JSON."""
+        sizes = {"width": self.size[0], "height": self.size[1], "shown": list(self.shown), "grid": list(self.grid)}
+        return {"name": self.name, **sizes, "tiles": self.n_tiles, "tokens": self.n_tokens}
+
+
+def find_tower(model: GGUF) -> Path | None:
+    """The file of a model's tower: the model's own, or an mmproj*.gguf beside it, by its name if there are several.
+
+    UsageError if several might be meant.
+    """
+    if has_ollama_tower(model):
+        return Path(model.path)
+    path = Path(model.path)
+    found = sorted(path.parent.glob("mmproj*.gguf"))
+    if len(found) < 2:
+        return found[0] if found else None
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.stem).lower()
+
+    def likeness(candidate: Path) -> int:
+        name = candidate.stem.lower().removeprefix("mmproj").lstrip("-_.")
+        return len(name) if stem.startswith(name) else len(stem) if name.startswith(stem) else 0
+
+    best = max(map(likeness, found))
+    chosen = [candidate for candidate in found if likeness(candidate) == best]
+    if not best or len(chosen) > 1:
+        names = ", ".join(candidate.name for candidate in found[:4])
+        raise UsageError(f"{path.parent}: expected one mmproj*.gguf for {path.name}, found {names}; choose one with --mmproj")
+    return chosen[0]
+
+
+def open_tower(model: GGUF, n_embd: int, path: Path | None = None) -> GGUF:
+    """The file of the tower of a model that is `n_embd` wide; `path`: not the one beside it.
+
+    PictureError if there is none, ModelFileError if it is another model's.
+    """
+    if (path := path or find_tower(model)) is None:
+        raise PictureError(
+            f"{model.path}: expected a vision tower, mmproj-*.gguf beside the model, found none; pass one with --mmproj"
+        )
+    gguf = model if Path(path) == Path(model.path) else open_gguf(path)
+    if not has_tower(gguf):
+        raise ModelFileError(f"{path}: expected a vision tower (architecture clip), found a file without one; pass another")
+    if (found := VisionConfig.from_gguf(gguf).n_text) != n_embd:
+        raise ModelFileError(f"{path}: expected features of {n_embd} numbers, found {found}; the tower is another model's")
+    return gguf
+
+
+def tower_bytes(gguf: GGUF, threads: int) -> int:
+    """Bytes of a tower's weights and of what it works in."""
+    weights = sum(tensor.nbytes for tensor in renamed(gguf).values())
+    return weights + nbytes(VisionConfig.from_gguf(gguf), threads)
+
+
+class Sight:
+    """A tower with the marks of a vocabulary. Threads may share it: calls wait for each other."""
+
+    def __init__(self, gguf: GGUF, tokenizer, threads: int):
+        self.marks, self._tower, self.path = Marks.of(tokenizer), Tower(gguf, threads), gguf.path
+        self.config, self.notices = self._tower.config, self._tower.notices
+        self._known: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        # Called while a picture is looked at: its name, the tiles done so far (a float), and all.
+        self.follow: Callable[[str, float, int], None] | None = None
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+        self._tower.close()
+        self._known.clear()
+
+    def interrupt(self) -> None:
+        """From another thread: have `look` end soon, by a KeyboardInterrupt."""
+        self._tower.interrupt()
+
+    def look(self, source, most_tiles: int | None = None) -> View:
+        """A picture (a Picture, or what `read_picture` takes) as segments. `most_tiles`: of its grid, at most the model's."""
+        picture = source if isinstance(source, Picture) else read_picture(source)
+        most = tiles_allowed(self.config, most_tiles)
+        tiles = cut(picture.image, self.config.image_size, most)
+        digest, began = blake2b(b"%d " % most + picture.digest, digest_size=16).digest(), perf_counter()
+        with self._lock:
+            rows, seconds = self._known.get(digest), 0.0
+            if rows is None:
+                follow = self.follow and (lambda done, of: self.follow(picture.name, done, of))
+                rows = self._tower.features(tiles.tiles, follow)
+                seconds = perf_counter() - began
+            self._keep(digest, rows)
+        found = segments(tiles, rows, digest, self.marks)
+        n_tokens = sum(len(part.rows) if isinstance(part, Features) else len(part) for part in found)
+        return View(picture.name, picture.image.size, tiles.shown[::-1], tiles.grid, found, n_tokens, seconds)
+
+    def _keep(self, digest: bytes, rows: np.ndarray) -> None:
+        """Remember rows; the pictures that were shown longest ago are forgotten."""
+        self._known[digest] = rows
+        self._known.move_to_end(digest)
+        while sum(kept.nbytes for kept in self._known.values()) > KEPT and len(self._known) > 1:
+            self._known.popitem(last=False)
+
+    def prompt(self, ids: Sequence[int], views: Iterable[View]) -> list:
+        """Ids with a view's segments in the place of each `<|image|>`."""
+        views, found, done = iter(views), [], 0
+        for at, id in enumerate(ids):
+            if id == self.marks.image:
+                found += [ids[done:at], *next(views).segments]
+                done = at + 1
+        return [*found, ids[done:]]
+
+
+def segments(tiles: Tiles, rows: np.ndarray, digest: bytes, marks: Marks) -> list:
+    """A picture in a prompt, as transformers' `Llama4Processor` writes it; `rows` float32 [tiles, n, n_embd]."""
+    features = [Features(marks.patch, tile, digest + b"%d" % n) for n, tile in enumerate(rows)]
+    found: list = [[marks.image_start]]
+    if len(features) > 1:
+        across = tiles.grid[1]
+        for n, tile in enumerate(features[:-1], 1):
+            found += [tile, [marks.tile_y_separator if n % across == 0 else marks.tile_x_separator]]
+    return [*found, [marks.image], features[-1], [marks.image_end]]
+
+
+def tiles_allowed(c: VisionConfig, asked: int | None) -> int:
+    """Most tiles of a grid; UsageError for less than one."""
+    if asked is not None and asked < 1:
+        raise UsageError(f"image tiles: expected at least 1, found {asked}")
+    return min(asked or c.most_tiles, c.most_tiles)
+
+
+def expected_tokens(c: VisionConfig, width: int, height: int, most_tiles: int | None = None) -> tuple[int, int]:
+    """(tiles, tokens of a prompt) that a picture of this size takes."""
+    (rows, columns), _ = layout(height, width, c.image_size, tiles_allowed(c, most_tiles))
+    n = rows * columns
+    return n + (n > 1), (n + (n > 1)) * c.n_rows + 3 + (n if n > 1 else 0)
+
+
+def describe(view: View) -> str:
+    """What the model saw, in a line."""
+    (wide, high), (w, h) = view.size, view.shown
+    shown = f", shown to the model at {w}x{h}" if (w, h) != (wide, high) and (w < wide or h < high) else ""
+    tiles = f"{view.n_tiles} tile{'s' if view.n_tiles > 1 else ''}"
+    return f"{view.name}: {wide}x{high}{shown}, {tiles}, {view.n_tokens} tokens"
