@@ -4,6 +4,7 @@ On request: commands over a miniature model.
 """
 
 import signal
+from importlib import import_module
 
 import pytest
 
@@ -24,8 +25,10 @@ def model(monkeypatch):
     """Commands in this process use a miniature model, which the test receives; stdin is empty."""
     from fakes import REPLY, FakeModel, Scripted
 
-    from llamacli.cli import bench, imatrix, options, perplexity, plan, run, tokenize  # noqa: F401  or they would keep what is patched here
+    from llamacli.cli import COMMANDS, options, run
 
+    for command in COMMANDS:  # one that is imported later would keep what is patched here
+        import_module(f"llamacli.cli.{command}")
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
     monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console, **more: made)

@@ -548,7 +548,7 @@ def test_a_full_context_says_what_to_do_and_loses_nothing(begin, tmp_path):
 
 
 def test_a_killed_chat_keeps_what_was_said(begin, tmp_path):
-    t = begin(reply="First sentence. Second sentence. Third", delay="0.02")
+    t = begin(reply="First sentence. Second sentence. Third" + "d" * 2000, delay="0.02")  # not over before it is killed
     t.type("tell\r")
     t.wait("Second sentence. T")
     t.close()
