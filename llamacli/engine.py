@@ -276,8 +276,6 @@ class Engine:
         ids, done, result = tokens.ids, 0, None
         self._begin([cache], len(ids) > 1 or cache.pos % CHECK_EVERY == 0)
         cache.reserve(len(ids))
-        if all_logits:
-            result = np.empty((len(ids) - first, self.config.n_vocab), np.float32)
         if self.follow_progress:
             self.follow_progress(0, len(ids))
         while done < len(ids):
@@ -291,7 +289,12 @@ class Engine:
             x = self._run_stages(x, [(cache, n)])
             if all_logits and done + n > first:
                 row = max(0, first - done)
-                result[done + row - first : done + n - first] = self.stages[-1].logits(x, row)
+                found = self.stages[-1].logits(x, row)
+                if len(found) == len(ids) - first:  # all from one batch: not copied, they may take hundreds of megabytes
+                    result = found
+                else:
+                    result = np.empty((len(ids) - first, self.config.n_vocab), np.float32) if result is None else result
+                    result[done + row - first : done + n - first] = found
             elif done + n == len(ids):
                 result = self.stages[-1].logits(x, n - 1)[0]
             if self._interrupted:

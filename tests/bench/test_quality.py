@@ -1,5 +1,6 @@
 """Perplexity, KL divergence and agreement against their definitions, token by token."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from fakes import BOS, FakeTokenizer
 from llamacli import Model
 from llamacli.bench import quality
 from llamacli.errors import ModelFileError, PromptError, UsageError
+from llamacli.plan import placement
 
 N_VOCAB = 11
 
@@ -149,3 +151,28 @@ def test_the_engine_gives_logits_from_a_position_on(tmp_path):
     for first in (1, 99, 100, 130, 249):
         part = model.engine.forward(ids, model.engine.new_cache(250), all_logits=True, first=first)
         np.testing.assert_allclose(part, whole[first:], atol=1e-5)
+
+
+def test_logits_that_are_kept_are_in_memory_once(tmp_path):
+    """Half a window of a large vocabulary takes hundreds of megabytes, which --memory counts once."""
+    model = Model.load(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=1024), 2, 1024)
+    ids, cache = np.random.RandomState(1).randint(0, 257, 1000), model.engine.new_cache(1024)
+    model.engine.forward(ids, cache)
+    cache.truncate(0)
+    tracemalloc.start()
+    try:
+        logits = model.engine.forward(ids, cache, all_logits=True)
+        assert tracemalloc.get_traced_memory()[1] < 1.5 * logits.nbytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_held_beside_a_model_leaves_less_to_it(tmp_path, monkeypatch):
+    """By so much as the logits take, which perplexity holds."""
+    path, seen = tiny.tiny_gguf(tmp_path / "tiny.gguf"), []
+    real = placement.place
+    monkeypatch.setattr(placement, "place", lambda *args, **more: seen.append(args[2]) or real(*args, **more))
+    for rows in (0, 256):
+        with Model.load(path, 1, 64, memory=10**9, logits_rows=rows) as model:
+            n_vocab = model.config.n_vocab
+    assert seen[0] - seen[1] == 4 * 256 * n_vocab

@@ -5,17 +5,20 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from fakes import FakeEngine, start, write_gguf
 
 from llamacli.cli import bench, imatrix, main, perplexity
 from llamacli.cpu import kvcache
 from llamacli.cpu.kvcache import KVCache
 from quantize import shapes
+from quantize.convert import convert
 from quantize.imatrix import read_imatrix
 
 TESTS = Path(__file__).parents[1]
@@ -36,6 +39,15 @@ def test_inspect_shows_what_cannot_be_run_and_says_so(tmp_path, capfd):
     assert record["runnable"] is False
     assert record["parameters"] == 128
     assert record["tensors"]["by_type"] == [{"type": "F32", "count": 1, "parameters": 128, "bytes": 512}]
+
+
+def test_a_model_in_more_parts_than_files_may_be_open_at_first(tmp_path):
+    """macOS allows 256; each part is one file here, and two while experts are read."""
+    parts = convert(tiny.tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "split.gguf", "F16", split_max_size=1)["files"]
+    limited = ["bash", "-c", 'ulimit -S -n 24; exec "$@"', "bash", sys.executable, "-m", "llamacli", "inspect", parts[0]]
+    done = subprocess.run(limited, capture_output=True, text=True, cwd=TESTS.parent)
+    assert len(parts) > 24
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_kv_memory_is_what_the_cache_takes():
