@@ -166,7 +166,7 @@ def choose_types(
     """Every tensor's type, in the order of `shapes` (NumPy's order, row length last), and notices.
 
     `overrides`: (regular expression searched in the name, type); the first that matches wins over the recipe. Vectors, norms
-    and routers stay F32 in any case. UsageError: not a regular expression, or not a type.
+    and routers stay F32 in any case. UsageError: not a regular expression, one that matches nothing, or not a type.
     """
     patterns = [(_compiled(pattern), _type_named(kind, pattern)) for pattern, kind in overrides]
     model, matched, decided, wanted = _model(shapes, imatrix), set(), set(), {}
@@ -188,7 +188,10 @@ def choose_types(
     notices = []
     for i, (pattern, kind) in enumerate(patterns):
         if i not in matched:
-            notices.append(f"--tensor-type: nothing to be quantized matches {pattern.pattern!r}")
+            raise UsageError(
+                f"--tensor-type: expected an expression that is found in the name of a tensor to be quantized, found "
+                f"{pattern.pattern!r}, which matches none; --dry-run lists them"
+            )
         elif i not in decided:
             notices.append(f"--tensor-type: all that {pattern.pattern!r} matches was given a type by one before it, not {kind}")
     if recipe.name in NEED_IMATRIX and not imatrix:

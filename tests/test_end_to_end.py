@@ -137,7 +137,7 @@ def test_chat_with_the_small_model_at_a_terminal(answer, tmp_path):
     child.expect_exact(answer.decode().strip().splitlines()[0])
     child.expect("> ")
     child.sendline("/stats")
-    child.expect(r"context: \d+ of \d+ tokens")
+    child.expect(r"context +\d+ of \d+ tokens")
     child.sendline("/exit")
     child.expect(pexpect.EOF)
     child.close()

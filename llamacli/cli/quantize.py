@@ -107,7 +107,7 @@ def quantize(
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
         with signals.unhurried(), console.progress("quantize") as update:
-            follow = Follow(update)
+            follow = Follow(update, console.warn)
             report = convert(
                 Path(source),
                 path,
@@ -124,7 +124,7 @@ def quantize(
     except KeyboardInterrupt:
         console.note("stopped; the same command goes on where this one did")
         raise
-    _show(report, as_json, console)
+    _show(report, follow.told, as_json, console)
 
 
 quantize.notes = "\n".join(
@@ -157,13 +157,19 @@ def _override(text: str) -> tuple[str, str]:
 
 
 class Follow:
-    """Passes on how far the file is, and how many weights that is."""
+    """Passes on how far the file is, and how many weights that is; before the work it says what the user should know.
 
-    def __init__(self, update: Callable[[int, int, str, int], None]):
-        self._update, self._tensors = update, {}
+    `told` are the notices that were said.
+    """
+
+    def __init__(self, update: Callable[[int, int, str, int], None], warn: Callable[[str], None]):
+        self._update, self._warn, self._tensors, self.told = update, warn, {}, []
 
     def plan(self, report) -> None:
         """What will be written, in order."""
+        for notice in report["notices"]:
+            self._warn(notice)
+            self.told.append(notice)
         weights, nbytes = 0, report["nbytes"] - sum(t["nbytes"] for t in report["tensors"])
         for t in report["tensors"]:
             self._tensors[t["name"]] = nbytes, weights, t
@@ -176,13 +182,14 @@ class Follow:
             self._update(done, total, tensor.removesuffix(".weight"), weights + int(share * t["weights"]))
 
 
-def _show(report, as_json: bool, console) -> None:
+def _show(report, told: list[str], as_json: bool, console) -> None:
     tensors = report["tensors"]
     by_type = sorted(summary(tensors, lambda t: t["type"]), key=lambda kind: -kind["nbytes"])
     groups = sorted(summary(tensors, lambda t: group_of(t["name"])), key=lambda group: GROUPS.index(group["name"]))
     everything = {"name": "all", "count": len(tensors), "types": [], **_sums(tensors)}
     for notice in report["notices"]:
-        console.warn(notice)
+        if notice not in told:
+            console.warn(notice)
     show_kernel_notices(console)
     if as_json:
         sums = {"by_type": by_type, "groups": groups, "weights_nbytes": everything["nbytes"]}
@@ -193,9 +200,9 @@ def _show(report, as_json: bool, console) -> None:
         groups.append(everything)
         rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
         console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), to_stderr=True)
-        console.say(
-            console.dim(one_line(f"wrote {_written(report)}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}"))
-        )
+        earlier = f", {amount(report['resumed_bytes'])} of it were there already" if report["resumed_bytes"] else ""
+        words = f"wrote {_written(report)}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}{earlier}"
+        console.say(console.dim(one_line(words)))
     elif not report["written"]:
         console.note(f"would write {_written(report)}: {_size(report)}")
 

@@ -96,7 +96,7 @@ def test_piped_lines_are_turns_and_the_answers_alone_are_on_stdout():
 def test_commands_work_in_a_pipe_and_speak_on_stderr():
     code, out, err = piped("hi\n/regen\n/stats\n/system be kind\n/system\n/set temp 0.2\n/show\n/exit\nnever\n", reply="fine")
     assert (code, out) == (0, "fine\nfine\n")
-    for words in ("context: ", "be kind", "temp            0.2"):
+    for words in ("context         ", "be kind", "temp            0.2"):
         assert words in err
 
 

@@ -6,7 +6,6 @@ In: a turn. Out: an answer shown, or a command obeyed. What goes wrong is raised
 import dataclasses
 import difflib
 import os
-import textwrap
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -140,16 +139,8 @@ class Commands:
 
     def help_(self, rest: str) -> None:
         lines = [(f"{name} {argument}".strip(), words) for name, (argument, words) in COMMANDS.items()]
-        width = self.screen.size()[0] - 1
         for head, words in [*lines, *KEYS]:
-            left = 24 if width >= 70 else 12
-            text = textwrap.wrap(words, max(16, width - left - 2))
-            if len(head) >= left:
-                self.console.say(f"  {head}")
-                head = ""
-            for line in text:
-                self.console.say(f"  {head.ljust(left)}{line}")
-                head = ""
+            self.screen.row(head, words, 24 if self.screen.size()[0] > 70 else 12)
 
     def regen_(self, rest: str) -> None:
         self._show(self.talk.regenerate())
@@ -235,7 +226,7 @@ class Commands:
             ("stats", on[self.screen.stats]),
         ]
         for name, value in rows:
-            self.console.say(f"  {name:<16}{one_line(value)}")
+            self.screen.row(name, value, 16)
 
     def ctx_(self, rest: str) -> None:
         if rest:
@@ -278,12 +269,12 @@ class Commands:
 
     def list_(self, rest: str) -> None:
         for chat in self._kept().chats(LISTED):
-            self.console.say(f"  {chat.id}  {_when(chat.changed)}  {one_line(chat.name or title(chat.question))}")
+            self.screen.row(f"{chat.id}  {_when(chat.changed)}", chat.name or title(chat.question), 28)
 
     def search_(self, rest: str) -> None:
         found = self._kept().search(rest)
         for hit in found:
-            self.console.say(f"  {hit.chat.id}  {_when(hit.chat.changed)}  {one_line(hit.snippet)}")
+            self.screen.row(f"{hit.chat.id}  {_when(hit.chat.changed)}", hit.snippet, 28)
         if not found:
             self.console.note("nothing found")
 
@@ -324,12 +315,13 @@ class Commands:
     def stats_(self, rest: str) -> None:
         session = self.talk.session
         memory = getattr(session.cache, "nbytes", 0)
-        self.console.say(f"context: {len(session.ids)} of {session.ctx} tokens, {memory / 1e6:.1f} MB of keys and values")
-        self.console.say(f"latest answer: {describe(session.stats, None)}")
+        rows = [("context", f"{len(session.ids)} of {session.ctx} tokens, {memory / 1e6:.1f} MB of keys and values")]
+        rows.append(("latest answer", describe(session.stats, None)[1:-1] if session.stats.prompt_tokens else "(none yet)"))
         for what, io in (("prompt", session.stats.prefill_io), ("answer", session.stats.decode_io)):
             if io:
-                self.console.say(f"experts of the {what}: {io}")
-        self.console.say(f"memory: {resident_words()}")
+                rows.append((f"experts, {what}", str(io)))
+        for head, text in [*rows, ("memory", resident_words())]:
+            self.screen.row(head, text, 16)
 
     def model_(self, rest: str) -> None:
         if not rest:

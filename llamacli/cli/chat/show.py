@@ -6,14 +6,16 @@ themselves. While an answer is written, what is typed is neither shown nor lost.
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Iterator
 
 from llamacli import environment
 from llamacli.cli import signals
 from llamacli.cli.chat.terminal import Quiet, unbroken
-from llamacli.cli.console import Console, is_terminal, visible
+from llamacli.cli.console import Console, is_terminal, one_line, visible
 from llamacli.cli.run import describe, reading
 
+NARROWEST = 16  # columns of a text beside another
 RECALLED = 12  # lines of an earlier question that are shown
 
 
@@ -44,6 +46,18 @@ class Screen:
     def send(self, text: str) -> None:
         """Control sequences of our own."""
         self._console.draw(text)
+
+    def row(self, head: str, text: str, left: int) -> None:
+        """A row of two columns that somebody asked for, `left` the width of the first; a second one too narrow stands below."""
+        room = self.size()[0] - 1 - 2 - left
+        if room < NARROWEST or len(head) >= left:
+            self._console.say(f"  {head}")
+            head = ""
+        if room < NARROWEST:
+            left, room = 2, max(NARROWEST, room + left - 2)
+        for line in textwrap.wrap(one_line(text), room) or [""]:
+            self._console.say(f"  {head.ljust(left)}{line}".rstrip())
+            head = ""
 
     def answer(self, talk, answer: Iterator[str], typed: bool) -> None:
         """Show an answer to its end. Ctrl-C ends it and keeps what was said; where nobody types, it ends the chat."""

@@ -7,7 +7,7 @@ was: a question without an answer waits for another try, and an old answer gives
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from llamacli.cli.grammar import kind_of, read_value
+from llamacli.cli.grammar import kind_of, meant, read_value
 from llamacli.cli.options import Generation
 from llamacli.conversation import Answer, Conversation
 from llamacli.errors import ContextFullError, PromptError, UsageError
@@ -83,7 +83,9 @@ class Talk:
         """Change a setting, checked as its option is; "default" gives the model's. UsageError if it makes no sense."""
         name = name.lstrip("-").replace("-", "_")
         if name not in SETTINGS:
-            raise UsageError(f"/set: expected one of {', '.join(SETTINGS)}, markdown or stats, found {name!r}")
+            near = meant(name, SETTINGS)
+            known = "a setting" if near else f"one of {', '.join(SETTINGS)}, markdown or stats"
+            raise UsageError(f"/set: expected {known}, found {name!r}{near}")
         before = getattr(self.options, name)
         setattr(self.options, name, _value(name, text))
         try:
@@ -98,10 +100,11 @@ class Talk:
         rows = []
         for name in SETTINGS:
             value = getattr(self.options, name)
-            if value == FIELDS[name].default and name not in SHOWN and name not in defaults:
+            value = None if value == () else value  # what the parser gives for an option that may be repeated
+            if value in (None, FIELDS[name].default) and name not in SHOWN and name not in defaults:
                 continue
-            default = f"{defaults[name]} (default)" if name in defaults else "(default)"
-            rows.append((name, default if value is None else _text(value)))
+            default = defaults.get(name, SAMPLING[name][0] if name in SAMPLING else None)
+            rows.append((name, _text(value) if value is not None else f"{_text(default)} (default)".lstrip()))
         return rows
 
     def use(self, load: Callable[[str], object], path: str) -> None:
@@ -155,9 +158,12 @@ class Talk:
 
 
 def _text(value) -> str:
-    if isinstance(value, list):
+    """A setting as it is typed."""
+    if isinstance(value, list | tuple):
         return " ".join(map(repr, map(str, value)))
-    return str(value) if not isinstance(value, bool) else "on" if value else "off"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _value(name: str, text: str):
