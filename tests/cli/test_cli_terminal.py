@@ -1,10 +1,13 @@
 """`run` and `plan` on a real pseudo-terminal: how far a prompt is, words at the edge, tables, what `-q` keeps quiet."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from checkpoint import CONFIG, SCOUT
@@ -164,3 +167,35 @@ def test_titles_are_whole_words_and_numbers_are_never_folded(scout, columns, col
     if columns == 200:
         titles = [line for line in piped.splitlines() if line and not line.startswith(" ")]
         assert [line.split() for line in titles] == [line.split() for line in shown if line and not line.startswith(" ")]
+
+
+# completion, by the key
+
+
+BIN = Path(sys.executable).parent
+SHELLS = {  # how to start it without anybody's settings, and what enables completion
+    "bash": (["bash", "--norc", "-i"], 'eval "$(llamacli completion bash)"'),
+    "zsh": (["zsh", "-f", "-i"], 'autoload -Uz compinit; compinit -u -D; eval "$(llamacli completion zsh)"'),
+    "fish": (["fish", "--no-config", "-i"], "llamacli completion fish | source"),
+}
+
+
+@pytest.mark.skipif(not (BIN / "llamacli").exists(), reason="needs the command installed")
+@pytest.mark.parametrize("shell", [pytest.param(s, marks=pytest.mark.skipif(not shutil.which(s), reason=s)) for s in SHELLS])
+def test_tab_completes_commands_types_models_and_files(shell, tmp_path):
+    (tmp_path / "notes of mine.txt").touch()
+    command, enable = SHELLS[shell]
+    env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "PS1": "$ "}
+    t = Terminal(["sh", "-c", f"cd {tmp_path} && exec {shlex.join(command)}"], 100, 40, **env)
+    t.pump(0.5)
+    t.type(f"{enable}; echo rea''dy\r")
+    t.wait("\nready")
+    t.type("llamacli qua\t")
+    t.wait("llamacli quantize")
+    t.type("a b --type IQ4_X\t")
+    t.wait("IQ4_XS")
+    t.type("\x15llamacli run -m scout-t\t")
+    t.wait("llamacli run -m scout-tiny")
+    t.type("-f no\t")
+    t.wait("mine.txt")
+    t.close()
