@@ -13,7 +13,21 @@ from typing import Annotated, NamedTuple
 from llamacli import DEFAULT_CTX, default_ctx
 from llamacli.cli.console import amount, count, rate
 from llamacli.cli.grammar import argument, option, token_count
-from llamacli.cli.options import KV, Json, KvType, ModelName, Output, Threads, byte_count, find_model, model_names, one_model
+from llamacli.cli.options import (
+    KV,
+    DeviceName,
+    GpuLayers,
+    Json,
+    KvType,
+    ModelName,
+    Output,
+    Threads,
+    byte_count,
+    find_model,
+    model_names,
+    one_model,
+)
+from llamacli.cli.options import placement as placement_of
 from llamacli.errors import MemoryLimitError, UsageError
 
 ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
@@ -24,10 +38,11 @@ LONGEST = 1 << 31  # tokens
 
 
 class Model(NamedTuple):
-    """What is planned: `sizes` are placement.Sizes, `notices` what else to know."""
+    """What is planned: `tensors` their names and bytes, `sizes` the same as placement.Sizes, `notices` what else to know."""
 
     title: str
     config: object
+    tensors: list[tuple[str, int]]
     sizes: object
     parameters: int
     notices: list[str]
@@ -77,6 +92,16 @@ def plan(
         Path | None, option("--plot", metavar="FILE", help="Draw the speeds as an image (needs matplotlib).")
     ] = None,
     threads: Threads = None,
+    device: DeviceName = None,
+    gpu_layers: GpuLayers = None,
+    gpu_memory: Annotated[
+        str | None,
+        option(
+            "--gpu-memory",
+            metavar="SIZE",
+            help="What a GPU may hold, for --device mlx on another machine; a Mac's driver allows about three quarters.",
+        ),
+    ] = None,
     kv: KvType = KV.f16,
     as_json: Json = False,
     output: Output = None,
@@ -89,6 +114,7 @@ def plan(
     Examples:
     llamacli plan scout.gguf -c 128K
     llamacli plan Llama-4-Maverick-17B-128E-Instruct --type Q4_K_M --memory 64G,128G --disk 3,7
+    llamacli plan scout.gguf --memory 96G --gpu-memory 72G
     """
     from llamacli.cpu.kernels.cores import default_threads
     from llamacli.plan import placement
@@ -123,14 +149,23 @@ def plan(
             )
     if not any(plans):
         raise refused
+    share = _gpu_share(model, next(filter(None, plans)).ctx, placement_of(device, gpu_layers), gpu_memory)
     speeds = _speeds(path, disk, bandwidth, many["threads"])
     record = {"ctx_asked": asked} | _record(model, speeds, plans, memories, placement)
+    if share:
+        record["gpu"] = {f"{name}_bytes": n for name, n in share._asdict().items() if name not in ("layers", "streams")}
+        record["gpu"]["layers"] = share.layers
     if as_json:
         console.result(json.dumps(record, ensure_ascii=False))
     elif len(record["plans"]) == 1:
         _show(model, plans[0], record, speeds, many, placement, console)
     else:
         _show_many(record, console)
+    if share and not as_json:
+        rows = [("layers", f"{share.layers} of {model.config.n_layers}, and the head"), ("weights", amount(share.weights))]
+        rows += [("KV cache", amount(share.kv)), ("to work in", amount(share.working))]
+        rows.append(("all", f"{amount(share.nbytes)} of {amount(share.budget)}"))
+        console.table("\nOf it on the GPU; the speeds above are those of a CPU, no GPU having been measured", rows)
     if plot:  # last: if it cannot be written, the numbers have been shown
         picture.draw_plan(record["plans"], model.title, plot)
 
@@ -154,7 +189,7 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     if slow:
         notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
     total = sum(math.prod(t.shape) for t in gguf.tensors.values())
-    return Model(str(gguf.path), config, size_by_kind(held, config), total, notices)
+    return Model(str(gguf.path), config, held, size_by_kind(held, config), total, notices)
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
@@ -167,7 +202,22 @@ def _from_folder(folder: Path, type_name: str | None) -> Model:
     dims = {spec.name: spec.shape for spec in tensors(config) if spec.required}
     types, notices = choose_types(recipe, dims)
     held = [(name, types[name].row_bytes(shape[-1]) * math.prod(shape[:-1])) for name, shape in dims.items()]
-    return Model(f"{folder} as {recipe.name}", config, size_by_kind(held, config), sum(map(math.prod, dims.values())), notices)
+    total = sum(map(math.prod, dims.values()))
+    return Model(f"{folder} as {recipe.name}", config, held, size_by_kind(held, config), total, notices)
+
+
+def _gpu_share(model: Model, ctx: int, asked: dict, gpu_memory: str | None):
+    """The plan.offload.Offload that is asked for, None if none is. MemoryLimitError if it does not fit."""
+    from llamacli.mlx import runtime
+    from llamacli.plan.offload import place_layers
+
+    if asked["device"] == "cpu" and not gpu_memory:
+        return None
+    if gpu_memory:
+        budget = byte_count(gpu_memory, "--gpu-memory")
+    elif not (budget := runtime.start().budget):
+        raise UsageError("--device: expected a GPU here, or --gpu-memory SIZE for another machine's, found neither")
+    return place_layers(model.config, model.tensors, ctx, budget, asked["gpu_layers"], name=model.title)
 
 
 def _memories(text: str | None) -> list[int]:

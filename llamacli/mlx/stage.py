@@ -68,7 +68,9 @@ class MlxStage:
             self._weights: Weights = assemble(
                 gguf, config, lambda tensor: self._matrix(gguf, tensor), layers, embedding=False, head=heads
             )
-            self._norms = [[mx.array(norm) for norm in (w.attn_norm, w.ffn_norm)] for w in self._weights.layers]
+            self._layers = [
+                w._replace(attn_norm=mx.array(w.attn_norm), ffn_norm=mx.array(w.ffn_norm)) for w in self._weights.layers
+            ]
             self._output_norm = mx.array(self._weights.output_norm) if heads else None
             self._experts = self._fetching(gguf) if self._slots else None
             mx.set_cache_limit(working_bytes(config))
@@ -132,11 +134,11 @@ class MlxStage:
         with runtime.translated(self._path), mx.stream(self._device):
             x = mx.array(x)
             ops = Operations(self._config, self._frequencies, runs, self._experts)
-            for i, weights, norms in zip(self.layers, self._weights.layers, self._norms, strict=True):
+            for i, weights in zip(self.layers, self._layers, strict=True):
                 began = perf_counter()
                 ops.layer = i
                 try:
-                    x = llama4.layer(ops, self._config, i, weights._replace(attn_norm=norms[0], ffn_norm=norms[1]), x)
+                    x = llama4.layer(ops, self._config, i, weights, x)
                     if not lazy or self.timings is not None:
                         mx.eval(x)
                     elif (i + 1) % AHEAD == 0:
@@ -201,7 +203,7 @@ class MlxStage:
 
     def close(self) -> None:
         """Drop weights and what MLX keeps of freed memory."""
-        self._weights = self._norms = self._output_norm = self._chosen = self._pending = None
+        self._weights = self._layers = self._output_norm = self._chosen = self._pending = None
         if self._experts:
             self._experts.slots.close()
         self._windows, self._experts = [], None

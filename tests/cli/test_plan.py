@@ -176,3 +176,23 @@ def test_a_number_of_tokens_may_be_short():
     assert [token_count(text, "") for text in ("8192", "128K", "1M", " 1m ")] == [8192, 131072, 1048576, 1048576]
     with pytest.raises(UsageError):
         token_count("1.5M", "--ctx")
+
+
+def test_a_gpus_part_is_planned_from_what_it_may_hold(folder, capfd, limits):
+    gpu = ("--memory", "96G", "--type", "Q4_K_M")
+    assert "gpu" not in record(capfd, folder(**REAL), *gpu)
+    whole = record(capfd, folder(**REAL), *gpu, "--gpu-memory", "72G")
+    assert whole["gpu"]["layers"] == 48
+    assert whole["gpu"]["budget_bytes"] == 72 * 10**9
+    embedding = whole["weights"]["embedding"]
+    assert whole["gpu"]["weights_bytes"] == pytest.approx(whole["weights_bytes"] - embedding, rel=1e-3)
+    some = record(capfd, folder(**REAL), *gpu, "--gpu-memory", "48G")["gpu"]
+    assert 30 < some["layers"] < 40
+    assert some["weights_bytes"] + some["kv_bytes"] + some["working_bytes"] <= 48 * 10**9
+    assert record(capfd, folder(**REAL), *gpu, "--gpu-memory", "48G", "--gpu-layers", "8")["gpu"]["layers"] == 8
+
+
+def test_more_layers_than_a_gpu_holds_are_refused(folder, capfd, limits):
+    code = main(["plan", folder(**REAL), "--memory", "96G", "--gpu-memory", "48G", "--gpu-layers", "all"])
+    assert code == 1
+    assert "for 48 layers on the GPU" in capfd.readouterr().err

@@ -3,9 +3,12 @@
 import json
 import sys
 
-import cpp
 import pytest
 import tiny
+
+pytest.importorskip("mlx.core")
+
+import cpp
 
 from llamacli.bench import doctor
 from llamacli.cli import main
@@ -27,7 +30,6 @@ def small(tmp_path):
 
 @pytest.fixture
 def as_cpp(monkeypatch):
-    pytest.importorskip("mlx.core")
     if cpp.COMPILER is None:
         pytest.skip("needs a C++ compiler")
     from llamacli.mlx import checks, kernels
