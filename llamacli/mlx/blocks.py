@@ -6,9 +6,9 @@ runs of 16 weights that follow one another in the row and share a scale and a mi
     u32 run(u32 p, u32 r)            the first weight, within the block, of run r (0 or 1) of piece p
     void piece(b, p, q, d, m)        weight i of run r is d[r] * q[16 * r + i] - m[r]; b: the block's bytes
 
-kernels.py defines for each language: u8 to u64, INLINE, GLOBAL and LOCAL (address spaces), TABLE, `half_of` and `float_of`
-(bits to numbers). Blocks begin at even addresses, so two bytes are read at a time. Layouts: ggml's ggml-common.h and
-ggml-quants.c; the values are compared with gguf-py's.
+kernels.py defines for each language: u8 to u64, INLINE, GLOBAL and LOCAL (address spaces), TABLE, UNROLL (registers hold
+arrays only then), `half_of` and `float_of` (bits to numbers). Blocks begin at even addresses, so two bytes are read at a time.
+Layouts: ggml's ggml-common.h and ggml-quants.c; the values are compared with gguf-py's.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ INLINE int signed_byte(u32 v) { return (int)(v & 255) - (int)((v & 128) << 1); }
 
 // 16 bytes: their low nibbles to q[0..15], their high ones to q[16..31]
 INLINE void nibbles(const GLOBAL u8* b, LOCAL float* q) {
-  for (u32 i = 0; i < 8; i++) {
+  UNROLL for (u32 i = 0; i < 8; i++) {
     const u32 v = two(b + 2 * i);
     q[2 * i] = (float)(v & 15);
     q[2 * i + 1] = (float)((v >> 8) & 15);
@@ -42,7 +42,7 @@ INLINE void nibbles(const GLOBAL u8* b, LOCAL float* q) {
 
 // adds `unit` to the weights of a run whose bit `shift` is set in 16 bytes
 INLINE void bits(const GLOBAL u8* b, u32 shift, float unit, LOCAL float* q) {
-  for (u32 i = 0; i < 8; i++) {
+  UNROLL for (u32 i = 0; i < 8; i++) {
     const u32 v = two(b + 2 * i);
     q[2 * i] += (v >> shift) & 1 ? unit : 0.0f;
     q[2 * i + 1] += (v >> (shift + 8)) & 1 ? unit : 0.0f;
@@ -51,7 +51,7 @@ INLINE void bits(const GLOBAL u8* b, u32 shift, float unit, LOCAL float* q) {
 
 // adds 2 bits from `shift` on of each of 16 bytes, times `unit`
 INLINE void pairs(const GLOBAL u8* b, u32 shift, float unit, LOCAL float* q) {
-  for (u32 i = 0; i < 8; i++) {
+  UNROLL for (u32 i = 0; i < 8; i++) {
     const u32 v = two(b + 2 * i);
     q[2 * i] += unit * (float)((v >> shift) & 3);
     q[2 * i + 1] += unit * (float)((v >> (shift + 8)) & 3);
@@ -72,7 +72,7 @@ _FIFTH_BITS = """
 // the fifth bits of 32 weights, 4 bytes at b, a bit a weight
 INLINE void fifths(const GLOBAL u8* b, LOCAL float* q) {
   const u32 h = two(b) | (two(b + 2) << 16);
-  for (u32 i = 0; i < 32; i++) q[i] += (h >> i) & 1 ? 16.0f : 0.0f;
+  UNROLL for (u32 i = 0; i < 32; i++) q[i] += (h >> i) & 1 ? 16.0f : 0.0f;
 }
 """
 
@@ -80,7 +80,7 @@ _LEVELS = """
 TABLE float levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 INLINE void looked_up(const GLOBAL u8* b, LOCAL float* q) {
-  for (u32 i = 0; i < 8; i++) {
+  UNROLL for (u32 i = 0; i < 8; i++) {
     const u32 v = two(b + 2 * i);
     q[2 * i] = levels[v & 15];
     q[2 * i + 1] = levels[(v >> 8) & 15];
@@ -105,7 +105,7 @@ INLINE void scale_and_minimum(const GLOBAL u8* s, u32 j, float scale, float mini
 
 INLINE void scales(const GLOBAL u8* b, u32 p, LOCAL float* d, LOCAL float* m) {
   const float scale = half_at(b), minimum = half_at(b + 2);
-  for (u32 r = 0; r < 2; r++) scale_and_minimum(b + 4, p / 2 * 2 + r, scale, minimum, d + r, m + r);
+  UNROLL for (u32 r = 0; r < 2; r++) scale_and_minimum(b + 4, p / 2 * 2 + r, scale, minimum, d + r, m + r);
 }
 """
 
@@ -115,8 +115,8 @@ INLINE u32 run(u32 p, u32 r) { return 128 * (p / 4) + 32 * (p % 2 * 2 + r) + 16 
 INLINE u32 group(u32 p, u32 r) { return run(p, r) / 16; }
 
 INLINE void quarters(const GLOBAL u8* b, u32 p, LOCAL float* q) {
-  for (u32 i = 0; i < 32; i++) q[i] = 0.0f;
-  for (u32 r = 0; r < 2; r++) pairs(b + 32 * (p / 4) + 16 * (p / 2 % 2), 2 * (p % 2 * 2 + r), 1.0f, q + 16 * r);
+  UNROLL for (u32 i = 0; i < 32; i++) q[i] = 0.0f;
+  UNROLL for (u32 r = 0; r < 2; r++) pairs(b + 32 * (p / 4) + 16 * (p / 2 % 2), 2 * (p % 2 * 2 + r), 1.0f, q + 16 * r);
 }
 """
 
@@ -156,7 +156,7 @@ INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOC
     "Q8_0": _ONE_RUN_AFTER_THE_OTHER
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
-  for (u32 i = 0; i < 16; i++) {
+  UNROLL for (u32 i = 0; i < 16; i++) {
     const u32 v = two(b + 2 + 2 * i);
     q[2 * i] = (float)signed_byte(v);
     q[2 * i + 1] = (float)signed_byte(v >> 8);
@@ -192,7 +192,7 @@ INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOC
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
   nibbles(b + 48 + 16 * p, q);
-  for (u32 r = 0; r < 2; r++) bits(b + 16 + 16 * (p % 2), p / 2 * 2 + r, 16.0f, q + 16 * r);
+  UNROLL for (u32 r = 0; r < 2; r++) bits(b + 16 + 16 * (p % 2), p / 2 * 2 + r, 16.0f, q + 16 * r);
   scales(b, p, d, m);
 }
 """,
@@ -202,7 +202,7 @@ INLINE u32 run(u32 p, u32 r) { return 128 * (p / 4) + 16 * (p % 4) + 64 * r; }
 
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
   nibbles(b + 16 * p, q);
-  for (u32 r = 0; r < 2; r++) {
+  UNROLL for (u32 r = 0; r < 2; r++) {
     pairs(b + 128 + 32 * (p / 4) + 16 * (p % 2), 2 * (p / 2 % 2) + 4 * r, 16.0f, q + 16 * r);
     d[r] = half_at(b + 208) * (float)signed_byte(b[192 + run(p, r) / 16]);
     m[r] = 32.0f * d[r];
@@ -213,7 +213,7 @@ INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOC
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
   quarters(b + 16, p, q);
-  for (u32 r = 0; r < 2; r++) {
+  UNROLL for (u32 r = 0; r < 2; r++) {
     d[r] = half_at(b + 80) * (float)(b[group(p, r)] & 15);
     m[r] = half_at(b + 82) * (float)(b[group(p, r)] >> 4);
   }
@@ -223,7 +223,7 @@ INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOC
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
   quarters(b + 32, p, q);
-  for (u32 r = 0; r < 2; r++) {
+  UNROLL for (u32 r = 0; r < 2; r++) {
     const u32 g = group(p, r);
     bits(b + 16 * (p / 2 % 2), 4 * (p / 4) + p % 2 * 2 + r, 4.0f, q + 16 * r);
     const u32 low = g < 8 ? b[96 + g] & 15 : b[88 + g] >> 4, high = (b[104 + g % 4] >> (2 * (g / 4))) & 3;
@@ -235,21 +235,21 @@ INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOC
     "F16": _ONE_RUN_AFTER_THE_OTHER
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
-  for (u32 i = 0; i < 32; i++) q[i] = half_at(b + 2 * i);
+  UNROLL for (u32 i = 0; i < 32; i++) q[i] = half_at(b + 2 * i);
   both(1.0f, 0.0f, d, m);
 }
 """,
     "BF16": _ONE_RUN_AFTER_THE_OTHER
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
-  for (u32 i = 0; i < 32; i++) q[i] = float_of(two(b + 2 * i) << 16);
+  UNROLL for (u32 i = 0; i < 32; i++) q[i] = float_of(two(b + 2 * i) << 16);
   both(1.0f, 0.0f, d, m);
 }
 """,
     "F32": _ONE_RUN_AFTER_THE_OTHER
     + """
 INLINE void piece(const GLOBAL u8* b, u32 p, LOCAL float* q, LOCAL float* d, LOCAL float* m) {
-  for (u32 i = 0; i < 32; i++) q[i] = float_of(two(b + 4 * i) | (two(b + 4 * i + 2) << 16));
+  UNROLL for (u32 i = 0; i < 32; i++) q[i] = float_of(two(b + 4 * i) | (two(b + 4 * i + 2) << 16));
   both(1.0f, 0.0f, d, m);
 }
 """,

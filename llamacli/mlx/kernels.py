@@ -38,6 +38,7 @@ typedef uchar u8; typedef ushort u16; typedef uint u32; typedef ulong u64; typed
 #define GLOBAL device
 #define LOCAL thread
 #define TABLE constant constexpr
+#define UNROLL _Pragma("clang loop unroll(full)")
 INLINE float half_of(u16 v) { return (float)as_type<half>(v); }
 INLINE float float_of(u32 v) { return as_type<float>(v); }
 INLINE float lane_sum(float v) { return simd_sum(v); }
@@ -51,6 +52,7 @@ typedef unsigned long long u64; typedef __half f16;
 #define GLOBAL
 #define LOCAL
 #define TABLE static __device__ const
+#define UNROLL _Pragma("unroll")
 INLINE float half_of(u16 v) { return __half2float(__ushort_as_half(v)); }
 INLINE float float_of(u32 v) { return __uint_as_float(v); }
 INLINE float lane_sum(float v) {
@@ -71,27 +73,27 @@ BODIES = {
   const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[group_no] * place[3];
   const GLOBAL float* rows = x + (u64)group_no * TOKENS * n_cols;
   float sums[ROWS * TOKENS];
-  for (u32 i = 0; i < ROWS * TOKENS; i++) sums[i] = 0.0f;
+  UNROLL for (u32 i = 0; i < ROWS * TOKENS; i++) sums[i] = 0.0f;
   for (u32 s = lane; s < n_cols / 32; s += 32) {
     const u32 p = s % (BLOCK / 32), block = s / (BLOCK / 32);
     const u32 c0 = block * BLOCK + run(p, 0), c1 = block * BLOCK + run(p, 1);
     float totals[2 * TOKENS];  // of the activations of each run, which minima are multiplied with
-    for (u32 t = 0; t < TOKENS; t++) {
+    UNROLL for (u32 t = 0; t < TOKENS; t++) {
       const GLOBAL float* v = rows + (u64)t * n_cols;
       totals[2 * t] = totals[2 * t + 1] = 0.0f;
-      for (u32 i = 0; i < 16; i++) {
+      UNROLL for (u32 i = 0; i < 16; i++) {
         totals[2 * t] += v[c0 + i];
         totals[2 * t + 1] += v[c1 + i];
       }
     }
-    for (u32 r = 0; r < ROWS; r++) {
+    UNROLL for (u32 r = 0; r < ROWS; r++) {
       const u32 row = first + r < n_rows ? first + r : n_rows - 1;
       float q[32], d[2], m[2];
       piece(base + row * row_bytes + (u64)block * NBYTES, p, q, d, m);
-      for (u32 t = 0; t < TOKENS; t++) {
+      UNROLL for (u32 t = 0; t < TOKENS; t++) {
         const GLOBAL float* v = rows + (u64)t * n_cols;
         float a = 0.0f, b = 0.0f;
-        for (u32 i = 0; i < 16; i++) {
+        UNROLL for (u32 i = 0; i < 16; i++) {
           a += q[i] * v[c0 + i];
           b += q[16 + i] * v[c1 + i];
         }
@@ -99,8 +101,8 @@ BODIES = {
       }
     }
   }
-  for (u32 r = 0; r < ROWS; r++)
-    for (u32 t = 0; t < TOKENS; t++) {
+  UNROLL for (u32 r = 0; r < ROWS; r++)
+    UNROLL for (u32 t = 0; t < TOKENS; t++) {
       const float sum = lane_sum(sums[r * TOKENS + t]);
       if (lane == 0 && first + r < n_rows) y[((u64)group_no * TOKENS + t) * n_rows + first + r] = sum;
     }
@@ -114,9 +116,9 @@ BODIES = {
   const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[0] * place[3] + at_y * row_bytes;
   float q[32], d[2], m[2];
   piece(base + (u64)block * NBYTES, p, q, d, m);
-  for (u32 r = 0; r < 2; r++) {
+  UNROLL for (u32 r = 0; r < 2; r++) {
     const u64 first = (u64)at_y * n_cols + block * BLOCK + run(p, r);
-    for (u32 i = 0; i < 16; i++) y[first + i] = (f16)(d[r] * q[16 * r + i] - m[r]);
+    UNROLL for (u32 i = 0; i < 16; i++) y[first + i] = (f16)(d[r] * q[16 * r + i] - m[r]);
   }
 """,
 }

@@ -28,6 +28,7 @@ typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t
 #define GLOBAL
 #define LOCAL
 #define TABLE static const
+#define UNROLL
 INLINE float half_of(u16 v) { f16 h; memcpy(&h, &v, 2); return (float)h; }
 INLINE float float_of(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 static float lane_sums[64];

@@ -24,6 +24,7 @@ typedef uchar u8; typedef ushort u16; typedef uint u32; typedef ulong u64; typed
 #define GLOBAL __global
 #define LOCAL __private
 #define TABLE __constant
+#define UNROLL
 #define ROWS 4
 #define TOKENS 2
 INLINE float half_of(u16 v) { return (float)__builtin_astype(v, half); }
