@@ -29,8 +29,9 @@ from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import GGUF, Tensor, open_gguf
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import ROPE_FREQS, TOKEN_EMBD, Role, check, role_of, tensors
+from llamacli.llama4.vision import has_ollama_tower
 from llamacli.text.tokenizer import Tokenizer
-from quantize import names, sources
+from quantize import names, sources, tower
 from quantize.encoders import encoder, widen
 from quantize.general import printable, read_general
 from quantize.hf_config import read_config
@@ -48,7 +49,7 @@ FIELDS = 20  # bytes in memory per byte of metadata, measured
 LARGEST = float(np.finfo(np.float32).max)
 DESCRIPTIONS = (  # files of a folder that are read beside the weights
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "README.md"),
-    *("chat_template.jinja", "chat_template.json", INDEX),
+    *("chat_template.jinja", "chat_template.json", INDEX, "preprocessor_config.json", "processor_config.json"),
 )
 
 Progress = Callable[[int, int, str], None]
@@ -82,6 +83,7 @@ class Report(TypedDict):
     files: list[str]  # one, or the parts of a split
     resumed_bytes: int  # of tensors that an earlier run had finished
     memory: int  # bytes that the conversion takes at most, beside the mapped pages of source and file
+    mmproj: str | None  # the file of the vision tower, one of `files`
 
 
 def convert(
@@ -92,6 +94,7 @@ def convert(
     tensor_types: Sequence[tuple[str, str]] = (),
     imatrix: Path | None = None,
     split_max_size: int | None = None,
+    mmproj_type: str | None = tower.DEFAULT,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -99,6 +102,9 @@ def convert(
     dry_run: bool = False,
 ) -> Report:
     """Make `out` by the recipe `type_name`; `tensor_types` are (regular expression, type), as `choose_types` takes them.
+
+    A vision tower becomes a file of its own beside it (tower.py), its matrices of `mmproj_type`; None leaves it out. A source
+    that is a tower alone becomes `out`.
 
     `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
     every core this process may use.
@@ -110,7 +116,7 @@ def convert(
     start, src, out = time.perf_counter(), Path(src), Path(out)
     importance = None if imatrix is None else read_imatrix(imatrix)
     recipe = find_recipe(type_name)
-    metadata, rows, notices, inputs, maps = _open_folder(src) if src.is_dir() else _open_gguf(src)
+    metadata, rows, notices, inputs, maps, sight = _open_folder(src) if src.is_dir() else _open_gguf(src)
     for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
         del metadata[key]  # of another conversion
     metadata |= recipe.metadata | {"general.quantization_version": 2}
@@ -118,10 +124,18 @@ def convert(
     notices += more
     if importance:
         notices += _check_imatrix(importance, rows, metadata)
-    plan = make_plan(metadata, rows, types, split_max_size)
+    plan, mmproj = make_plan(metadata, rows, types, split_max_size) if rows else Plan([]), None
+    paths = plan.paths(out) if rows else []
+    if sight and rows and mmproj_type is None:
+        notices.append(f"{len(sight.rows)} vision tensors left out: the text model alone is converted")
+    elif sight:
+        kind = mmproj_type if rows or recipe.name not in tower.FILE_TYPES else recipe.name
+        mmproj = _target(tower.beside(out) if rows else out)
+        more = make_plan(sight.metadata(metadata.get("general.name"), kind), sight.rows, sight.types(kind))
+        plan, paths = Plan([*plan.parts, *more.parts]), [*paths, mmproj]
     files = [
         File(_target(path), part.head, [(t.name, t.nbytes) for t in part.tensors])
-        for path, part in zip(plan.paths(out), plan.parts, strict=True)
+        for path, part in zip(paths, plan.parts, strict=True)
     ]
     n_weights, threads = sum(t.n_weights for t in plan.tensors), threads or usable_cpus()
     report = Report(
@@ -138,6 +152,7 @@ def convert(
         memory=_memory(plan, threads),
         files=[str(file.path) for file in files],
         resumed_bytes=0,
+        mmproj=mmproj and str(mmproj),
     )
     if dry_run:
         return report | {"seconds": round(time.perf_counter() - start, 3)}
@@ -227,11 +242,16 @@ class _Source(NamedTuple):
     notices: list[str]
     inputs: list[Path]
     maps: dict[Path, mmap.mmap]
+    tower: tower.Tower | None
 
 
 def _open_folder(folder: Path) -> _Source:
     config, checkpoint = read_config(folder), open_checkpoint(folder)
-    rows, notices = names.match(folder, checkpoint, config)
+    rows, vision = names.match(folder, checkpoint, config)
+    sight = tower.of_folder(folder, vision, config.model.n_embd)
+    notices = []
+    if vision and not sight:
+        notices.append(f"{len(vision)} vision tensors left out: config.json has no vision_config")
     if config.rope_freqs is not None:
         rows[ROPE_FREQS] = sources.InMemory(config.rope_freqs)
     fields, more = read_vocab(folder, config.model.n_vocab, config.raw)
@@ -239,29 +259,32 @@ def _open_folder(folder: Path) -> _Source:
     general, licence = read_general(folder, rows)
     inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
     metadata, notices = general | config.model.metadata | fields, config.notices + notices + more + licence
-    return _Source(metadata, rows, notices, inputs, checkpoint.maps)
+    return _Source(metadata, rows, notices, inputs, checkpoint.maps, sight)
 
 
 def _open_gguf(path: Path) -> _Source:
     """Of the metadata everything but what describes this one file (its parts, its alignment)."""
     gguf = open_gguf(path)
-    architecture = gguf.metadata.get("general.architecture")
+    architecture, maps = gguf.metadata.get("general.architecture"), dict(zip(gguf.paths, gguf.maps, strict=True))
+    if architecture == "clip":
+        name = {key: value for key, value in gguf.metadata.items() if key == "general.name"}
+        return _Source(name, {}, [], gguf.paths, maps, tower.of_gguf(gguf))
     if architecture != "llama4":
         found = str(architecture)[:40]
         raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
     if "tokenizer.ggml.tokens" in gguf.metadata:
         Tokenizer.from_gguf(gguf)  # an unsound vocabulary is an error now rather than when the new file is run
-    kept = (key for key in gguf.metadata if not key.startswith("split.") and key != "general.alignment")
+    kept = (k for k in gguf.metadata if not k.startswith(("split.", "llama4.vision.")) and k != "general.alignment")
     metadata = {key: gguf.metadata.typed(key) for key in kept}
     rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if role_of(name) is not Role.VISION}
     shapes = {name: source.shape for name, source in rows.items()}
     check(path, shapes, tensors(Config.from_gguf(gguf)), complete=True)
-    notices = []
-    if len(rows) < len(gguf.tensors):
+    notices, sight = [], tower.of_gguf(gguf) if has_ollama_tower(gguf) else None
+    if len(rows) < len(gguf.tensors) and not sight:
         notices.append(f"{len(gguf.tensors) - len(rows)} vision tensors left out: the text model alone is converted")
     if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
         notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
-    return _Source(metadata, rows, notices, gguf.paths, dict(zip(gguf.paths, gguf.maps, strict=True)))
+    return _Source(metadata, rows, notices, gguf.paths, maps, sight)
 
 
 def _check_vocab(folder: Path, metadata: dict[str, object], shape: tuple[int, ...]) -> None:

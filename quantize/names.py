@@ -1,6 +1,6 @@
 """Finds the tensors of a GGUF in a Hugging Face checkpoint.
 
-In: a checkpoint's tensors and its HFConfig. Out: `{GGUF name: Rows}` in file order, and notices of what was left out. Names,
+In: a checkpoint's tensors and its HFConfig. Out: `{GGUF name: Rows}` in file order, and the vision tower's tensors. Names,
 shapes and layouts come from llama4/tensors.py. CheckpointError: a tensor is missing, has another shape, or has no place.
 
 FP8 weights come with scales under names of their own. Experts are stored as one stack or, in Meta's FP8 checkpoint, each
@@ -23,24 +23,22 @@ _PREFIXES = {"language_model.": "", "model.language_model.": "model."}  # of the
 _UNUSED = re.compile(r"\.rotary_emb\.inv_freq$|[._]input_scale$|\.[kv]_scale$")
 
 
-def match(folder: Path, stored: dict[str, Stored], config: HFConfig) -> tuple[dict[str, Rows], list[str]]:
-    """Name, check and lay out every tensor of the checkpoint."""
-    found, vision, notices = _Found(folder, {}, {}), 0, []
+def match(folder: Path, stored: dict[str, Stored], config: HFConfig) -> tuple[dict[str, Rows], dict[str, Stored]]:
+    """Name, check and lay out every tensor of the text model; and those of a vision tower, without the prefix `model.`."""
+    found, vision = _Found(folder, {}, {}), {}
     for name, tensor in stored.items():
         plain = next((new + name.removeprefix(old) for old, new in _PREFIXES.items() if name.startswith(old)), name)
         if name.startswith(HF_VISION):
-            vision += 1
+            vision[name.removeprefix("model.")] = tensor
         elif not _UNUSED.search(plain) and not (config.model.tied and plain == "lm_head.weight"):
             if plain in found.left:
                 raise CheckpointError(f"{folder}: expected tensor {plain[:80]!r} once, found it under two names")
             found.left[plain] = tensor
-    if vision:
-        notices.append(f"{vision} vision tensors left out: the text model alone is converted")
     rows = {spec.name: found.rows(spec) for spec in tensors(config.model) if spec.hf}
     if found.left:
         name = min(found.left)
         raise CheckpointError(f"{folder}: expected tensors of Llama 4, found {name[:80]!r}, which has no place in a GGUF")
-    return rows, notices
+    return rows, vision
 
 
 class _Found(NamedTuple):

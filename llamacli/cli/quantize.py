@@ -18,7 +18,7 @@ from llamacli.cli.inputs import show_kernel_notices
 from llamacli.cli.options import Json, Output, Threads, byte_count
 from llamacli.cli.progress import clock_time
 from llamacli.errors import UsageError
-from llamacli.llama4.tensors import Role, find
+from llamacli.llama4.tensors import Role, find, role_of
 from quantize.recipe import DEFAULT, RECIPES, find_recipe
 
 _GROUPS = {  # of the table at the end, by kind or role of their tensors
@@ -30,6 +30,7 @@ _GROUPS = {  # of the table at the end, by kind or role of their tensors
     Role.DENSE: "dense FFN",
     Role.EMBEDDING: "embedding",
     Role.OUTPUT: "output",
+    Role.VISION: "vision tower",
 }
 _OTHERS = "norms, routers"
 GROUPS = (*_GROUPS.values(), _OTHERS)
@@ -78,6 +79,14 @@ def quantize(
         str | None,
         option("--split-max-size", metavar="SIZE", help="Write parts of at most SIZE, such as 48G or 500M (G is 10^9 bytes)."),
     ] = None,
+    mmproj_type: Annotated[
+        str | None,
+        option(
+            "--mmproj-type",
+            metavar="TYPE",
+            help="Type of the vision tower, which becomes mmproj-OUT: Q8_0 (default), F16, BF16, F32; none leaves it out.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
     threads: Threads = None,
@@ -115,6 +124,7 @@ def quantize(
                 tensor_types=[_override(text) for text in tensor_types or ()],
                 imatrix=Path(imatrix) if imatrix else None,
                 split_max_size=None if split_max_size is None else byte_count(split_max_size, "--split-max-size"),
+                mmproj_type=_mmproj_type(mmproj_type),
                 force=force,
                 threads=threads,
                 progress=follow,
@@ -147,6 +157,12 @@ def default_out(source: Path, type_name: str) -> Path:
     resolved = source.resolve()
     name = resolved.stem if resolved.suffix == ".gguf" else resolved.name
     return Path(f"{name or 'model'}-{find_recipe(type_name).name}.gguf")
+
+
+def _mmproj_type(text: str | None) -> str | None:
+    from quantize.tower import DEFAULT, tower_type
+
+    return DEFAULT if text is None else None if text.lower() == "none" else tower_type(text)
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -209,8 +225,9 @@ def _show(report, told: list[str], as_json: bool, console) -> None:
 
 def _written(report) -> str:
     """The file, or the first part, by which a split model is opened."""
-    first, *others = report["files"]
-    return f"{first} and {len(others)} further parts" if others else first
+    first, *others = [file for file in report["files"] if file != report["mmproj"]] or report["files"]
+    tower = f" and {report['mmproj']}" if report["mmproj"] not in (None, first) else ""
+    return (f"{first} and {len(others)} further parts" if others else first) + tower
 
 
 def _show_plan(report, by_type: list[dict], console) -> None:
@@ -226,6 +243,8 @@ def _show_plan(report, by_type: list[dict], console) -> None:
 
 def group_of(name: str) -> str:
     """The row of the table that a tensor counts in."""
+    if role_of(name) is Role.VISION:
+        return _GROUPS[Role.VISION]
     found = find(name)
     return _OTHERS if found is None else _GROUPS.get(found[0].kind) or _GROUPS.get(found[0].role, _OTHERS)
 
