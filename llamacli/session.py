@@ -135,17 +135,31 @@ class Session:
         other.ids, other._touched, other._pictures = list(self.ids), len(self.ids), self._pictures
         return other
 
-    def stream(self, prompt: Sequence, sampler, max_tokens: int | None = None, stop: Sequence[str] = ()) -> Iterator[Piece]:
+    def stream(
+        self,
+        prompt: Sequence,
+        sampler,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        begun: Sequence[int] = (),
+    ) -> Iterator[Piece]:
         """Answer the prompt piece by piece, until a stop token, a stop string, `max_tokens` or a full context.
 
-        Tokens that the sampler's constraint forces are evaluated together, as a prompt is. Under a constraint the reason "stop"
-        means that the answer is whole, so it takes no stop strings. On Ctrl-C the text held back comes first, as a piece with
-        finish_reason "interrupt", then the KeyboardInterrupt.
+        `begun`: the end of the prompt, if that is the beginning of the answer. Tokens that the sampler's constraint forces are
+        evaluated together, as a prompt is. Under a constraint the reason "stop" means that the answer is whole, so it takes no
+        stop strings. On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the
+        KeyboardInterrupt.
         """
-        return self.answer(prompt, sampler, max_tokens, stop)
+        return self.answer(prompt, sampler, max_tokens, stop, begun)
 
     def answer(
-        self, prompt: Sequence, sampler, max_tokens: int | None = None, stop: Sequence[str] = (), shared: bool = False
+        self,
+        prompt: Sequence,
+        sampler,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        begun: Sequence[int] = (),
+        shared: bool = False,
     ) -> Generator["Piece | Pending", np.ndarray, None]:
         """THE decode loop, as `stream` says. `shared`: what is to be evaluated after the prompt comes as `Pending`, and whoever
         drives several of these loops (together.py) sends the last token's logits back.
@@ -159,7 +173,7 @@ class Session:
         decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
         try:
-            ahead = sampler.begin()  # ids that come next
+            ahead = sampler.begin(begun)  # ids that come next
             said: list[Token] = []  # that are not evaluated yet
             chosen = None
             began = perf_counter()

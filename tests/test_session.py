@@ -6,6 +6,7 @@ from fakes import BOS, EOT, HEADER, FakeEngine, FakeTokenizer, Greedy, Scripted
 
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.session import Session, StopStrings
+from llamacli.text.sampler import Sampler
 
 
 def session(engine=None, ctx=256):
@@ -123,6 +124,74 @@ def test_held_back_text_comes_out_at_the_end():
 def test_characters_of_several_tokens_come_whole():
     texts = [p.text for p in pieces("aé🙂")]
     assert [t for t in texts if t] == ["a", "é", "🙂"]
+
+
+class Dictated:
+    """A constraint that knows what must be said, with a choice where the text has a star."""
+
+    def __init__(self, text):
+        self.text = text.encode()
+
+    def begin(self, begun):
+        self.left = list(self.text[len(begun) :])
+
+    def mask(self, logits):
+        assert self.left[0] == ord("*")
+        logits[:] = np.where(np.isin(np.arange(len(logits)), [ord("x"), ord("y")]), logits, -np.inf)
+
+    def accept(self, id):
+        self.left.pop(0)
+
+    def forced(self):
+        end = self.left.index(ord("*")) if ord("*") in self.left else len(self.left)
+        found, self.left = self.left[:end], self.left[end:]
+        return found
+
+    @property
+    def over(self):
+        return not self.left
+
+
+def bound(text, max_tokens=None, ctx=256, begun=b""):
+    s = session(Scripted("....x.....y"), ctx)
+    prompt = [BOS, HEADER, *begun]
+    return s, list(s.stream(prompt, Sampler(temp=0, constraint=Dictated(text)), max_tokens, begun=begun))
+
+
+def test_tokens_that_are_forced_are_evaluated_together():
+    s, answer = bound("ab: *, c: *.")
+    assert "".join(p.text for p in answer) == "ab: x, c: y."
+    assert answer[-1].finish_reason == "stop"
+    assert [p.id for p in answer] == [*b"ab: x, c: y.", None]
+    assert s.engine.calls == [(0, [BOS, HEADER]), (2, list(b"ab: ")), (6, list(b"x, c: "))]  # not "y.", which ends it
+    assert (s.stats.completion_tokens, s.stats.decoded) == (12, 10)
+
+
+def test_limits_end_an_answer_among_forced_tokens_too():
+    s, answer = bound("abcdef*", max_tokens=3)
+    assert ("".join(p.text for p in answer), answer[-1].finish_reason) == ("abc", "length")
+    s, answer = bound("abcdef*", ctx=5)
+    assert ("".join(p.text for p in answer), answer[-1].finish_reason) == ("abcd", "context")
+    assert len(s.ids) <= 5
+
+
+def test_an_answer_goes_on_where_it_was_cut():
+    assert "".join(p.text for p in bound("ab: *, c: *.", begun=b"ab: ")[1]) == "x, c: y."
+
+
+def test_the_last_token_of_a_whole_answer_is_no_cut():
+    assert bound("ab", max_tokens=2)[1][-1].finish_reason == "stop"
+
+
+def test_a_log_probability_is_of_what_was_chosen_only():
+    s = session(Scripted("....x.....y"))
+    answer = list(s.stream([BOS, HEADER], Sampler(temp=0, constraint=Dictated("ab*c"), logprobs=0)))
+    assert [p.logprobs is not None for p in answer] == [False, False, True, False, False]
+
+
+def test_a_constraint_takes_no_stop_strings():
+    with pytest.raises(UsageError, match="stop"):
+        list(session().stream([1], Sampler(constraint=Dictated("a")), stop=["x"]))
 
 
 def test_a_second_answer_reuses_the_first_conversation():

@@ -50,3 +50,15 @@ def check_whole(sampler, reason: str | None) -> None:
     if sampler.constraint is not None and not sampler.constraint.whole:
         limit = {"length": "the -n limit", "context": "the full context"}.get(reason, "an interrupt")
         raise CutAnswerError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")
+
+
+def slowness(sampler, stats) -> str | None:
+    """A word about a grammar that takes more than a tenth of an answer's time, and a noticeable one."""
+    seconds, tokens = getattr(sampler.constraint, "seconds", 0.0), max(1, stats.completion_tokens)
+    if seconds < 0.5 or seconds < 0.1 * stats.decode_s:
+        return None
+    share = 100 * seconds / stats.decode_s
+    return (
+        f"the grammar takes {1000 * seconds / tokens:.1f} ms a token, {share:.0f} % of the answer's time; "
+        f"rules that match single characters are slow, a regular expression is fast"
+    )

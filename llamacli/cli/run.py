@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llamacli.cli import signals
 from llamacli.cli.batch import answer_all
-from llamacli.cli.binding import check_whole
+from llamacli.cli.binding import check_whole, slowness
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.grammar import OTHER, Given, argument, option
@@ -228,6 +228,8 @@ class Answer:
             console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
         if console.verbose or reason not in ("stop", None):
             console.note(describe(session.stats, reason, self._load_s))
+        if slow := slowness(sampler, session.stats):
+            console.note(slow)
         check_whole(sampler, reason)
 
     def _end(self, stats, reason: str) -> None:

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from llamacli.cpu.kernels.ops.masks import BITS, keep
-from llamacli.errors import LlamacliError, UsageError
+from llamacli.errors import LlamacliError, PromptError, UsageError
 from llamacli.text.schema import refusal, schema_text
 from llamacli.text.tokenizer import Tokenizer
 
@@ -113,9 +113,11 @@ class Constraint:
         self._count = 0
         self.seconds = 0.0
 
-    def begin(self) -> None:
-        """Forget the answer so far: another one begins."""
-        self._matcher, self._count, self.seconds = self._fresh.deep_copy(), 0, 0.0
+    def begin(self, begun: Sequence[int] = ()) -> None:
+        """Forget the answer so far: another one begins, of which `begun` is there already. PromptError if that does not fit."""
+        self._matcher, self._count, self.seconds = self._fresh.deep_copy(), len(begun), 0.0
+        if begun and not self._matcher.consume_tokens(list(begun)):
+            raise PromptError("the answer so far does not fit what it is bound to: ask for a new one")
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place.

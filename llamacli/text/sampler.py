@@ -29,8 +29,8 @@ class Constraint(Protocol):
 
     over: bool  # the answer is whole, and nothing may follow
 
-    def begin(self) -> None:
-        """Forget the answer so far: another one begins."""
+    def begin(self, begun: Sequence[int]) -> None:
+        """Forget the answer so far: another one begins, of which `begun` is there already."""
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place."""
@@ -93,11 +93,11 @@ class Sampler:
         self._in_use = self._active()
         self._temp = self.settings["temp"] if "temperature" in self.order else 1.0
 
-    def begin(self) -> list[int]:
-        """Another answer begins. Returns the ids that it must begin with, none without a constraint."""
+    def begin(self, begun: Sequence[int] = ()) -> list[int]:
+        """Another answer begins, with `begun`. Returns the ids that must come next, none without a constraint."""
         if self.constraint is None:
             return []
-        self.constraint.begin()
+        self.constraint.begin(begun)
         return self.constraint.forced()
 
     def next_ids(self, logits: np.ndarray, history: Sequence[int] = ()) -> list[int]:

@@ -297,3 +297,12 @@ def test_what_cannot_bind_is_refused_before_the_model_loads(capfd, args, words):
     assert main(["run", "-m", "/no/such/model.gguf", *args, "hi"]) == 2
     err = capfd.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+def test_a_chat_in_a_pipe_is_bound_too_and_says_when_an_answer_is_cut():
+    command = [sys.executable, "-m", "llamacli", "chat", "--schema", '{"const": {"a": [1, 2, 3]}}']
+    done = subprocess.run(command, input="one\ntwo\n", capture_output=True, text=True)
+    assert done.returncode == 0
+    assert [json.loads(line) for line in done.stdout.splitlines() if line] == [{"a": [1, 2, 3]}] * 2
+    done = subprocess.run([*command, "-n", "4"], input="one\ntwo\n", capture_output=True, text=True)
+    assert done.returncode == 1 and "the answer is cut" in done.stderr

@@ -10,7 +10,7 @@ import pytest
 import small_vocab
 from schemas import REFUSED, Generator, fits
 
-from llamacli.errors import LlamacliError, UsageError
+from llamacli.errors import LlamacliError, PromptError, UsageError
 from llamacli.text.constraint import Grammars
 from llamacli.text.sampler import Sampler
 from llamacli.text.schema import schema_text
@@ -207,6 +207,14 @@ def test_what_must_follow_is_known_at_once(tokenizer, grammars):
     assert constraint.over
     constraint.begin()
     assert not constraint.over and tokenizer.decode(constraint.forced()) == "the quick brown fox"
+
+
+def test_an_answer_goes_on_where_it_was_cut(tokenizer, grammars):
+    constraint = grammars.constraint(choice=["the quick brown fox"])
+    constraint.begin(tokenizer.encode("the qu", bos=False))
+    assert tokenizer.decode(constraint.forced()) == "ick brown fox"
+    with pytest.raises(PromptError, match="does not fit"):
+        constraint.begin(tokenizer.encode("a fox", bos=False))
 
 
 def test_answers_of_two_samplers_do_not_meet(grammars):

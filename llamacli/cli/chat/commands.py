@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from llamacli.cli.binding import check_whole
 from llamacli.cli.chat.lines import FENCE
 from llamacli.cli.chat.show import Screen
 from llamacli.cli.chat.talk import SETTINGS, Talk
@@ -136,6 +137,8 @@ class Commands:
         if self._conversation.trouble:
             self.console.fail(self._conversation.trouble)
             self._conversation.trouble = None
+        if self.talk.reason in ("length", "context"):
+            check_whole(self.talk.sampler, self.talk.reason)
 
     def help_(self, rest: str) -> None:
         lines = [(f"{name} {argument}".strip(), words) for name, (argument, words) in COMMANDS.items()]

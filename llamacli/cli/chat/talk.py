@@ -131,12 +131,12 @@ class Talk:
         self.reason = None
         said = answer.text
         ids = self.model.prompt_ids(self.conversation.prompt()[: -1 if said else None])
-        if said:
-            ids = ids + self.model.tokenizer.encode(said, bos=False, special=False)
+        begun = self.model.tokenizer.encode(said, bos=False, special=False) if said else []
+        ids = ids + begun
         self._check_room(len(ids))
         reason = None
         try:
-            for piece in self.session.stream(ids, self.sampler, self.options.max_tokens, self.options.stop or ()):
+            for piece in self.session.stream(ids, self.sampler, self.options.max_tokens, self.options.stop or (), begun):
                 answer.add(piece.text)
                 reason = piece.finish_reason
                 yield piece.text
