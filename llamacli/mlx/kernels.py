@@ -92,12 +92,15 @@ BODIES = {
       piece(base + row * row_bytes + (u64)block * NBYTES, p, q, d, m);
       UNROLL for (u32 t = 0; t < TOKENS; t++) {
         const GLOBAL float* v = rows + (u64)t * n_cols;
-        float a = 0.0f, b = 0.0f;
-        UNROLL for (u32 i = 0; i < 16; i++) {
-          a += q[i] * v[c0 + i];
-          b += q[16 + i] * v[c1 + i];
+        float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
+        UNROLL for (u32 i = 0; i < 16; i += 2) {
+          even[0] += q[i] * v[c0 + i];
+          odd[0] += q[i + 1] * v[c0 + i + 1];
+          even[1] += q[i + 16] * v[c1 + i];
+          odd[1] += q[i + 17] * v[c1 + i + 1];
         }
-        sums[r * TOKENS + t] += d[0] * a - m[0] * totals[2 * t] + d[1] * b - m[1] * totals[2 * t + 1];
+        UNROLL for (u32 h = 0; h < 2; h++)
+          sums[r * TOKENS + t] += d[h] * (even[h] + ODD * odd[h]) - m[h] * totals[2 * t + h];
       }
     }
   }
@@ -118,7 +121,7 @@ BODIES = {
   piece(base + (u64)block * NBYTES, p, q, d, m);
   UNROLL for (u32 r = 0; r < 2; r++) {
     const u64 first = (u64)at_y * n_cols + block * BLOCK + run(p, r);
-    UNROLL for (u32 i = 0; i < 16; i++) y[first + i] = (f16)(d[r] * q[16 * r + i] - m[r]);
+    UNROLL for (u32 i = 0; i < 16; i++) y[first + i] = (f16)((i % 2 ? ODD * d[r] : d[r]) * q[16 * r + i] - m[r]);
   }
 """,
 }
