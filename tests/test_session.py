@@ -43,6 +43,14 @@ def test_sync_evaluates_only_what_is_new():
     assert s.engine.calls == [(0, [1, 2, 3, 4]), (4, [5, 6]), (2, [9])]
 
 
+def test_going_back_into_an_older_chunk_evaluates_it_from_its_start_and_nothing_before():
+    s = session(FakeEngine(chunk=8))
+    s.sync(list(range(30)))
+    s.sync([*range(19), 99])
+    s.sync([*range(16), 99])
+    assert s.engine.calls[1:] == [(16, [16, 17, 18, 99]), (16, [99])]
+
+
 def test_sync_of_the_same_prompt_evaluates_its_last_token_again():
     s = session(FakeEngine(chunk=64))
     first = s.sync([1, 2, 3]).copy()

@@ -157,6 +157,21 @@ def test_a_position_that_a_ring_has_lost_is_not_exported(tmp_path):
     assert cache.export(3, 8, 16)[0].shape == (2, 8, 16)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_going_back_anywhere_and_on_again_gives_the_same_bytes(shape, tmp_path):
+    """Layers that see everything keep their keys and values; of the others, one chunk of 8 is evaluated again, and no more."""
+    model, ids = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", **shape)), np.random.RandomState(0).randint(0, 257, 50)
+    cache, expected = model.new_cache(64), model.forward(ids, model.new_cache(64), all_logits=True)
+    model.forward(ids, cache)
+    for pos in reversed(range(50)):
+        reached = cache.truncate(pos)
+        assert reached == (pos if pos >= 48 else pos // 8 * 8)
+        found = model.forward(ids[reached:], cache, all_logits=True)
+        if reached % 8 == 0:
+            assert np.array_equal(found, expected[reached:])
+        np.testing.assert_allclose(found, expected[reached:], atol=1e-4 * np.abs(expected).max())
+
+
 # threads, closing
 
 

@@ -37,6 +37,7 @@ from llamacli.cpu.kernels.jit.loader import chosen_target, load
 FEW = 4  # tokens below which unpacking a panel does not pay
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
 PANEL_SHARE = 384 << 10  # bytes of panels kept in the second-level cache while all tokens pass by
+ROWS_SHARE = 256 << 10  # bytes of rows that a few tokens pass by
 FLOAT_BLOCK = 64  # rows that a float tile takes at a time
 UNIT, FLOAT_UNIT = 16, 4  # rows of an item of work are a multiple of these
 SMALL = 4  # small items of work for each thread
@@ -300,10 +301,15 @@ def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, p
 
 @device_function
 def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
-    """Rows from `row` on times `count` tokens, one after the other."""
-    xs_list, outs_list, at = pointer(xs, int64), pointer(outs, int64), base + row * a.row_bytes
-    for j in range(count):
-        call(a.matvec, (at, a.row_bytes, row_end - row, a.n_cols, xs_list[j], outs_list[j] + 4 * row, a.add, panels))
+    """Rows from `row` on times `count` tokens, one after the other. For several tokens, as many rows at a time as the second-
+    level cache holds, so that they are read from memory once.
+    """
+    xs_list, outs_list = pointer(xs, int64), pointer(outs, int64)
+    step = row_end - row if count == 1 else max(1, ROWS_SHARE // a.row_bytes // a.unit) * a.unit
+    for first in range(row, row_end, step):
+        at, rows = base + first * a.row_bytes, min(step, row_end - first)
+        for j in range(count):
+            call(a.matvec, (at, a.row_bytes, rows, a.n_cols, xs_list[j], outs_list[j] + 4 * first, a.add, panels))
 
 
 @kernel(MatmulArguments)
