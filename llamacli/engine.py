@@ -191,6 +191,11 @@ class Engine:
         return sum(found[1:], start=found[0]) if found else None
 
     @property
+    def fetches(self) -> bool:
+        """Whether experts are read from the file while it computes."""
+        return self._fetches
+
+    @property
     def notices(self) -> list[str]:
         """What a user should know about this file and how it is read."""
         return list(dict.fromkeys(notice for stage in self.stages for notice in stage.notices))
@@ -231,16 +236,26 @@ class Engine:
         batch = self.batch_of(n)
         return n if n == batch.start or n - batch.start >= self._steady else batch.start
 
-    def forward(self, ids: Sequence, cache: Cache, all_logits: bool = False, first: int = 0) -> np.ndarray:
+    def forward(self, ids: Sequence, cache: Cache, all_logits: bool = False, first: int = 0, alone: bool = False) -> np.ndarray:
         """Evaluate tokens after what `cache` holds and remember them. A token is an id or a prompt.FeatureRow.
 
         Returns the last token's logits, float32 [n_vocab], or with `all_logits` those of every token from ids[first] on,
         [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
+        `alone`: each token's result has the bits that it has in a call of its own, as far as a few tokens share the reading of
+        weights at all; on the CPU only.
         """
         tokens = self._tokens(ids)
         with self._lock:
             self._check_open()
-            return self._forward(tokens, cache, all_logits, first)
+            self._set_alone(alone)
+            try:
+                return self._forward(tokens, cache, all_logits, first)
+            finally:
+                self._set_alone(False)
+
+    def _set_alone(self, alone: bool) -> None:
+        for stage in self.stages:
+            stage.alone = alone
 
     def forward_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> np.ndarray:
         """`forward` for several sequences at once, which share the reading of weights: ids[i] after what caches[i] holds.

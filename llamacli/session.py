@@ -16,6 +16,7 @@ from llamacli.device import IoStats
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.prompt import Token, tokens
 from llamacli.snapshots import Snapshots
+from llamacli.speculation import Guesses
 
 
 class Piece(NamedTuple):
@@ -37,7 +38,9 @@ class Stats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
-    decoded: int = 0  # evaluations of one token; the first sampled token needs none
+    decoded: int = 0  # tokens evaluated after the prompt; the first sampled token needs none
+    proposed: int = 0  # tokens that were guessed, and those of them that were right
+    accepted: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     prefill_io: IoStats | None = None  # what was read for the prompt, and after it, if experts are in slots
@@ -95,6 +98,7 @@ class Session:
         self.cache = engine.new_cache(ctx)
         self.ids: list[Token] = []
         self.stats = Stats()
+        self.speculate = False  # whether tokens that the text repeats are guessed and evaluated together (speculation.py)
         self._pictures = False  # whether a token may be a row of features
         self._touched = 0  # positions below this one may have been written, by a finished call or by one that broke off
 
@@ -172,51 +176,86 @@ class Session:
         stats = self.stats = Stats(prompt_tokens=len(ids))
         decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
+        drafts: list[int] = []  # ids that were evaluated on a guess and are not said yet
         try:
             ahead = sampler.begin(begun)  # ids that come next
             said: list[Token] = []  # that are not evaluated yet
             chosen = None
             began = perf_counter()
-            logits = self.sync(ids)
+            rows = [self.sync(ids)]  # logits after each of the ids evaluated last
             stats.prefill_s = perf_counter() - began
             stats.prefill_io = self.engine.take_io_stats()
+            guesses = self._guesses(sampler, shared)
             while True:
                 if not ahead:
                     began = perf_counter()
                     if said:
-                        logits = (yield Pending(self, said)) if shared else self._evaluate(said)
+                        proposed = self._propose(guesses, len(said), max_tokens) if guesses else []
+                        rows = [(yield Pending(self, said))] if shared else self._evaluate_rows(said, proposed)
                         stats.decoded += len(said)
-                        said = []
-                    ahead, chosen = sampler.next_ids(logits, self._history()), sampler.chosen
+                        stats.proposed += len(proposed)
+                        drafts, said = proposed, []
+                        if guesses:
+                            guesses.spent(perf_counter() - began, bool(drafts))
+                    ahead, chosen = sampler.next_ids(rows.pop(0), self._history(len(drafts))), sampler.chosen
                     stats.decode_s += perf_counter() - began
                 token = ahead.pop(0)
+                right = drafts[:1] == [token]
+                if right:
+                    del drafts[0]
+                    stats.decoded += 1
+                    stats.accepted += 1
+                elif drafts:
+                    self._rewind(len(self.ids) - len(drafts))
+                    drafts = []
                 if token in self.tokenizer.stop_ids:
                     reason = "stop"
                     break
-                said.append(token)
+                if not right:
+                    said.append(token)
                 stats.completion_tokens += 1
+                if guesses:
+                    guesses.said(token)
                 text, stopped = watch.push(decoder.push(token))
                 yield Piece(text, token, logprobs=chosen)
                 chosen = None  # those that were forced were not chosen
                 if stopped or (sampler.over and not ahead):
                     reason = "stop"
                     break
-                if stats.completion_tokens == max_tokens or len(self.ids) + len(said) > self.ctx:
+                if stats.completion_tokens == max_tokens or len(self.ids) - len(drafts) + len(said) > self.ctx:
                     reason = "length" if stats.completion_tokens == max_tokens else "context"
                     break
         except KeyboardInterrupt:
             yield Piece("" if stopped else watch.push(decoder.flush())[0] + watch.flush(), None, "interrupt")
             raise
         finally:
+            if drafts:
+                self._rewind(len(self.ids) - len(drafts))
             stats.decode_io = self.engine.take_io_stats()
             if self.snapshots and not self.snapshots.exact:
                 self._keep()
         tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
         yield Piece(tail, None, reason)
 
-    def _history(self) -> list[int]:
-        """The ids that were said, for penalties: positions of pictures are no words."""
-        return [t for t in self.ids if type(t) is int] if self._pictures else self.ids
+    def _history(self, unsaid: int = 0) -> list[int]:
+        """The ids that were said, for penalties, all but the last `unsaid`: positions of pictures are no words."""
+        ids = self.ids[: len(self.ids) - unsaid] if unsaid else self.ids
+        return [t for t in ids if type(t) is int] if self._pictures else ids
+
+    def _guesses(self, sampler, shared: bool) -> Guesses | None:
+        """What may come next, if that is asked for and can be exact."""
+        if not self.speculate or shared or sampler.constraint is not None or self._pictures or self.engine.fetches:
+            return None
+        return Guesses(self.ids)
+
+    def _propose(self, guesses: Guesses, n_said: int, max_tokens: int | None) -> list[int]:
+        """Guesses at what follows `n_said` more tokens: within the context, the answer, and one batch, so that a wrong one can
+        be taken back from a ring as well. One that ends the answer is left out.
+        """
+        pos, left = len(self.ids) + n_said, self.ctx if max_tokens is None else max_tokens - self.stats.completion_tokens
+        found = guesses.propose(min(left, self.ctx - pos, self.engine.batch_of(pos).stop - pos))
+        end = next((i for i, id in enumerate(found) if id in self.tokenizer.stop_ids), len(found))
+        return found[:end]
 
     def _sync_kept(self, ids: list[Token]) -> np.ndarray:
         """The rest of `sync` with snapshots: read what is kept of `ids`, evaluate the others, keep those."""
@@ -268,6 +307,16 @@ class Session:
         ids = self._claim(ids)
         try:
             return self.engine.forward(ids, self.cache)
+        finally:
+            self._take(ids)
+
+    def _evaluate_rows(self, said: list[Token], proposed: list[int]) -> list[np.ndarray]:
+        """The logits after `said`, and after each of the ids `proposed` behind it; with the bits that single tokens have."""
+        if not proposed:
+            return [self._evaluate(said)]
+        ids = self._claim([*said, *proposed])
+        try:
+            return list(self.engine.forward(ids, self.cache, True, len(ids) - len(proposed) - 1, alone=True))
         finally:
             self._take(ids)
 

@@ -100,7 +100,7 @@ class FakeCache:
 
 
 class FakeEngine:
-    threads, bytes_per_token, products_per_token, gpu_layers = 1, 1000, 2000, 0
+    threads, bytes_per_token, products_per_token, gpu_layers, fetches = 1, 1000, 2000, 0, False
 
     def take_io_stats(self):
         return None
@@ -120,7 +120,11 @@ class FakeEngine:
         counts = np.array([5, 0, 3])
         return [((dense,), np.ones((1, 4)), counts[:1]), ((gate,), np.ones((3, 4)), counts)]
 
-    def forward(self, ids, cache, all_logits=False, first=0):
+    def batch_of(self, pos):
+        """A prompt is one batch; what comes later ends with its chunk."""
+        return range(0, 1 << 30) if pos == 0 else range(pos // self.chunk * self.chunk, (pos // self.chunk + 1) * self.chunk)
+
+    def forward(self, ids, cache, all_logits=False, first=0, alone=False):
         if cache.pos + len(ids) > cache.ctx:
             raise ContextFullError("full")
         self.calls.append((cache.pos, list(ids)))
@@ -142,9 +146,6 @@ class FakeEngine:
     def steady_end(self, n):
         """No position keeps its bits in another prompt, so a session that must be exact reuses none."""
         return 0
-
-    def batch_of(self, pos):
-        return range(0, 1 << 30)
 
     def may_begin(self, pos, n):
         return pos == 0

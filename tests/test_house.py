@@ -34,7 +34,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "cpu mlx",
     "vision",
     "engine",
-    "snapshots",
+    "snapshots speculation",
     "session",
     "together",
     "store",

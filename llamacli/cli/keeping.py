@@ -1,4 +1,4 @@
-"""Options about keys and values: their type, and what of them is kept on disk.
+"""Options of sessions: the type of keys and values, what of them is kept on disk, guesses.
 
 In: what the parser found. Out: a session.
 """
@@ -36,6 +36,15 @@ class Keeping:
     """The same for `run` and `chat`."""
 
     kv: KvType = KV.f16
+    speculate: Annotated[
+        bool,
+        option(
+            "--speculate",
+            group="Model",
+            setting=True,
+            help="Guess tokens that the text repeats and evaluate several at once: the same text, faster where it pays.",
+        ),
+    ] = False
     cache: Annotated[
         bool,
         option(
@@ -58,7 +67,12 @@ class Keeping:
 
     def session(self, model, ctx: int | None = None, exact: bool = False):
         """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
+        session = model.session(ctx, self._snapshots(model, exact), exact=exact and not self.cache)
+        session.speculate = self.speculate
+        return session
+
+    def _snapshots(self, model, exact: bool):
         if not self.cache:
-            return model.session(ctx, exact=exact)
+            return None
         limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
-        return model.session(ctx, model.snapshots(limit, exact))
+        return model.snapshots(limit, exact)

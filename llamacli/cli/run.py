@@ -325,6 +325,8 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     if stats.prefill_tps:
         parts[0] += f" at {stats.prefill_tps:.1f}/s"
     parts.append(f"{stats.completion_tokens} answered" + (f" at {stats.decode_tps:.1f}/s" if stats.decode_tps else ""))
+    if stats.proposed:
+        parts.append(f"{stats.accepted} of {stats.proposed} guesses right")
     if stats.decode_io and stats.decoded:
         parts.append(describe_io(stats.decode_io, stats.decoded, stats.decode_s))
     if load_s is not None:

@@ -281,6 +281,7 @@ class Recorder:
             self._scratch,
             self.program.counter(),
             self._stop,
+            self._state + 8 * elementwise.ALONE,
             add=add,
             x_div=x_div,
             out_div=out_div,

@@ -16,7 +16,7 @@ from llamacli.cpu.buffers import LOGITS_BATCH, MAX_BATCH, MIN_BATCH, Buffers
 from llamacli.cpu.experts import Slots, slots_per_layer
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
-from llamacli.cpu.kernels.ops.elementwise import BLOCKS, COUNT, ROW, N
+from llamacli.cpu.kernels.ops.elementwise import ALONE, BLOCKS, COUNT, ROW, N
 from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
@@ -95,6 +95,7 @@ class CpuStage:
         memory here. None: all weights are used in the mapped file. `most`: tokens of a batch.
         """
         self.layers = layers
+        self.alone = False  # whether each token's result is to have the bits that it has alone
         self.timings: Counter | None = None  # seconds by (layer, operation), if every step is to be timed by itself
         self.follow: Callable[[float], None] | None = None
         self._config, self._pool, self._guard, self._paths = config, pool, guard, gguf.paths
@@ -271,6 +272,7 @@ class CpuStage:
         """Set the number of tokens in the batch, and the rows that norms work on."""
         state = self._state
         state[N], state[ROW], state[COUNT], self._dense[1] = n, row, count, count
+        state[ALONE] = self.alone
 
     def _look_up(self, x: Tokens, n: int) -> None:
         """Set ids, and the addresses of rows that stand in for embeddings."""

@@ -326,9 +326,9 @@ def test_codes_above_127_cost_no_more_where_only_signed_bytes_are_multiplied():
     assert arm_products("Q8_0", "apple-m1", DOTPROD)["tile"] == arm_products("Q4_K", "apple-m1", DOTPROD)["tile"]
 
 
-@pytest.mark.parametrize("threads", [1, 3, 7])
+@pytest.mark.parametrize(("threads", "alone"), [(1, False), (3, False), (7, False), (3, True)])
 @pytest.mark.parametrize("name", ["Q6_K", "Q8_0", "F16"])
-def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
+def test_a_product_stays_within_its_rows_and_its_scratch(name, threads, alone):
     """Odd row counts, any number of tokens, more threads than cores; canaries after the scratch and after every row."""
     rng, pool = np.random.default_rng(7), Pool(threads)
     for n_rows, n_cols, n in ((33, 256, 5), (97, 512, 241), (300, 768, 487), (31, 256, 3), (5, 256, 1), (257, 512, 1)):
@@ -345,8 +345,9 @@ def test_a_product_stays_within_its_rows_and_its_scratch(name, threads):
         m = matmul.Matrix(raw.ctypes.data, name, 1, n_rows, n_cols, raw.shape[1])
         rows = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
         program = Program()
-        to, stop = matmul.Rows(out.ctypes.data, out.strides[0]), np.zeros(8, np.int64)
-        arguments = matmul.arguments(m, rows, to, table.ctypes.data, scratch, layout, program.counter(), stop.ctypes.data)
+        to, flags = matmul.Rows(out.ctypes.data, out.strides[0]), np.array([0, alone], np.int64)
+        stop = flags.ctypes.data
+        arguments = matmul.arguments(m, rows, to, table.ctypes.data, scratch, layout, program.counter(), stop, stop + 8)
         program.add(matmul.matmul, arguments)
         want = (x if name == "F16" else rounded) @ meant.T
         for _ in range(2):  # the second time nothing may be taken for done

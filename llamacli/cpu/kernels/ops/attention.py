@@ -28,7 +28,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
     kernel,
     pointer,
 )
-from llamacli.cpu.kernels.ops.elementwise import BLOCKS, N
+from llamacli.cpu.kernels.ops.elementwise import ALONE, BLOCKS, N
 
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work item
@@ -198,6 +198,7 @@ def attend(a, thread, threads):
     xs, outs = pointer(pointers, int64), pointer(pointers + 64, int64)
     positions, tables, block_table = pointer(a.positions, int64), pointer(a.tables, int64), pointer(a.blocks, int64)
     group, blocks = a.n_heads // a.n_kv_heads, pointer(a.state, int64)[BLOCKS]
+    least = QUERY_ROWS + 1 if pointer(a.state, int64)[ALONE] != 0 else MANY  # rows from which keys and values are laid out anew
 
     for item in range(thread, a.n_kv_heads * blocks, threads):
         if atomic_load(a.stop) != 0:
@@ -211,7 +212,7 @@ def attend(a, thread, threads):
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
-            unit = a.tall if rows >= MANY else 4
+            unit = a.tall if rows >= least else 4
             padded = (rows + unit - 1) // unit * unit
             f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)
             for r in range(padded):
@@ -224,7 +225,7 @@ def attend(a, thread, threads):
             last_key = first_slot + tokens
             for key in range(0, last_key, KEYS):
                 n_keys = min(KEYS, last_key - key)
-                if rows >= MANY:
+                if rows >= least:
                     call(a.transpose_keys, (keys + a.row_bytes * key, n_keys, wide_keys))
                     for k in range(0, n_keys, span):
                         to = scores + 4 * k
@@ -238,7 +239,7 @@ def attend(a, thread, threads):
                 for r in range(padded):
                     seen = min(n_keys, max(0, first_slot + r // in_part + 1 - key)) if r < rows else 0
                     call(a.softmax, (scores + 4 * KEYS * r, seen, n_keys, states + 12 * r, a.floats + 4 * ATTN_SCALE))
-                if rows >= MANY:
+                if rows >= least:
                     call(a.widen, (values + a.row_bytes * key, n_keys * dim, wide_values))
                     for c in range(0, dim, span):
                         to = sums + 4 * c

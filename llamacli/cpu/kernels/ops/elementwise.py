@@ -21,7 +21,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
 )
 
 # of the state block: tokens of the run; first and number of the rows that norms work on; attention's blocks of tokens
-N, ROW, COUNT, BLOCKS = range(4)
+N, ROW, COUNT, BLOCKS, ALONE = range(5)
 
 
 class EmbedArguments(NamedTuple):

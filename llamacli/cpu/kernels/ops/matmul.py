@@ -166,6 +166,7 @@ class MatmulArguments(NamedTuple):
     window: OptionalAddress  # int64 [2]: the first group to do, and the one to stop before
     unit: Count  # rows of an item of work are a multiple of it
     taken: Address  # int64, 0 between runs: items of work that threads have taken
+    alone: Address  # int64: not 0 where tokens are to be done one by one, so that each has the bits it has alone
     stop: Address  # int64: not 0 when the run is to end soon, whatever comes out
 
 
@@ -178,6 +179,7 @@ def arguments(
     offsets: Scratch,
     taken: int,
     stop: int,
+    alone: int,
     *,
     add: bool = False,
     x_div: int = 1,
@@ -233,6 +235,7 @@ def arguments(
         window=window,
         unit=UNIT if f.quantized else FLOAT_UNIT,
         taken=taken,
+        alone=alone,
         stop=stop,
     )
 
@@ -329,6 +332,7 @@ def matmul(a, thread, threads):
         low, high = min(units * thread // threads * 32, a.n_rows), min(units * (thread + 1) // threads * 32, a.n_rows)
     whole = max(0, high - low - a.ragged * tile_rows) // tile_rows * tile_rows
     row_blocks, block_rows = _blocks_of(whole, a.block_rows, tile_rows, sharing)
+    alone = pointer(a.alone, int64)[0] != 0
     first_group, end_group = int64(0), a.n_groups
     if a.window != 0:
         first_group, end_group = pointer(a.window, int64)[0], pointer(a.window, int64)[1]
@@ -338,7 +342,7 @@ def matmul(a, thread, threads):
         count = table[group + 1] - table[group]
         if count == 0:
             continue
-        tiled = a.tile != 0 and (count >= FEW or table[a.n_groups] >= FEW * a.n_groups)
+        tiled = a.tile != 0 and not alone and (count >= FEW or table[a.n_groups] >= FEW * a.n_groups)
         n_tiles = (count + tile_tokens - 1) // tile_tokens
         padded = n_tiles * tile_tokens
         blocks = (padded + TOKENS - 1) // TOKENS

@@ -1,0 +1,69 @@
+"""Guesses at the tokens to come, from what the text has said before: no second model.
+
+In: the ids so far. Out: ids that may come next: those that followed the last place with the same latest ids. The decode loop
+evaluates them with the token before in one call, and takes as many as it would have said anyway, so the text stays what it is.
+Where that takes longer than it saves, nothing is proposed for a while.
+"""
+
+from collections.abc import Sequence
+
+LENGTHS = (4, 3, 2)  # ids that must have come before in the same order, the longest first
+MOST = 7  # ids proposed at a time
+MEASURED = 8  # evaluations over which the time of a token is averaged
+PAUSE = 16  # single evaluations after guesses that did not pay; twice as many each time
+
+
+class Guesses:
+    """Of one answer. `settles`: whether time decides when to pause; False: always guess."""
+
+    def __init__(self, ids: Sequence[int], settles: bool = True):
+        self._ids: list[int] = []
+        self._places: dict[tuple[int, ...], int] = {}  # some ids in a row, to what followed them last
+        self._settles, self._pause, self._next_pause = settles, 0, PAUSE
+        self._seconds: list[float | None] = [None, None]  # a token's, on average, without and with guesses
+        self._tried = 0  # evaluations with guesses since the last pause
+        self._spent, self._guessed, self._given = (
+            0.0,
+            False,
+            0,
+        )  # the latest evaluation: its time, whether it had guesses, its tokens
+        for id in ids:
+            self.said(id)
+        self._given = 0
+
+    def said(self, id: int) -> None:
+        """One more id of the text."""
+        at = len(self._ids)
+        for n in LENGTHS:
+            if at >= n:
+                self._places[tuple(self._ids[at - n :])] = at
+        self._ids.append(id)
+        self._given += 1
+
+    def propose(self, most: int) -> list[int]:
+        """Ids that may follow, at most `most`; none if there is no such place, or if guessing does not pay."""
+        self._account()
+        if self._pause:
+            self._pause -= 1
+            return []
+        if self._settles and self._seconds[False] is None:
+            return []
+        for n in LENGTHS:
+            at = self._places.get(tuple(self._ids[-n:])) if len(self._ids) >= n else None
+            if at is not None:
+                found = self._ids[at : at + MOST]
+                return (found * MOST)[: max(0, min(most, MOST))]  # at the text's end, what repeats itself goes on
+        return []
+
+    def spent(self, seconds: float, guessed: bool) -> None:
+        """An evaluation took so long; what is said until the next one came from it."""
+        self._spent, self._guessed, self._given = seconds, guessed, 0
+
+    def _account(self) -> None:
+        if not self._spent or not self._given:
+            return
+        each, before = self._spent / self._given, self._seconds[self._guessed]
+        self._seconds[self._guessed] = each if before is None else before + (each - before) / MEASURED
+        self._tried += self._guessed
+        if self._settles and self._tried >= MEASURED and self._seconds[True] > self._seconds[False]:
+            self._pause, self._next_pause, self._tried, self._seconds[True] = self._next_pause, 2 * self._next_pause, 0, None
