@@ -1,13 +1,16 @@
 """Messages to token ids through the model's chat template.
 
-In: a tokenizer, messages ({"role": ..., "content": ...}) and the file's Jinja template, or None for Llama 4's own format. Out:
-ids with BOS exactly once, and `<|image|>` for each picture.
+In: a tokenizer, messages ({"role": ..., "content": ...}), the tools that may be called, and the file's Jinja template, or None
+for Llama 4's own format. Out: ids with BOS exactly once, and `<|image|>` for each picture. A template that does not ask for
+tools is told of them, of calls and of results in the texts of messages.
 
 Only the template writes special tokens; what a message says stays text, whatever it says (marks.py). One exception: a special
 token that the model may say inside an answer (`Tokenizer.visible_ids`) is a token again in an assistant's message, so that the
 model finds its own words as it said them. Templates come with the file and run in a sandbox (sandbox.py).
 """
 
+import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from llamacli.errors import PromptError
@@ -19,16 +22,28 @@ _LLAMA4 = (
     "{{ bos_token }}{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>\n\n{{ m.content }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>\n\n{% endif %}"
 )
+_TOLD = (
+    "Functions can be called. To call one, answer with JSON alone: "
+    '{"name": the name of the function, "parameters": an object with its arguments}. Several calls are separated by a '
+    "semicolon. The result comes in the next message. Call a function only where it helps; answer in words otherwise. "
+    "The functions:\n"
+)
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[dict], template: str | None = None, add_generation_prompt: bool = True
+    tokenizer: Tokenizer,
+    messages: Sequence[dict],
+    template: str | None = None,
+    add_generation_prompt: bool = True,
+    tools: Sequence[dict] = (),
 ) -> list[int]:
     """The ids of a conversation; with `add_generation_prompt` up to where the assistant's answer begins.
 
     A content is a string or a list of parts: {"type": "text", "text": ...} or a picture (`pictures`), which becomes `<|image|>`
-    where it stands; the template sees one string. PromptError says which message or what in the template is wrong. A template
-    that is empty counts as none; one that leaves the last message or a picture out is an error.
+    where it stands; the template sees one string. `tools` are {"type": "function", "function": {"name", "description",
+    "parameters"}}; a call is an assistant's message with `tool_calls`, a result one of the role ipython; what they say stays
+    text. PromptError says which message or what in the template is wrong. A template that is empty counts as none; one that
+    leaves the last message or a picture out is an error.
     """
     from llamacli.text import sandbox  # loads Jinja, which takes longer than all else here
 
@@ -42,11 +57,12 @@ def render(
     source = _source(tokenizer, template)
     if len(source) > sandbox.LONGEST_SOURCE:
         raise PromptError(f"expected a chat template of at most {sandbox.LONGEST_SOURCE} characters, found {len(source)}")
-    own = marks(tokenizer.special_names, [source, *_strings(messages)])
+    own = marks(tokenizer.special_names, [source, *_strings(messages), *_strings(list(tools))])
     tokens = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.token_id("<unk>"), "pad": tokenizer.padding}
     variables = {f"{name}_token": own.mark(_name(tokenizer, id)) for name, id in tokens.items()}
     messages = [{**message, "content": _joined(message["content"], own.mark(PICTURE))} for message in messages]
-    variables |= {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    messages = _in_words(messages, tools, source)
+    variables |= {"add_generation_prompt": add_generation_prompt, "tools": list(tools) or None, "documents": None}
 
     def text(messages: list[dict]) -> str:
         said = [_said(message, lambda text: own.mark(text, tokenizer.visible_names)) for message in messages]
@@ -109,6 +125,29 @@ def _picture(part):
 
 def _joined(content: list[str | None], mark: str) -> str:
     return "".join(mark if part is None else part for part in content)
+
+
+def _in_words(messages: list[dict], tools: Sequence[dict], source: str) -> list[dict]:
+    """The messages, with tools and calls in their texts where the template does not ask for them."""
+    if "tool_calls" not in source:
+        messages = [
+            {**m, "content": "\n".join(filter(None, [m["content"], _calls(m["tool_calls"])]))} if m.get("tool_calls") else m
+            for m in messages
+        ]
+    if not tools or re.search(r"\btools\b", source):
+        return messages
+    definitions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    told = _TOLD + definitions
+    if messages[0]["role"] == "system":
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{told}"}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]
+
+
+def _calls(calls: Sequence[dict]) -> str:
+    """Calls as the model is asked to write them."""
+    functions = (call["function"] for call in calls)
+    written = ({"name": f["name"], "parameters": f["arguments"]} for f in functions)
+    return "; ".join(json.dumps(call, ensure_ascii=False) for call in written)
 
 
 def _checked(number: int, message) -> dict:

@@ -1,0 +1,1 @@
+"""Tools that the model may call: what they are, where they run, and the loop of calls and answers."""

@@ -1,0 +1,128 @@
+"""The loop of answers and calls: the model answers, its calls are run, their results come back to it, and it answers again.
+
+In: a model, messages, a `Toolbox`. Out: the pieces of all answers, without the calls. Nothing runs that `ask` does not allow. A
+call that fails, hangs or is refused is a result, too: the model is told, and goes on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from llamacli.errors import UsageError
+from llamacli.session import Piece
+from llamacli.text.calls import END, START, Call, CallParser
+from llamacli.tools.tool import Tool, ToolError, from_function
+
+ROUNDS, TIMEOUT = 10, 60.0  # rounds of calls in a turn; seconds for a call
+LONGEST_RESULT = 32_768  # characters that the model is given of a result
+
+
+class Result(NamedTuple):
+    """A call and what came of it; `failed`: it was refused, or ended in an error, which is the text."""
+
+    call: Call
+    text: str
+    failed: bool
+
+
+class Toolbox:
+    """Tools and how they are run.
+
+    `ask(call)`: whether a call may run. `tell(result)`: hears of every result. `rounds`: of calls in a turn, at most.
+    `timeout`: seconds for a call. `results` are those of the latest turn; `calls` those that it left to its reader, because nothing here
+    runs them.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool | Callable],
+        ask: Callable[[Call], bool] = lambda call: True,
+        tell: Callable[[Result], None] = lambda result: None,
+        rounds: int = ROUNDS,
+        timeout: float = TIMEOUT,
+    ):
+        made = [tool if isinstance(tool, Tool) else from_function(tool) for tool in tools]
+        self.tools = {tool.name: tool for tool in made}
+        if len(self.tools) < len(made):
+            names = [tool.name for tool in made]
+            raise UsageError(f"tools: expected different names, found {next(n for n in names if names.count(n) > 1)} twice")
+        self._ask, self._tell, self.rounds, self._timeout = ask, tell, rounds, timeout
+        self.results: list[Result] = []
+        self.calls: list[Call] = []
+
+    @property
+    def definitions(self) -> list[dict]:
+        """As chat templates take them."""
+        return [tool.definition for tool in self.tools.values()]
+
+    def parser(self) -> CallParser:
+        """What finds the calls of these tools in an answer."""
+        return CallParser({name: tool.order for name, tool in self.tools.items()})
+
+    def runs(self, calls: Sequence[Call]) -> bool:
+        """Whether all of the calls can be run here."""
+        return all(self.tools[call.name].run for call in calls)
+
+    def run(self, call: Call, longest: int) -> Result:
+        """Run a call, if it may be; the result has at most `longest` characters."""
+        tool = self.tools[call.name]
+        try:
+            tool.check(call.arguments)
+            if not self._ask(call):
+                raise ToolError("the user does not allow this call")
+            text, failed = tool.run(call.arguments, self._timeout), False
+        except ToolError as error:
+            text, failed = f"error: {error}", True
+        if len(text) > longest:
+            text = f"{text[:longest]}\n[cut here: {longest} of {len(text)} characters]"
+        result = Result(call, text, failed)
+        self.results.append(result)
+        self._tell(result)
+        return result
+
+
+def answer(
+    model, session, sampler, messages: Sequence[dict], box: Toolbox, max_tokens: int | None = None, stop: Sequence[str] = ()
+) -> Iterator[Piece]:
+    """Answer a conversation, with as many rounds of calls as it takes. Text of calls is left out of the pieces.
+
+    The last piece's reason is one of Session's, or "tool_calls": the calls in `box.calls` are the reader's to run, or "rounds":
+    the limit of rounds is reached.
+    """
+    messages, left = list(messages), max_tokens
+    box.results, box.calls = [], []
+    for number in range(box.rounds + 1):
+        parser, said = box.parser(), []
+        reason = None
+        for piece in session.stream(model.prompt_ids(messages, box.definitions), sampler, left, stop):
+            reason = piece.finish_reason
+            text = parser.push(piece.text) + (parser.close() if reason else "")
+            said.append(text)
+            if reason in (None, "interrupt"):
+                yield piece._replace(text=text)
+        calls = parser.calls if reason == "stop" else []
+        if reason == "interrupt":
+            return
+        if calls and not box.runs(calls):
+            box.calls, reason = calls, "tool_calls"
+        elif calls and number == box.rounds:
+            reason = "rounds"
+        elif calls:
+            yield Piece(text, None)
+            messages += _turn("".join(said), calls, [box.run(call, min(LONGEST_RESULT, session.ctx)) for call in calls])
+            left = None if left is None else left - session.stats.completion_tokens
+            if left is None or left > 0:
+                continue
+            text, reason = "", "length"
+        yield Piece(text, None, reason)
+        return
+
+
+def _turn(said: str, calls: Sequence[Call], results: Sequence[Result]) -> list[dict]:
+    """The messages of a round: the calls, then a result each."""
+    functions = ({"name": call.name, "arguments": call.arguments} for call in calls)
+    asked = {
+        "role": "assistant",
+        "content": said.replace(START, "").replace(END, "").strip(),
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+    }
+    return [asked, *({"role": "ipython", "content": result.text} for result in results)]

@@ -1,0 +1,294 @@
+"""Programs that run tools: one for each call, or servers of the Model Context Protocol over stdin and stdout.
+
+In: a command. Out: results as text; ToolError where it hangs, dies or answers nonsense. Every program has a group of processes
+of its own, which is killed with it. What it writes is bounded and is text: nothing of it is obeyed.
+
+Protocol: https://modelcontextprotocol.io/specification, the stdio transport: a JSON-RPC message a line. The small client here
+speaks initialize, tools/list and tools/call, which servers of every version understand; the package `mcp` would take seconds to
+import and brings a web server along.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+from llamacli import __version__
+from llamacli.errors import UsageError
+from llamacli.tools.tool import Tool, ToolError, as_text, check_definition
+
+VERSION = "2025-06-18"  # of the protocol; a server may answer with an older one
+LARGEST_LINE, LARGEST_OUTPUT = 16 << 20, 1 << 20  # bytes
+MOST_PAGES = 100
+GRACE = 1.0  # seconds for a program to end by itself
+START_SECONDS = 60.0  # for a server to start: some fetch themselves first
+
+
+class Program:
+    """A running program. `name` is what errors call it."""
+
+    def __init__(self, command: Sequence[str], name: str, env: Mapping[str, str] | None = None, cwd: str | None = None):
+        """ToolError if it cannot be started. `env` None: that of this process."""
+        self.name, self._read, self._said = name, b"", b""
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=env,
+                cwd=cwd,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ToolError(f"{name}: expected to start {command[0]}, found: {getattr(error, 'strerror', error)}") from None
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            os.set_blocking(stream.fileno(), False)
+
+    def send(self, data: bytes, until: float) -> None:
+        """Write all of it by `until` (time.monotonic)."""
+        fd = self._process.stdin.fileno()
+        while data:
+            if not self._ready([], [fd], until):
+                raise ToolError("it does not read its input")
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise ToolError(self.end()) from None
+
+    def end_input(self) -> None:
+        """Nothing more is sent."""
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def some(self, until: float) -> bytes | None:
+        """The next bytes of its output, b"" at the end, None if there are none by `until`."""
+        fd = self._process.stdout.fileno()
+        while self._ready([fd], [], until):
+            with suppress(BlockingIOError):
+                return os.read(fd, 1 << 16)
+        return None
+
+    def _ready(self, readable: list[int], writable: list[int], until: float) -> bool:
+        """Wait for a descriptor, False at `until`. What comes on stderr meanwhile is taken, its end kept."""
+        errors = [] if self._process.stderr.closed else [self._process.stderr.fileno()]
+        while True:
+            left = until - time.monotonic()
+            reads, writes, _ = select.select([*readable, *errors], writable, [], max(0.0, left))
+            if errors and errors[0] in reads and not self._complaint_read():
+                errors = []
+            if writes or set(reads) & set(readable):
+                return True
+            if left <= 0:
+                return False
+
+    def _complaint_read(self) -> bool:
+        """Take what stderr has; False at its end."""
+        with suppress(BlockingIOError):
+            data = os.read(self._process.stderr.fileno(), 1 << 16)
+            self._said = (self._said + data)[-4096:]
+            return bool(data)
+        return True
+
+    def line(self, until: float) -> bytes:
+        """The next line of its output. ToolError if it is too long, late, or there is none."""
+        while b"\n" not in self._read:
+            data = self.some(until)
+            if data is None:
+                raise TimeoutError
+            if not data:
+                raise ToolError(self.end())
+            self._read += data
+            if len(self._read) > LARGEST_LINE:
+                raise ToolError(f"it writes a line of more than {LARGEST_LINE >> 20} MB")
+        line, _, self._read = self._read.partition(b"\n")
+        return line
+
+    def wait(self, until: float) -> int | None:
+        """Its exit code; None if it still runs at `until`."""
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(max(0.0, until - time.monotonic()))
+        return None
+
+    def end(self) -> str:
+        """Wait a moment for the end; returns how it ended, in words, with the last line that it wrote to stderr."""
+        code = self.wait(time.monotonic() + GRACE)
+        how = (
+            "it closed its output"
+            if code is None
+            else f"it ended with code {code}"
+            if code >= 0
+            else f"it died of signal {-code}"
+        )
+        return how + (f": {said}" if (said := self.complaint()) else "")
+
+    def complaint(self) -> str:
+        """The last line of its stderr."""
+        self._ready([], [], time.monotonic() + 0.05)
+        lines = [line.strip() for line in self._said.decode("utf-8", "replace").splitlines() if line.strip()]
+        return lines[-1][:300] if lines else ""
+
+    def close(self) -> None:
+        """End it and what it started: first by closing its input, then by force."""
+        self.end_input()
+        if self.wait(time.monotonic() + GRACE) is None:
+            self.kill()
+        with suppress(ProcessLookupError, PermissionError):  # what it left behind
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.stdout.close()
+        self._process.stderr.close()
+
+    def kill(self) -> None:
+        """End it and what it started at once."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def run_once(command: Sequence[str], arguments: dict, timeout: float) -> str:
+    """Run a program with the arguments as JSON on its stdin; its stdout is the result."""
+    until, name = time.monotonic() + timeout, os.path.basename(command[0])
+    program, output = Program(command, name), b""
+    try:
+        with suppress(ToolError):  # it need not read what it is told
+            program.send(json.dumps(arguments).encode() + b"\n", until)
+        program.end_input()
+        while len(output) <= LARGEST_OUTPUT and (data := program.some(until)):
+            output += data
+        if len(output) > LARGEST_OUTPUT:
+            raise ToolError(f"it writes more than {LARGEST_OUTPUT >> 20} MB")
+        code = program.wait(until)
+        if code is None:
+            raise ToolError(f"no result after {timeout:g} seconds")
+        if code:
+            raise ToolError(program.end())
+        return output.decode("utf-8", "replace").rstrip("\n")
+    finally:
+        program.kill()
+        program.close()
+
+
+class Server:
+    """A server of tools. It is started when it is first asked, and again after it hung or died."""
+
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None):
+        self.name, self._command, self._env, self._cwd = name, command, env, cwd
+        self._program: Program | None = None
+        self._number = 0
+
+    def tools(self, timeout: float = START_SECONDS) -> list[Tool]:
+        """What it offers. UsageError if it cannot be started or says nonsense: nothing has begun yet."""
+        try:
+            found, cursor = [], None
+            for _ in range(MOST_PAGES):
+                page = self._ask("tools/list", {"cursor": cursor} if cursor else {}, timeout)
+                if not isinstance(page.get("tools"), list):
+                    raise ToolError("it lists no tools")
+                found += [self._tool(entry) for entry in page["tools"]]
+                cursor = page.get("nextCursor")
+                if not isinstance(cursor, str) or not cursor:
+                    break
+            return found
+        except ToolError as error:
+            self.close()
+            raise UsageError(f"{self.name}: expected a server of tools, found: {error}; check its command") from None
+
+    def call(self, name: str, arguments: dict, timeout: float) -> str:
+        """The result of a tool as text."""
+        result = self._ask("tools/call", {"name": name, "arguments": arguments}, timeout)
+        parts = result.get("content")
+        texts = [_content(part) for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+        if not texts and "structuredContent" in result:
+            texts = [as_text(result["structuredContent"])]
+        text = "\n".join(texts)
+        if result.get("isError"):
+            raise ToolError(text or "it failed without a word")
+        return text
+
+    def close(self) -> None:
+        """End it, if it runs."""
+        if self._program is not None:
+            self._program.close()
+            self._program = None
+
+    def _tool(self, entry) -> Tool:
+        entry = entry if isinstance(entry, dict) else {}
+        name, description, schema = check_definition(
+            entry.get("name"), entry.get("description"), entry.get("inputSchema"), self.name
+        )
+        return Tool(name, description, schema, lambda arguments, timeout: self.call(name, arguments, timeout))
+
+    def _ask(self, method: str, params: dict, timeout: float) -> dict:
+        """The result of a request. ToolError; a server that did not answer is ended."""
+        try:
+            if self._program is None:
+                self._start()
+            return self._request(method, params, time.monotonic() + timeout)
+        except TimeoutError:
+            self._stop()
+            raise ToolError(f"no result after {timeout:g} seconds") from None
+        except _Refused:
+            raise
+        except BaseException:  # it died or speaks something else; a Ctrl-C must not leave its answer for the next question
+            self._stop()
+            raise
+
+    def _start(self) -> None:
+        self._program = Program(self._command, self.name, self._env, self._cwd)
+        until = time.monotonic() + START_SECONDS
+        client = {"name": "llamacli", "version": __version__}
+        self._request("initialize", {"protocolVersion": VERSION, "capabilities": {}, "clientInfo": client}, until)
+        self._send({"method": "notifications/initialized"}, until)
+
+    def _stop(self) -> None:
+        if self._program is not None:
+            self._program.kill()
+            self.close()
+
+    def _send(self, message: dict, until: float) -> None:
+        self._program.send(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n", until)
+
+    def _request(self, method: str, params: dict, until: float) -> dict:
+        self._number += 1
+        self._send({"id": self._number, "method": method, "params": params}, until)
+        while True:
+            message = _message(self._program.line(until))
+            if message.get("id") == self._number and "method" not in message:
+                break
+            if "method" in message and "id" in message:  # the server asks something in turn
+                answer = {"result": {}} if message["method"] == "ping" else {"error": {"code": -32601, "message": "not here"}}
+                self._send({"id": message["id"], **answer}, until)
+        if isinstance(error := message.get("error"), dict):
+            raise _Refused(f"{error.get('message', 'it refuses')}"[:2000])
+        if not isinstance(message.get("result"), dict):
+            raise ToolError("it answers without a result")
+        return message["result"]
+
+
+class _Refused(ToolError):
+    """The server is well and says no."""
+
+
+def _message(line: bytes) -> dict:
+    """A message; {} for a line that is none: some servers print there."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _content(part: dict) -> str:
+    """A part of a result as text."""
+    if isinstance(part.get("text"), str):
+        return part["text"]
+    inner = part.get("resource")
+    if isinstance(inner, dict) and isinstance(inner.get("text"), str):
+        return inner["text"]
+    return f"[{part.get('type', 'something')} that is no text]"[:80]
