@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llamacli.files.gguf import GGUF
     from llamacli.session import Piece, Session
     from llamacli.snapshots import Snapshots
+    from llamacli.tools.loop import Toolbox
     from llamacli.vision.sight import Sight
 
 __all__ = [
@@ -186,17 +187,18 @@ class Model:
             self._sight = Sight(tower, self.tokenizer, self.engine.threads)
         return self._sight
 
-    def prompt_ids(self, messages: Sequence[dict], image_tiles: int | None = None) -> list:
+    def prompt_ids(self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = ()) -> list:
         """The tokens of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins.
 
         A content may be a list of parts, {"type": "text", "text": ...} or {"type": "image", "image": ...} with a path, bytes, a
         `data:` URL, a picture of Pillow or a View of `sight`. Rows of pictures are prompt.FeatureRow. `image_tiles`: the most
-        tiles of a picture's grid, fewer being faster and coarser. PictureError for what is no picture or cannot be seen.
+        tiles of a picture's grid, fewer being faster and coarser. `tools`: definitions of functions that the model may call, as
+        text/template.py has them. PictureError for what is no picture or cannot be seen.
         """
         from llamacli.text.template import pictures, render
 
         messages = list(messages)
-        ids = render(self.tokenizer, messages, self.gguf.metadata.get("tokenizer.chat_template"))
+        ids = render(self.tokenizer, messages, self.gguf.metadata.get("tokenizer.chat_template"), tools=tools)
         if not (found := pictures(messages)):
             return ids
         from llamacli.prompt import tokens
@@ -250,10 +252,36 @@ class Model:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         image_tiles: int | None = None,
+        tools: Sequence = (),
         **settings,
     ) -> Iterator[Piece]:
-        """Answer a conversation (`prompt_ids`) in a fresh session, piece by piece. `settings` as for `sampler`."""
+        """Answer a conversation (`prompt_ids`) in a fresh session, piece by piece. `settings` as for `sampler`.
+
+        `tools`: as for `chat`.
+        """
+        if tools:
+            return self.chat(messages, tools, max_tokens=max_tokens, stop=stop, image_tiles=image_tiles, **settings)
         return self.session().stream(self.prompt_ids(messages, image_tiles), self.sampler(**settings), max_tokens, stop)
+
+    def chat(
+        self,
+        messages: Sequence[dict],
+        tools: Sequence | Toolbox,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        image_tiles: int | None = None,
+        **settings,
+    ) -> Iterator[Piece]:
+        """Answer a conversation with tools that the model may call, piece by piece; the calls themselves are no text of it.
+
+        `tools`: Python functions, whose annotations and docstrings describe them, or a tools.loop.Toolbox, which can also ask
+        before each call and limit rounds and time. The last piece's reason is one of Session's, or one of tools.loop.answer's.
+        """
+        from llamacli.tools.loop import Toolbox, answer
+
+        box = tools if isinstance(tools, Toolbox) else Toolbox(tools)
+        return answer(self, self.session(), self.sampler(**settings), messages, box, max_tokens, stop, image_tiles)
 
 
 def default_ctx(config) -> int:

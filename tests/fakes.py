@@ -189,12 +189,28 @@ def Greedy(logprobs=None):
     return Sampler(temp=0, logprobs=logprobs)
 
 
+class Answers(FakeEngine):
+    """Says the next of `replies` each time that it is asked, then <|eot|>."""
+
+    def __init__(self, *replies, **how):
+        super().__init__(chunk=64, **how)
+        self.replies, self.begun = [[*reply.encode(), EOT] for reply in replies], {}
+
+    def logits(self, chunk, everything):
+        if HEADER not in everything:
+            return one_hot(0)
+        said = everything[::-1].index(HEADER)
+        reply = self.replies[self.begun.setdefault(len(everything) - said, len(self.begun))]
+        return one_hot(reply[min(said, len(reply) - 1)])
+
+
 class FakeModel(Model):
     def __init__(self, engine, ctx=None):
         gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), paths=[Path("miniature.gguf")], tensors={})
         super().__init__(gguf, CONFIG, FakeTokenizer(), engine, ctx or 4096)
 
-    def prompt_ids(self, messages, image_tiles=None):
+    def prompt_ids(self, messages, image_tiles=None, tools=()):
+        self.offered = tools
         ids = [BOS]
         for message in messages:
             ids += [*message["role"][:1].encode(), 10, *message["content"].encode(), EOT]

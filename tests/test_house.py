@@ -36,6 +36,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "engine",
     "snapshots speculation",
     "session",
+    "tools",
     "together",
     "store",
     "conversation",

@@ -62,6 +62,11 @@ class Prompts:
     def _system(self, system: str | None) -> list[dict]:
         return [{"role": "system", "content": str(system)}] if system else []
 
+    def seen(self, messages: list[dict], views: Sequence) -> list[dict]:
+        """The messages with `views` of pictures before the last text."""
+        *before, last = messages
+        return [*before, {**last, "content": content(views, last["content"])}] if views else messages
+
     def ids(self, model, messages: list[dict], views: Sequence = ()) -> list:
         """Tokens, `views` of pictures before the last text. ContextFullError for more text than fills the context, before it
         becomes tokens.
@@ -70,10 +75,9 @@ class Prompts:
 
         size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
         check_length(size // model.tokenizer.most_bytes, model.ctx, " or more")
-        *before, last = messages
         if not self.raw:
-            return model.prompt_ids([*before, {**last, "content": content(views, last["content"])}] if views else messages)
-        ids = model.tokenizer.encode(last["content"], bos=True, special=False)
+            return model.prompt_ids(self.seen(messages, views))
+        ids = model.tokenizer.encode(messages[-1]["content"], bos=True, special=False)
         if not views:
             return ids
         from llamacli.prompt import tokens

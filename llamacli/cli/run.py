@@ -24,6 +24,7 @@ from llamacli.cli.options import Generation, Json, Output, checked, decoded, is_
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.cli.prompts import Prompts, joined
 from llamacli.cli.templates import Template, names, parameters
+from llamacli.cli.tooling import Tooling, asking
 from llamacli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ REASONS = {
     "length": "stopped at the -n limit",
     "context": "context full",
     "interrupt": "stopped by Ctrl-C",
+    "tool_calls": "calls tools",
+    "rounds": "stopped at the --tool-rounds limit",
 }
 
 
@@ -93,6 +96,7 @@ def run(
             help="With --json: the log probability of each token and of the N likeliest in its place.",
         ),
     ] = None,
+    tooling: Tooling = None,
     options: Generation = None,
     output: Output = None,
 ) -> None:
@@ -108,6 +112,7 @@ def run(
     llamacli run --choice yes,no "Is Rome in Italy?"
     llamacli run --batch questions.jsonl -o answers.jsonl --temp 0
     llamacli run -m scout.gguf --image receipt.jpg "What did this cost?"
+    llamacli run -m scout.gguf --functions weather.py "Do I need an umbrella in Oslo?"
     """
     console = output.console()
     words = ([prompt_option] if prompt_option is not None else []) + [*(prompt or [])]
@@ -119,6 +124,9 @@ def run(
         raise UsageError("--logprobs: expected --json with it, which is what shows them; add it or leave this out")
     if param and template is None:
         raise UsageError("--param: expected --template with it, which has the places; add it or leave this out")
+    if tooling.asked and (raw or batch is not None or options.bound):
+        other = "--raw" if raw else "--batch" if batch is not None else "--schema, --grammar and --choice"
+        raise UsageError(f"tools and {other} exclude each other; leave one of them out")
     text, pictures = _text(words, file or [], options.image or [], no_stdin or batch is not None, console, options.limit)
     form = Template.find(template, console) if template is not None else None
     prompts = Prompts(text, None if raw else options.system, form, parameters(param or []), raw, bool(pictures))
@@ -133,13 +141,14 @@ def run(
         _check_new(Path(out))
     messages = prompts.messages()
     options.image = [picture.name for picture in pictures]
-    began = time.perf_counter()
-    model = options.load(console)
-    load_s = time.perf_counter() - began
-    views = look(model, pictures, options.image_tiles, console)
-    ids = prompts.ids(model, messages, views)
-    answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract)
-    answer.take(model, ids, options, logprobs, views)
+    with tooling.box(console, asking(console)) as box:
+        began = time.perf_counter()
+        model = options.load(console)
+        load_s = time.perf_counter() - began
+        views = look(model, pictures, options.image_tiles, console)
+        ids = prompts.ids(model, messages, views)
+        answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract, box)
+        answer.take(model, ids, options, logprobs, views, prompts.seen(messages, views))
 
 
 def _model_first(model: str | None, words: list[str], more: bool, console: Console) -> tuple[str | None, list[str]]:
@@ -185,18 +194,27 @@ def _text(
 class Answer:
     """Streams one answer to where it belongs, and says its end."""
 
-    def __init__(self, console: Console, load_s: float, as_json: bool, out: Path | None, whole: bool, extract: bool):
+    def __init__(self, console: Console, load_s: float, as_json: bool, out: Path | None, whole: bool, extract: bool, box=None):
+        """`box`: tools that the model may call (tools/loop.Toolbox)."""
         self._console, self._load_s, self._as_json, self._out, self._extract = console, load_s, as_json, out, extract
         self._held = as_json or whole or out is not None  # nothing is shown before the end
         self._text: list[str] = []
         self._logprobs: list[dict] | None = None
         self._views: Sequence = ()
-        self._said = False
+        self._said, self._box = False, box
 
-    def take(self, model, ids: list, options: Generation, logprobs: int | None = None, views: Sequence = ()) -> None:
+    def take(
+        self,
+        model,
+        ids: list,
+        options: Generation,
+        logprobs: int | None = None,
+        views: Sequence = (),
+        messages: Sequence[dict] = (),
+    ) -> None:
         """Answer `ids`, in which pictures stand as `views`; what was said is kept on Ctrl-C and SIGTERM.
 
-        `logprobs`: as --logprobs.
+        `logprobs`: as --logprobs. `messages` are what the ids are of, and are answered where there are tools.
         """
         self._views = views
         self._logprobs = None if logprobs is None else []
@@ -207,7 +225,7 @@ class Answer:
             first = stack.enter_context(reading(console, model))
             stack.enter_context(signals.last_words(lambda: self._end(session.stats, "interrupt")))
             try:
-                for piece in session.stream(ids, sampler, options.max_tokens, options.stop or ()):
+                for piece in self._pieces(model, session, sampler, ids, messages, options):
                     first()
                     self._text.append(piece.text)
                     if piece.logprobs and self._logprobs is not None:
@@ -224,13 +242,23 @@ class Answer:
                     console.end(always=False)
         for notice in session.snapshots.notices if session.snapshots else ():
             console.note(notice)
+        if reason == "rounds":
+            console.warn(f"the answer ends after {self._box.rounds} rounds of calls; --tool-rounds allows more")
         if reason == "context":
             console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
-        if console.verbose or reason not in ("stop", None):
+        if console.verbose or reason not in ("stop", "tool_calls", None):
             console.note(describe(session.stats, reason, self._load_s))
         if slow := slowness(sampler, session.stats):
             console.note(slow)
         check_whole(sampler, reason)
+
+    def _pieces(self, model, session, sampler, ids: list, messages: Sequence[dict], options: Generation):
+        limits = options.max_tokens, options.stop or ()
+        if self._box is None:
+            return session.stream(ids, sampler, *limits)
+        from llamacli.tools.loop import answer
+
+        return answer(model, session, sampler, messages, self._box, *limits)
 
     def _end(self, stats, reason: str) -> None:
         if self._said:
@@ -242,7 +270,13 @@ class Answer:
             record = _record(text, reason, stats, self._load_s, self._views)
             if self._logprobs is not None:
                 record["logprobs"] = {"content": self._logprobs}
+            if self._box is not None:
+                record["usage"], record["tool_calls"] = self._box.usage, self._box.record
             text = json.dumps(record, ensure_ascii=False)
+        elif self._box is not None and self._box.calls:  # nothing here runs them: they are the answer
+            calls = "".join(json.dumps(call, ensure_ascii=False) + "\n" for call in self._box.record if "result" not in call)
+            self._show_calls(text, calls)
+            return
         if self._out is not None:
             self._write(text)
         elif self._as_json:
@@ -252,6 +286,16 @@ class Answer:
             self._console.end(always=reason != "interrupt")
         else:
             self._console.end(always=reason != "interrupt")
+
+    def _show_calls(self, text: str, calls: str) -> None:
+        """The calls, a line each, behind what was said."""
+        if self._out is not None:
+            self._write(f"{text}\n{calls}" if text.strip() else calls)
+            return
+        if self._held and text.strip():
+            self._console.piece(text)
+        self._console.end(always=False)
+        self._console.piece(calls)
 
     def _write(self, text: str) -> None:
         try:

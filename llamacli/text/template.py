@@ -129,12 +129,14 @@ def _joined(content: list[str | None], mark: str) -> str:
 
 def _in_words(messages: list[dict], tools: Sequence[dict], source: str) -> list[dict]:
     """The messages, with tools and calls in their texts where the template does not ask for them."""
+    if not tools:
+        return messages
     if "tool_calls" not in source:
         messages = [
             {**m, "content": "\n".join(filter(None, [m["content"], _calls(m["tool_calls"])]))} if m.get("tool_calls") else m
             for m in messages
         ]
-    if not tools or re.search(r"\btools\b", source):
+    if re.search(r"\btools\b", source):
         return messages
     definitions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     told = _TOLD + definitions
@@ -145,9 +147,14 @@ def _in_words(messages: list[dict], tools: Sequence[dict], source: str) -> list[
 
 def _calls(calls: Sequence[dict]) -> str:
     """Calls as the model is asked to write them."""
-    functions = (call["function"] for call in calls)
-    written = ({"name": f["name"], "parameters": f["arguments"]} for f in functions)
-    return "; ".join(json.dumps(call, ensure_ascii=False) for call in written)
+    try:
+        functions = [call["function"] for call in calls]
+        written = [{"name": f["name"], "parameters": f["arguments"]} for f in functions]
+        return "; ".join(json.dumps(call, ensure_ascii=False) for call in written)
+    except (TypeError, KeyError, ValueError):
+        raise PromptError(
+            f'tool_calls: expected [{{"function": {{"name": ..., "arguments": ...}}}}], found {repr(calls)[:80]}'
+        ) from None
 
 
 def _checked(number: int, message) -> dict:

@@ -13,7 +13,7 @@ from llamacli.text.calls import END, START, Call, CallParser
 from llamacli.tools.tool import Tool, ToolError, from_function
 
 ROUNDS, TIMEOUT = 10, 60.0  # rounds of calls in a turn; seconds for a call
-LONGEST_RESULT = 32_768  # characters that the model is given of a result
+LEAST_RESULT, LONGEST_RESULT = 200, 32_768  # characters that the model is given of a result, as the context has room
 
 
 class Result(NamedTuple):
@@ -28,8 +28,8 @@ class Toolbox:
     """Tools and how they are run.
 
     `ask(call)`: whether a call may run. `tell(result)`: hears of every result. `rounds`: of calls in a turn, at most.
-    `timeout`: seconds for a call. `results` are those of the latest turn; `calls` those that it left to its reader, because nothing here
-    runs them.
+    `timeout`: seconds for a call. `results` are those of the latest turn; `calls` those that it left to its reader, because
+    nothing here runs them.
     """
 
     def __init__(
@@ -46,8 +46,26 @@ class Toolbox:
             names = [tool.name for tool in made]
             raise UsageError(f"tools: expected different names, found {next(n for n in names if names.count(n) > 1)} twice")
         self._ask, self._tell, self.rounds, self._timeout = ask, tell, rounds, timeout
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the latest turn: another one begins."""
         self.results: list[Result] = []
         self.calls: list[Call] = []
+        self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
+
+    def count(self, stats) -> None:
+        """Add what a round took."""
+        for name in self.usage:
+            self.usage[name] += getattr(stats, name)
+
+    @property
+    def record(self) -> list[dict]:
+        """The calls of the latest turn, fit for JSON; those that ran with their results."""
+        ran = [(result.call, {"result": result.text, "failed": result.failed}) for result in self.results]
+        return [
+            {"name": call.name, "parameters": call.arguments} | more for call, more in [*ran, *((c, {}) for c in self.calls)]
+        ]
 
     @property
     def definitions(self) -> list[dict]:
@@ -81,7 +99,14 @@ class Toolbox:
 
 
 def answer(
-    model, session, sampler, messages: Sequence[dict], box: Toolbox, max_tokens: int | None = None, stop: Sequence[str] = ()
+    model,
+    session,
+    sampler,
+    messages: Sequence[dict],
+    box: Toolbox,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    image_tiles: int | None = None,
 ) -> Iterator[Piece]:
     """Answer a conversation, with as many rounds of calls as it takes. Text of calls is left out of the pieces.
 
@@ -89,16 +114,17 @@ def answer(
     the limit of rounds is reached.
     """
     messages, left = list(messages), max_tokens
-    box.results, box.calls = [], []
+    box.begin()
     for number in range(box.rounds + 1):
         parser, said = box.parser(), []
         reason = None
-        for piece in session.stream(model.prompt_ids(messages, box.definitions), sampler, left, stop):
+        for piece in session.stream(model.prompt_ids(messages, image_tiles, box.definitions), sampler, left, stop):
             reason = piece.finish_reason
             text = parser.push(piece.text) + (parser.close() if reason else "")
             said.append(text)
             if reason in (None, "interrupt"):
                 yield piece._replace(text=text)
+        box.count(session.stats)
         calls = parser.calls if reason == "stop" else []
         if reason == "interrupt":
             return
@@ -107,8 +133,10 @@ def answer(
         elif calls and number == box.rounds:
             reason = "rounds"
         elif calls:
-            yield Piece(text, None)
-            messages += _turn("".join(said), calls, [box.run(call, min(LONGEST_RESULT, session.ctx)) for call in calls])
+            yield Piece(text + "\n" * ("".join(said)[-1:] not in ("", "\n")), None)
+            room = (session.ctx - len(session.ids)) // 2 // len(calls)  # a character is a token at most, as a rule
+            longest = max(LEAST_RESULT, min(LONGEST_RESULT, room))
+            messages += _turn("".join(said), calls, [box.run(call, longest) for call in calls])
             left = None if left is None else left - session.stats.completion_tokens
             if left is None or left > 0:
                 continue

@@ -33,7 +33,7 @@ class Program:
 
     def __init__(self, command: Sequence[str], name: str, env: Mapping[str, str] | None = None, cwd: str | None = None):
         """ToolError if it cannot be started. `env` None: that of this process."""
-        self.name, self._read, self._said = name, b"", b""
+        self.name, self._read, self._said = name, bytearray(), b""
         try:
             self._process = subprocess.Popen(
                 command,
@@ -98,16 +98,20 @@ class Program:
 
     def line(self, until: float) -> bytes:
         """The next line of its output. ToolError if it is too long, late, or there is none."""
-        while b"\n" not in self._read:
+        end = self._read.find(b"\n")
+        while end < 0:
             data = self.some(until)
             if data is None:
                 raise TimeoutError
             if not data:
                 raise ToolError(self.end())
+            end = data.find(b"\n")
+            end += len(self._read) if end >= 0 else 0
             self._read += data
             if len(self._read) > LARGEST_LINE:
                 raise ToolError(f"it writes a line of more than {LARGEST_LINE >> 20} MB")
-        line, _, self._read = self._read.partition(b"\n")
+        line = bytes(self._read[:end])
+        del self._read[: end + 1]
         return line
 
     def wait(self, until: float) -> int | None:

@@ -112,7 +112,7 @@ def described(function: Callable) -> tuple[str, str, dict]:
     name = getattr(function, "__name__", None) or type(function).__name__
     try:
         signature = inspect.signature(function)
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
     except (TypeError, ValueError, NameError) as error:
         raise UsageError(f"{name}: expected a function whose parameters can be read, found: {error}") from None
     properties, required = {}, []
