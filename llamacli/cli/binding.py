@@ -46,8 +46,8 @@ def _choices(words: str) -> list[str]:
 
 
 def check_whole(sampler, reason: str | None) -> None:
-    """CutAnswerError if an answer that is bound to something ended before it was whole."""
-    if sampler.constraint is not None and not sampler.constraint.whole:
+    """CutAnswerError if an answer that is bound to something did not end by itself. Even a number may have lost its end."""
+    if sampler.constraint is not None and reason != "stop":
         limit = {"length": "the -n limit", "context": "the full context"}.get(reason, "an interrupt")
         raise CutAnswerError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")
 

@@ -156,11 +156,6 @@ class Constraint:
         """Whether the answer is whole and nothing may follow."""
         return self._matcher.is_stopped()
 
-    @property
-    def whole(self) -> bool:
-        """Whether the answer could end here: as JSON it parses and fits its schema."""
-        return self._matcher.is_accepting()
-
     def _check(self) -> None:
         if self._matcher.is_error():
             found = " ".join(self._matcher.get_error().split("\n")[0].split())

@@ -274,6 +274,16 @@ def test_an_answer_that_is_cut_inside_its_json_says_so():
     assert "the answer is cut" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("schema", ['{"const": [1, 2, 3]}', '{"type": "integer", "minimum": 10000000}'])
+def test_an_answer_that_is_cut_among_what_is_certain_or_in_a_number_says_so_too(schema, tmp_path):
+    done = small("--schema", schema, "-n", "2", "Hi")
+    assert done.returncode == 1 and len(done.stdout) < 6 and "the answer is cut" in done.stderr
+    done = small("--schema", schema, "-n", "2", "--batch", write(tmp_path / "in", "Hi"))
+    assert done.returncode == 1
+    record = json.loads(done.stdout)
+    assert record["finish_reason"] == "length" and "the answer is cut" in record["error"]
+
+
 def test_a_choice_and_a_schema_from_a_file_bind(tmp_path):
     (tmp_path / "s.json").write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}')
     done = small("--schema", str(tmp_path / "s.json"), "Hi")

@@ -57,7 +57,6 @@ def test_an_answer_fits_its_schema(tokenizer, grammars, seed):
         assert "nothing meets" in str(error)
         return
     text, whole = said(tokenizer, constraint, seed)
-    assert constraint.whole == whole
     if whole:
         assert fits(text, schema) is None, text
 
@@ -198,11 +197,10 @@ def test_special_tokens_are_no_text_and_the_end_comes_where_the_answer_is_whole(
     assert not np.isfinite(logits[special]).any()
     assert np.isfinite(logits[:256]).sum() == 128 + 51  # ASCII, and the first byte of any other character
     assert not np.isfinite(logits[len(small_vocab.lists()[0]) :]).any()
-    assert not constraint.whole
     constraint.accept(tokenizer.encode("x", bos=False)[0])
     logits[:] = 0
     constraint.mask(logits)
-    assert constraint.whole and not constraint.over
+    assert not constraint.over
     assert {id for id in special if np.isfinite(logits[id])} == tokenizer.stop_ids
 
 
