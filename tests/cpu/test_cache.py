@@ -21,13 +21,14 @@ from llamacli.cpu.kernels.ops import vectors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMPORTING = """
-import importlib, json, os, sys
+import importlib.util, json, os, sys
 from pathlib import Path
 
+absent = ("llamacli.bench.peer", "llamacli.bench.plot") + (() if importlib.util.find_spec("mlx") else ("llamacli.mlx.",))
 before = dict(os.environ)
 for source in sorted(Path("llamacli").rglob("*.py")):
     name = ".".join(source.with_suffix("").parts)
-    if not name.endswith("__main__") and name not in ("llamacli.bench.peer", "llamacli.bench.plot"):
+    if not name.endswith("__main__") and not name.startswith(absent):
         importlib.import_module(name.removesuffix(".__init__"))
 import llvmlite.binding as llvm
 from llamacli.cpu.kernels.jit import loader
