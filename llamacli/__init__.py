@@ -97,6 +97,7 @@ class Model:
         gpu_layers: int | None = None,
         kv: str = "f16",
         mmproj: str | PathLike[str] | bool = False,
+        sessions: int = 1,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
@@ -107,6 +108,7 @@ class Model:
         the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds. `kv`: type of keys and
         values, "f16", "q8_0" or "q4_0"; on a GPU the first only. `mmproj`: the file of the vision tower, or True for
         the one beside the model; memory is kept for it. False: the one beside the model is opened with the first picture.
+        `sessions`: how many will hold a full context at a time; the memory is planned for them.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
@@ -127,11 +129,12 @@ class Model:
         ctx = ctx or default_ctx(config)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
+            from llamacli.cpu import kvcache
             from llamacli.engine import Engine
             from llamacli.plan.offload import plan_offload
             from llamacli.plan.placement import plan_residency
 
-            beside = 4 * logits_rows * config.n_vocab
+            beside = 4 * logits_rows * config.n_vocab + (sessions - 1) * kvcache.nbytes(config, ctx)
             tower, tower_nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
             offload = plan_offload(gguf, config, ctx, device, gpu_layers, experts, memory)
             slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload)

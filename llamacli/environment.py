@@ -4,6 +4,7 @@
     LLAMACLI_MODELS  folder of the user's models            HF_TOKEN, HF_ENDPOINT    of the hub that models come from
     OLLAMA_MODELS, HF_HUB_CACHE, HF_HOME     folders of other programs whose models are used where they lie
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
+    LLAMACLI_API_KEY the key of the server
     NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
     XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
 
@@ -60,6 +61,11 @@ def hub_endpoint() -> str:
 def hub_token() -> str | None:
     """What the hub knows the user by; it goes to no other host."""
     return (os.environ.get("HF_TOKEN") or "").strip() or None
+
+
+def api_key() -> str | None:
+    """The key that `serve` asks for, and that clients of ours send."""
+    return os.environ.get("LLAMACLI_API_KEY") or None
 
 
 def debug() -> bool:

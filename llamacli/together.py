@@ -23,45 +23,73 @@ class Request(NamedTuple):
     stop: Sequence[str] = ()
 
 
+class Answers:
+    """Answers under way, each under a number of its caller's choice. Their pieces come with these numbers.
+
+    An error of llamacli ends the answer that it concerns, and comes in a piece's place.
+    """
+
+    def __init__(self):
+        self._loops: dict[int, Generator] = {}
+        self._pending: dict[int, Pending] = {}
+
+    def __len__(self) -> int:
+        return len(self._loops)
+
+    def begin(self, number: int, request: Request) -> Iterator[tuple[int, Piece | LlamacliError]]:
+        """Evaluate the prompt, and say what needs no further evaluation."""
+        self._loops[number] = request.session.answer(*request[1:], shared=True)
+        return self._advance(number, None)
+
+    def step(self) -> Iterator[tuple[int, Piece | LlamacliError]]:
+        """Evaluate what all answers wait for, a token each as a rule."""
+        numbers, asked = list(self._pending), list(self._pending.values())
+        self._pending.clear()
+        if asked:
+            for number, logits in zip(numbers, evaluate_together(asked), strict=True):
+                yield from self._advance(number, logits)
+
+    def end(self, number: int) -> None:
+        """Forget an answer, if it is under way; its session stays usable."""
+        self._pending.pop(number, None)
+        if loop := self._loops.pop(number, None):
+            loop.close()
+
+    def interrupt(self, interrupt: KeyboardInterrupt) -> Iterator[tuple[int, Piece]]:
+        """The last pieces of all answers after a KeyboardInterrupt, which has ended the one that it met."""
+        for number, loop in self._loops.items():
+            if loop.gi_frame is not None:
+                yield number, loop.throw(interrupt)
+
+    def _advance(self, number: int, logits) -> Iterator[tuple[int, Piece | LlamacliError]]:
+        """Run a loop to its next Pending, or to its end."""
+        try:
+            found = self._loops[number].send(logits)
+            while isinstance(found, Piece):
+                yield number, found
+                found = next(self._loops[number])
+            self._pending[number] = found
+        except StopIteration:
+            del self._loops[number]
+        except LlamacliError as error:
+            del self._loops[number]
+            yield number, error
+
+
 def answer_together(requests: Iterable[Request], width: int = WIDTH) -> Iterator[tuple[int, Piece | LlamacliError]]:
     """The pieces of all answers as they come, each with its request's number, from 0; an error ends that request alone.
 
     `width` requests are under way at a time; one is taken from `requests` when it begins, so its session may be made then. On
     Ctrl-C each answer under way ends as `Session.stream` says, then the KeyboardInterrupt comes.
     """
-    waiting, loops = enumerate(requests), {}
-    pending: dict[int, Pending] = {}
+    waiting, answers = enumerate(requests), Answers()
     try:
         while True:
-            while len(loops) < width and (following := next(waiting, None)):
-                number, request = following
-                loops[number] = request.session.answer(*request[1:], shared=True)
-                yield from _advance(number, loops, pending, None)
-            if not loops:
+            while len(answers) < width and (following := next(waiting, None)):
+                yield from answers.begin(*following)
+            if not answers:
                 return
-            numbers, asked = list(pending), list(pending.values())
-            pending.clear()
-            for number, logits in zip(numbers, evaluate_together(asked), strict=True):
-                yield from _advance(number, loops, pending, logits)
+            yield from answers.step()
     except KeyboardInterrupt as interrupt:
-        for number, loop in loops.items():
-            if loop.gi_frame is not None:  # unless it was this one's own
-                yield number, loop.throw(interrupt)
+        yield from answers.interrupt(interrupt)
         raise
-
-
-def _advance(
-    number: int, loops: dict[int, Generator], pending: dict[int, Pending], logits
-) -> Iterator[tuple[int, Piece | LlamacliError]]:
-    """Run a loop to its next Pending, or to its end."""
-    try:
-        found = loops[number].send(logits)
-        while isinstance(found, Piece):
-            yield number, found
-            found = next(loops[number])
-        pending[number] = found
-    except StopIteration:
-        del loops[number]
-    except LlamacliError as error:
-        del loops[number]
-        yield number, error

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # as `enter` does, before anything slow is imported
 import numpy as np
 
 from llamacli import Model
-from llamacli.errors import ContextFullError
+from llamacli.errors import ContextFullError, PictureError
 from llamacli.text.sampler import Sampler
 
 REPLY = "first line\nsecond line"
@@ -98,6 +98,9 @@ class FakeCache:
         self.pos = pos
         return pos
 
+    def copy_to(self, other):
+        other.pos, other.ring[:], other.all[:] = self.pos, self.ring, self.all
+
 
 class FakeEngine:
     threads, bytes_per_token, products_per_token, gpu_layers, fetches = 1, 1000, 2000, 0, False
@@ -108,6 +111,8 @@ class FakeEngine:
     def __init__(self, chunk=8, delay=0.0):
         self.chunk, self.delay = chunk, delay
         self.calls = []  # (position, ids) of every call
+        self.widths = []  # sequences of every call for several
+        self.interrupted = False
         self.follow_progress = None
         self.break_after = None  # raise KeyboardInterrupt once so many tokens of a call are written
 
@@ -128,9 +133,9 @@ class FakeEngine:
         if cache.pos + len(ids) > cache.ctx:
             raise ContextFullError("full")
         self.calls.append((cache.pos, list(ids)))
-        rows = []
+        self.interrupted, rows = False, []
         for n, token in enumerate(ids):
-            if n == self.break_after:
+            if n == self.break_after or self.interrupted:
                 self.break_after = None
                 raise KeyboardInterrupt
             if self.follow_progress:
@@ -149,6 +154,14 @@ class FakeEngine:
 
     def may_begin(self, pos, n):
         return pos == 0
+
+    def forward_each(self, ids, caches):
+        self.widths.append(len(ids))
+        return np.array([self.forward(some, cache) for some, cache in zip(ids, caches, strict=True)])
+
+    def interrupt(self):
+        """A forward under way ends with its next token."""
+        self.interrupted = True
 
     def profile(self, ids, cache):
         self.forward(ids, cache)
@@ -208,6 +221,10 @@ class FakeModel(Model):
     def __init__(self, engine, ctx=None):
         gguf = SimpleNamespace(metadata={}, path=Path("miniature.gguf"), paths=[Path("miniature.gguf")], tensors={})
         super().__init__(gguf, CONFIG, FakeTokenizer(), engine, ctx or 4096)
+
+    @property
+    def sight(self):
+        raise PictureError("/secret/miniature.gguf: expected a vision tower, found none")
 
     def prompt_ids(self, messages, image_tiles=None, tools=()):
         self.offered = tools

@@ -20,6 +20,8 @@ HEAVY = {
     "prompt_toolkit": ("llamacli/cli/chat/prompt.py",),
     "pygments": ("llamacli/cli/chat/markdown.py",),
     "rich": ("llamacli/cli/console.py", "llamacli/cli/chat/"),
+    "starlette": ("llamacli/serve/",),
+    "uvicorn": ("llamacli/serve/listen.py",),
     "sqlite3": ("llamacli/store.py", "llamacli/conversation.py"),
     "click": ("llamacli/cli/",),
 }
@@ -40,7 +42,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "together",
     "store",
     "conversation",
-    "bench",
+    "bench serve",
     "cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

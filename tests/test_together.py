@@ -13,18 +13,6 @@ from llamacli.session import Session
 from llamacli.together import Request, answer_together
 
 
-class Shared(FakeEngine):
-    """Counts calls for several sequences."""
-
-    def __init__(self, **how):
-        super().__init__(**how)
-        self.widths = []
-
-    def forward_each(self, ids, caches):
-        self.widths.append(len(ids))
-        return np.array([self.forward(some, cache) for some, cache in zip(ids, caches, strict=True)])
-
-
 def requests(engine, prompts, ctx=256, **how):
     return [Request(Session(engine, FakeTokenizer(), ctx), prompt, Greedy(), **how) for prompt in prompts]
 
@@ -41,7 +29,7 @@ def collected(answers):
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8])
 def test_each_answer_is_the_one_given_alone(width):
-    engine = Shared()
+    engine = FakeEngine()
     found = collected(answer_together(requests(engine, PROMPTS, max_tokens=20), width))
     for number, prompt in enumerate(PROMPTS):
         assert found[number] == list(Session(FakeEngine(), FakeTokenizer(), 256).stream(prompt, Greedy(), 20))
@@ -49,7 +37,7 @@ def test_each_answer_is_the_one_given_alone(width):
 
 
 def test_answers_of_several_lengths_leave_their_place_to_the_next():
-    engine = Shared()
+    engine = FakeEngine()
     asked = [request._replace(max_tokens=n) for request, n in zip(requests(engine, PROMPTS), (1, 9, 2, 30, 4), strict=True)]
     found = collected(answer_together(asked, 2))
     assert [found[n][-1].finish_reason for n in range(5)] == ["length"] * 5
@@ -57,14 +45,14 @@ def test_answers_of_several_lengths_leave_their_place_to_the_next():
 
 
 def test_an_error_ends_its_own_request_alone():
-    engine = Shared()
+    engine = FakeEngine()
     found = collected(answer_together(requests(engine, [PROMPTS[0], [1] * 100, PROMPTS[1]], ctx=40, max_tokens=5)))
     assert isinstance(found[1][0], ContextFullError)
     assert found[0][-1].finish_reason == found[2][-1].finish_reason == "length"
 
 
 def test_an_interrupt_ends_all_and_leaves_sessions_usable():
-    engine = Shared()
+    engine = FakeEngine()
     asked, pieces = requests(engine, PROMPTS[:3], max_tokens=20), []
     with pytest.raises(KeyboardInterrupt):
         for number, piece in answer_together(asked):

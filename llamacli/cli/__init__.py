@@ -12,6 +12,7 @@ from importlib import import_module
 COMMANDS = (  # a module each
     "run",
     "chat",
+    "serve",
     "quantize",
     "inspect",
     "plan",

@@ -23,7 +23,7 @@ from llamacli.errors import UsageError
 
 OTHER = "Output and help"  # the group of options that belong to no other
 COLUMNS = {"col_max": 26, "col_spacing": 2}  # of names and of explanations
-GROUPS = ("Text", "Model", "Answer", "Sampling", "Tools", "Options", OTHER)  # in the order of the help
+GROUPS = ("Server", "Text", "Model", "Answer", "Sampling", "Tools", "Options", OTHER)  # in the order of the help
 
 
 class Given(str):

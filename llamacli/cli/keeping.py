@@ -32,19 +32,10 @@ KvType = Annotated[
 
 
 @dataclasses.dataclass
-class Keeping:
-    """The same for `run` and `chat`."""
+class Storing:
+    """The same for all commands that answer."""
 
     kv: KvType = KV.f16
-    speculate: Annotated[
-        bool,
-        option(
-            "--speculate",
-            group="Model",
-            setting=True,
-            help="Guess tokens that the text repeats and evaluate several at once: the same text, faster where it pays.",
-        ),
-    ] = False
     cache: Annotated[
         bool,
         option(
@@ -65,14 +56,30 @@ class Keeping:
         ),
     ] = None
 
-    def session(self, model, ctx: int | None = None, exact: bool = False):
-        """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
-        session = model.session(ctx, self._snapshots(model, exact), exact=exact and not self.cache)
-        session.speculate = self.speculate
-        return session
-
-    def _snapshots(self, model, exact: bool):
+    def snapshots(self, model, exact: bool = False):
+        """The snapshots that are asked for, or None."""
         if not self.cache:
             return None
         limit = None if self.cache_limit is None else byte_count(self.cache_limit, "--cache-limit")
         return model.snapshots(limit, exact)
+
+
+@dataclasses.dataclass
+class Keeping(Storing):
+    """The same for `run` and `chat`."""
+
+    speculate: Annotated[
+        bool,
+        option(
+            "--speculate",
+            group="Model",
+            setting=True,
+            help="Guess tokens that the text repeats and evaluate several at once: the same text, faster where it pays.",
+        ),
+    ] = False
+
+    def session(self, model, ctx: int | None = None, exact: bool = False):
+        """A session, with snapshots if they are asked for. `exact`: answers have the same bytes as without (snapshots.py)."""
+        session = model.session(ctx, self.snapshots(model, exact), exact=exact and not self.cache)
+        session.speculate = self.speculate
+        return session

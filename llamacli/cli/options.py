@@ -36,7 +36,9 @@ from llamacli.errors import UsageError
 __all__ = [  # what commands take from here, wherever it is defined
     "KV",
     "MOST_BYTES",
+    "Context",
     "DeviceName",
+    "Experts",
     "Generation",
     "Given",
     "GpuLayers",
@@ -48,6 +50,7 @@ __all__ = [  # what commands take from here, wherever it is defined
     "Output",
     "TextFile",
     "Threads",
+    "Tower",
     "Window",
     "argument",
     "byte_count",
@@ -163,6 +166,39 @@ GpuLayers = Annotated[
         help="So many of the last layers on the GPU (default: what fits); without --device, it means --device mlx.",
     ),
 ]
+Context = Annotated[
+    int | None,
+    option(
+        "-c",
+        "--ctx",
+        metavar="N",
+        group="Model",
+        aliases=("--ctx-size",),
+        tokens=True,
+        setting=True,
+        help=f"Context limit in tokens, such as 8192 or 128K (default: the model's, {DEFAULT_CTX} at most).",
+    ),
+]
+Experts = Annotated[
+    Placing,
+    option(
+        "--experts",
+        metavar="HOW",
+        group="Model",
+        setting=True,
+        help="Routed experts: mapped (used where the file lies), slots (read when needed), auto (default).",
+    ),
+]
+Tower = Annotated[
+    str | None,
+    option(
+        "--mmproj",
+        metavar="FILE",
+        group="Model",
+        aliases=("-mm",),
+        help="The vision tower's file (default: mmproj*.gguf beside the model).",
+    ),
+]
 Json = Annotated[bool, option("--json", group=OTHER, help="Print JSON.")]
 TextFile = Annotated[str | None, option("-f", "--file", metavar="FILE", group="Text", help="The text, UTF-8; - is stdin.")]
 ModelAndText = Annotated[
@@ -228,16 +264,7 @@ class Generation(Sampling, Keeping):
             help="Most tiles of a picture: fewer are faster and coarser (default: the model's, 16).",
         ),
     ] = None
-    mmproj: Annotated[
-        str | None,
-        option(
-            "--mmproj",
-            metavar="FILE",
-            group="Model",
-            aliases=("-mm",),
-            help="The vision tower's file (default: mmproj*.gguf beside the model).",
-        ),
-    ] = None
+    mmproj: Tower = None
     max_tokens: Annotated[
         int | None,
         option(
@@ -252,33 +279,12 @@ class Generation(Sampling, Keeping):
             help="Longest answer, in tokens (default: no limit but the context's).",
         ),
     ] = None
-    ctx: Annotated[
-        int | None,
-        option(
-            "-c",
-            "--ctx",
-            metavar="N",
-            group="Model",
-            aliases=("--ctx-size",),
-            tokens=True,
-            setting=True,
-            help=f"Context limit in tokens, such as 8192 or 128K (default: the model's, {DEFAULT_CTX} at most).",
-        ),
-    ] = None
+    ctx: Context = None
     threads: Threads = None
     memory: Memory = None
     device: DeviceName = None
     gpu_layers: GpuLayers = None
-    experts: Annotated[
-        Placing,
-        option(
-            "--experts",
-            metavar="HOW",
-            group="Model",
-            setting=True,
-            help="Routed experts: mapped (used where the file lies), slots (read when needed), auto (default).",
-        ),
-    ] = Placing.auto
+    experts: Experts = Placing.auto
     stop: Annotated[
         list[str] | None,
         option(

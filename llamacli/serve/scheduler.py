@@ -1,0 +1,317 @@
+"""One engine, many clients: the thread that evaluates, and the queue before it.
+
+In: jobs, from any thread. Out: events, given to a job's `emit`: `Begun` once its prompt is evaluated, then the `Piece`s of its
+answer, the last with a finish reason; or one exception.
+
+Clients take turns in the queue. Prompts are evaluated one after the other, and while others answer in slices, between which
+each answer goes on by a token; the answers' tokens are evaluated together. Sessions are kept, so a prompt that begins as one
+held by a session costs the rest only; if another conversation is to go on there, a copy of the session is used.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress, count
+from operator import ne
+from time import perf_counter
+from typing import NamedTuple
+
+from llamacli.errors import LlamacliError
+from llamacli.session import Piece, Session, check_length
+from llamacli.together import Answers, Request
+
+PLACES = 4  # answers at a time
+MOST_WAITING = 64  # jobs
+SLICE = 256  # tokens of a prompt between two tokens of the answers under way
+WORTH_COPYING = 64  # tokens
+CLOSING = 10.0  # seconds for the thread to end
+
+
+class Busy(LlamacliError):
+    """The queue is full."""
+
+
+class Stopping(LlamacliError):
+    """The server ends."""
+
+
+class Begun(NamedTuple):
+    """A prompt was evaluated. `cached_tokens` of it were held already."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass
+class Totals:
+    """What was done since the start: tokens, seconds, jobs."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class Job:
+    """An answer to be given. `client`: whose turn it is; `evaluated`: tokens of the prompt so far; others as for Request."""
+
+    def __init__(
+        self,
+        client: str,
+        prompt: Sequence[int],
+        sampler,
+        emit: Callable[[Begun | Piece | Exception], None],
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ):
+        self.client, self.prompt, self.sampler, self.emit = client, prompt, sampler, emit
+        self.max_tokens, self.stop = max_tokens, stop
+        self.evaluated, self.cancelled = 0, False
+
+
+class _Place:
+    """A session, and the job that it answers."""
+
+    def __init__(self, session: Session):
+        self.session, self.job, self.used = session, None, 0
+
+
+class Scheduler:
+    """See the module. `waiting` and `active` count jobs; `totals` is the engine thread's."""
+
+    def __init__(
+        self,
+        model,
+        places: int = PLACES,
+        most_waiting: int = MOST_WAITING,
+        snapshots=None,
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        """`places`: answers at a time. `report`: gets a line about an error that nobody expected."""
+        self._model, self._most_waiting, self._snapshots, self._report = model, most_waiting, snapshots, report
+        self._places = [_Place(self._session()) for _ in range(places)]
+        self._answers = Answers()
+        self._prompt: tuple[Job, Iterator[None]] | None = None  # the one that is being evaluated
+        self._reading: Job | None = None  # whose prompt the engine is at in this moment
+        self._waiting: dict[str, deque[Job]] = {}  # by client, in the order of their turns
+        self._changed = threading.Condition()
+        self._closed, self._turn = False, 0
+        self.totals = Totals()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return sum(map(len, list(self._waiting.values())))
+
+    @property
+    def active(self) -> int:
+        """Jobs whose prompt is evaluated or whose answer is given."""
+        return sum(place.job is not None for place in self._places)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue all these jobs. Busy if there is no room for them, Stopping if the server ends."""
+        with self._changed:
+            if self._closed:
+                raise Stopping("the server is stopping; ask again later")
+            if self.waiting + len(jobs) > self._most_waiting + (len(self._places) - self.active):
+                raise Busy(f"the queue is full: {self.waiting} answers wait before this one; ask again later")
+            for job in jobs:
+                self._waiting.setdefault(job.client, deque()).append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """End a job: at once if it waits or its prompt is evaluated, else with the next token. No event follows."""
+        with self._changed:
+            job.cancelled = True
+            queue = self._waiting.get(job.client, ())
+            if job in queue:
+                queue.remove(job)
+                self.totals.cancelled += 1
+                if not queue:
+                    del self._waiting[job.client]
+            if self._reading is job:
+                self._model.engine.interrupt()
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End all jobs, by Stopping, and the thread."""
+        with self._changed:
+            self._closed = True
+            self._model.engine.interrupt()
+            self._changed.notify()
+        self._thread.join(CLOSING)
+
+    # the engine's thread
+
+    def _run(self) -> None:
+        while self._has_work():
+            try:
+                self._drop_cancelled()
+                if self._prompt is None and (job := self._next()):
+                    self._prompt = job, self._read(job)
+                if self._prompt and next(self._prompt[1], self) is self:
+                    self._prompt = None
+                began, before = perf_counter(), self.totals.completion_tokens
+                for number, piece in self._answers.step():
+                    self._tell(self._places[number], piece)
+                if self.totals.completion_tokens > before:
+                    self.totals.decode_seconds += perf_counter() - began
+            except KeyboardInterrupt:  # the signal watcher asks engines to end
+                self._fail(Stopping("the server was interrupted; ask again"))
+            except Exception as error:
+                self._fail(error)
+        self._fail(Stopping("the server is stopping; ask again later"))
+        for job in [job for queue in self._waiting.values() for job in queue]:
+            job.emit(Stopping("the server is stopping; ask again later"))
+
+    def _has_work(self) -> bool:
+        with self._changed:
+            while not (self._closed or self._waiting or self.active):
+                self._changed.wait()
+            return not self._closed
+
+    def _next(self) -> Job | None:
+        """The next job, if a place is free: the client's who has not had a turn for longest."""
+        with self._changed:
+            if not self._waiting or self.active == len(self._places):
+                return None
+            client, queue = next(iter(self._waiting.items()))
+            del self._waiting[client]
+            job = queue.popleft()
+            if queue:
+                self._waiting[client] = queue
+            return job
+
+    def _drop_cancelled(self) -> None:
+        for number, place in enumerate(self._places):
+            if place.job and place.job.cancelled:
+                self._answers.end(number)
+                if self._prompt and self._prompt[0] is place.job:
+                    self._prompt = None
+                place.job = None
+                self.totals.cancelled += 1
+
+    def _read(self, job: Job) -> Iterator[None]:
+        """Evaluate a prompt, in slices while others answer, and begin the answer."""
+        place = self._place_for(job.prompt)
+        number, began, cached = self._places.index(place), perf_counter(), None
+        place.job, begun = job, False
+        try:
+            check_length(len(job.prompt), self._model.ctx)
+            self._copy_from_another(place, job)
+            held = _common(place.session.ids, job.prompt)
+            while len(self._answers) and len(job.prompt) - held > SLICE:
+                with self._interruptible(job, held):
+                    place.session.sync(job.prompt[: held + SLICE])
+                if cached is None:
+                    cached = place.session.stats.cached_tokens
+                held += SLICE
+                self.totals.prompt_seconds += perf_counter() - began
+                yield
+                began = perf_counter()
+            request = Request(place.session, job.prompt, job.sampler, job.max_tokens, job.stop)
+            with self._interruptible(job, held):
+                for _, piece in self._answers.begin(number, request):
+                    if not begun and isinstance(piece, Piece) and piece.finish_reason != "interrupt":
+                        begun = True
+                        self._begun(job, place.session.stats.cached_tokens if cached is None else cached)
+                        self.totals.prompt_seconds += perf_counter() - began
+                    self._tell(place, piece)
+        except KeyboardInterrupt:
+            if not job.cancelled:
+                raise
+        except LlamacliError as error:
+            self._tell(place, error)
+
+    def _begun(self, job: Job, cached: int) -> None:
+        self.totals.prompt_tokens += len(job.prompt)
+        self.totals.cached_tokens += cached
+        job.emit(Begun(len(job.prompt), cached))
+
+    @contextmanager
+    def _interruptible(self, job: Job, held: int):
+        """While inside, `cancel` ends the engine's call by a KeyboardInterrupt."""
+
+        def follow(done: int, total: int) -> None:
+            if job.cancelled or self._closed:  # since before the engine began, which forgets earlier interrupts
+                raise KeyboardInterrupt
+            job.evaluated = held + done
+
+        with self._changed:
+            self._reading = job
+        self._model.engine.follow_progress = follow
+        try:
+            yield
+        finally:
+            self._model.engine.follow_progress = None
+            with self._changed:
+                self._reading = None
+
+    def _place_for(self, prompt: Sequence[int]) -> _Place:
+        """The free place whose session this prompt goes on with; else the one that was not used for longest.
+
+        A prompt goes on with a session if it shares most of it, and if the rest is less than what the other place would lose.
+        """
+        free = [place for place in self._places if place.job is None]
+        oldest = min(free, key=lambda place: place.used)
+        shared, place = max(((_common(place.session.ids, prompt), place) for place in free), key=lambda found: found[0])
+        rest = len(place.session.ids) - shared
+        if rest and not (rest <= shared and rest <= len(oldest.session.ids)):
+            place = oldest
+        self._turn += 1
+        place.used = self._turn
+        return place
+
+    def _copy_from_another(self, place: _Place, job: Job) -> None:
+        """Let the place hold what another one shares with the prompt, if that is worth a copy."""
+        own = _common(place.session.ids, job.prompt)
+        shared = [(_common(other.session.ids, job.prompt), i) for i, other in enumerate(self._places)]
+        most, source = max(shared)
+        if most >= own + WORTH_COPYING:
+            place.session = self._session()  # gives the memory back first
+            with self._interruptible(job, 0):
+                place.session = self._places[source].session.fork()
+            place.session.snapshots = self._snapshots
+
+    def _session(self) -> Session:
+        return self._model.session(snapshots=self._snapshots)
+
+    def _tell(self, place: _Place, event: Piece | Exception) -> None:
+        job = place.job
+        if job is None or (isinstance(event, Piece) and event.finish_reason == "interrupt"):
+            return  # the KeyboardInterrupt follows
+        if isinstance(event, Exception):
+            self.totals.failed += 1
+            place.job = None
+        else:
+            self.totals.completion_tokens += event.id is not None
+            if event.finish_reason:
+                self.totals.finished += 1
+                place.job = None
+        if not job.cancelled:
+            job.emit(event)
+
+    def _fail(self, error: Exception) -> None:
+        """End all jobs that have begun; after an error that nobody expected, with new sessions."""
+        if not isinstance(error, LlamacliError):
+            self._report(f"{type(error).__name__}: {error} (a bug, please report it)")
+        self._prompt = None
+        for number, place in enumerate(self._places):
+            self._answers.end(number)
+            if not isinstance(error, LlamacliError):
+                place.session = self._session()
+            if place.job:
+                self._tell(place, error)
+
+
+def _common(ids: Sequence, others: Sequence) -> int:
+    """How many tokens two sequences share from their start."""
+    return next(compress(count(), map(ne, ids, others)), min(len(ids), len(others)))

@@ -1,0 +1,127 @@
+"""Answers on the event loop's side: events of jobs in the order in which they come, and how they reach a client.
+
+In: what is asked for, and a scheduler. Out: `Answering`, an async iterator of events; `EventStream`, a response of server-sent
+events (WHATWG HTML, 9.2). Whoever leaves before the end has the jobs cancelled.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+
+from starlette.responses import Response
+
+from llamacli.serve.asking import Ask
+from llamacli.serve.scheduler import Begun, Job, Scheduler
+from llamacli.session import Piece
+
+KEEP_ALIVE = 5.0  # seconds without an event after which a comment is sent
+MOST_WAIT = 60.0  # seconds for a client to take what was sent
+
+
+class Answering:
+    """The jobs of an ask, under way. Iterating gives (number of the choice, Begun or Piece); an error of a job is raised."""
+
+    def __init__(self, scheduler: Scheduler, ask: Ask, samplers: Sequence, client: str):
+        """`samplers`: one for each choice, those of the first prompt first. Busy if the queue has no room."""
+        self._scheduler, self._loop, self._events = scheduler, asyncio.get_running_loop(), asyncio.Queue()
+        self._jobs = [
+            Job(client, ask.prompts[i // ask.n], sampler, lambda event, i=i: self._put(i, event), ask.max_tokens, ask.stop)
+            for i, sampler in enumerate(samplers)
+        ]
+        self._left = len(self._jobs)
+        scheduler.submit(self._jobs)
+
+    def _put(self, choice: int, event) -> None:
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (choice, event))
+
+    def __aiter__(self) -> "Answering":
+        return self
+
+    async def __anext__(self) -> tuple[int, Begun | Piece]:
+        if not self._left:
+            raise StopAsyncIteration
+        choice, event = await self._events.get()
+        if isinstance(event, Exception):
+            raise event
+        self._left -= isinstance(event, Piece) and event.finish_reason is not None
+        return choice, event
+
+    def progress(self) -> str:
+        """How far the prompts are, for whoever waits."""
+        done, all_ = (sum(numbers) for numbers in zip(*((j.evaluated, len(j.prompt)) for j in self._jobs), strict=True))
+        return f"{done} of {all_} tokens of the prompt" if done else "waiting"
+
+    def cancel(self) -> None:
+        """End what is still under way."""
+        for job in self._jobs:
+            self._scheduler.cancel(job)
+
+
+class EventStream(Response):
+    """`events`: texts of the protocol. `failed` makes the last event of an exception. `comment`: what keep-alives say."""
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        answering: Answering,
+        failed: Callable[[Exception], str],
+        keep_alive: float = KEEP_ALIVE,
+    ):
+        super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._answering, self._failed, self._keep_alive = events, answering, failed, keep_alive
+
+    async def __call__(self, scope, receive, send) -> None:
+        leaving, following = asyncio.ensure_future(_left(receive)), None
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while True:
+                following = following or asyncio.ensure_future(anext(self._events, None))
+                waited = {following, leaving}
+                await asyncio.wait(waited, timeout=self._keep_alive, return_when=asyncio.FIRST_COMPLETED)
+                if leaving.done():
+                    return
+                if following.done():
+                    text, following = self._taken(following)
+                    if text is None:
+                        break
+                else:
+                    text = f": {self._answering.progress()}\n\n"
+                async with asyncio.timeout(MOST_WAIT):
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            return  # a client that takes nothing
+        finally:
+            self._answering.cancel()
+            for task in (leaving, following):
+                if task is not None:
+                    task.cancel()
+
+    def _taken(self, following: asyncio.Future) -> tuple[str | None, asyncio.Future | None]:
+        try:
+            return following.result(), None
+        except Exception as error:
+            ended = asyncio.get_running_loop().create_future()
+            ended.set_result(None)
+            return self._failed(error), ended
+
+
+async def unless_left(receive, awaitable: Awaitable):
+    """The result, or None if the client left first."""
+    leaving, working = asyncio.ensure_future(_left(receive)), asyncio.ensure_future(awaitable)
+    try:
+        await asyncio.wait({leaving, working}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
+async def _left(receive) -> None:
+    """Returns once the client has left. What else it sends belongs to no request."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

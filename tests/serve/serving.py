@@ -1,0 +1,45 @@
+"""A server over a model in this process, on a real socket, and what a test asks it."""
+
+import json
+import time
+from contextlib import contextmanager
+
+import httpx
+
+from llamacli.serve.app import Limits, Server
+from llamacli.serve.listen import Listener, bind
+
+
+@contextmanager
+def serving(model, limits=Limits(), **how):  # noqa: B008
+    """Yields a client; `client.server` is the server."""
+    server = Server(model, "miniature", limits, **how)
+    listener = Listener(server.app, bind("127.0.0.1", 0))
+    with httpx.Client(base_url=listener.url, timeout=30) as client:
+        client.server = server
+        until(lambda: client.get("/health").status_code == 200)
+        try:
+            yield client
+        finally:
+            server.close()
+            listener.close()
+
+
+def until(true, seconds=20):
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def chat(text="Hi", **fields):
+    """The body of a request for a chat's answer."""
+    return {"messages": [{"role": "user", "content": text}], **fields}
+
+
+def events(response):
+    """The data of a stream's events, without the last one, which must be [DONE]."""
+    data = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    return [json.loads(each) for each in data[:-1]]

@@ -1,0 +1,262 @@
+"""One engine, many clients: turns, prompts in slices, sessions that are gone on with or copied, jobs that are cancelled."""
+
+import queue
+import threading
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from fakes import BOS, HEADER, FakeEngine, FakeModel, FakeTokenizer, Greedy, Scripted
+from serving import until
+
+from llamacli.serve.scheduler import SLICE, Begun, Busy, Job, Scheduler, Stopping
+from llamacli.session import Session
+
+
+class Gated(FakeEngine):
+    """Waits before each call until the test lets it go on."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.gate, self.reached = threading.Semaphore(0), threading.Semaphore(0)
+
+    def forward(self, ids, cache, **more):
+        self.reached.release()
+        self.gate.acquire()
+        return super().forward(ids, cache, **more)
+
+
+@pytest.fixture
+def make():
+    """Makes a scheduler over an engine; all end with the test."""
+    made = []
+
+    def scheduler(engine=None, **how):
+        made.append(Scheduler(FakeModel(engine or FakeEngine(), ctx=2048), **how))
+        return made[-1]
+
+    yield scheduler
+    for each in made:
+        gate = getattr(each._model.engine, "gate", None)
+        if gate is not None:
+            gate.release(10**4)
+        each.close()
+
+
+class Asked(Job):
+    """A job whose events a test reads."""
+
+    def __init__(self, prompt, client="a", max_tokens=5, **more):
+        self.events = queue.Queue()
+        super().__init__(client, prompt, Greedy(), self.events.put, max_tokens, **more)
+
+    def all(self):
+        """All events, to the last."""
+        found = [self.events.get(timeout=20)]
+        while not (isinstance(found[-1], Exception) or getattr(found[-1], "finish_reason", None)):
+            found.append(self.events.get(timeout=20))
+        return found
+
+    def text(self):
+        return "".join(piece.text for piece in self.all()[1:])
+
+
+def prompt(n, seed=0):
+    return [BOS, *np.random.default_rng(seed).integers(0, 256, n).tolist(), HEADER]
+
+
+def alone(ids, n=5, chunk=8):
+    return "".join(piece.text for piece in Session(FakeEngine(chunk), FakeTokenizer(), 2048).stream(ids, Greedy(), n))
+
+
+def test_answers_at_once_are_those_given_alone(make):
+    scheduler = make(places=3)
+    jobs = [Asked(prompt(10 + 7 * i, i), max_tokens=20) for i in range(9)]
+    scheduler.submit(jobs)
+    assert [job.text() for job in jobs] == [alone(job.prompt, 20) for job in jobs]
+    assert max(scheduler._model.engine.widths) == 3
+    assert scheduler.totals.completion_tokens == 9 * 20 and scheduler.totals.finished == 9
+
+
+def test_a_long_prompt_is_read_in_slices_while_another_answers(make):
+    engine = Gated()
+    scheduler = make(engine)
+    first, long = Asked(prompt(5, 1), max_tokens=60), Asked(prompt(3 * SLICE + 50, 2))
+    engine.gate.release(3)  # the first prompt, and two tokens
+    scheduler.submit([first])
+    until(lambda: first.events.qsize() >= 3)
+    scheduler.submit([long])
+    engine.gate.release(10**4)
+    assert (first.text(), long.text()) == (alone(first.prompt, 60), alone(long.prompt))
+    sizes = [len(ids) for _, ids in engine.calls]
+    assert sizes.count(SLICE) == 3 and max(sizes) == SLICE
+    at = [i for i, size in enumerate(sizes) if size == SLICE]
+    assert all(1 in sizes[i:j] for i, j in pairwise(at)), "no token between two slices"
+
+
+def test_a_long_prompt_alone_is_read_at_once(make):
+    scheduler = make()
+    job = Asked(prompt(3 * SLICE))
+    scheduler.submit([job])
+    job.all()
+    assert len(scheduler._model.engine.calls[0][1]) == 3 * SLICE + 2
+
+
+def test_the_second_turn_costs_its_new_tokens_only(make):
+    scheduler = make()
+    first = Asked(prompt(300))
+    scheduler.submit([first])
+    said = [piece.id for piece in first.all()[1:] if piece.id is not None]
+    turn = Asked([*first.prompt, *said, *prompt(10, 3)])
+    scheduler.submit([turn])
+    begun = turn.all()[0]
+    assert begun == Begun(len(turn.prompt), len(first.prompt) + len(said) - 1)  # the last token said was never evaluated
+
+
+def test_conversations_side_by_side_keep_their_sessions(make):
+    scheduler = make(places=2)
+    held = {seed: prompt(100, seed) for seed in (1, 2)}
+    for turn in range(4):
+        for seed, ids in held.items():
+            job = Asked(ids)
+            scheduler.submit([job])
+            begun, *pieces = job.all()
+            assert turn == 0 or begun.cached_tokens > len(ids) - 8
+            held[seed] = ids + [piece.id for piece in pieces if piece.id is not None] + [65, 66]
+
+
+def test_what_conversations_begin_with_is_copied(make):
+    scheduler = make(FakeEngine(chunk=4096), places=3)
+    system = prompt(200, 1)
+    jobs = [Asked(system + prompt(100, seed)) for seed in (2, 3, 4)]
+    for job in jobs:
+        scheduler.submit([job])
+        begun, *pieces = job.all()
+        assert "".join(piece.text for piece in pieces) == alone(job.prompt, chunk=4096)
+        assert (begun.cached_tokens >= len(system)) == (job is not jobs[0])
+    again = Asked([*jobs[0].prompt, 65])
+    scheduler.submit([again])
+    assert again.all()[0].cached_tokens >= len(jobs[0].prompt)  # the first one was left as it was
+
+
+def test_clients_take_turns(make):
+    engine = Gated()
+    scheduler, order = make(engine, places=1), []
+
+    def asked(client, i):
+        job = Asked(prompt(5, i), client, max_tokens=1)
+        job.emit = lambda event: order.append(client) if isinstance(event, Begun) else job.events.put(event)
+        return job
+
+    jobs = [asked("a", i) for i in range(4)]
+    scheduler.submit(jobs)
+    engine.reached.acquire()  # the first has begun
+    jobs += [asked("b", 10), asked("c", 11)]
+    scheduler.submit(jobs[4:])
+    engine.gate.release(10**4)
+    for job in jobs:
+        job.all()
+    assert "".join(order) == "aabcaa"
+
+
+def test_a_full_queue_refuses_and_takes_nothing_of_a_request(make):
+    engine = Gated()
+    scheduler = make(engine, places=1, most_waiting=2)
+    running = Asked(prompt(5))
+    scheduler.submit([running])
+    engine.reached.acquire()
+    scheduler.submit([Asked(prompt(5, 1))])
+    with pytest.raises(Busy, match="queue is full"):
+        scheduler.submit([Asked(prompt(5, 2)), Asked(prompt(5, 3))])
+    assert scheduler.waiting == 1
+    scheduler.submit([Asked(prompt(5, 4))])
+
+
+@pytest.mark.parametrize("when", ["waiting", "its prompt is read", "it answers"])
+def test_a_cancelled_job_leaves_its_place_at_once(make, when):
+    engine = Gated()
+    scheduler = make(engine, places=1)
+    job, other = Asked(prompt(400), max_tokens=1000), Asked(prompt(9, 5))
+    before = Asked(prompt(5, 6), max_tokens=1)
+    if when == "waiting":
+        scheduler.submit([before])
+        engine.reached.acquire()
+    scheduler.submit([job])
+    if when != "waiting":
+        engine.reached.acquire()
+    if when == "it answers":
+        engine.gate.release(3)
+        until(lambda: job.events.qsize() >= 3)
+    scheduler.cancel(job)
+    scheduler.cancel(job)  # once more does no harm
+    scheduler.submit([other])
+    engine.gate.release(10**4)
+    assert other.text() == alone(other.prompt)
+    assert scheduler.totals.cancelled == 1 and scheduler.active == scheduler.waiting == 0
+    evaluated = sum(len(ids) for _, ids in engine.calls if len(ids) == 402)
+    assert job.events.qsize() <= 5 and (evaluated == 0) == (when == "waiting")
+
+
+def test_a_prompt_is_interrupted_where_it_is():
+    engine = FakeEngine(delay=0.001)
+    scheduler = Scheduler(FakeModel(engine, ctx=4096))
+    job = Asked(prompt(4000))
+    scheduler.submit([job])
+    until(lambda: job.evaluated > 20)
+    scheduler.cancel(job)
+    until(lambda: not scheduler.active)
+    assert job.evaluated < 3000 and job.events.empty()
+    other = Asked(prompt(30, 2))
+    scheduler.submit([other])
+    assert other.text() == alone(other.prompt)
+    scheduler.close()
+
+
+def test_an_error_ends_its_own_job_alone(make):
+    scheduler = make()
+    fine, wrong = Asked(prompt(10), max_tokens=30), Asked([1] * 3000)
+    scheduler.submit([fine, wrong])
+    assert "3000 tokens" in str(wrong.all()[0])
+    assert fine.text() == alone(fine.prompt, 30)
+
+
+def test_after_an_error_that_nobody_expected_the_engine_goes_on(make):
+    class Broken(FakeEngine):
+        broken = True
+
+        def forward(self, ids, cache, **more):
+            if self.broken:
+                self.broken = False
+                raise ValueError("broken")
+            return super().forward(ids, cache, **more)
+
+    reports = []
+    scheduler = make(Broken(), report=reports.append)
+    first, second = Asked(prompt(10)), Asked(prompt(10))
+    scheduler.submit([first])
+    assert isinstance(first.all()[0], ValueError) and "broken" in reports[0]
+    scheduler.submit([second])
+    assert second.text() == alone(second.prompt)
+
+
+def test_the_end_of_the_server_ends_all_jobs(make):
+    engine = Gated()
+    scheduler = make(engine, places=1)
+    jobs = [Asked(prompt(5, i)) for i in range(3)]
+    scheduler.submit(jobs)
+    engine.reached.acquire()
+    closing = threading.Thread(target=scheduler.close)
+    closing.start()
+    until(lambda: scheduler._closed)
+    engine.gate.release(10**4)
+    closing.join(20)
+    assert all(isinstance(job.all()[-1], Stopping) for job in jobs)
+    with pytest.raises(Stopping):
+        scheduler.submit([Asked(prompt(5))])
+
+
+def test_the_job_of_a_scripted_answer_ends_by_its_stop_string(make):
+    scheduler = make(Scripted("first\nsecond", chunk=64))
+    job = Asked(prompt(5), max_tokens=None, stop=["\n"])
+    scheduler.submit([job])
+    assert job.text() == "first"
