@@ -100,7 +100,7 @@ class Stage(Protocol):
 
         `x`: the stream before them, or Tokens for the first stage. Writes keys and values beyond `cache.pos` and leaves `pos`
         to the caller, so that an interrupted call leaves the cache as it was. The result may be a view that lasts until the
-        stage's next call.
+        stage's next call, or, of the last stage, an array that `logits` evaluates.
         """
 
     def logits(self, x: np.ndarray, first: int = 0) -> np.ndarray:

@@ -4,7 +4,7 @@
     LLAMACLI_MODELS  folder of the user's models            HF_TOKEN, HF_ENDPOINT    of the hub that models come from
     OLLAMA_MODELS, HF_HUB_CACHE, HF_HOME     folders of other programs whose models are used where they lie
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
-    LLAMACLI_API_KEY the key of the server
+    LLAMACLI_API_KEY the key of the server              LLAMACLI_WIRED_GB    what a Mac's GPU may wire; by default nothing
     NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
     XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
 
@@ -71,6 +71,18 @@ def api_key() -> str | None:
 def debug() -> bool:
     """Whether an error shows its traceback."""
     return os.environ.get("LLAMACLI_DEBUG", "") not in ("", "0")
+
+
+def wired_gigabytes() -> float:
+    """How much a Mac's GPU may wire, which macOS then can neither swap nor compress; 0: nothing, the default.
+
+    Wiring has been reported to panic macOS under load (docs/machines.md), so only this variable asks for it.
+    """
+    try:
+        asked = float(os.environ.get("LLAMACLI_WIRED_GB", "0"))
+    except ValueError:
+        return 0.0
+    return asked if 0 < asked < 1e6 else 0.0
 
 
 def plain_terminal() -> bool:

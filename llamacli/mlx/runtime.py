@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
+from llamacli import environment
 from llamacli.errors import DeviceError, MemoryLimitError, UsageError
 
 OLDEST = (0, 32, 1)  # the first that adopts memory of ours: mlx.core.asarray(copy=False)
@@ -52,6 +53,8 @@ def start() -> Runtime:
     total = int(info.get("memory_size", info.get("total_memory", 0)))
     budget = int(info.get("max_recommended_working_set_size", info.get("free_memory", total)))
     largest = int(info.get("max_buffer_length", budget))
+    if gpu == "Metal" and (wired := environment.wired_gigabytes()):
+        mx.set_wired_limit(min(int(wired * 1e9), budget))
     return Runtime(mx.__version__, gpu, str(info.get("device_name", "CPU")), budget, largest)
 
 

@@ -162,13 +162,16 @@ class MlxStage:
         with runtime.translated(self._path), mx.stream(self._device):
             began = perf_counter()
             h = mx.fast.rms_norm(mx.array(x)[first:], self._output_norm, self._config.rms_eps)
-            parts = [self._weights.output.times(h[row : row + LOGITS_BATCH]) for row in range(0, len(h), LOGITS_BATCH)]
-            mx.eval(parts, self._pending)
+            found = np.empty((len(h), self._config.n_vocab), np.float32)
+            for row in range(0, len(h), LOGITS_BATCH):
+                part = self._weights.output.times(h[row : row + LOGITS_BATCH])
+                mx.eval(part, self._pending)
+                found[row : row + LOGITS_BATCH] = part
             if self.timings is not None:
                 self.timings[None, "output"] += perf_counter() - began
         if self._stopped:
             raise KeyboardInterrupt
-        return np.concatenate([np.array(part) for part in parts])
+        return found
 
     def chosen(self, n: int) -> np.ndarray:
         """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]; 0 in dense layers."""

@@ -110,6 +110,22 @@ def test_without_a_gpu_mlx_computes_on_the_cpu_and_says_so(small):
         np.testing.assert_allclose(model.logits([1, 2, 3]), expected, atol=1e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("asked", "wired"), [(None, []), ("40", [40 * 10**9]), ("500", [72 << 30]), ("much", []), ("-1", [])])
+def test_a_mac_tells_its_budget_and_wires_nothing_unless_asked(asked, wired, monkeypatch):
+    """What Metal would say is played here; the keys are those of MLX's documentation."""
+    mx = pytest.importorskip("mlx.core")
+    calls, told = [], {"device_name": "Apple M4 Max", "memory_size": 96 << 30, "max_buffer_length": 54 << 30}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda device: told | {"max_recommended_working_set_size": 72 << 30})
+    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
+    monkeypatch.delenv("LLAMACLI_WIRED_GB", raising=False)
+    if asked:
+        monkeypatch.setenv("LLAMACLI_WIRED_GB", asked)
+    here = runtime.start()
+    assert (here.gpu, here.name, here.budget, here.largest) == ("Metal", "Apple M4 Max", 72 << 30, 54 << 30)
+    assert calls == wired
+
+
 # what fits
 
 

@@ -326,6 +326,21 @@ def test_a_cache_grows_with_its_conversation(tmp_path):
     assert sizes[-1] == position * (3 * 8 + 1024)  # three layers keep a chunk, one doubles its room
 
 
+def test_a_token_is_written_where_the_cache_is(tmp_path):
+    """MLX copies an array on a write if anything else refers to it; a long context would be copied for every token."""
+    model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=64))
+    cache = model.new_cache(200)
+    model.forward(tokens(20), cache)
+
+    def addresses():
+        return [np.array(side, copy=False).ctypes.data for i in range(4) for side in cache.parts[1].arrays(i)]
+
+    before = addresses()
+    for ids in ([5], [6], [7, 8, 9]):
+        model.forward(ids, cache)
+        assert addresses() == before
+
+
 def test_several_sequences_share_a_batch(tmp_path):
     path, starts, lengths = tiny.tiny_gguf(tmp_path / "tiny.gguf"), (2, 9, 15), (1, 4, 1)
     model, ids = engine(path), np.random.RandomState(3).randint(0, 257, (3, 24))
@@ -339,6 +354,18 @@ def test_several_sequences_share_a_batch(tmp_path):
     found = stage.logits(stage.forward(x, [Run(cache.parts[1], n) for cache, n in zip(caches, lengths, strict=True)]))
     expected = [oracle.logits(path, row[: s + n])[s:] for row, s, n in zip(ids, starts, lengths, strict=True)]
     assert difference(found, np.concatenate(expected)) <= EXACT
+
+
+@pytest.mark.parametrize("on_gpu", [4, 2])
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_conversations_share_a_token(tmp_path, count, on_gpu):
+    path = tiny.tiny_gguf(tmp_path / "tiny.gguf", seed=3)
+    model, texts = engine(path, on_gpu), [tokens(9 + n, n) for n in range(count)]
+    caches = [model.new_cache(32) for _ in texts]
+    model.forward_each([ids[:-1] for ids in texts], caches)
+    found = model.forward_each([ids[-1:] for ids in texts], caches)
+    for row, ids in zip(found, texts, strict=True):
+        assert difference(row, oracle.logits(path, ids)[-1]) <= (EXACT if on_gpu == 4 else MIXED)
 
 
 # running
