@@ -78,7 +78,7 @@ class Terminal:
             pass
         return came is None
 
-    def wait(self, *texts, times=1, seconds=40):
+    def wait(self, *texts, times=1, seconds=60):
         """Until every one of `texts` is on the screen or above it, `times` times."""
         until = time.monotonic() + seconds
         while not all(self.text.count(text) >= times for text in texts):
@@ -93,7 +93,7 @@ class Terminal:
             while data:
                 data = data[os.write(self._fd, data) :]
 
-    def ends(self, seconds=20):
+    def ends(self, seconds=60):
         """Wait for the process; returns its exit status, or minus the signal that ended it."""
         until = time.monotonic() + seconds
         while self._read(0.1) is not False and time.monotonic() < until:

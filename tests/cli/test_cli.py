@@ -333,7 +333,7 @@ def test_a_text_too_long_is_refused_before_it_becomes_tokens(model, capfd, monke
 def test_no_stdin_leaves_stdin_to_the_loop_around():
     reader, writer = os.pipe()  # open, never written: reading it would hang
     with start("run", "--no-stdin", "hi", stdin=reader) as process:
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=60)
     os.close(reader)
     os.close(writer)
     assert out.decode() == REPLY + "\n"

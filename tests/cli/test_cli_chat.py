@@ -26,7 +26,7 @@ TITLE = "Ask something, or /help"
 
 
 def piped(text, *args, **how):
-    done = subprocess.run(fake("chat", *args, **how), input=text.encode(), capture_output=True, timeout=30)
+    done = subprocess.run(fake("chat", *args, **how), input=text.encode(), capture_output=True, timeout=60)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
@@ -74,7 +74,7 @@ def conversation(tmp_path):
     return [found.system] * bool(found.system) + [message.content for message in found.messages]
 
 
-def kept(tmp_path, *expected, seconds=20):
+def kept(tmp_path, *expected, seconds=60):
     """Wait until the latest conversation has these messages; ... stands for any."""
     until = time.monotonic() + seconds
     while (
@@ -124,7 +124,7 @@ def test_a_pipe_that_does_not_wait_is_read_to_its_end():
         time.sleep(0.4)
         os.write(write, part)
     os.close(write)
-    assert chat.communicate(timeout=20) == (b"fine\nfine\n", None)
+    assert chat.communicate(timeout=60) == (b"fine\nfine\n", None)
     assert chat.returncode == 0
 
 
@@ -136,7 +136,7 @@ def test_a_piped_chat_is_not_kept_unless_it_goes_on_with_one_that_is(begin, tmp_
     env = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
     for args in ((), ("--continue",)):
         subprocess.run(
-            fake("chat", *args, reply="fine"), input=b"second\n", env=env, check=True, capture_output=True, timeout=30
+            fake("chat", *args, reply="fine"), input=b"second\n", env=env, check=True, capture_output=True, timeout=60
         )
     kept(tmp_path, "first", "fine", "second", "fine")
     assert len(Store(tmp_path / "llamacli" / "conversations.db").chats()) == 1

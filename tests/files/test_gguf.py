@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from gguf_bytes import file, info, llama4, pair, string
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interrupts import run_traced
 
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files import gguf as gguf_module
@@ -173,16 +173,15 @@ class TestSoundFiles:
         metadata = opened(SOUND).metadata
         assert metadata["words"] is metadata["words"]
 
-    def test_a_large_vocabulary_opens_at_once(self, opened):
-        """As large as Llama 3's. Half a second is the promise; five times that is for slow machines at work on other things."""
-        tokens = [f"token{n}" for n in range(128_000)]
-        merges = [f"left{n} right{n}" for n in range(280_000)]
+    def test_a_large_vocabulary_is_read_in_a_few_steps_for_each_string(self, opened):
+        """Llama 3's has 400,000 strings, in half a second."""
+        tokens = [f"token{n}" for n in range(10_000)]
+        merges = [f"left{n} right{n}" for n in range(20_000)]
         raw = file([pair("tokens", "array", ("string", tokens)), pair("merges", "array", ("string", merges))])
-        began = time.process_time()
-        metadata = opened(raw).metadata
-        assert metadata["tokens"] == tokens
-        assert metadata["merges"] == merges
-        assert time.process_time() - began < 2.5
+        found = []
+        steps = run_traced(lambda: found.extend(map(opened(raw).metadata.get, ("tokens", "merges"))), gguf_module)
+        assert found == [tokens, merges]
+        assert steps < 8 * 30_000
 
 
 class TestSplitFiles:
@@ -343,11 +342,9 @@ class TestDamagedFiles:
         ("counts", "words"), [((0, 1 << 20), "16384 metadata values"), ((1 << 20, 0), "at most 65536 tensors")]
     )
     def test_more_entries_than_any_model_has_are_refused_before_they_are_read(self, refused, counts, words):
-        """A million of one byte each took 18 seconds."""
+        """A million of one byte each took 18 seconds. These would be refused as well, for one name twice, if they were read."""
         raw = b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(40 << 20)
-        began = time.process_time()
         assert words in refused(raw)
-        assert time.process_time() - began < 1
 
     @pytest.mark.parametrize("length", [1, 1 << 20, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 8])
     def test_the_length_of_a_string_past_the_end_is_not_believed(self, refused, length):
