@@ -132,10 +132,10 @@ class Sampler:
         changes = max((i for i, name in enumerate(self._in_use) if name in _CHANGES), default=-1) + 1
         first, then = self._in_use[:changes], self._in_use[changes:]  # what is unlikely may be dropped only in between
         if any(name not in _CHANGES for name in first):
-            _best(candidates)  # before a step meets NaN
+            self._best(candidates)  # before a step meets NaN
         for name in first:
             self._step(name, history, shifted=False)(candidates)
-        best = _best(candidates)
+        best = self._best(candidates)
         if self._temp == 0 or candidates.logits[best] == np.inf:
             candidates.keep(np.array([best]))
             return candidates
@@ -149,6 +149,16 @@ class Sampler:
         for name in then:
             self._step(name, history)(candidates)
         return candidates
+
+    def _best(self, candidates: Candidates) -> int:
+        """Where the largest logit is. NaN comes out as the largest, so this sees it wherever it is."""
+        best = int(candidates.logits.argmax())
+        if candidates.logits[best] > -np.inf:
+            return best
+        if self.constraint is not None and not np.isnan(candidates.logits[best]):
+            raise LlamacliError("expected a token that the grammar and the logit biases both allow, found none; bias less")
+        found = "NaN" if np.isnan(candidates.logits[best]) else "none that may be sampled"
+        raise LlamacliError(f"expected the model's logits to be numbers, found {found}; the model file is damaged")
 
     def _active(self) -> tuple[str, ...]:
         """The steps in order that do something."""
@@ -233,15 +243,6 @@ def log_probabilities(logits: np.ndarray, id: int, count: int) -> tuple[float, l
     top = np.argpartition(logits, len(logits) - count)[len(logits) - count :] if count else np.empty(0, np.int64)
     top = top[np.lexsort((top, -logits[top]))]
     return float(logits[id]) - normal, [(int(i), float(logits[i]) - normal) for i in top]
-
-
-def _best(candidates: Candidates) -> int:
-    """Where the largest logit is. NaN comes out as the largest, so this sees it wherever it is."""
-    best = int(candidates.logits.argmax())
-    if not candidates.logits[best] > -np.inf:
-        found = "NaN" if np.isnan(candidates.logits[best]) else "none that may be sampled"
-        raise LlamacliError(f"expected the model's logits to be numbers, found {found}; the model file is damaged")
-    return best
 
 
 def _biases(bias: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class Candidates:
         self._weights: np.ndarray | None = None
 
     def weights(self) -> np.ndarray:
-        """Probabilities but for a factor, float32: 1 for the best."""
+        """Probabilities but for a factor, float32; 1 for the best unless a step took that out."""
         if self._weights is None:
             weights = self.logits - self.logits.max()
             self._weights = np.exp(weights, out=weights)
@@ -181,8 +181,13 @@ def top_p(p: float) -> Step:
 
 
 def min_p(p: float) -> Step:
-    """Those at least `p` times as likely as the best."""
-    return lambda c: c.keep(c.weights() >= p)
+    """Those at least `p` times as likely as the best that is left."""
+
+    def step(c: Candidates) -> None:
+        weights = c.weights()
+        c.keep(weights >= p * weights.max())
+
+    return step
 
 
 def typical(p: float) -> Step:

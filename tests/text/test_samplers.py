@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from golden.sampler_cases import STORED, N, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from llamacli.errors import UsageError
 from llamacli.text.sampler import Sampler
 from llamacli.text.settings import DEFAULT_ORDER, SETTINGS
 
+CASES = cases()
 OFF = {"temp": 1.0, "top_p": 1.0}
 LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -3.0, -8.0], np.float32)
 
@@ -162,6 +164,19 @@ def test_any_chain_in_any_order_is_the_plain_chain(seed, names, order, history):
     likely = {id: p for id, p in expected.items() if p > 1e-9}  # what is less likely may have been dropped
     assert {id: found.get(id) for id in likely} == pytest.approx(likely, rel=1e-3)
     assert sum(p for id, p in found.items() if id not in likely) < 1e-6
+
+
+@pytest.mark.parametrize("n", range(len(CASES)), ids=lambda n: "-".join(CASES[n].order) or f"mirostat {CASES[n].mirostat}")
+def test_a_chain_leaves_what_llama_cpp_leaves(n):
+    case, expected = CASES[n], np.load(STORED)["p"][n]
+    mirostat = {} if case.mirostat is None else {"mirostat": 2, "mirostat_tau": case.mirostat}
+    sampler = Sampler(**{**OFF, **case.settings, **mirostat}, samplers=case.order, seed=1)
+    candidates = sampler.candidates(case.logits, case.history)
+    if mirostat:
+        sampler._surprising(candidates)
+    found = np.zeros(N)
+    found[candidates.ids if candidates.ids is not None else slice(None)] = candidates.probabilities()
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-6)
 
 
 def test_the_order_decides():
