@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llamacli.cli import signals
-from llamacli.cli.console import Console
+from llamacli.cli.console import Console, amount, count
 from llamacli.cli.inputs import may_be_picture, read_stdin_bytes
 from llamacli.cli.progress import Meter
 
@@ -74,3 +74,14 @@ def content(views: Sequence["View"], text: str) -> str | list[dict]:
     if not views:
         return text
     return [*({"type": "image", "image": view} for view in views), *([{"type": "text", "text": text}] if text else [])]
+
+
+def cost_rows(found: dict) -> list[tuple[str, str]]:
+    """What a vision tower takes (sight.cost), as rows of a table."""
+    return [
+        ("file", found["file"]),
+        ("weights", f"{amount(found['weights_bytes'])}, and {amount(found['working_bytes'])} to work in"),
+        ("a picture", f"1 to {found['most_tiles']} tiles of {found['tile']} pixels, {found['tile_tokens']} tokens each"),
+        ("the largest", f"{found['most_tokens']} tokens"),
+        ("work", f"{count(2 * found['tile_products'])} operations a tile"),
+    ]

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from llamacli.cli.console import amount, count
 from llamacli.cli.grammar import argument, option
+from llamacli.cli.images import cost_rows
 from llamacli.cli.options import Json, ModelName, Output, find_model, model_names, one_model
 from llamacli.cli.routing import show_routing
 from llamacli.errors import LlamacliError, UsageError
@@ -74,6 +75,15 @@ def describe(gguf) -> dict:
         "tensors": {"count": len(gguf.tensors), "by_type": _by_type(tensors)},
         "tokenizer": _tokenizer(meta),
     }
+    from llamacli.llama4.vision import has_tower
+    from llamacli.vision.sight import cost, cost_beside
+
+    if gguf.metadata.get("general.architecture") == "clip" and has_tower(gguf):
+        try:
+            why = "it is a vision tower; run the model that it belongs to, with --mmproj and this file"
+            return record | {"runnable": False, "why_not": why, "vision": cost(gguf)}
+        except LlamacliError as error:
+            return record | {"runnable": False, "why_not": str(error)}
     try:
         from llamacli.llama4.config import Config
 
@@ -98,6 +108,7 @@ def describe(gguf) -> dict:
         "context": config.context_length,
         "vocabulary": config.n_vocab,
         "memory": _memory(config, gguf),
+        "vision": cost_beside(gguf),
     }
 
 
@@ -168,6 +179,8 @@ def _show(r: dict, console) -> None:
     rows = [(k["type"], str(k["count"]), count(k["parameters"]), amount(k["bytes"])) for k in r["tensors"]["by_type"]]
     if rows:
         console.table("\nWeights", rows, ("type", "tensors", "parameters", "size"))
+    if vision := r.get("vision"):
+        console.table("\nVision", cost_rows(vision))
     if not r["runnable"]:
         console.result(f"\nThis file cannot be run: {r['why_not']}")
         return

@@ -13,6 +13,7 @@ from typing import Annotated, NamedTuple
 from llamacli import DEFAULT_CTX, default_ctx
 from llamacli.cli.console import amount, count, rate
 from llamacli.cli.grammar import argument, option, token_count
+from llamacli.cli.images import cost_rows
 from llamacli.cli.options import (
     KV,
     DeviceName,
@@ -46,6 +47,7 @@ class Model(NamedTuple):
     sizes: object
     parameters: int
     notices: list[str]
+    vision: dict | None = None  # what the vision tower beside the file takes (vision/sight.py)
 
 
 def _recipes(start: str) -> list[str]:
@@ -189,7 +191,9 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     if slow:
         notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
     total = sum(math.prod(t.shape) for t in gguf.tensors.values())
-    return Model(str(gguf.path), config, held, size_by_kind(held, config), total, notices)
+    from llamacli.vision.sight import cost_beside
+
+    return Model(str(gguf.path), config, held, size_by_kind(held, config), total, notices, cost_beside(gguf))
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
@@ -287,6 +291,7 @@ def _record(model: Model, speeds: dict, plans: list, memories: list[int], placem
     return {
         "model": model.title,
         "parameters": model.parameters,
+        "vision": model.vision,
         "weights": sizes.kinds,
         "weights_bytes": sum(sizes.kinds.values()),
         "always_used_bytes": sizes.always,
@@ -325,6 +330,8 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     rows = [(kind, amount(nbytes)) for kind, nbytes in sizes.kinds.items() if nbytes]
     rows.append(("all", f"{amount(record['weights_bytes'])}, {count(model.parameters)} parameters"))
     console.table(f"\n{model.title}: weights", rows)
+    if model.vision:
+        console.table("\nVision, if pictures are shown, beside the rest", cost_rows(model.vision))
     rows = []
     for ctx in sorted({*CONTEXTS, p.ctx}):
         try:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.errors import ModelFileError, PictureError, PromptError, UsageError
+from llamacli.errors import LlamacliError, ModelFileError, PictureError, PromptError, UsageError
 from llamacli.files.gguf import GGUF, open_gguf
 from llamacli.llama4.vision import VisionConfig, has_ollama_tower, has_tower, renamed
 from llamacli.prompt import Features
@@ -117,6 +117,31 @@ def tower_bytes(gguf: GGUF, threads: int) -> int:
     """Bytes of a tower's weights and of what it works in."""
     weights = sum(tensor.nbytes for tensor in renamed(gguf).values())
     return weights + nbytes(VisionConfig.from_gguf(gguf), threads)
+
+
+def cost(gguf: GGUF, threads: int = 1) -> dict:
+    """What a tower takes, as a record fit for JSON: bytes, tokens and multiply-adds."""
+    c = VisionConfig.from_gguf(gguf)
+    most = c.most_tiles + (c.most_tiles > 1)
+    return {
+        "file": str(gguf.path),
+        "weights_bytes": sum(tensor.nbytes for tensor in renamed(gguf).values()),
+        "working_bytes": nbytes(c, threads),
+        "tile": c.image_size,
+        "most_tiles": most,
+        "tile_tokens": c.n_rows,
+        "most_tokens": most * c.n_rows + 3 + (c.most_tiles if c.most_tiles > 1 else 0),
+        "tile_products": c.products,
+    }
+
+
+def cost_beside(model: GGUF, threads: int = 1) -> dict | None:
+    """The `cost` of the tower that is found for a model's file; None if there is none that can be read."""
+    try:
+        path = find_tower(model)
+        return None if path is None else cost(model if path == Path(model.path) else open_gguf(path), threads)
+    except LlamacliError:
+        return None
 
 
 class Sight:
