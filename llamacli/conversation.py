@@ -227,8 +227,9 @@ class Answer:
 
 
 def title(question: str) -> str:
-    """The first line of a question, shortened."""
-    line = next((line.strip() for line in question.splitlines() if line.strip()), "")
+    """The first line of a question that is no picture, shortened."""
+    lines = [line.strip() for line in question.splitlines() if line.strip()]
+    line = next((line for line in lines if not line.startswith("![")), "a picture" if lines else "")
     return line if len(line) <= TITLE else line[: TITLE - 1].rstrip() + "…"
 
 

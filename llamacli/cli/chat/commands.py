@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llamacli.cli.binding import check_whole
 from llamacli.cli.chat.lines import FENCE
+from llamacli.cli.chat.pictures import dropped, paths_in
 from llamacli.cli.chat.show import Screen
 from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
@@ -34,6 +35,7 @@ COMMANDS = {  # name: (argument, help); an argument in brackets may be left out
     "/clear": ("", "begin a new conversation, keep the system prompt"),
     "/system": ("[TEXT]", "set the system prompt; alone: show it; - removes it"),
     "/read": ("FILE", "put a text file before the next question"),
+    "/image": ("FILE...", "put pictures before the next question; a file dropped here does the same"),
     "/set": ("[NAME VALUE]", "change a setting, such as temp 0.2; alone: show them"),
     "/show": ("", "model, settings and the conversation's name"),
     "/ctx": ("[N]", "another context limit in tokens, such as 16K"),
@@ -49,7 +51,7 @@ COMMANDS = {  # name: (argument, help); an argument in brackets may be left out
     "/exit": ("", "leave (also Ctrl-D)"),
 }
 ALIASES = {"/quit": "/exit", "/bye": "/exit", "/?": "/help", "/retry": "/regen", "/reset": "/clear", "/new": "/clear"}
-PATHS = ("/read", "/export")
+PATHS = ("/read", "/image", "/export")
 KEYS = (
     ("Ctrl-C", "stops an answer and keeps what was said; twice at the prompt leaves"),
     ("Alt-Enter", "a new line; also Ctrl-J, or a \\ at the end of a line"),
@@ -83,6 +85,12 @@ class Commands:
             self._hinted = text
             self.console.note(f"/exit leaves; {text.strip()} once more is sent to the model")
         elif text.strip():
+            if self.typed:
+                paths, text = dropped(text)
+                for path in paths:
+                    self.talk.show(path)
+                if not text.strip():
+                    return
             self._show(self.talk.edit(text) if editing else self.talk.ask(text))
 
     def forget_draft(self) -> None:
@@ -202,6 +210,10 @@ class Commands:
         tokens = len(self.talk.model.tokenizer.encode(text, bos=False, special=False))
         self.talk.unread[str(path)] = text
         self.console.note(f"{path}: {tokens} tokens, of {self.talk.session.ctx} of the context; goes with the next question")
+
+    def image_(self, rest: str) -> None:
+        for path in paths_in(rest):
+            self.talk.show(path)
 
     def set_(self, rest: str) -> None:
         name, _, value = rest.replace("=", " ", 1).partition(" ")

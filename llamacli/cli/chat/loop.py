@@ -60,6 +60,8 @@ def talk_at_length(
         commands.recall()
     for path in files:
         commands.attach(path)
+    for name in options.image or ():
+        talk.show(Path(name))
     with screen.quiet if edits else contextlib.nullcontext():
         loop(commands, turns, console, checked(question, "question"))
 

@@ -6,8 +6,11 @@ was: a question without an answer waits for another try, and an old answer gives
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from llamacli.cli.chat.pictures import content, read_again, reference
 from llamacli.cli.grammar import kind_of, meant, read_value
+from llamacli.cli.images import look
 from llamacli.cli.options import Generation
 from llamacli.conversation import Answer, Conversation
 from llamacli.errors import ContextFullError, PromptError, UsageError
@@ -36,6 +39,7 @@ class Talk:
         self.session = options.session(model)
         self.reason: str | None = None
         self.unread: dict[str, str] = {}  # texts that go before the next question, by the names of their files
+        self._views: dict[str, object] = {}  # pictures as the model sees them, by their hash
 
     def ask(self, question: str) -> Iterator[str]:
         """Add a question and answer it."""
@@ -45,6 +49,14 @@ class Talk:
         self.conversation.ask(text)
         self.unread.clear()
         return self._answer(self.conversation.answer())
+
+    def show(self, path: Path) -> None:
+        """Put a picture before the next question, once the model has seen it."""
+        from llamacli.vision.pictures import read_picture
+
+        picture = read_picture(path)
+        self._look(picture)
+        self.unread[str(path)] = reference(picture, path)
 
     def edit(self, question: str) -> Iterator[str]:
         """Ask the latest question in other words; the old one stays on a branch of its own."""
@@ -110,6 +122,7 @@ class Talk:
     def use(self, load: Callable[[str], object], path: str) -> None:
         """Answer with the model that `load(path)` returns. If it cannot be loaded, the old one is loaded again."""
         ctx, before = self.session.ctx, self.conversation.model
+        self._views.clear()
         self.session = self.sampler = self.model = None  # its memory must be free before the next model asks for it
         try:
             self.model = load(path)
@@ -130,9 +143,9 @@ class Talk:
         """Yields text, which becomes the assistant's turn even if the reader breaks off."""
         self.reason = None
         said = answer.text
-        ids = self.model.prompt_ids(self.conversation.prompt()[: -1 if said else None])
+        messages = [m | {"content": content(m["content"], self._seen)} for m in self.conversation.prompt()]
         begun = self.model.tokenizer.encode(said, bos=False, special=False) if said else []
-        ids = ids + begun
+        ids = self.model.prompt_ids(messages[: -1 if said else None]) + begun
         self._check_room(len(ids))
         reason = None
         try:
@@ -143,6 +156,15 @@ class Talk:
             self.reason = reason
         finally:
             answer.close(reason)
+
+    def _seen(self, path: str, digest: str):
+        """A picture of the conversation, looked at again where it is not known."""
+        return self._views.get(digest) or self._look(read_again(path, digest))
+
+    def _look(self, picture):
+        (view,) = look(self.model, [picture], self.options.image_tiles, self._console)
+        self._views[picture.digest.hex()] = view
+        return view
 
     def _check_room(self, n: int) -> None:
         ctx = self.session.ctx
