@@ -1,5 +1,6 @@
 """The real thing: the small model from the command line and from Python, in processes where streams and signals count."""
 
+import io
 import json
 import os
 import re
@@ -152,6 +153,37 @@ def test_tokenize_prints_ids_as_json(capfd):
     plain, special = ids("a<|eot|>b"), ids("--special", "a<|eot|>b")
     assert len(special) < len(plain)
     assert ids("--no-bos", "a<|eot|>b") == plain[1:]
+
+
+def test_tokenize_shows_pieces_counts_and_goes_back(capfd, monkeypatch):
+    def said(*args, code=0):
+        assert main(["tokenize", "-m", str(SMALL), *args]) == code
+        return capfd.readouterr()
+
+    text = "Größe:\n 漢 <|eot|>"
+    ids = json.loads(said(text).out)
+    assert said("--count", text).out == f"{len(ids)}\n"
+    lines = [line.strip().split("  ", 1) for line in said("--pieces", text).out.splitlines()]
+    assert [int(id) for id, _ in lines] == ids
+    found = json.loads(said("--pieces", "--json", text).out)
+    assert [each["id"] for each in found] == ids
+    assert [each["piece"] for each in found] == [json.loads(piece) for _, piece in lines]
+    assert found[0]["piece"] == "<|begin_of_text|>"
+    assert bytes(byte for each in found[1:] for byte in each["bytes"]).decode() == text
+    assert "<0xC3>" in [each["piece"] for each in found]
+    assert said("--decode", json.dumps(ids)).out == text + "\n"
+    assert said("--decode", " ".join(map(str, ids)), "--special").out == f"<|begin_of_text|>{text}\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(json.dumps(ids).encode())))
+    assert json.loads(said("--decode", "-", "--json").out) == text
+    for wrong in (
+        ["--decode", "1,x"],
+        ["--decode", ""],
+        ["--decode", "[]"],
+        ["--pieces", "--count", "a"],
+        ["--decode", "1", "a"],
+    ):
+        assert said(*wrong, code=2).err.count("\n") == 1
+    assert "expected token ids from 0 to" in said("--decode", "999999999", code=1).err
 
 
 def test_inspect_knows_what_the_small_model_needs(capfd):

@@ -204,7 +204,7 @@ class Console:
             if limit and _room(widths, kept) > limit:
                 kept.remove(column)
         if head and limit and _room(widths, kept) > limit:
-            text = _stacked(lines[0], body)
+            text = _stacked(lines[0], body, limit - 1)
         elif limit or _coloured(to, self._color):
             text = self._drawn_table(lines, bool(head), right, kept, limit or _room(widths, kept), _coloured(to, self._color))
         else:
@@ -355,12 +355,14 @@ def _room(widths: Sequence[int], kept: Sequence[int]) -> int:
     return sum(widths[i] + 2 for i in kept)
 
 
-def _stacked(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def _stacked(head: Sequence[str], body: Iterable[Sequence[str]], width: int) -> str:
     """A row as lines of their own, for a terminal too narrow for columns: its first cell, then each other one by its head."""
     widest, lines = max(map(len, head[1:]), default=0), []
     for first, *others in body:
         lines.append(f"  {first}")
-        lines += [f"    {name.ljust(widest)}  {cell}".rstrip() for name, cell in zip(head[1:], others, strict=True) if cell]
+        for name, cell in zip(head[1:], others, strict=True):
+            parts = textwrap.wrap(cell, max(16, width - widest - 6), break_on_hyphens=False)
+            lines += [f"    {(name if i == 0 else '').ljust(widest)}  {part}" for i, part in enumerate(parts)]
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
-"""`llamacli tokenize`: text in, token ids as JSON on stdout. Needs the file's vocabulary only, no engine."""
+"""`llamacli tokenize`: text in, token ids on stdout, or ids in and text out. Needs the vocabulary of a file only, no engine."""
 
 import json
+import re
 from typing import Annotated
 
 from llamacli.cli.grammar import argument, option
@@ -29,14 +30,21 @@ def tokenize(
     model: ModelName = None,
     special: Annotated[bool, option("--special", help="Read <|...|> in the text as special tokens.")] = False,
     no_bos: Annotated[bool, option("--no-bos", help="Leave out the token that begins every text.")] = False,
+    pieces: Annotated[bool, option("--pieces", help="A line for each token: its id, and its text as a JSON string.")] = False,
+    count: Annotated[bool, option("--count", help="The number of tokens alone.")] = False,
+    decode: Annotated[
+        str | None,
+        option("--decode", metavar="IDS", help="The other way: the text of ids, such as 15,16 or a JSON list; - is stdin."),
+    ] = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Print the token ids of a text as a JSON list.
+    """Print the token ids of a text as a JSON list, or the text of ids.
 
     Examples:
     llamacli tokenize "How many tokens is this?"
-    llamacli tokenize -m scout.gguf -f report.txt | jq length
+    llamacli tokenize -m scout.gguf -f report.txt --count
+    llamacli tokenize "Hello" | llamacli tokenize --decode -
     """
     from llamacli.files.gguf import open_gguf
     from llamacli.text.tokenizer import Tokenizer
@@ -45,9 +53,17 @@ def tokenize(
     words = [*(text or [])]
     if model is None and len(words) + (prompt is not None or file is not None) > 1 and is_model(words[0]):
         model = one_model(words.pop(0), model)
-    given = [words or None, prompt, file]
+    given = [words or None, prompt, file, decode]
     if sum(each is not None for each in given) > 1:
         raise UsageError("expected one text, found several; give words, or -f FILE, or stdin")
+    if pieces and count:
+        raise UsageError("expected --pieces or --count, found both; leave one of them out")
+    if decode is not None:
+        ids = _ids(read_stdin(console) if decode == "-" else decode)
+        tokenizer = Tokenizer.from_gguf(open_gguf(find_model(model, console)))
+        text = tokenizer.decode(ids, special)
+        console.result(json.dumps(text, ensure_ascii=False) if as_json else text)
+        return
     if file is not None:
         found = read_file(file, console)
     elif words or prompt is not None:
@@ -55,4 +71,33 @@ def tokenize(
     else:
         found = read_stdin(console)
     tokenizer = Tokenizer.from_gguf(open_gguf(find_model(model, console)))
-    console.result(json.dumps([int(i) for i in tokenizer.encode(found, bos=not no_bos, special=special)]))
+    ids = [int(id) for id in tokenizer.encode(found, bos=not no_bos, special=special)]
+    if count:
+        console.result(str(len(ids)))
+    elif pieces and as_json:
+        console.result(json.dumps([_piece(tokenizer, id) for id in ids], ensure_ascii=False))
+    elif pieces:
+        width = len(str(tokenizer.n_vocab))
+        rows = ((id, json.dumps(_piece(tokenizer, id)["piece"], ensure_ascii=False)) for id in ids)
+        console.result("\n".join(f"{id:>{width}}  {piece}" for id, piece in rows))
+    else:
+        console.result(json.dumps(ids))
+
+
+def _piece(tokenizer, id: int) -> dict:
+    """A token's id, bytes and text; bytes that are no text alone are written <0xC3>."""
+    data = tokenizer.token_bytes(id, special=True)
+    try:
+        piece = data.decode()
+    except UnicodeDecodeError:
+        piece = "".join(f"<0x{byte:02X}>" for byte in data)
+    return {"id": id, "piece": piece, "bytes": [*data]}
+
+
+def _ids(text: str) -> list[int]:
+    """Ids with commas or blanks between them, in brackets or not. UsageError for anything else."""
+    words = re.split(r"[,\s]+", text.strip().removeprefix("[").removesuffix("]").strip())
+    wrong = next((word for word in words if not re.fullmatch(r"[0-9]{1,9}", word)), None)
+    if wrong is not None:
+        raise UsageError(f"--decode: expected ids with commas between them, such as 15,16, found {wrong!r:.40}")
+    return [int(word) for word in words]
