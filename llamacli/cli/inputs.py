@@ -170,14 +170,15 @@ def read_stdin(console: Console, limit: int | None = None) -> str:
     return decoded(read_stdin_bytes(console, limit), "stdin")
 
 
-def read_stdin_bytes(console: Console, limit: int | None = None, more: int = 0) -> bytes:
+def read_stdin_bytes(console: Console, limit: int | None = None, more: int = 0, hint: str = "") -> bytes:
     """All of stdin. A descriptor that cannot be read, as nohup leaves it, counts as empty.
 
-    ContextFullError for more than `limit` bytes, which are not read; a picture may have `more`.
+    ContextFullError for more than `limit` bytes, which are not read; a picture may have `more`. `hint` is added
+    to what is said where it takes long.
     """
     if not _readable(sys.stdin):
         return b""
-    with patience(console, "reading stdin until it ends (Ctrl-D); --no-stdin leaves it alone", 1.0):
+    with patience(console, f"reading stdin until it ends (Ctrl-D){hint}", 1.0):
         first = _some(sys.stdin.buffer)
         if limit is not None and more and may_be_picture(first):
             limit = max(limit, more)

@@ -181,7 +181,7 @@ def _text(
     pictures = read_pictures(images, console)
     parts = [read_file(name, console, limit) for name in files]
     if "-" not in (*files, *images) and not no_stdin and stdin_is_piped():
-        data = read_stdin_bytes(console, limit, MOST_BYTES)
+        data = read_stdin_bytes(console, limit, MOST_BYTES, "; --no-stdin leaves it alone")
         if (picture := picture_in(data)) is not None:
             pictures.insert(0, picture)
             data = b""
@@ -238,6 +238,8 @@ class Answer:
                 broken = sys.exc_info()[0]
                 if broken is None or broken in (KeyboardInterrupt, SystemExit):
                     self._end(session.stats, reason or "interrupt")
+                    if broken is KeyboardInterrupt and session.stats.completion_tokens:
+                        console.note(describe(session.stats, "interrupt", self._load_s))
                 elif not self._held:
                     console.end(always=False)
         for notice in session.snapshots.notices if session.snapshots else ():

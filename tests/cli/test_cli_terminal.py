@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,28 @@ def test_an_answer_stands_alone_and_a_cut_one_says_so_unless_quiet():
     assert lines(fake("run", "-q", "-n", "5", "hi")) == ["first"]
 
 
+def test_an_interrupted_answer_tells_its_speed():
+    t = Terminal(fake("run", "--ignore-eos", "hi", reply="many words " * 40, delay="0.02"))
+    t.wait("many words many")
+    t.type("\x03")
+    assert t.ends() == -signal.SIGINT
+    assert re.fullmatch(r"\[7 prompt tokens at .* stopped by Ctrl-C\]", " ".join(t.lines[-2:]).split("^C ")[-1]), t.text
+
+
+def test_stdin_that_does_not_end_is_named_and_only_run_can_leave_it(tmp_path):
+    t = Terminal(fake("run", "-f", "-"))
+    t.wait("reading stdin until it ends (Ctrl-D)")
+    t.type("hi\n\x04")
+    assert t.ends() == 0
+    assert "--no-stdin" not in t.text
+    os.mkfifo(tmp_path / "pipe")
+    t = Terminal(["sh", "-c", f"{shlex.join(fake('run', 'hi'))} < {tmp_path}/pipe"])
+    with open(tmp_path / "pipe", "w") as pipe:
+        t.wait("reading stdin until it ends (Ctrl-D); --no-stdin leaves it alone")
+        pipe.write("more")
+    assert t.ends() == 0
+
+
 def test_quiet_names_no_model(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     find_model(None, Console(quiet=True))
@@ -151,6 +174,20 @@ def plan(scout, *more):
         "-t",
         "4",
         *more,
+    ]
+
+
+def test_cells_of_a_narrow_terminal_break_between_words(tmp_path):
+    code = (
+        "from llamacli.cli.console import Console\n"
+        "rows = [('id', '1,048,576', 'What do elephants eat in the morning?')]\n"
+        "Console('never').table('', rows, ('id', 'tokens', 'conversation'))"
+    )
+    assert lines([sys.executable, "-c", code], 40) == [
+        "  id",
+        "    tokens        1,048,576",
+        "    conversation  What do elephants eat",
+        "                  in the morning?",
     ]
 
 

@@ -133,7 +133,7 @@ def test_a_second_signal_ends_a_command_that_cannot_stop():
         "def stuck(*args, **more):\n"
         "    try:\n        print('ready', flush=True); time.sleep(20)\n"
         "    finally:\n        print('stopping', flush=True); time.sleep(20)\n"
-        "run._prompt = stuck\nenter()"
+        "run._text = stuck\nenter()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "run", "hi"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     assert process.stdout.readline() == b"ready\n"
