@@ -104,6 +104,22 @@ def test_a_widened_matrix_is_gguf_pys_rounded_to_float16(name, offset):
         np.testing.assert_allclose(np.array(found), weights[expert].astype(np.float16), rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["matvec", "widen"])
+def test_mlx_takes_the_calls_as_they_are_made(kind, monkeypatch):
+    """Without Metal MLX refuses a kernel's call, but only after it has understood all arguments."""
+    if mx.metal.is_available():
+        pytest.skip("Metal is there")
+    monkeypatch.setattr(
+        kernels, "dialect", lambda: kernels.Dialect(kernels.METAL, kernels.METAL_PROLOGUE, mx.fast.metal_kernel)
+    )
+    window, where = mx.zeros((4, 4096), mx.uint8), kernels.place(0, 13, 64)
+    with pytest.raises(RuntimeError, match="No Metal back-end"):
+        if kind == "matvec":
+            kernels.matvec("Q4_0", window, where, kernels.number(0), mx.zeros((3, 64)), 3, 13)
+        else:
+            kernels.widen("Q4_0", window, where, kernels.number(0), 13, 64)
+
+
 def test_the_types_that_the_cpu_computes_with_have_texts():
     from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
 

@@ -4,6 +4,7 @@ and with the GPU's kernels compiled as C++ (cpp.py).
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from llamacli.llama4.config import Config  # noqa: E402
 from llamacli.mlx import kernels, operations  # noqa: E402
 from llamacli.mlx.operations import Operations, Routed  # noqa: E402
 from llamacli.mlx.stage import MlxStage  # noqa: E402
+from llamacli.text.tokenizer import Tokenizer  # noqa: E402
 
 EXACT = 1e-5  # float32 throughout, against float64; found: below 1e-6
 WIDENED = 2e-3  # long prompts through weights rounded to float16
@@ -220,6 +222,24 @@ def test_values_beyond_float16_do_not_overflow(as_cpp, tmp_path):
     ids = tokens(12)
     found, expected = one_pass(engine(path), ids), oracle.logits(path, ids)
     assert difference(found, expected) <= WIDENED
+
+
+SMALL = Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf"
+TEXT = "The capital of France is Paris. Which planet is the largest? Jupiter is the largest planet."
+
+
+def test_the_small_model_through_the_gpus_kernels(as_cpp):
+    """Trained weights in a mix of types, a text, every layer through the kernels."""
+    file = open_gguf(SMALL)
+    config, ids = Config.from_gguf(file), Tokenizer.from_gguf(file).encode(TEXT, bos=True, special=False)
+    model, expected = engine(SMALL), oracle.logits(SMALL, ids)
+    assert difference(in_pieces(model, ids, 1), expected) <= EXACT
+    assert EXACT < difference(one_pass(model, ids), expected) <= WIDENED
+    model.stages[-1] = MlxStage(file, config, range(config.n_layers), dtype=mx.float16)  # as on a GPU
+    for found in (in_pieces(model, ids, 1), one_pass(model, ids)):
+        divergence, same = agreement(found, expected)
+        assert 0 < divergence <= 1e-4
+        assert same == 1
 
 
 # float16
