@@ -227,7 +227,7 @@ class FakeModel(Model):
         raise PictureError("/secret/miniature.gguf: expected a vision tower, found none")
 
     def prompt_ids(self, messages, image_tiles=None, tools=()):
-        self.offered = tools
+        self.asked, self.offered = list(messages), tools
         ids = [BOS]
         for message in messages:
             ids += [*message["role"][:1].encode(), 10, *message["content"].encode(), EOT]

@@ -12,7 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from llamacli import environment
 from llamacli.cli.progress import Meter
@@ -124,6 +124,18 @@ class Console:
     def ask(self, sign: str) -> None:
         """The sign before a line to be typed, where readline does not write it."""
         _to_stderr(sign)
+
+    def question(self, text: str) -> str:
+        """The line that is typed as the answer to a question, "" at the end of stdin.
+
+        What was typed before the question stood there is no answer to it, and is thrown away.
+        """
+        import termios
+
+        with suppress(OSError, termios.error):
+            termios.tcflush(0, termios.TCIFLUSH)
+        _to_stderr(text)
+        return os.read(0, 4096).decode("utf-8", "replace").strip()
 
     def warn(self, text: str) -> None:
         """A line to stderr that is shown in any case."""

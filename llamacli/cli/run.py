@@ -24,7 +24,7 @@ from llamacli.cli.options import Generation, Json, Output, checked, decoded, is_
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.cli.prompts import Prompts, joined
 from llamacli.cli.templates import Template, names, parameters
-from llamacli.cli.tooling import Tooling, asking
+from llamacli.cli.tooling import Tooling
 from llamacli.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def run(
         _check_new(Path(out))
     messages = prompts.messages()
     options.image = [picture.name for picture in pictures]
-    with tooling.box(console, asking(console)) as box:
+    with tooling.box(console) as box:
         began = time.perf_counter()
         model = options.load(console)
         load_s = time.perf_counter() - began

@@ -70,10 +70,11 @@ class Tooling:
             raise UsageError(f"{alone}: expected --tools or --functions with it, found neither; add one or leave this out")
 
     @contextlib.contextmanager
-    def box(self, console: Console, ask=None) -> Iterator["Toolbox | None"]:
-        """The tools, ready to run; at the end their programs are ended. `ask(call)` asks the user, None: nobody is there.
+    def box(self, console: Console, aside=contextlib.nullcontext) -> Iterator["Toolbox | None"]:
+        """The tools, ready to run; at the end their programs are ended. None if there are none.
 
-        UsageError if something could run that nobody can be asked about.
+        `aside()` is a context in which something else than the answer may be shown and typed. UsageError if something could run
+        that nobody can be asked about.
         """
         if not self.asked:
             yield None
@@ -90,15 +91,20 @@ class Tooling:
                 source = files.from_python(path)
                 stack.callback(source.close)
                 tools += source.tools
+            ask = _asking(console, aside)
             allowed = self._allowed([tool.name for tool in tools], any(tool.run for tool in tools), ask)
 
             def may_run(call: "Call") -> bool:
                 return allowed is None or call.name in allowed or (ask is not None and ask(call))
 
+            def tell(result) -> None:
+                with aside():
+                    console.note(f"{shown(result.call)}: {_short(result.text)}")
+
             yield loop.Toolbox(
                 tools,
                 may_run,
-                lambda result: console.note(f"{shown(result.call)}: {_short(result.text)}"),
+                tell,
                 self.tool_rounds or loop.ROUNDS,
                 self.tool_timeout or loop.TIMEOUT,
             )
@@ -118,7 +124,7 @@ class Tooling:
         return allowed
 
 
-def asking(console: Console):
+def _asking(console: Console, aside):
     """What asks before each call where somebody types, else None."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         return None
@@ -127,9 +133,8 @@ def asking(console: Console):
     def ask(call: "Call") -> bool:
         if call.name in always:
             return True
-        console.end(always=False)
-        console.ask(f"call {shown(call)}? [y]es, [n]o, [a]lways: ")
-        word = sys.stdin.readline().strip().lower()
+        with aside():
+            word = console.question(f"call {shown(call)}? [y]es, [n]o, [a]lways: ").lower()
         if word in ("a", "always"):
             always.add(call.name)
         return word in ("y", "yes", "a", "always")

@@ -52,6 +52,7 @@ class Toolbox:
         """Forget the latest turn: another one begins."""
         self.results: list[Result] = []
         self.calls: list[Call] = []
+        self.turn: list[dict] = []  # the messages of its rounds
         self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
 
     def count(self, stats) -> None:
@@ -79,6 +80,11 @@ class Toolbox:
     def runs(self, calls: Sequence[Call]) -> bool:
         """Whether all of the calls can be run here."""
         return all(self.tools[call.name].run for call in calls)
+
+    @property
+    def runs_all(self) -> bool:
+        """Whether every tool can be run here."""
+        return all(tool.run for tool in self.tools.values())
 
     def run(self, call: Call, longest: int) -> Result:
         """Run a call, if it may be; the result has at most `longest` characters."""
@@ -136,7 +142,8 @@ def answer(
             yield Piece(text + "\n" * ("".join(said)[-1:] not in ("", "\n")), None)
             room = (session.ctx - len(session.ids)) // 2 // len(calls)  # a character is a token at most, as a rule
             longest = max(LEAST_RESULT, min(LONGEST_RESULT, room))
-            messages += _turn("".join(said), calls, [box.run(call, longest) for call in calls])
+            box.turn += (new := _turn("".join(said), calls, [box.run(call, longest) for call in calls]))
+            messages += new
             left = None if left is None else left - session.stats.completion_tokens
             if left is None or left > 0:
                 continue

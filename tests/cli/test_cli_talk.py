@@ -1,7 +1,7 @@
 """The chat goes on whatever happens: errors of every kind before and in the middle of an answer, another model."""
 
 import pytest
-from fakes import REPLY, FakeModel, Scripted
+from fakes import REPLY, Answers, FakeModel, Scripted
 
 from llamacli.cli import options
 from llamacli.cli.chat.commands import Commands
@@ -12,6 +12,7 @@ from llamacli.cli.console import Console
 from llamacli.conversation import Conversation
 from llamacli.errors import LlamacliError, MemoryLimitError, ModelFileError, OutputError
 from llamacli.store import Store
+from llamacli.tools.loop import Toolbox
 
 ERRORS = [
     ModelFileError("m.gguf: expected the file as it was opened, found it cut short"),
@@ -153,3 +154,24 @@ def test_a_context_filled_by_the_answer_says_how_to_go_on(tmp_path, capfd):
     assert len(room.said[1]) < len("a rather long answer")
     room.type("/ctx 4096", "/continue")
     assert room.said == ["one", "a rather long answer"]
+
+
+def test_calls_and_results_stay_in_the_conversation_as_long_as_it_lasts():
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    model = FakeModel(Answers("I add. [add(a=2, b=40)]", "It is 42.", "Yes.", "Again."))
+    talk = Talk(model, options.Generation(), Console(), Conversation(), Toolbox([add]))
+    assert "".join(talk.ask("2 + 40?")) == "I add. \nIt is 42."
+    assert "".join(talk.ask("sure?")) == "Yes."
+    assert [(m["role"], m["content"]) for m in model.asked] == [
+        ("user", "2 + 40?"),
+        ("assistant", ""),
+        ("ipython", "42"),
+        ("assistant", "I add. \nIt is 42."),
+        ("user", "sure?"),
+    ]
+    assert model.asked[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2, "b": 40}}
+    talk.conversation.undo(2)
+    assert "".join(talk.ask("other")) == "Again."
+    assert model.asked == [{"role": "user", "content": "other"}]

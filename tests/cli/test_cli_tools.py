@@ -170,3 +170,45 @@ def test_ctrl_c_ends_a_tool_and_the_program(functions, tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == -signal.SIGINT
+
+
+# chat
+
+
+def test_a_chat_asks_before_each_call_and_goes_on(terminal, functions, tmp_path):
+    reply = "Hm **so**.\n" + OSLO
+    t = Terminal(
+        fake("chat", "--functions", functions, "--tool-rounds", "2", reply=reply), columns=100, XDG_STATE_HOME=str(tmp_path)
+    )
+    t.wait("ctx 0 of")
+    t.type("Oslo?\r")
+    t.wait('call weather(city="Oslo")? [y]es, [n]o, [a]lways:')
+    t.type("y\n")
+    t.wait(r"sunny in Oslo\x1b[2J")
+    t.wait("call weather", times=2)
+    t.type("n\n")
+    t.wait("the user does not allow this call", "stopped at the --tool-rounds limit")
+    assert "**so**" not in t.text
+    assert t.text.count("Hm so.") == 3
+    t.type("more\r")
+    t.wait("call weather", times=3)
+    t.type("\x03")
+    t.wait("stopped by Ctrl-C", "Ask something, or /help")
+    t.type("/exit\r")
+    assert t.ends() == 0
+    t.close()
+
+
+def test_a_piped_chat_runs_what_is_allowed(functions):
+    process = start(
+        "chat", "--functions", functions, "--allow-tools", "all", "--tool-rounds", "1", "Oslo?", reply="Hm.\n" + OSLO
+    )
+    assert process.stdout.read() == b"Hm.\nHm.\n"
+    assert process.wait(20) == 0
+    refused = start("chat", "--functions", functions, "Oslo?")
+    assert (refused.stdout.read(), refused.wait(20)) == (b"", 2)
+
+
+def test_a_chat_takes_no_tools_that_nothing_runs(definitions):
+    process = start("chat", "--tools", definitions(CITY), "Oslo?")
+    assert (process.wait(20), process.stderr.read().count(b"expected tools that run here")) == (2, 1)

@@ -15,6 +15,7 @@ from typing import Annotated
 
 from llamacli.cli.grammar import argument, option
 from llamacli.cli.options import Generation, Output
+from llamacli.cli.tooling import Tooling
 
 
 def chat(
@@ -30,10 +31,11 @@ def chat(
     ] = None,
     no_save: Annotated[bool, option("--no-save", help="Keep neither the conversation nor what is typed.")] = False,
     plain: Annotated[bool, option("--plain", help="Show Markdown as it is written.")] = False,
+    tooling: Tooling = None,
     options: Generation = None,
     output: Output = None,
 ) -> None:
     """Talk with the model; /help inside lists the commands."""
     from llamacli.cli.chat.loop import talk_at_length  # late: help needs neither the editor nor the database
 
-    talk_at_length(options, output.console(), " ".join(question or ()), file or [], go_on, resume, no_save, plain)
+    talk_at_length(options, tooling, output.console(), " ".join(question or ()), file or [], go_on, resume, no_save, plain)

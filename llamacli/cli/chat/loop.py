@@ -16,6 +16,7 @@ from llamacli.cli.chat.show import Screen
 from llamacli.cli.chat.talk import Talk
 from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.options import Generation, checked, find_model
+from llamacli.cli.tooling import Tooling
 from llamacli.conversation import Conversation
 from llamacli.errors import LlamacliError, OutputError, UsageError
 from llamacli.store import Store
@@ -25,6 +26,7 @@ TWICE = 1.0  # seconds between two Ctrl-C that mean it
 
 def talk_at_length(
     options: Generation,
+    tooling: Tooling,
     console: Console,
     question: str,
     files: list[Path],
@@ -47,23 +49,26 @@ def talk_at_length(
     conversation = Conversation.resume(store, earlier) if earlier else Conversation(store, options.model)
     if options.system is not None:
         conversation.system = options.system
-    talk = Talk(options.load(console), options, console, conversation)
-    if earlier:
-        conversation.use(options.model)
     edits = typed and not environment.dumb_terminal() and (is_terminal(sys.stdout) or is_terminal(sys.stderr))
     screen = Screen(console, edits, plain)
-    commands = Commands(talk, console, screen, store, typed)
-    turns = _prompt(commands, store, console) if edits else Lines(console, typed)
-    if typed:
-        console.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    if earlier:
-        commands.recall()
-    for path in files:
-        commands.attach(path)
-    for name in options.image or ():
-        talk.show(Path(name))
-    with screen.quiet if edits else contextlib.nullcontext():
-        loop(commands, turns, console, checked(question, "question"))
+    with tooling.box(console, screen.aside) as box:
+        if box and not box.runs_all:
+            raise UsageError("chat: expected tools that run here, found definitions alone; give each a command, or use run")
+        talk = Talk(options.load(console), options, console, conversation, box)
+        if earlier:
+            conversation.use(options.model)
+        commands = Commands(talk, console, screen, store, typed)
+        turns = _prompt(commands, store, console) if edits else Lines(console, typed)
+        if typed:
+            console.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        if earlier:
+            commands.recall()
+        for path in files:
+            commands.attach(path)
+        for name in options.image or ():
+            talk.show(Path(name))
+        with screen.quiet if edits else contextlib.nullcontext():
+            loop(commands, turns, console, checked(question, "question"))
 
 
 def _store(console: Console, required: bool, wanted: bool) -> Store | None:

@@ -86,9 +86,18 @@ class Screen:
                 else:
                     self._console.end(always=talk.reason is not None)
                 self._drawn = None
-        if stopped or self.stats or talk.reason == "length":
+        if stopped or self.stats or talk.reason in ("length", "rounds"):
             self._console.note(describe(talk.session.stats, "stopped by Ctrl-C" if stopped else talk.reason))
         self._space()
+
+    @contextlib.contextmanager
+    def aside(self):
+        """While an answer is written, for something else: what is drawn of it stays, and the terminal is as it was."""
+        if self._drawn:
+            with unbroken():
+                self._drawn.close()
+        with self.quiet.paused():
+            yield
 
     def _reading(self, talk, answer: Iterator[str], typed: bool) -> Iterator[str]:
         """The answer's pieces; before the first one, how far the prompt has been read. Ctrl-C ends the answer, not the chat."""

@@ -15,6 +15,7 @@ from llamacli.cli.options import Generation
 from llamacli.conversation import Answer, Conversation
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.text.settings import SETTINGS as SAMPLING
+from llamacli.tools.loop import answer as answer_with_tools
 
 SHOWN = (
     "temp",
@@ -33,7 +34,9 @@ FIELDS = {field.name: field for field in dataclasses.fields(Generation)}
 class Talk:
     """`reason`: how the latest answer ended, None if it broke off."""
 
-    def __init__(self, model, options: Generation, console, conversation: Conversation):
+    def __init__(self, model, options: Generation, console, conversation: Conversation, box=None):
+        """`box`: tools that the model may call (tools/loop.Toolbox)."""
+        self._box, self._rounds = box, []  # (the answer, messages of the calls that led to it)
         self.model, self.options, self.conversation, self._console = model, options, conversation, console
         self.sampler = options.sampler(model, console)
         self.session = options.session(model)
@@ -142,20 +145,36 @@ class Talk:
     def _answer(self, answer: Answer) -> Iterator[str]:
         """Yields text, which becomes the assistant's turn even if the reader breaks off."""
         self.reason = None
-        said = answer.text
-        messages = [m | {"content": content(m["content"], self._seen)} for m in self.conversation.prompt()]
+        said, messages = answer.text, self._messages()
+        definitions = self._box.definitions if self._box else ()
         begun = self.model.tokenizer.encode(said, bos=False, special=False) if said else []
-        ids = self.model.prompt_ids(messages[: -1 if said else None]) + begun
+        ids = self.model.prompt_ids(messages[: -1 if said else None], tools=definitions) + begun
         self._check_room(len(ids))
-        reason = None
+        reason, limits = None, (self.options.max_tokens, self.options.stop or ())
+        if self._box and not said:
+            pieces = answer_with_tools(self.model, self.session, self.sampler, messages, self._box, *limits)
+        else:
+            pieces = self.session.stream(ids, self.sampler, *limits, begun)
         try:
-            for piece in self.session.stream(ids, self.sampler, self.options.max_tokens, self.options.stop or (), begun):
+            for piece in pieces:
                 answer.add(piece.text)
                 reason = piece.finish_reason
                 yield piece.text
             self.reason = reason
         finally:
             answer.close(reason)
+            if self._box and self._box.turn and not said and answer.text:
+                silent = [{**m, "content": ""} if m["role"] == "assistant" else m for m in self._box.turn]
+                self._rounds.append((self.conversation.messages[-1], silent))
+
+    def _messages(self) -> list[dict]:
+        """What the model is to answer, with the calls of earlier answers and their results, as long as the chat lasts."""
+        shown = self.conversation.messages[self.conversation.start :]
+        prompt = [m | {"content": content(m["content"], self._seen)} for m in self.conversation.prompt()]
+        found = prompt[: len(prompt) - len(shown)]
+        for message, said in zip(shown, prompt[len(found) :], strict=True):
+            found += [*next((rounds for answer, rounds in self._rounds if answer is message), []), said]
+        return found
 
     def _seen(self, path: str, digest: str):
         """A picture of the conversation, looked at again where it is not known."""
