@@ -1,5 +1,6 @@
 """Ctrl-C at a chosen line: a trace function that raises KeyboardInterrupt inside one module."""
 
+import inspect
 import sys
 
 
@@ -13,6 +14,8 @@ def run_traced(action, module, interrupt_at=None, skip=()) -> int:
     def trace(frame, event, argument):
         nonlocal events
         if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name in skip:
+            return None
+        if frame.f_code.co_flags & inspect.CO_GENERATOR:  # one that is closed while memory is freed would lose the exception
             return None
         events += 1
         if events == interrupt_at:
