@@ -56,10 +56,11 @@ def lock(address: int, size: int) -> bool:
 def on_large_pages(maps: Iterable[mmap.mmap]) -> None:
     """Ask for huge pages for these maps, file maps included: reading weights front to back then rarely misses the TLB.
 
-    Pages that are resident already stay as they are.
+    Pages that are resident already stay as they are. Where a page has more than 4 KiB, a huge one has 32 or 512 MB, and
+    touching a part of it would hold all of it.
     """
     for mapped in maps:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        if hasattr(mmap, "MADV_HUGEPAGE") and mmap.PAGESIZE <= 4096:
             with suppress(OSError):
                 mapped.madvise(mmap.MADV_HUGEPAGE)
 

@@ -330,6 +330,13 @@ def test_a_text_too_long_is_refused_before_it_becomes_tokens(model, capfd, monke
     assert "5000 tokens or more, the context holds 4096" in capfd.readouterr().err
 
 
+def test_a_stdin_that_cannot_be_read_counts_as_none():
+    """As GNU nohup leaves it: /dev/null, open for writing only."""
+    with open(os.devnull, "wb") as void:
+        out, err = start("run", "hi", stdin=void).communicate(timeout=60)
+    assert (out.decode(), err) == (REPLY + "\n", b"")
+
+
 def test_no_stdin_leaves_stdin_to_the_loop_around():
     reader, writer = os.pipe()  # open, never written: reading it would hang
     with start("run", "--no-stdin", "hi", stdin=reader) as process:

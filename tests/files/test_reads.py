@@ -3,6 +3,7 @@
 import errno
 import os
 from concurrent.futures import wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,3 +127,12 @@ def test_a_file_that_was_cut_is_an_error(tensor, length):
     os.truncate(tensor.path, length)
     with pytest.raises(ModelFileError, match="was cut while in use"):
         read_all(tensor)
+
+
+@pytest.mark.parametrize(("size", "asked"), [(4096, True), (16384, False), (65536, False)])
+def test_huge_pages_are_asked_for_where_they_are_not_too_huge(size, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pages.mmap, "PAGESIZE", size)
+    monkeypatch.setattr(pages.mmap, "MADV_HUGEPAGE", 14, raising=False)
+    pages.on_large_pages([SimpleNamespace(madvise=calls.append)])
+    assert calls == ([14] if asked else [])

@@ -943,6 +943,12 @@ def test_too_little_room_is_found_before_anything_is_written(scout, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_system_that_never_says_how_much_room_it_has_is_written_to(scout, tmp_path, monkeypatch):
+    """Some FUSE file systems always report none."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    assert convert(scout[0], tmp_path / "out.gguf", "F32")["written"]
+
+
 @pytest.mark.parametrize(("room", "kept"), [(20_000, False), (600_000, True)])
 def test_a_disk_that_fills_up_costs_no_finished_tensor(scout, tmp_path, room, kept):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
