@@ -11,7 +11,7 @@ from importlib import import_module
 from llamacli.cli.options import Output, leave_at_once, patience
 from llamacli.errors import OutputError
 
-HEAD_SIZES = (32, 64, 96, 128)  # Scout and Maverick have 128
+HEAD_SIZES = (32, 64, 96, 128)  # Scout and Maverick have 128, and 5 heads of queries for each of keys
 
 
 def warmup(output: Output = None) -> None:
@@ -58,7 +58,8 @@ def _compile_all() -> None:
             load(f"vectors-{size}", vectors.build(size), vectors.SYMBOLS)
             for name in kv.TYPES:
                 if size % BY_NAME[name].block == 0:
-                    load(f"kv-{name}-{size}", kv.build(name, size), kv.SYMBOLS)
+                    for unit in (5, 2) if size == 128 else (2,):
+                        load(f"kv-{name}-{size}-{unit}", kv.build(name, size, unit), kv.SYMBOLS)
     limits.microkernels()
     _compile_conversion()
 

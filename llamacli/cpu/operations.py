@@ -66,9 +66,11 @@ class Recorder:
         self._slots, self._watched = slots, watched
         c = config
         self._microkernels = load(f"vectors-{c.head_dim}", vectors.build(c.head_dim), vectors.SYMBOLS)
-        self._microkernels |= load(f"kv-{c.kv_type}-{c.head_dim}", kv.build(c.kv_type, c.head_dim), kv.SYMBOLS)
+        self._unit = kv.unit_of(c.n_heads // c.n_kv_heads)
+        name, build = f"kv-{c.kv_type}-{c.head_dim}-{self._unit}", kv.build(c.kv_type, c.head_dim, self._unit)
+        self._microkernels |= load(name, build, kv.SYMBOLS)
         if c.kv_type == "F16":
-            self._microkernels |= {"dots": matmul.microkernels("F16").tile, "rotate": 0}
+            self._microkernels["rotate"] = 0
         self._floats = np.array(
             [1.0, c.rms_eps, c.head_dim**-0.5, c.temperature_length or 1.0, c.temperature_scale], np.float32
         )
@@ -157,6 +159,7 @@ class Recorder:
             out=out.address,
             out_stride=out.stride,
             **{name: self._microkernels[name] for name in ("dots", "softmax", "weigh", "transpose_keys", "widen", "product")},
+            unit=self._unit,
             span=kv.span(c.head_dim, chosen_target()),
             tall=chosen_target().tile,
             floats=self._float(0),

@@ -45,7 +45,7 @@ def microkernels(name, build, symbols, target):
 def float_rows(target):
     """The microkernels of attention, over keys and values in half precision."""
     found = microkernels(f"vectors-{HEAD_DIM}", vectors.build(HEAD_DIM), vectors.SYMBOLS, target)
-    return found | microkernels(f"kv-F16-{HEAD_DIM}", kv.build("F16", HEAD_DIM), kv.SYMBOLS, target)
+    return found | microkernels(f"kv-F16-{HEAD_DIM}-2", kv.build("F16", HEAD_DIM, 2), kv.SYMBOLS, target)
 
 
 def run(address, *args):

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import cache
 
-import arm
 import numpy as np
 import oracle
 import pytest
@@ -34,8 +33,8 @@ def hadamard(n):
     return np.ones((1, 1)) if n == 1 else np.kron([[1, 1], [1, -1]], hadamard(n // 2)) / np.sqrt(2)
 
 
-def leaves(name, target, head_dim=HEAD_DIM):
-    return microkernels(f"kv-{name}-{head_dim}", kv.build(name, head_dim), kv.SYMBOLS, target)
+def leaves(name, target, head_dim=HEAD_DIM, unit=4):
+    return microkernels(f"kv-{name}-{head_dim}-{unit}", kv.build(name, head_dim, unit), kv.SYMBOLS, target)
 
 
 def rows(name, x, target):
@@ -77,20 +76,38 @@ class TestVariants:
         run(leaves("Q8_0", target, head_dim)["rotate"], got)
         np.testing.assert_allclose(got, x, atol=1e-5)
 
-    @pytest.mark.parametrize("name", kv.TYPES)
-    @pytest.mark.parametrize("n_keys", [1, 2, 17, 64])
-    def test_rows_are_multiplied_and_given_as_what_they_mean(self, name, n_keys, target):
-        f, rng = leaves(name, target), np.random.default_rng(n_keys)
+    @pytest.mark.parametrize(
+        ("name", "unit", "n_keys"),
+        [
+            *[("F16", 1, 50), ("F16", 3, 37), ("F16", 5, 64), ("F16", 8, 19)],
+            *[("Q8_0", 4, 17), ("Q8_0", 5, 37), ("Q4_0", 4, 1), ("Q4_0", 5, 64)],
+        ],
+    )
+    def test_rows_are_multiplied_as_what_they_mean(self, name, unit, n_keys, target):
+        f, rng = leaves(name, target, unit=unit), np.random.default_rng(n_keys)
         raw, meant = rows(name, rng.standard_normal((n_keys, HEAD_DIM)).astype(np.float32), target)
-        queries = rng.standard_normal((4, HEAD_DIM)).astype(np.float32)
-        scores = np.full((4, n_keys), np.nan, np.float32)
-        run(f["dots"], raw, raw.shape[1], n_keys, HEAD_DIM, arm.pointers(queries), arm.pointers(scores), 0, 0)
-        np.testing.assert_allclose(scores, queries @ meant.T, atol=1e-4)
-        out, state = (rng.standard_normal((8, n)).astype(np.float32) for n in (HEAD_DIM, 3))
-        p = rng.random((8, n_keys)).astype(np.float32)
+        queries = rng.standard_normal((unit, HEAD_DIM)).astype(np.float32)
+        scores = np.full((unit, n_keys + 1), np.nan, np.float32)
+        run(f["dots"], raw, n_keys, queries, scores, 4 * (n_keys + 1))
+        np.testing.assert_allclose(scores[:, :n_keys], queries @ meant.T, atol=1e-4)
+        assert np.isnan(scores[:, n_keys]).all(), "it wrote past its keys"
+        again = np.empty((unit, n_keys), np.float32)
+        for k in range(n_keys):  # whatever keys come with it, a product has the same bits
+            one = np.empty((unit, 1), np.float32)
+            run(f["dots"], raw[k:], 1, queries, one, 4)
+            again[:, k] = one[:, 0]
+        np.testing.assert_array_equal(scores[:, :n_keys], again)
+        out, state = (rng.standard_normal((2 * unit, n)).astype(np.float32) for n in (HEAD_DIM, 3))
+        p = rng.random((2 * unit, n_keys)).astype(np.float32)
         want = state[:, 2:] * out + p @ meant
-        run(f["weigh"], p, 4 * n_keys, 8, raw, n_keys, out, state)
+        run(f["weigh"], p, 4 * n_keys, 2 * unit, raw, n_keys, out, state)
         np.testing.assert_allclose(out, want, atol=1e-4)
+
+    @pytest.mark.parametrize("name", kv.TYPES)
+    @pytest.mark.parametrize("n_keys", [1, 17, 64])
+    def test_rows_are_widened_and_transposed(self, name, n_keys, target):
+        f = leaves(name, target)
+        raw, meant = rows(name, np.random.default_rng(n_keys).standard_normal((n_keys, HEAD_DIM)).astype(np.float32), target)
         wide = np.full((n_keys, HEAD_DIM), np.nan, np.float32)
         run(f["widen"], raw, wide.size, wide)
         np.testing.assert_array_equal(wide, meant)

@@ -33,7 +33,7 @@ from llamacli.cpu.kernels.ops.elementwise import ALONE, BLOCKS, N
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work item
 MANY = 16  # query rows from which on it pays to lay keys and values out anew
-FILL = 6  # rows that may be needed to fill up a tile
+FILL = 8  # rows that may be needed to fill up a tile
 ONE, EPS, ATTN_SCALE, TEMP_LENGTH, TEMP_SCALE = range(5)  # slots of the float constants
 
 
@@ -46,13 +46,12 @@ class Scratch(NamedTuple):
     scores: int  # float32 [rows, KEYS]
     sums: int  # float32 [rows, head_dim]
     states: int  # float32 [rows, 3]: maximum, sum of weights, factor of the last block
-    pointers: int  # int64 [2, 8]: addresses of four query rows and of their scores
     end: int
 
     @classmethod
     def of(cls, head_dim: int) -> "Scratch":
         rows = QUERY_ROWS + FILL
-        sizes = (*[4 * KEYS * head_dim] * 2, 4 * rows * head_dim, 4 * rows * KEYS, 4 * rows * head_dim, 12 * rows, 16 * 8)
+        sizes = (*[4 * KEYS * head_dim] * 2, 4 * rows * head_dim, 4 * rows * KEYS, 4 * rows * head_dim, 12 * rows)
         offsets = [0]
         for size in sizes:
             offsets.append(offsets[-1] + -(-size // 64) * 64)
@@ -159,7 +158,8 @@ class AttendArguments(NamedTuple):
     layer: Count
     row_bytes: Count
     rotate: OptionalMicrokernel  # of the result, back
-    dots: Microkernel  # of keys with four float32 rows
+    unit: Count  # rows of queries that `dots` and `weigh` take side by side
+    dots: Microkernel
     softmax: Microkernel
     weigh: Microkernel
     transpose_keys: Microkernel
@@ -181,7 +181,6 @@ class AttendArguments(NamedTuple):
     scores_offset: Count
     sums_offset: Count
     states_offset: Count
-    pointers_offset: Count
 
 
 @kernel(AttendArguments)
@@ -194,8 +193,6 @@ def attend(a, thread, threads):
     scratch, dim, span = a.scratch + thread * a.scratch_stride, a.head_dim, a.span
     wide_keys, wide_values, queries = scratch + a.keys_offset, scratch + a.values_offset, scratch + a.queries_offset
     scores, sums, states = scratch + a.scores_offset, scratch + a.sums_offset, scratch + a.states_offset
-    pointers = scratch + a.pointers_offset
-    xs, outs = pointer(pointers, int64), pointer(pointers + 64, int64)
     positions, tables, block_table = pointer(a.positions, int64), pointer(a.tables, int64), pointer(a.blocks, int64)
     group, blocks = a.n_heads // a.n_kv_heads, pointer(a.state, int64)[BLOCKS]
     least = QUERY_ROWS + 1 if pointer(a.state, int64)[ALONE] != 0 else MANY  # rows from which keys and values are laid out anew
@@ -212,7 +209,7 @@ def attend(a, thread, threads):
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
-            unit = a.tall if rows >= least else 4
+            unit = a.tall if rows >= least else a.unit
             padded = (rows + unit - 1) // unit * unit
             f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)
             for r in range(padded):
@@ -231,11 +228,9 @@ def attend(a, thread, threads):
                         to = scores + 4 * k
                         call(a.product, (queries, 4 * dim, padded, wide_keys + 4 * dim * k, 4 * span, dim, to, 4 * KEYS, 0))
                 else:
-                    for r in range(0, padded, 4):
-                        for j in range(4):
-                            xs[j], outs[j] = queries + 4 * dim * (r + j), scores + 4 * KEYS * (r + j)
+                    for r in range(0, padded, a.unit):
                         at = keys + a.row_bytes * key
-                        call(a.dots, (at, a.row_bytes, n_keys, dim, pointers, pointers + 64, 0, 0))
+                        call(a.dots, (at, n_keys, queries + 4 * dim * r, scores + 4 * KEYS * r, 4 * KEYS))
                 for r in range(padded):
                     seen = min(n_keys, max(0, first_slot + r // in_part + 1 - key)) if r < rows else 0
                     call(a.softmax, (scores + 4 * KEYS * r, seen, n_keys, states + 12 * r, a.floats + 4 * ATTN_SCALE))

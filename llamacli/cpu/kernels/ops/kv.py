@@ -1,8 +1,9 @@
 """Microkernels on keys and values as the cache holds them: write a row, multiply rows, give them as float32.
 
 A row is one head of one position, in half precision (F16) or in blocks of 32 values (Q8_0, Q4_0, laid out as in a file).
-`build(type_name, head_dim)` gives the module builder for loader.load. Heads in blocks are rotated first: a Hadamard transform
-spreads an outlier over all values of a head. It keeps products, so queries are rotated alike, and results back.
+`build(type_name, head_dim, unit)` gives the module builder for loader.load; `unit` is the number of rows of queries side by
+side. Heads in blocks are rotated first: a Hadamard transform spreads an outlier over all values of a head. It keeps products,
+so queries are rotated alike, and results back.
 """
 
 from math import gcd
@@ -14,21 +15,25 @@ from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, i16, i32, i64, vec
 
 SYMBOLS = ("write", "rotate", "dots", "weigh", "transpose_keys", "widen")
-QUERIES = 4  # rows of queries that dots takes side by side
-KEYS = 2  # keys that it takes side by side
+MOST_ROWS = 8  # of queries side by side
 FITS = 2  # rounds of refinement of a Q4_0 block
 
 
-def build(type_name, head_dim):
-    """The builder of the module for this type and head size."""
+def unit_of(group):
+    """Rows of queries that go side by side, of `group` heads that share keys and values."""
+    return group if group <= MOST_ROWS else 4
+
+
+def build(type_name, head_dim, unit):
+    """The builder of the module for this type, head size and unit."""
 
     def module_for(target):
         module = ir.Module(f"kv-{type_name}")
         kv = _KINDS[type_name](target)
         kv.write(module, target)
         _rotate(module, target, head_dim)
-        _dots(module, target, kv, head_dim)
-        _weigh(module, target, kv, head_dim)
+        _dots(module, target, kv, head_dim, unit)
+        _weigh(module, target, kv, head_dim, unit)
         _transpose_keys(module, target, kv, head_dim)
         _widen(module, target, kv)
         return module
@@ -47,15 +52,15 @@ def span(head_dim, target):
 
 
 def _f16(target):
-    return SimpleNamespace(unit=target.lanes, nbytes=2 * target.lanes, read=_read_f16, write=_write_f16, weigh=(2, 8, 4))
+    return SimpleNamespace(unit=target.lanes, nbytes=2 * target.lanes, read=_read_f16, write=_write_f16)
 
 
 def _q8_0(target):
-    return SimpleNamespace(unit=32, nbytes=34, read=_read_q8_0, write=_write_q8_0, weigh=(4, 4, 2))
+    return SimpleNamespace(unit=32, nbytes=34, read=_read_q8_0, write=_write_q8_0)
 
 
 def _q4_0(target):
-    return SimpleNamespace(unit=32, nbytes=18, read=_read_q4_0, write=_write_q4_0, weigh=(4, 4, 2))
+    return SimpleNamespace(unit=32, nbytes=18, read=_read_q4_0, write=_write_q4_0)
 
 
 _KINDS = {"F16": _f16, "Q8_0": _q8_0, "Q4_0": _q4_0}
@@ -186,58 +191,73 @@ def _rotate(module, target, head_dim):
     s.done()
 
 
-def _dots(module, target, kv, head_dim):
-    """dots(keys, row_bytes, n_keys, head_dim, xs, outs, 0, 0): the products of keys with QUERIES rows, whose addresses are xs,
-    go to where outs says. The arguments are those of the tile of float rows.
-    """
-    s = Simd(module, target, "dots", 8)
-    keys, row_bytes, n_keys = s.args[:3]
-    xs, outs = ([s.load(i64, table, 8 * t) for t in range(QUERIES)] for table in s.args[4:6])
-    last = s.b.sub(n_keys, i64(1))
+def _dots(module, target, kv, head_dim, unit):
+    """dots(keys, n_keys, queries, scores, scores_stride): the products of n_keys rows of the cache with `unit` rows of queries,
+    float32 [unit, head_dim]; those of query t go to scores + t * scores_stride.
 
-    def some(i, _):
-        first = s.mul(i, KEYS)
-        numbers = [first, *(s.add(first, k) for k in range(1, KEYS))]
-        numbers = [s.b.select(s.b.icmp_signed("<", n, last), n, last) for n in numbers]  # of an odd number the last one twice
-        rows = [s.add(keys, s.mul(row_bytes, n)) for n in numbers]
-        sums = [s.zeros() for _ in range(KEYS * QUERIES)]
+    So many keys at a time that all sums fill one register when they are added up.
+    """
+    s = Simd(module, target, "dots", 5)
+    keys, n_keys, queries, scores, stride = s.args
+    row_bytes, side = head_dim // kv.unit * kv.nbytes, max(1, s.lanes // unit)
+    starts = [s.add(scores, s.mul(stride, t)) for t in range(unit)]
+
+    def some(first, count):
+        rows = [s.add(keys, s.mul(s.add(first, k), row_bytes)) for k in range(count)]
+        sums = [s.zeros() for _ in range(unit * count)]
         for c in range(0, head_dim, s.lanes):
-            x = [s.load(vec(f32, s.lanes), at, 4 * c) for at in xs]
-            for k, row in enumerate(rows):
-                values = _column(s, kv, row, c)
-                for t in range(QUERIES):
-                    sums[k * QUERIES + t] = s.fma(values, x[t], sums[k * QUERIES + t])
-        for k, n in enumerate(numbers):
-            for t in range(QUERIES):
-                s.store(s.sum(sums[k * QUERIES + t]), s.add(outs[t], s.mul(n, 4)))
+            values = [_column(s, kv, row, c) for row in rows]
+            for t in range(unit):
+                x = s.load(vec(f32, s.lanes), queries, 4 * (head_dim * t + c))
+                for k in range(count):
+                    sums[t * count + k] = s.fma(values[k], x, sums[t * count + k])
+        total = _add_up(s, sums)
+        for t in range(unit):
+            s.store(s.shuffle(total, list(range(t * count, (t + 1) * count))), s.add(starts[t], s.mul(first, 4)))
         return []
 
-    s.loop(s.b.sdiv(s.add(n_keys, KEYS - 1), i64(KEYS)), [], some)
+    whole = s.b.sdiv(n_keys, i64(side))
+    s.loop(whole, [], lambda i, _: some(s.mul(i, side), side))
+    if side > 1:
+        s.loop(n_keys, [], lambda i, _: some(i, 1), start=s.mul(whole, side))
     s.done()
 
 
-def _weigh(module, target, kv, head_dim):
+def _add_up(s, vectors):
+    """A register with the sum of each of up to `lanes` vectors, each in the same order of additions."""
+    vectors, size = vectors + [vectors[-1]] * (s.lanes - len(vectors)), s.lanes
+    while len(vectors) > 1:  # groups of `size` lanes belong to one vector
+        half, found = size // 2, []
+        for a, b in zip(vectors[::2], vectors[1::2], strict=True):
+            starts = [group * size for group in range(2 * s.lanes // size)]
+            low = [start + lane for start in starts for lane in range(half)]
+            found.append(s.b.fadd(s.shuffle(a, low, b), s.shuffle(a, [lane + half for lane in low], b)))
+        vectors, size = found, half
+    return vectors[0]
+
+
+def _weigh(module, target, kv, head_dim, unit):
     """weigh(p, p_stride, n_rows, v, n_keys, out, state): out[r] = factor[r] * out[r] + sum over keys of p[r, k] * v[k].
 
     p and out rows are float32, v are n_keys rows of the cache; out is [n_rows, head_dim], state [n_rows, 3] as in softmax;
-    n_rows is a multiple of 4.
+    n_rows is a multiple of `unit`.
     """
     s = Simd(module, target, "weigh", 7)
     p0, p_stride, n_rows, v0, n_keys, out0, state0 = s.args
-    side, wide, narrow = kv.weigh
-    columns = gcd(head_dim // s.lanes, wide if s.width == 64 else narrow)
+    fit = (28 if s.width == 64 else 14) // (unit + 1)  # registers beside those for weights
+    columns = max(n for n in (1, 2, 4, 8) if n == 1 or (n <= fit and head_dim // s.lanes % n == 0))
     block_values, row_bytes = columns * s.lanes, head_dim // kv.unit * kv.nbytes
 
     def some(i, _):
-        first = s.mul(i, side)
-        ps = [s.add(p0, s.mul(p_stride, s.add(first, r))) for r in range(side)]
-        states = [s.add(state0, s.mul(s.add(first, r), 12)) for r in range(side)]
+        first = s.mul(i, unit)
+        ps = [s.add(p0, s.mul(p_stride, s.add(first, r))) for r in range(unit)]
+        states = [s.add(state0, s.mul(s.add(first, r), 12)) for r in range(unit)]
         factors = [s.splat(s.load(f32, at, 8)) for at in states]
         for block in range(head_dim // block_values):
-            outs = [s.add(s.add(out0, s.mul(s.add(first, r), 4 * head_dim)), 4 * block_values * block) for r in range(side)]
+            outs = [s.add(s.add(out0, s.mul(s.add(first, r), 4 * head_dim)), 4 * block_values * block) for r in range(unit)]
             sums = [
                 s.b.fmul(s.load(vec(f32, s.lanes), outs[r], s.width * c), factors[r])
-                for r in range(side)
+                for r in range(unit)
                 for c in range(columns)
             ]
 
@@ -245,18 +265,18 @@ def _weigh(module, target, kv, head_dim):
                 v = s.add(v0, s.mul(k, row_bytes))
                 row = [_column(s, kv, v, block_values * block + s.lanes * c) for c in range(columns)]
                 new = []
-                for r in range(side):
+                for r in range(unit):
                     p = s.splat(s.load(f32, s.add(ps[r], s.mul(k, 4))))
                     new += [s.fma(p, row[c], sums[r * columns + c]) for c in range(columns)]
                 return new
 
             sums = s.loop(n_keys, sums, key)
-            for r in range(side):
+            for r in range(unit):
                 for c in range(columns):
                     s.store(sums[r * columns + c], outs[r], s.width * c)
         return []
 
-    s.loop(s.b.sdiv(n_rows, i64(side)), [], some)
+    s.loop(s.b.sdiv(n_rows, i64(unit)), [], some)
     s.done()
 
 
