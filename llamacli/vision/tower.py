@@ -212,9 +212,9 @@ class _Recorder:
         self._kernels = load(f"vectors-{width}", vectors.build(width), vectors.SYMBOLS)
         self._floats = np.array([EPS, c.head_dim**-0.5], np.float32)
         self._zeros = np.zeros(-(-max(c.n_mlp, c.n_out) // 256) * 256, np.float32)
-        self._angles = angles
+        self._angles, self._together = angles, np.zeros(8, np.int64)
         self._scratch = matmul_scratch(c, len(buffers["x"]) // c.n_positions)
-        self._program.keep(self._floats, self._zeros, angles)
+        self._program.keep(self._floats, self._zeros, self._together, angles)
 
     def compose(self) -> tuple[Program, list[int]]:
         """The whole tower."""
@@ -260,6 +260,7 @@ class _Recorder:
             self._scratch,
             self._program.counter(),
             self._stop,
+            self._together.ctypes.data,
             add=add,
         )
         self._program.add(matmul.matmul, arguments, {h} | ({out} if add else set()), {out}, weight)
