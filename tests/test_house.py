@@ -118,3 +118,8 @@ def test_links_of_the_docs_lead_to_files_that_exist(path):
 def test_contributing_names_every_test_file_and_no_other():
     named = set(re.findall(r"tests/((?:\w+/)?test_\w+\.py)", (ROOT / "CONTRIBUTING.md").read_text()))
     assert named == {path.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+def test_no_two_test_files_have_one_name():
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]  # pytest imports them by it
+    assert sorted(set(names)) == sorted(names)
