@@ -102,7 +102,7 @@ class MlxStage:
     def _fetching(self, gguf: GGUF) -> Experts:
         """Slots for the routed experts. UnsupportedModelError: a type that kernels do not read."""
         for tensor in (tensor for layer in self._routed.values() for tensor in layer):
-            if not (kernels.fits(tensor.type.name, tensor.shape[-1]) if self._blocks else has_kernels(tensor)):
+            if not has_kernels(tensor):
                 raise UnsupportedModelError(
                     f"{gguf.path}: expected experts in a type with kernels, found {tensor.type.name} in {tensor.name}, which "
                     f"only runs if it fits into memory; quantize it again"

@@ -14,7 +14,7 @@ import numpy as np
 
 from llamacli.cpu.experts import DOWN, GATE, RING, UP, Slots
 from llamacli.files.gguf import GGUF, Tensor
-from llamacli.mlx import memory
+from llamacli.mlx import kernels, memory
 from llamacli.mlx.matrix import Blocks, Wide
 
 
@@ -68,7 +68,7 @@ class Experts:
         n_experts, n_rows, n_cols = tensor.shape
         nbytes = tensor.nbytes // n_experts
         window, in_ring = self._banks.find(int(self.slots.address(layer, part, expert)))
-        if self._blocks:
+        if self._blocks and kernels.fits(tensor.type.name, n_cols):
             return Blocks(window, tensor.type.name, 1, n_rows, n_cols, nbytes), in_ring
         return Wide.at(window, tensor.type.name, (n_rows, n_cols), nbytes), in_ring
 

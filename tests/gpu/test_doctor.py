@@ -51,7 +51,7 @@ def test_without_a_gpu_it_says_what_it_could_not_check(small, capfd):
     assert found["machine"]["figures"]["memory_bytes"] > 1 << 28
     assert found["versions"]["figures"]["python"] == sys.version.split()[0]
     assert found["kernels against the CPU"]["state"] == "not checked"
-    assert found["model on cpu"]["figures"]["tokens_per_second"] > 0
+    assert found["model on the CPU"]["figures"]["tokens_per_second"] > 0
     assert any("llamacli bench" in one["text"] for one in found.values() if one["state"] == "not checked")
 
 
@@ -60,7 +60,7 @@ def test_without_mlx_it_checks_the_rest(small, monkeypatch, capfd):
     assert main(["doctor", "-m", str(small)]) == 0
     out = capfd.readouterr().out
     assert "expected the package mlx, found none" in out
-    assert "model on cpu" in out
+    assert "model on the CPU" in out
 
 
 def test_every_kernel_and_the_model_are_checked_against_the_cpu(as_cpp, small):
@@ -70,8 +70,9 @@ def test_every_kernel_and_the_model_are_checked_against_the_cpu(as_cpp, small):
     for name in FORMATS:
         one = found[f"kernel {name}"]
         assert (one.state, one.figures["rate"] > 0) == (doctor.OK, True), one
-    assert found["model on mlx"].figures["gpu_layers"] == 4
+    assert found["model on MLX"].figures["gpu_layers"] == 4
     assert found["logits of MLX and of the CPU"].state == doctor.OK
+    assert found["logits of MLX with and without slots"].state == doctor.OK
 
 
 def test_a_wrong_kernel_and_a_wrong_model_fail(as_cpp, small, monkeypatch, capfd):
