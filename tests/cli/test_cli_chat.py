@@ -253,6 +253,7 @@ def test_history_holds_whole_turns_of_all_chats(begin, tmp_path):
     third.wait(TITLE)
     third.type("\x12of th")
     third.wait("> of the second")
+    assert TITLE not in third.text
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "llamacli").iterdir()}
     assert set(modes.values()) == {0o600}
 
@@ -469,6 +470,8 @@ def test_a_file_goes_before_the_next_question(begin, tmp_path):
     t.type(f"/read {tmp_path}/a.txt\r")
     t.wait("goes with the next question", "a.txt attached", times=1)
     asked(t, "and now?", 2)
+    t.type("/list\r")
+    t.wait("  what is it?")  # and not the first line of the file
     kept(tmp_path, "of a\n\nwhat is it?", "fine", "of a\n\nand now?", "fine")
 
 

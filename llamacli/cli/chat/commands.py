@@ -18,7 +18,7 @@ from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.options import MOST_BYTES, find_model, model_names, read_file, token_count
+from llamacli.cli.options import MOST_BYTES, Given, find_model, model_names, read_file, token_count
 from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import OutputError, PromptError, UsageError
@@ -342,7 +342,7 @@ class Commands:
         if not rest:
             self.console.say(self._conversation.model or "(the small model)")
             return
-        path = str(find_model(rest, self.console))
+        path = str(find_model(Given(rest, "the path after /model"), self.console))
         open_gguf(path)  # a file that is none leaves everything as it is
 
         def load(name: str):
@@ -350,6 +350,7 @@ class Commands:
 
         with self.screen.quiet.paused():
             self.talk.use(load, path)
+        self.console.note(f"{Path(path).name} answers from now on")
 
     def exit_(self, rest: str) -> None:
         raise EOFError

@@ -125,7 +125,9 @@ class Prompt:
             reserve_space_for_menu=6,
             tempfile_suffix=".md",
             bottom_toolbar=lambda: [("class:bottom-toolbar", status())],
-            placeholder=lambda: [] if get_app().is_done else [("class:placeholder", "Ask something, or /help")],
+            placeholder=lambda: (
+                [] if get_app().is_done or is_searching() else [("class:placeholder", "Ask something, or /help")]
+            ),
             style=LOOK,
             include_default_pygments_style=False,
             color_depth=None if coloured else ColorDepth.DEPTH_1_BIT,

@@ -12,7 +12,7 @@ from llamacli.cli.chat.pictures import content, read_again, reference
 from llamacli.cli.grammar import kind_of, meant, read_value
 from llamacli.cli.images import look
 from llamacli.cli.options import Generation
-from llamacli.conversation import Answer, Conversation
+from llamacli.conversation import Answer, Conversation, title
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.text.settings import SETTINGS as SAMPLING
 from llamacli.tools.loop import answer as answer_with_tools
@@ -49,7 +49,10 @@ class Talk:
         text = ""
         for part in [*self.unread.values(), question]:
             text += ("" if not text else "\n" if text.endswith("\n") else "\n\n") + part
+        first = not self.conversation.messages and not self.conversation.name
         self.conversation.ask(text)
+        if first and self.unread:  # or it would be listed by the first line of a file
+            self.conversation.rename(title(question))
         self.unread.clear()
         return self._answer(self.conversation.answer())
 
