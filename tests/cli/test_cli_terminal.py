@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakes
 import pytest
 from checkpoint import CONFIG, SCOUT
 from fakes import fake
@@ -46,6 +47,18 @@ def test_forty_columns_hold_the_share_and_the_time():
     assert re.search(r"^reading the prompt.* \d+ %  0:0\d left$", t.lines[-1]), t.text
     assert t.ends() == 0
     assert t.lines == ["first line", "second line"]
+
+
+def test_a_model_that_fetches_experts_says_that_it_reads_them():
+    code = (
+        "import sys; from types import SimpleNamespace; import fakes\n"
+        "fakes.FakeEngine.stages = [SimpleNamespace(slots=object())]\n"
+        "fakes.answer(['fine', '0.03', 'run', 'x' * 70])"
+    )
+    t = Terminal([sys.executable, "-c", code], 100, PYTHONPATH=str(Path(fakes.__file__).parent))
+    t.wait("reading the prompt and experts, ", "of 75 tokens")
+    assert t.ends() == 0
+    assert t.lines == ["fine"]
 
 
 def test_quiet_waits_without_a_word_and_so_does_a_pipe():
