@@ -87,6 +87,29 @@ def test_a_line_that_is_wrong_is_named_before_the_first_answer(model, tmp_path, 
     assert model.engine.calls == []
 
 
+@pytest.mark.slow
+def test_a_thousand_prompts_killed_many_times_are_what_they_are_in_one_run(tmp_path):
+    lines = [f"What is {i} plus {i % 7}?" if i % 3 else {"prompt": f"Say {i}", "id": i} for i in range(1000)]
+    command = ["run", "--batch", write(tmp_path / "in", *lines), "--seed", "1", "-n", "12"]
+    command = [sys.executable, "-m", "llamacli", *command, "-o"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True)
+    random, kills, out = np.random.default_rng(0), 0, tmp_path / "killed"
+    while True:
+        process = subprocess.Popen([*command, str(out)])
+        before = out.stat().st_size if out.exists() else 0
+        wanted = before + random.integers(1, 20_000)
+        while process.poll() is None and (not out.exists() or out.stat().st_size < wanted):
+            time.sleep(0.01)
+        process.kill()
+        if process.wait() == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 5
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert [r["line"] for r in records(out.read_text())] == list(range(1, 1001))
+
+
 def test_a_batch_that_is_killed_goes_on_where_it_stopped(tmp_path):
     questions, out = write(tmp_path / "in", *({"prompt": f"question {i}", "id": i} for i in range(60))), tmp_path / "out"
     command = fake("run", "--batch", questions, "-o", str(out), reply="line\nother", delay="0.001")

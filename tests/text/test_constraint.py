@@ -180,6 +180,11 @@ def test_a_choice_is_one_of_its_texts(tokenizer, grammars):
             grammars.constraint(choice=wrong)
 
 
+def test_many_choices_are_one_of_them(tokenizer, grammars):
+    texts = [f"the {n}" for n in range(20_000)]
+    assert said(tokenizer, grammars.constraint(choice=texts), 3)[0] in texts
+
+
 def test_only_one_thing_binds_an_answer(grammars):
     for more in ({}, {"schema": {}, "choice": ["a"]}):
         with pytest.raises(UsageError, match="one of schema, grammar and choice"):
