@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from llamacli.files.gguf import GGUF
     from llamacli.session import Piece, Session
     from llamacli.snapshots import Snapshots
+    from llamacli.text.constraint import Constraint
     from llamacli.tools.loop import Toolbox
     from llamacli.vision.sight import Sight
 
@@ -231,7 +232,7 @@ class Model:
         if (schema, grammar, choice) != (None, None, None):
             if ignore_eos:
                 raise UsageError("ignore_eos: expected none with a schema, a grammar or a choice, which end the answer")
-            settings["constraint"] = self._grammars.constraint(schema, grammar, choice)
+            settings["constraint"] = self.constraint(schema, grammar, choice)
         chosen = {**self.defaults, **{name: value for name, value in settings.items() if value is not None}}
         if chosen.get("dry_multiplier"):
             breakers = DRY_BREAKERS if dry_sequence_breakers is None else dry_sequence_breakers
@@ -240,6 +241,12 @@ class Model:
         if ignore_eos:
             hidden = [*hidden, *self.tokenizer.stop_ids]
         return Sampler(**chosen, hidden_ids=hidden)
+
+    def constraint(
+        self, schema: str | dict | bool | None = None, grammar: str | None = None, choice: Sequence[str] | None = None
+    ) -> Constraint:
+        """What an answer is bound to, as a sampler takes it (text/constraint.py): by exactly one of the three."""
+        return self._grammars.constraint(schema, grammar, choice)
 
     @property
     def _grammars(self):

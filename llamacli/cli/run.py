@@ -252,7 +252,8 @@ class Answer:
             console.note(describe(session.stats, reason, self._load_s))
         if slow := slowness(sampler, session.stats):
             console.note(slow)
-        check_whole(sampler, reason)
+        if self._box is None:  # a call that is cut is text
+            check_whole(sampler, reason)
 
     def _pieces(self, model, session, sampler, ids: list, messages: Sequence[dict], options: Generation):
         limits = options.max_tokens, options.stop or ()

@@ -49,6 +49,14 @@ class Tooling:
             "--allow-tools", metavar="NAMES", group="Tools", help="Tools that run without asking, such as now,search; or all."
         ),
     ] = None
+    tool_choice: Annotated[
+        str | None,
+        option("--tool-choice", metavar="NAME|required", group="Tools", help="Begin with a call: of this tool, or of any."),
+    ] = None
+    bind_tools: Annotated[
+        bool,
+        option("--bind-tools", group="Tools", help="Bind the arguments of calls to the tools' schemas (needs llguidance)."),
+    ] = False
     tool_rounds: Annotated[
         int | None,
         option("--tool-rounds", metavar="N", group="Tools", least=1, most=1000, help="Rounds of calls for an answer (10)."),
@@ -65,6 +73,7 @@ class Tooling:
 
     def __post_init__(self) -> None:
         given = {"--allow-tools": self.allow_tools, "--tool-rounds": self.tool_rounds, "--tool-timeout": self.tool_timeout}
+        given |= {"--tool-choice": self.tool_choice, "--bind-tools": self.bind_tools or None}
         alone = next((name for name, value in given.items() if value is not None), None)
         if alone and not self.asked:
             raise UsageError(f"{alone}: expected --tools or --functions with it, found neither; add one or leave this out")
@@ -80,6 +89,11 @@ class Tooling:
             yield None
             return
         from llamacli.tools import files, loop
+
+        if self.tool_choice or self.bind_tools:
+            from llamacli.text.constraint import library
+
+            library()
 
         with contextlib.ExitStack() as stack:
             tools = []
@@ -107,6 +121,8 @@ class Tooling:
                 tell,
                 self.tool_rounds or loop.ROUNDS,
                 self.tool_timeout or loop.TIMEOUT,
+                self.tool_choice,
+                self.bind_tools,
             )
 
     def _allowed(self, names: list[str], run: bool, ask) -> set[str] | None:

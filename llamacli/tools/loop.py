@@ -10,6 +10,7 @@ from typing import NamedTuple
 from llamacli.errors import UsageError
 from llamacli.session import Piece
 from llamacli.text.calls import END, START, Call, CallParser
+from llamacli.tools.binding import answer_grammar, call_schema
 from llamacli.tools.tool import Tool, ToolError, from_function
 
 ROUNDS, TIMEOUT = 10, 60.0  # rounds of calls in a turn; seconds for a call
@@ -29,7 +30,8 @@ class Toolbox:
 
     `ask(call)`: whether a call may run. `tell(result)`: hears of every result. `rounds`: of calls in a turn, at most.
     `timeout`: seconds for a call. `results` are those of the latest turn; `calls` those that it left to its reader, because
-    nothing here runs them.
+    nothing here runs them. `choice`: "required", or the name of a tool: a turn begins with a call, bound to its schema.
+    `bound`: so are all calls; an answer is then a text, or calls.
     """
 
     def __init__(
@@ -39,13 +41,18 @@ class Toolbox:
         tell: Callable[[Result], None] = lambda result: None,
         rounds: int = ROUNDS,
         timeout: float = TIMEOUT,
+        choice: str | None = None,
+        bound: bool = False,
     ):
         made = [tool if isinstance(tool, Tool) else from_function(tool) for tool in tools]
         self.tools = {tool.name: tool for tool in made}
         if len(self.tools) < len(made):
             names = [tool.name for tool in made]
             raise UsageError(f"tools: expected different names, found {next(n for n in names if names.count(n) > 1)} twice")
+        if choice not in (None, "required", *self.tools):
+            raise UsageError(f"choice: expected required, or a tool among {', '.join(self.tools)}, found {choice!r}")
         self._ask, self._tell, self.rounds, self._timeout = ask, tell, rounds, timeout
+        self._choice, self._bound = choice, bound
         self.begin()
 
     def begin(self) -> None:
@@ -80,6 +87,17 @@ class Toolbox:
     def runs(self, calls: Sequence[Call]) -> bool:
         """Whether all of the calls can be run here."""
         return all(self.tools[call.name].run for call in calls)
+
+    def bind(self, model, sampler, number: int) -> None:
+        """Bind the answer of round `number` as it is asked for."""
+        tools = list(self.tools.values())
+        if self._choice and number == 0:
+            named = [tool for tool in tools if tool.name == self._choice]
+            sampler.constraint = model.constraint(schema=call_schema(named or tools))
+        elif self._bound:
+            sampler.constraint = model.constraint(grammar=answer_grammar(tools))
+        elif self._choice:
+            sampler.constraint = None
 
     @property
     def runs_all(self) -> bool:
@@ -119,9 +137,17 @@ def answer(
     The last piece's reason is one of Session's, or "tool_calls": the calls in `box.calls` are the reader's to run, or "rounds":
     the limit of rounds is reached.
     """
-    messages, left = list(messages), max_tokens
+    before = sampler.constraint
+    try:
+        yield from _rounds(model, session, sampler, list(messages), box, max_tokens, stop, image_tiles)
+    finally:
+        sampler.constraint = before
+
+
+def _rounds(model, session, sampler, messages: list[dict], box: Toolbox, left, stop, image_tiles) -> Iterator[Piece]:
     box.begin()
     for number in range(box.rounds + 1):
+        box.bind(model, sampler, number)
         parser, said = box.parser(), []
         reason = None
         for piece in session.stream(model.prompt_ids(messages, image_tiles, box.definitions), sampler, left, stop):
@@ -131,10 +157,12 @@ def answer(
             if reason in (None, "interrupt"):
                 yield piece._replace(text=text)
         box.count(session.stats)
-        calls = parser.calls if reason == "stop" else []
+        calls = parser.calls
         if reason == "interrupt":
             return
-        if calls and not box.runs(calls):
+        if calls and reason != "stop":  # cut by a limit: nothing would be left for what comes of them
+            box.calls = calls
+        elif calls and not box.runs(calls):
             box.calls, reason = calls, "tool_calls"
         elif calls and number == box.rounds:
             reason = "rounds"

@@ -172,6 +172,15 @@ def test_ctrl_c_ends_a_tool_and_the_program(functions, tmp_path):
     assert process.wait(20) == -signal.SIGINT
 
 
+def test_a_call_can_be_demanded(definitions, capfd):
+    """Of the small model, which would not call by itself."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    tools = ["--tools", definitions(CITY | {"parameters": city}), "--tool-choice", "weather"]
+    assert main(["run", "--no-stdin", *tools, "--seed", "1", "Hi"]) == 0
+    call = json.loads(capfd.readouterr().out)
+    assert call["name"] == "weather" and call["parameters"]["city"] in ("Oslo", "Rome")
+
+
 # chat
 
 

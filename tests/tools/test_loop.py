@@ -109,6 +109,13 @@ def test_the_limit_of_tokens_is_that_of_all_answers_together():
     assert (text(pieces), pieces[-1].finish_reason, len(prompts)) == (OSLO[:-1], "length", 1)
 
 
+def test_calls_before_a_cut_are_not_run_and_not_lost():
+    box = Toolbox([weather])
+    pieces, prompts = ask(f"{OSLO}; {OSLO}", box=box, max_tokens=len(OSLO) + 4)
+    assert (text(pieces), pieces[-1].finish_reason, len(prompts)) == ('{"', "length", 1)
+    assert (box.results, box.calls) == ([], [Call("weather", {"city": "Oslo"})])
+
+
 def test_a_long_result_is_cut_and_says_so():
     tool = Tool("f", "", {"type": "object"}, lambda arguments, timeout: "y" * 100_000)
     _, prompts = ask("[f()]", "done", box=Toolbox([tool], rounds=1), max_tokens=50)
