@@ -28,6 +28,10 @@ from llamacli.plan.offload import NONE, Offload, remaining, remains
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code; bytes of a vocabulary entry. Measured
 LEAST_BATCH = 64  # the smallest batch of prompt tokens
+LONG_CTX, LONG_BATCH = (
+    8192,
+    8192,
+)  # where a longer context is asked for, prompts are long: experts are read once for so many tokens
 AROUND = 64 << 10  # bytes that a page fault maps around the touched one, if they are in the page cache
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 LAYER_SECONDS = 30e-6  # a token's least time in a layer: its steps, their barriers, Python around them; measured
@@ -157,6 +161,11 @@ def place(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
             f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
         )
+    if ctx > LONG_CTX and sizes.experts:
+        larger = batch_within(config, memory, threads, LONG_BATCH)
+        more = working_bytes(config, threads, larger) - working_bytes(config, threads, batch)
+        if sizes.always + kv + working + more + _least(config, sizes, larger, True) <= memory:
+            batch, working = larger, working + more
     buffers, rows = RING * sizes.ring_buffer, _rows(config, sizes, batch)
     each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_per_layer)
     more = bisect_right(list(accumulate(sizes.experts)), rest)
@@ -286,12 +295,12 @@ def plan_residency(
     return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident + beside
 
 
-def batch_within(config: Config, memory: int, threads: int) -> int:
-    """The batch size: the largest whose buffers fit in a sixteenth of the memory, at most MAX_BATCH.
+def batch_within(config: Config, memory: int, threads: int, most: int = MAX_BATCH) -> int:
+    """The batch size: the largest up to `most` whose buffers fit in a sixteenth of the memory.
 
     Larger batches read the experts less often, but their buffers leave less memory for slots.
     """
-    batch = MAX_BATCH
+    batch = most
     while batch > LEAST_BATCH and working_bytes(config, threads, batch) > memory // 16:
         batch //= 2
     return batch

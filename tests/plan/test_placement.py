@@ -205,6 +205,18 @@ def test_little_memory_means_small_batches_which_read_the_experts_more_often(sco
     assert place(config, sizes, 16 * GB, 8192).batch == batch_within(config, 16 * GB, 1)
 
 
+def test_long_contexts_mean_large_batches_where_experts_are_read(scout):
+    config, sizes = scout
+    short, long = place(config, sizes, 48 * GB, 8192), place(config, sizes, 48 * GB, 65536)
+    assert (short.batch, long.batch) == (2048, 8192)
+    assert long.working - short.working == working_bytes(config, 1, 8192) - working_bytes(config, 1, 2048)
+    assert working_bytes(config, 1, long.batch) <= 3 * GB
+    assert place(config, sizes, 500 * GB, 65536).batch == 2048  # mapped: nothing is read again
+    tight = place(config, sizes, 17 * GB, 16384)
+    assert tight.batch == batch_within(config, 17 * GB, 1, 8192) < 8192
+    assert tight.resident <= 17 * GB
+
+
 @pytest.mark.parametrize(
     "experts, memory, slots", [("mapped", 1, 0), ("auto", 40 * GB, 0), ("slots", 40 * GB, 4 * 4), ("auto", 1, None)]
 )
