@@ -95,7 +95,8 @@ def serve(
     curl http://127.0.0.1:8080/v1/chat/completions -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     try:
-        from llamacli.serve.app import LOCAL, Limits, Server
+        from llamacli.serve.app import Limits, Server
+        from llamacli.serve.guard import LOCAL
         from llamacli.serve.listen import Listener, bind, is_local
     except ImportError as error:
         raise UsageError(f"serve needs the package {error.name}, found none; pip install 'llamacli[serve]'") from None

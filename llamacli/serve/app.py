@@ -5,11 +5,8 @@ in a thread of its own, one request at a time, so that streams go on meanwhile.
 """
 
 import asyncio
-import hmac
 import time
-import traceback
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,17 +18,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from llamacli import environment
-from llamacli.errors import ContextFullError, LlamacliError, PictureError, PromptError, UsageError
-from llamacli.serve import asking, openai
-from llamacli.serve.asking import Ask
+from llamacli.serve import anthropic, asking, openai, responses
+from llamacli.serve.calling import calls
 from llamacli.serve.fields import Fields, Refusal, read_json
+from llamacli.serve.guard import LOCAL, Guard
 from llamacli.serve.metrics import Metrics
-from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Busy, Scheduler, Stopping
+from llamacli.serve.refusals import refusal_of
+from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Scheduler
 from llamacli.serve.stream import KEEP_ALIVE, Answering, EventStream, unless_left
 
 DRAINED = 3.0  # seconds for a client to send the rest of a body that is too large, so that it then reads the answer
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
 OPEN = ("/health", "/v1/health")  # no key is asked for
 
 
@@ -48,9 +44,7 @@ class Limits:
 
 
 class Server:
-    """One model and its application. `keys`: one of them is asked for, unless there is none; `origins`: web pages of these may
-    use it, "*" for all; `hosts`: names by which clients may call the server, None for any.
-    """
+    """One model and its application. `keys`, `origins`, `hosts`: as for Guard. `report`: gets lines for stderr."""
 
     def __init__(
         self,
@@ -64,11 +58,10 @@ class Server:
         report: Callable[[str], None] = lambda text: None,
     ):
         self.model, self.name, self.limits, self.created = model, name, limits, int(time.time())
-        self._keys, self._origins, self._hosts, self._report = [key.encode() for key in keys], origins, hosts, report
+        self._guard, self._report = Guard(keys, origins, hosts, limits.rate), report
         self.scheduler = Scheduler(model, limits.places, limits.waiting, snapshots, report)
         self.metrics = Metrics()
         self._preparing = ThreadPoolExecutor(1, "prepare")
-        self._latest: dict[str, deque[float]] = {}  # times of the requests of a client within a minute
         cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
         self.app = Starlette(
             routes=[Route(path, self._guarded(path, handler), methods=[method]) for method, path, handler in self._routes()],
@@ -91,6 +84,9 @@ class Server:
         yield "POST", "/detokenize", self._detokenize
         yield "POST", "/v1/chat/completions", self._chat
         yield "POST", "/v1/completions", self._completions
+        yield "POST", "/v1/responses", self._responses
+        yield "POST", "/v1/messages", self._messages
+        yield "POST", "/v1/messages/count_tokens", self._count
 
     # who may, and what goes wrong
 
@@ -100,109 +96,32 @@ class Server:
         async def endpoint(request: Request) -> Response:
             request.state.began = time.monotonic()
             try:
-                self._check(request, path)
+                self._guard.check(request, anybody=path in OPEN)
                 response = await handler(request)
             except ClientDisconnect:
                 response = None
             except Exception as error:
-                response = self._refused(error, path)
+                response = self._refused(refusal_of(error, self._report), path)
             if response is None:
-                self.metrics.request(path, 499)  # nobody is left to read it
-                return Response(status_code=499)
+                response = Response(status_code=499)  # nobody is left to read it
             self.metrics.request(path, response.status_code)
             return response
 
         return endpoint
 
-    def _check(self, request: Request, path: str) -> None:
-        host = request.headers.get("host", "")
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._hosts is not None and name.lower() not in self._hosts:  # a page of that name would reach us by DNS rebinding
-            raise Refusal(f"expected a request to {' or '.join(self._hosts)}, found one to {name!r:.80}", 403, "wrong_host")
-        origin = request.headers.get("origin")
-        own = origin is not None and origin.partition("://")[2] == host
-        if origin and not own and not {origin, "*"} & set(self._origins):
-            raise Refusal(
-                f"web pages of {origin!r:.80} may not use this server; start it with --cors {origin:.80}", 403, "wrong_origin"
-            )
-        if path in OPEN:
-            return
-        if self._keys and not self._knows(_key(request)):
-            raise Refusal(
-                "expected an API key of this server, as `Authorization: Bearer KEY` or `x-api-key: KEY`, found "
-                + ("another one" if _key(request) else "none"),
-                401,
-                "invalid_api_key",
-            )
-        if request.method == "POST":
-            self._check_rate(self._client(request))
-
-    def _knows(self, key: bytes) -> bool:
-        """Whether it is one of the keys; the time it takes tells nothing of them but their lengths."""
-        return any([hmac.compare_digest(key, own) for own in self._keys])
-
-    def _client(self, request: Request) -> str:
-        """Whose turn a request takes: the address it comes from, with its key."""
-        return f"{request.client.host if request.client else ''} {_key(request).decode('latin-1')}"
-
-    def _check_rate(self, client: str) -> None:
-        if self.limits.rate is None:
-            return
-        now = time.monotonic()
-        for other in [other for other, times in self._latest.items() if times[-1] < now - 60]:
-            del self._latest[other]
-        times = self._latest.setdefault(client, deque())
-        while times and times[0] <= now - 60:
-            times.popleft()
-        if len(times) >= self.limits.rate:
-            wait = int(times[0] + 60 - now) + 1
-            raise Refusal(
-                f"expected at most {self.limits.rate} requests a minute, found one more; ask again in {wait} s",
-                429,
-                "rate_limit_exceeded",
-                retry=wait,
-            )
-        times.append(now)
-
-    def _refused(self, error: Exception, path: str) -> Response:
-        """An error as an answer. Those of the machine are told on stderr, not to the client: they name files."""
-        refusal = self._refusal(error)
+    def _refused(self, refusal: Refusal, path: str) -> Response:
         headers = {"Retry-After": str(refusal.retry)} if refusal.retry else {}
         if refusal.status in (408, 413):
             headers["Connection"] = "close"
         if refusal.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self._error_body(refusal, path), refusal.status, headers)
-
-    def _error_body(self, refusal: Refusal, path: str) -> dict:
-        return openai.error_body(str(refusal), refusal.status, refusal.code, refusal.param)
-
-    def _refusal(self, error: Exception) -> Refusal:
-        match error:
-            case Refusal():
-                return error
-            case Busy():
-                return Refusal(str(error), 503, "queue_full", retry=5)
-            case Stopping():
-                return Refusal(str(error), 503, "stopping", retry=10)
-            case ContextFullError():
-                return Refusal(str(error), 400, "context_length_exceeded")
-            case PromptError() | PictureError() | UsageError():
-                return Refusal(str(error), 400, "invalid_value")
-            case RecursionError():
-                return Refusal("expected a body of JSON, found brackets nested too deep", 400, "invalid_json")
-            case LlamacliError():
-                self._report(str(error))
-                return Refusal("the model could not answer; the server's stderr says why", 500, "model_error")
-        self._report(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
-        if environment.debug():
-            self._report("".join(traceback.format_exception(error)))
-        return Refusal("an error that nobody expected; the server's stderr says which", 500, "server_error")
+        protocol = anthropic if path.startswith("/v1/messages") else openai
+        return JSONResponse(protocol.error_body(refusal), refusal.status, headers)
 
     async def _unknown(self, request: Request, error: HTTPException) -> Response:
         words = {404: f"no such address: {request.url.path!r:.80}", 405: f"expected another method than {request.method}"}
-        body = openai.error_body(words.get(error.status_code, error.detail), error.status_code)
-        return JSONResponse(body, error.status_code, error.headers)
+        refusal = Refusal(words.get(error.status_code, error.detail), error.status_code)
+        return JSONResponse(openai.error_body(refusal), error.status_code, error.headers)
 
     # bodies
 
@@ -240,43 +159,48 @@ class Server:
 
     # answers
 
-    def _samplers(self, ask: Ask) -> list:
-        return [self.model.sampler(**ask.settings_of(i)) for i in range(ask.n * len(ask.prompts))]
-
-    def _asked(self, request: Request, ask: Ask, samplers: Sequence) -> "_Timed":
-        return _Timed(Answering(self.scheduler, ask, samplers, self._client(request)), self.metrics, request.state.began)
-
     async def _chat(self, request: Request) -> Response | None:
-        return await self._answer(request, openai.read_chat)
+        return await self._answer(request, openai, openai.read_chat)
 
     async def _completions(self, request: Request) -> Response | None:
-        return await self._answer(request, openai.read_completion)
+        return await self._answer(request, openai, openai.read_completion)
 
-    async def _answer(self, request: Request, read) -> Response | None:
-        """An answer in OpenAI's protocol, as a stream or whole."""
+    async def _messages(self, request: Request) -> Response | None:
+        return await self._answer(request, anthropic, anthropic.read)
+
+    async def _responses(self, request: Request) -> Response | None:
+        return await self._answer(request, responses, responses.read)
+
+    async def _answer(self, request: Request, protocol, read) -> Response | None:
+        """An answer in a protocol, as a stream or whole; None if the client left. `read` makes an Ask and a form of fields."""
 
         def prepare(fields: Fields):
             ask, form = read(fields, self.model, self.name)
-            return ask, form, self._samplers(ask)
+            return ask, form, [self.model.sampler(**ask.settings_of(i)) for i in range(ask.n * len(ask.prompts))]
 
         ask, form, samplers = await self._read(request, prepare)
-        events, tokenizer = self._asked(request, ask, samplers), self.model.tokenizer
-        if form.stream:
-            return self._stream(openai.chunks(events, ask, form, tokenizer), events, request.url.path)
-        return await self._whole(request, openai.whole(events, ask, form, tokenizer), events)
-
-    def _stream(self, texts, events: "_Timed", path: str) -> Response:
-        def failed(error: Exception) -> str:
-            return openai.data(self._error_body(self._refusal(error), path))
-
-        return EventStream(texts, events.answering, failed, self.limits.keep_alive)
-
-    async def _whole(self, request: Request, body: Awaitable[dict], events: "_Timed") -> Response | None:
+        answering = Answering(self.scheduler, ask, samplers, self._guard.client(request))
         try:
-            found = await unless_left(request.receive, body)
-            return None if found is None else JSONResponse(found)
+            events = self._timed(answering, request.state.began)
+            events = calls(events, ask.offer) if ask.offer else events
+            if form.stream:
+                texts = protocol.chunks(events, ask, form, self.model.tokenizer)
+                failed = lambda error: protocol.failed(refusal_of(error, self._report))
+                return EventStream(texts, answering, failed, self.limits.keep_alive)
+            body = await unless_left(request.receive, protocol.whole(events, ask, form, self.model.tokenizer))
+            return None if body is None else JSONResponse(body)
         finally:
-            events.answering.cancel()
+            if not form.stream:
+                answering.cancel()
+
+    async def _timed(self, answering: Answering, began: float) -> AsyncIterator:
+        """The events of an answer; the time of its first token is taken."""
+        first = True
+        async for choice, event in answering:
+            if first and not isinstance(event, Begun):
+                self.metrics.first_token(time.monotonic() - began)
+                first = False
+            yield choice, event
 
     # the small ones
 
@@ -303,6 +227,9 @@ class Server:
             "meta": {"n_ctx": self.model.ctx, "n_vocab": self.model.config.n_vocab},
         }
 
+    async def _count(self, request: Request) -> Response:
+        return JSONResponse(await self._read(request, lambda fields: anthropic.count(fields, self.model)))
+
     async def _tokenize(self, request: Request) -> Response:
         def read(fields: Fields) -> list[int]:
             if "messages" in fields:
@@ -322,27 +249,3 @@ class Server:
 
         text = await self._read(request, read)
         return JSONResponse({"content": text, "prompt": text})
-
-
-class _Timed:
-    """The events of an answer; the first token's time is taken."""
-
-    def __init__(self, answering: Answering, metrics: Metrics, began: float):
-        self.answering, self._metrics, self._began = answering, metrics, began
-
-    def __aiter__(self) -> "_Timed":
-        return self
-
-    async def __anext__(self):
-        choice, event = await anext(self.answering)
-        if self._began is not None and not isinstance(event, Begun):
-            self._metrics.first_token(time.monotonic() - self._began)
-            self._began = None
-        return choice, event
-
-
-def _key(request: Request) -> bytes:
-    """The key that a request gives, in OpenAI's or in Anthropic's header; empty without one."""
-    kind, _, key = request.headers.get("authorization", "").partition(" ")
-    found = key.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
-    return found.encode("utf-8", "surrogatepass")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llamacli.errors import LlamacliError, UsageError
+from llamacli.serve.calling import Offer
 from llamacli.serve.fields import Fields, Refusal
 from llamacli.text.settings import SETTINGS, checked
 
@@ -19,7 +20,7 @@ OTHER_NAMES = {  # of settings, in protocols and other servers
     "repetition_penalty": "repeat_penalty",
     "typ_p": "typical_p",
 }
-ROLES = {**{name: name for name in ("system", "user", "assistant", "tool")}, "developer": "system"}
+ROLES = {**{name: name for name in ("system", "user", "assistant")}, "developer": "system", "tool": "ipython"}
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -32,6 +33,7 @@ class Ask:
     max_tokens: int | None = None
     stop: Sequence[str] = ()
     n: int = 1
+    offer: Offer | None = None
 
     def settings_of(self, choice: int) -> dict:
         """The settings of an answer: with a seed each choice has its own."""
@@ -100,6 +102,17 @@ def response_format(form: Fields, nested: bool) -> dict:
     raise form.wrong("type", "text, json_object or json_schema")
 
 
+def bound(found: dict, offer: Offer | None) -> dict:
+    """What the answer is bound to by its format, or by a call that it must be."""
+    if found and offer:
+        raise Refusal(
+            "expected no tools beside an answer that is bound, found both; leave one of them out, or set tool_choice to none",
+            code="invalid_value",
+            param="tools",
+        )
+    return found or (offer.binding() if offer else {})
+
+
 def max_tokens(fields: Fields, *names: str) -> int | None:
     """The longest answer, by the first of some names; -1 is no limit, as for llama.cpp."""
     for name in names:
@@ -120,13 +133,15 @@ def content(part_of: Fields, name: str = "content") -> str | list[dict]:
     value = part_of.raw(name, "")
     if isinstance(value, str):
         return value
-    parts = [_part(part) for part in part_of.objects(name)]
-    if any(part["type"] != "text" for part in parts):
-        return parts
-    return "".join(part["text"] for part in parts)
+    return joined([part(each) for each in part_of.objects(name)])
 
 
-def _part(part: Fields) -> dict:
+def joined(parts: list[dict]) -> str | list[dict]:
+    """Parts, as one text if they are nothing else."""
+    return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
+
+
+def part(part: Fields) -> dict:
     """One part. Pictures come as data only: the server opens no file and no address."""
     kind = part.text("type", "text")
     if kind in TEXT_PARTS:
@@ -152,8 +167,8 @@ def picture(url) -> dict:
     return {"type": "image", "image": url}
 
 
-def prompt(model, messages: Sequence[dict]) -> Sequence[int]:
-    """The tokens of a conversation, if there is room for an answer behind them."""
+def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Sequence[int]:
+    """The tokens of a conversation with the tools that are offered, if there is room for an answer behind them."""
     if any(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]):
         try:
             model.sight  # noqa: B018  opens the tower, whose file an error names
@@ -163,7 +178,7 @@ def prompt(model, messages: Sequence[dict]) -> Sequence[int]:
                 code="unsupported_parameter",
                 param="image_url",
             ) from None
-    return check_room(model.prompt_ids(messages), model.ctx)
+    return check_room(model.prompt_ids(messages, tools=offer.definitions if offer else ()), model.ctx)
 
 
 def check_room(ids: Sequence[int], ctx: int) -> Sequence[int]:

@@ -10,13 +10,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
-from llamacli.serve import asking
+from llamacli.serve import asking, calling
 from llamacli.serve.asking import Ask
-from llamacli.serve.fields import Fields
+from llamacli.serve.calling import Called
+from llamacli.serve.fields import Fields, Refusal
 from llamacli.serve.scheduler import Begun
+from llamacli.session import Piece
 
 MOST_LIKELY = 20  # alternatives of a token
-REASONS = {"stop": "stop", "length": "length", "context": "length"}
+REASONS = {"stop": "stop", "length": "length", "context": "length", "tool_calls": "tool_calls"}
 
 
 @dataclass
@@ -41,10 +43,7 @@ class Form:
 
 def read_chat(fields: Fields, model, name: str) -> tuple[Ask, Form]:
     """A request to /v1/chat/completions."""
-    asking.refuse(
-        fields, audio=None, functions=None, function_call="none", modalities=["text"], web_search_options=None, prediction=None
-    )
-    asking.refuse(fields, tools=None, tool_choice="none")
+    asking.refuse(fields, audio=None, functions=None, function_call="none", modalities=["text"], web_search_options=None)
     messages = [read_message(message) for message in fields.objects("messages", least=1)]
     likely = fields.whole("top_logprobs", None, 0, MOST_LIKELY)
     if likely is not None and not fields.flag("logprobs"):
@@ -52,7 +51,9 @@ def read_chat(fields: Fields, model, name: str) -> tuple[Ask, Form]:
     likely = (likely or 0) if fields.flag("logprobs") else None
     form = Form(name, True, likely, fields.flag("stream"), fields.object("stream_options").flag("include_usage"))
     ask = _ask(fields, model, likely, "max_completion_tokens", "max_tokens", "n_predict")
-    ask.prompts = [asking.prompt(model, messages)]
+    ask.offer = read_tools(fields)
+    ask.settings |= asking.bound(asking.binding(fields), ask.offer)
+    ask.prompts = [asking.prompt(model, messages, ask.offer)]
     return ask, form
 
 
@@ -61,7 +62,32 @@ def read_message(message: Fields) -> dict:
     role = message.text("role")
     if role not in asking.ROLES:
         raise message.wrong("role", ", ".join(asking.ROLES))
-    return {"role": asking.ROLES[role], "content": asking.content(message)}
+    found = {"role": asking.ROLES[role], "content": asking.content(message)}
+    if role == "assistant" and (calls := message.objects("tool_calls")):
+        functions = [call.object("function") for call in calls]
+        found["tool_calls"] = [
+            calling.earlier(function.text("name", ""), calling.arguments(function, "arguments")) for function in functions
+        ]
+    return found
+
+
+def read_tools(fields: Fields) -> calling.Offer | None:
+    """The tools of a chat."""
+    tools = [tool.object("function") for tool in fields.objects("tools") if tool.text("type", "function") == "function"]
+    return calling.offer(tools, "parameters", tool_choice(fields, nested=True), fields.flag("parallel_tool_calls", True))
+
+
+def tool_choice(fields: Fields, nested: bool) -> tuple[str, str | None]:
+    """What `tool_choice` says, as calling.offer takes it. `nested`: a tool's name stands in `function`."""
+    choice = fields.raw("tool_choice", "auto")
+    if isinstance(choice, dict):
+        chosen = fields.object("tool_choice")
+        if chosen.text("type") != "function":
+            raise chosen.wrong("type", "function")
+        return "tool", (chosen.object("function") if nested else chosen).text("name")
+    if choice not in ("auto", "none", "required"):
+        raise fields.wrong("tool_choice", "auto, none, required or a function")
+    return ("any" if choice == "required" else choice), None
 
 
 def read_completion(fields: Fields, model, name: str) -> tuple[Ask, Form]:
@@ -72,12 +98,13 @@ def read_completion(fields: Fields, model, name: str) -> tuple[Ask, Form]:
     likely = fields.whole("logprobs", None, 0, MOST_LIKELY)
     form = Form(name, False, likely, fields.flag("stream"), fields.object("stream_options").flag("include_usage"))
     ask = _ask(fields, model, likely, "max_tokens", "n_predict")
+    ask.settings |= asking.binding(fields)
     ask.prompts = [asking.check_room(ids, model.ctx) for ids in _prompts(fields, model)]
     return ask, form
 
 
 def _ask(fields: Fields, model, likely: int | None, *limits: str) -> Ask:
-    settings = asking.sampling(fields, model.config.n_vocab) | asking.binding(fields)
+    settings = asking.sampling(fields, model.config.n_vocab)
     if likely is not None:
         settings["logprobs"] = likely
     n = fields.whole("n", 1, 1, asking.MOST_CHOICES)
@@ -119,7 +146,7 @@ class Usage:
             if choice % n == 0:
                 self.prompt += event.prompt_tokens
                 self.cached += event.cached_tokens
-        else:
+        elif isinstance(event, Piece):
             self.completion += event.id is not None
 
     def shown(self) -> dict:
@@ -147,10 +174,12 @@ class _Choice:
 
     def __init__(self, index: int, form: Form, tokenizer):
         self._index, self._form, self._tokenizer = index, form, tokenizer
-        self._text, self._likely, self._reason = [], [], None
-        self._offset = 0
+        self._text, self._likely, self._reason, self._calls = [], [], None, []
 
-    def add(self, piece) -> None:
+    def add(self, piece: Piece | Called) -> None:
+        if isinstance(piece, Called):
+            self._calls.append(_call(piece))
+            return
         self._text.append(piece.text)
         if piece.logprobs and self._form.likely is not None:
             self._likely.append(piece)
@@ -162,8 +191,16 @@ class _Choice:
         if self._form.likely is not None:
             found["logprobs"] = likelihoods(self._likely, self._form.chat, self._tokenizer)[0]
         if self._form.chat:
-            return {**found, "message": {"role": "assistant", "content": "".join(self._text), "refusal": None}}
+            message = {"role": "assistant", "content": "".join(self._text), "refusal": None}
+            if self._calls:
+                message |= {"content": message["content"].strip() or None, "tool_calls": self._calls}
+            return {**found, "message": message}
         return {**found, "text": "".join(self._text)}
+
+
+def _call(called: Called) -> dict:
+    function = {"name": called.call.name, "arguments": called.arguments}
+    return {"id": called.id, "type": "function", "function": function}
 
 
 async def chunks(events, ask: Ask, form: Form, tokenizer) -> AsyncIterator[str]:
@@ -175,6 +212,9 @@ async def chunks(events, ask: Ask, form: Form, tokenizer) -> AsyncIterator[str]:
             if form.chat and choice not in begun:
                 yield _chunk(form, choice, {"role": "assistant", "content": ""})
             begun.add(choice)
+            continue
+        if isinstance(event, Called):
+            yield _chunk(form, choice, {"tool_calls": [{"index": event.index, **_call(event)}]})
             continue
         likely = None
         if event.logprobs and form.likely is not None:
@@ -221,8 +261,13 @@ def likelihoods(pieces: Sequence, chat: bool, tokenizer, offset: int = 0) -> tup
     }, offset
 
 
-def error_body(message: str, status: int, code: str | None = None, param: str | None = None) -> dict:
+def error_body(refusal: Refusal) -> dict:
     """An error as the protocol has it."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    kind = kinds.get(refusal.status, "server_error" if refusal.status >= 500 else "invalid_request_error")
+    return {"error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code}}
+
+
+def failed(refusal: Refusal) -> str:
+    """The last event of a stream that ends by an error."""
+    return data(error_body(refusal))

@@ -141,6 +141,9 @@ WRONG = {
     ],
     "not supported": [
         chat(functions=[{"name": "f"}]),
+        chat(tools=[{"type": "function", "function": {}}]),
+        chat(tool_choice="required"),
+        chat(tool_choice={"type": "function", "function": {"name": "f"}}),
         chat(modalities=["audio"]),
         chat(response_format={"type": "xml"}),
         chat(response_format={"type": "json_schema"}),

@@ -1,0 +1,128 @@
+"""Tools that a request offers, and the calls in its answer.
+
+In: definitions as the protocols have them; events of answers. Out: an `Offer`; the same events with the calls taken out of the
+text, each as a `Called`. Nothing is run here: whoever asked runs the tools and comes back with the results.
+"""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from secrets import token_hex
+from typing import NamedTuple
+
+from llamacli.errors import UsageError
+from llamacli.serve.fields import Fields, Refusal
+from llamacli.serve.scheduler import Begun
+from llamacli.session import Piece
+from llamacli.text.calls import Call, CallParser
+from llamacli.tools.tool import Tool, check_definition
+
+MOST_TOOLS = 1024
+
+
+class Called(NamedTuple):
+    """A call that is whole. `index`: its number in the answer."""
+
+    index: int
+    id: str
+    call: Call
+
+    @property
+    def arguments(self) -> str:
+        """As JSON."""
+        return json.dumps(self.call.arguments, ensure_ascii=False)
+
+
+class Offer(NamedTuple):
+    """The tools of a request. `must`: names of those of which one has to be called, none: as the model likes. `several`: an
+    answer may have more than one call.
+    """
+
+    tools: Sequence[Tool]
+    must: Sequence[str] = ()
+    several: bool = True
+
+    @property
+    def definitions(self) -> list[dict]:
+        """As chat templates take them."""
+        return [tool.definition for tool in self.tools]
+
+    def binding(self) -> dict:
+        """The keyword for Model.sampler that makes the answer a call, if it must be one."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.name}, "parameters": tool.parameters},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for tool in self.tools
+            if tool.name in self.must
+        ]
+        return {"schema": calls[0] if len(calls) == 1 else {"anyOf": calls}} if calls else {}
+
+
+def offer(tools: Sequence[Fields], schema: str, choice: tuple[str, str | None], several: bool) -> Offer | None:
+    """The offer of some definitions; `schema` is the field with parameters, `choice` auto, none, any, or tool and its name.
+
+    None if there are none. Refusal for a definition that is unsound, and for a choice that is not there.
+    """
+    if len(tools) > MOST_TOOLS:
+        raise Refusal(f"tools: expected at most {MOST_TOOLS}, found {len(tools)}", param="tools", code="invalid_value")
+    made = []
+    for tool in tools:
+        try:
+            checked = check_definition(tool.raw("name"), tool.raw("description"), tool.raw(schema), "tools")
+        except UsageError as error:
+            raise Refusal(str(error), param="tools", code="invalid_value") from None
+        made.append(Tool(*checked))
+    names = [tool.name for tool in made]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise Refusal(f"tools: expected different names, found {twice} twice", param="tools", code="invalid_value")
+    how, name = choice
+    if how in ("any", "tool") and (not made or (how == "tool" and name not in names)):
+        raise Refusal(
+            f"tool_choice: expected one of the tools, found {name or 'none'}", param="tool_choice", code="invalid_value"
+        )
+    if how == "none" or not made:
+        return None
+    return Offer(made, names if how == "any" else [name] if how == "tool" else [], several)
+
+
+def arguments(call: Fields, name: str) -> dict:
+    """The arguments of an earlier call: an object, or one as JSON."""
+    value = call.raw(name, {})
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "{}")
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, dict):
+        raise call.wrong(name, "a JSON object")
+    return value
+
+
+def earlier(name: str, arguments: dict) -> dict:
+    """An earlier call as the chat template takes it."""
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+async def calls(events, offered: Offer) -> AsyncIterator[tuple[int, Begun | Piece | Called]]:
+    """Events of answers with each call as a Called. An answer that ends by itself after a call has the reason "tool_calls"."""
+    orders = {tool.name: tool.order for tool in offered.tools}
+    parsers: dict[int, CallParser] = {}
+    told: dict[int, int] = {}
+    async for choice, event in events:
+        if isinstance(event, Begun):
+            yield choice, event
+            continue
+        parser = parsers.setdefault(choice, CallParser(orders))
+        text = parser.push(event.text) + (parser.close() if event.finish_reason else "")
+        whole = parser.calls if offered.several else parser.calls[:1]
+        if text or event.id is not None:
+            yield choice, event._replace(text=text, finish_reason=None)
+        for index in range(told.get(choice, 0), len(whole)):
+            yield choice, Called(index, f"call_{token_hex(12)}", whole[index])
+        told[choice] = len(whole)
+        if event.finish_reason:
+            reason = "tool_calls" if whole and event.finish_reason == "stop" else event.finish_reason
+            yield choice, Piece("", None, reason)

@@ -1,0 +1,40 @@
+"""What an exception is to a client.
+
+In: an exception. Out: a Refusal. Errors of the machine name files: they are told on stderr, and the client hears of them only
+that there was one.
+"""
+
+import traceback
+from collections.abc import Callable
+
+from llamacli import environment
+from llamacli.errors import ContextFullError, LlamacliError, MemoryLimitError, PictureError, PromptError, UsageError
+from llamacli.serve.fields import Refusal
+from llamacli.serve.scheduler import Busy, Stopping
+
+
+def refusal_of(error: Exception, report: Callable[[str], None]) -> Refusal:
+    """`report` gets a line for stderr where the client is not told all."""
+    match error:
+        case Refusal():
+            return error
+        case Busy():
+            return Refusal(str(error), 503, "queue_full", retry=5)
+        case Stopping():
+            return Refusal(str(error), 503, "stopping", retry=10)
+        case ContextFullError():
+            return Refusal(str(error), 400, "context_length_exceeded")
+        case PromptError() | PictureError() | UsageError():
+            return Refusal(str(error), 400, "invalid_value")
+        case RecursionError():
+            return Refusal("expected a body of JSON, found brackets nested too deep", 400, "invalid_json")
+        case MemoryLimitError():
+            report(str(error))
+            return Refusal("the server's memory is too short at the moment; ask again later", 503, "out_of_memory", retry=30)
+        case LlamacliError():
+            report(str(error))
+            return Refusal("the model could not answer; the server's stderr says why", 500, "model_error")
+    report(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
+    if environment.debug():
+        report("".join(traceback.format_exception(error)))
+    return Refusal("an error that nobody expected; the server's stderr says which", 500, "server_error")
