@@ -46,6 +46,7 @@ class FakeHub:
                 "type": "file",
                 "path": path,
                 "size": len(data),
+                "oid": hashlib.sha1(path.encode()).hexdigest(),  # of the pointer that git holds
                 "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 135},
             }
             for path, data in self.files.items()

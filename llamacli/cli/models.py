@@ -275,7 +275,11 @@ def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bo
                 if dry_run:
                     console.result(json.dumps(record | {"plan": plan}) if as_json else words)
                     return
-                pull.fetch()
+                try:
+                    pull.fetch()
+                except KeyboardInterrupt:
+                    console.note("what has come stays; the same command goes on")
+                    raise
             path = pull.path
     console.result(json.dumps({"name": variant.stem, "file": str(path), "bytes": variant.nbytes}) if as_json else str(path))
     console.note(f"`llamacli run -m {variant.stem}` uses it, `-m {repo}:{variant.label}` as well")

@@ -39,11 +39,11 @@ class Download:
             raise _unwritable(self._part, error) from None
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._fd)
-            raise DownloadError(
-                f"{self._part}: expected to go on with it, found another process at it; wait for that"
-            ) from None
+            raise DownloadError(f"{self._part}: expected it free, found another process at it; wait for that one") from None
+        except OSError:  # a file system without locks
+            pass
         self._synced = self._trusted()
         if self._synced is None or self.have > remote.size:
             self._restart()

@@ -23,10 +23,10 @@ T = TypeVar("T")
 REDIRECTS = (301, 302, 303, 307, 308)
 MOST_REDIRECTS = 6
 TIMEOUT = 30.0  # seconds without a byte before a connection counts as dead
-TRIES = 8  # failures in a row, without a byte in between, before giving up
+TRIES, TRIES_OF_A_LIST = 8, 4  # failures in a row, without a byte in between, before giving up
 LONGEST_PAUSE = 60.0  # seconds between tries, where the server names no other
 LONGEST_ASKED = 900.0  # seconds that a server may ask to wait
-LARGEST_ANSWER = 32 << 20  # bytes of JSON
+LARGEST_ANSWER, LONGEST_ANSWER = 32 << 20, 120.0  # bytes of JSON, and seconds for it
 
 
 class Busy(Exception):
@@ -78,20 +78,29 @@ class Hub:
 
         def once():
             with self.open(url, Accept="application/json") as response:
-                try:
-                    data = response.read(LARGEST_ANSWER + 1)
-                except (OSError, http.client.HTTPException) as error:
-                    raise Busy(f"{_host(url)}: the answer broke off ({_words(error)})") from None
-                if len(data) > LARGEST_ANSWER:
-                    raise DownloadError(f"{_host(url)}: expected at most {LARGEST_ANSWER >> 20} MB of JSON, found more")
+                data = self._whole(response, url)
                 try:
                     return json.loads(data), response.headers
                 except (ValueError, RecursionError):
                     raise DownloadError(f"{_host(url)}: expected JSON, found other text; check HF_ENDPOINT") from None
 
-        return self.patiently(once)
+        return self.patiently(once, tries=TRIES_OF_A_LIST)
 
-    def patiently(self, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
+    def _whole(self, response: http.client.HTTPResponse, url: str) -> bytes:
+        """All that a response says, if that is not too much and does not come too slowly."""
+        data, until = bytearray(), time.monotonic() + LONGEST_ANSWER
+        try:
+            while part := response.read1(1 << 20):
+                data += part
+                if len(data) > LARGEST_ANSWER:
+                    raise DownloadError(f"{_host(url)}: expected at most {LARGEST_ANSWER >> 20} MB of JSON, found more")
+                if time.monotonic() > until:
+                    raise Busy(f"{_host(url)}: the answer takes more than {LONGEST_ANSWER:.0f} s")
+        except (OSError, http.client.HTTPException) as error:
+            raise Busy(f"{_host(url)}: the answer broke off ({_words(error)})") from None
+        return bytes(data)
+
+    def patiently(self, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0, tries: int | None = None) -> T:
         """What `attempt` returns, tried again after a pause as long as it is Busy; `progress` grows where a try got on."""
         failures, before = 0, progress()
         while True:
@@ -100,7 +109,7 @@ class Hub:
             except Busy as busy:
                 failures = 1 if progress() > before else failures + 1
                 before = progress()
-                if failures >= TRIES:
+                if failures >= (tries or TRIES):
                     raise DownloadError(f"{busy}; {failures} tries in a row failed, run the command again to go on") from None
                 if busy.after is not None and busy.after > LONGEST_ASKED:
                     raise DownloadError(
@@ -120,6 +129,11 @@ class Hub:
         except (ValueError, http.client.InvalidURL) as error:
             raise DownloadError(f"{url!r:.120}: expected an address, found: {error}") from None
         except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise DownloadError(
+                    f"{_host(url)}: expected a certificate that this system trusts, found: {_words(error)}; set SSL_CERT_FILE "
+                    f"to a file of certificates"
+                ) from None
             raise Busy(f"{_host(url)}: no answer ({_words(error)})") from None
 
     def following(self, url: str, location: str) -> str:
@@ -141,15 +155,16 @@ class Hub:
             return Busy(
                 f"{host}: HTTP {status} {_REASONS.get(status, '')}".strip(), _after(response.headers.get("Retry-After"))
             )
-        return Refused(status, f"{host}: HTTP {status}", bool(self._token))
+        gated = response.headers.get("X-Error-Code") == "GatedRepo"
+        return Refused(status, f"{host}: HTTP {status}", bool(self._token), gated)
 
 
 class Refused(DownloadError):
     """The hub says no; hub.py knows in which words to say it."""
 
-    def __init__(self, status: int, words: str, with_token: bool):
+    def __init__(self, status: int, words: str, with_token: bool, gated: bool):
         super().__init__(f"{words}; expected a file, found none there")
-        self.status, self.with_token = status, with_token
+        self.status, self.with_token, self.gated = status, with_token, gated
 
 
 class _Unchanged(urllib.request.HTTPErrorProcessor):

@@ -144,17 +144,16 @@ def _remote(hub: Hub, repo: str, entry) -> Remote | None:
 def denied(refused: Refused, repo: str, hub: Hub) -> DownloadError:
     """What to do where the hub says no, to the list of files or to a file. It answers 401 for what does not exist, too."""
     page, status = f"{hub.endpoint}/{repo}", refused.status
-    if status == 401 and not refused.with_token:
+    if status == 403 or refused.gated:
+        then = "" if refused.with_token else ", then set HF_TOKEN"
+        what = f"found that you may not have it yet ({status}); accept its licence at {page}{then}"
+    elif status == 401 and not refused.with_token:
         what = (
             f"found none, or one that is not for everyone (401); check the name, or set HF_TOKEN to a token of yours: "
             f"{hub.endpoint}/settings/tokens"
         )
     elif status == 401:
         what = "found that the hub does not take HF_TOKEN (401); make a new one, and check the name"
-    elif status == 403:
-        what = f"found that you may not have it yet (403); accept its licence at {page}" + (
-            "" if refused.with_token else ", then set HF_TOKEN"
-        )
     elif status == 404:
         what = "found none of that name (404); check the spelling"
     else:

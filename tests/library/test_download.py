@@ -204,11 +204,12 @@ def test_no_answer_at_all_is_one_line(tmp_path):
         ("t", 403, "accept its licence at http://.*/me/model$"),
         (None, 403, "accept its licence at .*, then set HF_TOKEN"),
         (None, 404, "check the spelling"),
+        (None, -401, "accept its licence at .*, then set HF_TOKEN"),
     ],
 )
 def test_what_is_refused_says_what_to_do(server, token, status, words):
     asked = Hub(server.url, token)
-    server.faults = [("status", status, {})]
+    server.faults = [("status", abs(status), {"X-Error-Code": "GatedRepo"} if status < 0 else {})]
     (variant,) = hub.variants(asked, "me/model")
     from llamacli.library.http import Refused
 
@@ -296,6 +297,15 @@ def test_a_listing_that_is_none_is_refused(server, tree):
     server.tree = tree
     with pytest.raises(DownloadError, match="expected"):
         hub.variants(Hub(server.url), "me/model")
+
+
+def test_the_listing_is_the_one_that_the_hubs_own_client_reads(server):
+    """The reference: huggingface_hub, which comes with tokenizers."""
+    from huggingface_hub import HfApi
+
+    found = [each for each in HfApi(endpoint=server.url).list_repo_tree("me/model", recursive=True) if hasattr(each, "lfs")]
+    ours = [file for variant in hub.variants(Hub(server.url), "me/model") for file in variant.files]
+    assert [(file.name, file.size, file.sha256) for file in ours] == [(f.path, f.lfs.size, f.lfs.sha256) for f in found]
 
 
 def test_parts_are_put_together_and_pictures_left_out(server):
