@@ -37,11 +37,12 @@ def check_kernel(type_name: str, encode: Callable[[np.ndarray], np.ndarray], row
     stride = rows * BY_NAME[type_name].row_bytes(COLUMNS)
     blocks = np.resize(encoded.reshape(-1).view(np.uint8), experts * stride)  # the same rows again and again
     window = mx.array(np.append(blocks, np.zeros(-blocks.size % 4096, np.uint8)).reshape(-1, 4096))
-    where, x = kernels.place(0, rows, COLUMNS, stride), random.standard_normal((1, COLUMNS), np.float32)
+    matrices = kernels.Matrices(type_name, window, kernels.place(0, rows, COLUMNS, stride), rows)
+    x = random.standard_normal((1, COLUMNS), np.float32)
     numbers, given = [mx.array([e], mx.int32) for e in range(experts)], mx.array(x)
 
     def products() -> list[mx.array]:
-        found = [kernels.matvec(type_name, window, where, number, given, 1, rows) for number in numbers]
+        found = [kernels.matvec(matrices, number, given, 1) for number in numbers]
         mx.eval(found)
         return found
 
@@ -50,7 +51,7 @@ def check_kernel(type_name: str, encode: Callable[[np.ndarray], np.ndarray], row
     began = perf_counter()
     products()
     rate = blocks.size / (perf_counter() - began)
-    widened = np.array(kernels.widen(type_name, window, where, numbers[-1], rows, COLUMNS)).astype(np.float64)
+    widened = np.array(kernels.widen(type_name, window, matrices.place, numbers[-1], rows, COLUMNS)).astype(np.float64)
     widened_error = np.abs(widened - np.resize(weights, (rows, COLUMNS))).max() / np.abs(weights).max()
     return KernelCheck(type_name, float(error), float(widened_error), rate)
 

@@ -42,6 +42,7 @@ typedef uchar u8; typedef ushort u16; typedef uint u32; typedef ulong u64; typed
 INLINE float half_of(u16 v) { return (float)as_type<half>(v); }
 INLINE float float_of(u32 v) { return as_type<float>(v); }
 INLINE float lane_sum(float v) { return simd_sum(v); }
+INLINE float exp_of(float v) { return exp(v); }
 """
 METAL_PROLOGUE = "const u32 at_x = thread_position_in_grid.x, at_y = thread_position_in_grid.y;"
 CUDA = """
@@ -55,6 +56,7 @@ typedef unsigned long long u64; typedef __half f16;
 #define UNROLL _Pragma("unroll")
 INLINE float half_of(u16 v) { return __half2float(__ushort_as_half(v)); }
 INLINE float float_of(u32 v) { return __uint_as_float(v); }
+INLINE float exp_of(float v) { return expf(v); }
 INLINE float lane_sum(float v) {
   for (int other = 16; other; other >>= 1) v += __shfl_xor_sync(0xffffffffu, v, other);
   return v;
@@ -62,19 +64,19 @@ INLINE float lane_sum(float v) {
 """
 CUDA_PROLOGUE = "const u32 at_x = blockIdx.x * blockDim.x + threadIdx.x, at_y = blockIdx.y * blockDim.y + threadIdx.y;"
 
-INPUTS = {"matvec": ["w", "place", "experts", "x"], "widen": ["w", "place", "experts"]}
-BODIES = {
-    "matvec": """
-  // y[group, token, row]: `group` rows of x go through the matrix of expert experts[group], TOKENS at a time
+_GROUPS = """
+  // y[group, token, row]: TOKENS rows of x go through the matrices of expert experts[group]
   const u32 lane = at_x % 32, first = at_x / 32 * ROWS, group_no = at_y;
   const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
   if (first >= n_rows) return;
   const u64 row_bytes = (u64)(n_cols / BLOCK) * NBYTES;
-  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[group_no] * place[3];
   const GLOBAL float* rows = x + (u64)group_no * TOKENS * n_cols;
-  float sums[ROWS * TOKENS];
-  UNROLL for (u32 i = 0; i < ROWS * TOKENS; i++) sums[i] = 0.0f;
+"""
+_SUMS = """
+  float SUMS[ROWS * TOKENS];
+  UNROLL for (u32 i = 0; i < ROWS * TOKENS; i++) SUMS[i] = 0.0f;
   for (u32 s = lane; s < n_cols / 32; s += 32) {
+    const GLOBAL u8* matrix = (const GLOBAL u8*)WEIGHTS + PLACE[0] + (u64)experts[group_no] * PLACE[3];
     const u32 p = s % (BLOCK / 32), block = s / (BLOCK / 32);
     const u32 c0 = block * BLOCK + run(p, 0), c1 = block * BLOCK + run(p, 1);
     float totals[2 * TOKENS];  // of the activations of each run, which minima are multiplied with
@@ -89,7 +91,7 @@ BODIES = {
     UNROLL for (u32 r = 0; r < ROWS; r++) {
       const u32 row = first + r < n_rows ? first + r : n_rows - 1;
       float q[32], d[2], m[2];
-      piece(base + row * row_bytes + (u64)block * NBYTES, p, q, d, m);
+      piece(matrix + row * row_bytes + (u64)block * NBYTES, p, q, d, m);
       UNROLL for (u32 t = 0; t < TOKENS; t++) {
         const GLOBAL float* v = rows + (u64)t * n_cols;
         float even[2] = {0.0f, 0.0f}, odd[2] = {0.0f, 0.0f};
@@ -100,16 +102,51 @@ BODIES = {
           odd[1] += q[i + 17] * v[c1 + i + 1];
         }
         UNROLL for (u32 h = 0; h < 2; h++)
-          sums[r * TOKENS + t] += d[h] * (even[h] + ODD * odd[h]) - m[h] * totals[2 * t + h];
+          SUMS[r * TOKENS + t] += d[h] * (even[h] + ODD * odd[h]) - m[h] * totals[2 * t + h];
       }
     }
   }
+"""
+_ENDS = """
   UNROLL for (u32 r = 0; r < ROWS; r++)
     UNROLL for (u32 t = 0; t < TOKENS; t++) {
-      const float sum = lane_sum(sums[r * TOKENS + t]);
-      if (lane == 0 && first + r < n_rows) y[((u64)group_no * TOKENS + t) * n_rows + first + r] = sum;
+      const u64 token = (u64)group_no * TOKENS + t, at = token * n_rows + first + r;
+      RESULT
     }
-""",
+"""
+
+
+def _sums(weights: str, place: str, sums: str) -> str:
+    """The text that multiplies with one matrix."""
+    return _SUMS.replace("WEIGHTS", weights).replace("PLACE", place).replace("SUMS", sums)
+
+
+def _ends(result: str) -> str:
+    """The text that writes element `at` of y."""
+    return _ENDS.replace("RESULT", result)
+
+
+INPUTS = {
+    "matvec": ["w", "place", "experts", "x"],
+    "added": ["w", "place", "experts", "x", "base"],
+    "gated": ["w", "place", "experts", "x", "up", "up_place", "scores"],
+    "widen": ["w", "place", "experts"],
+}
+BODIES = {
+    "matvec": _GROUPS
+    + _sums("w", "place", "sums")
+    + _ends("""const float sum = lane_sum(sums[r * TOKENS + t]);
+      if (lane == 0 && first + r < n_rows) y[at] = sum;"""),
+    "added": _GROUPS
+    + _sums("w", "place", "sums")
+    + _ends("""const float sum = lane_sum(sums[r * TOKENS + t]);
+      if (lane == 0 && first + r < n_rows) y[at] = base[at] + sum;"""),
+    "gated": _GROUPS
+    + _sums("w", "place", "gates")
+    + _sums("up", "up_place", "ups")
+    + _ends("""const float gate = scores[token] * lane_sum(gates[r * TOKENS + t]);
+      const float raised = scores[token] * lane_sum(ups[r * TOKENS + t]);
+      if (lane == 0 && first + r < n_rows) y[at] = gate / (1.0f + exp_of(-gate)) * raised;"""),
     "widen": """
   // y[row, column] of expert experts[0]; a thread a piece
   const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
@@ -143,21 +180,46 @@ def number(expert: int) -> mx.array:
     return mx.array([expert], mx.int32)
 
 
-def matvec(type_name: str, w: mx.array, where: mx.array, experts: mx.array, x: mx.array, tokens: int, n_rows: int) -> mx.array:
+class Matrices(NamedTuple):
+    """Experts' matrices as kernels are told of them: bytes, and their `place`."""
+
+    type_name: str
+    w: mx.array
+    place: mx.array
+    n_rows: int
+
+
+def matvec(m: Matrices, experts: mx.array, x: mx.array, tokens: int) -> mx.array:
     """Rows of x, float32 [n, n_cols], times matrices: float32 [n, n_rows].
 
     `experts`, int32 [n / tokens]: which expert's matrix each group of `tokens` rows goes through.
     """
+    return _products("matvec", m, experts, x, tokens, [])
+
+
+def added(m: Matrices, experts: mx.array, x: mx.array, tokens: int, base: mx.array) -> mx.array:
+    """base + `matvec`; `tokens` is a key of ROWS."""
+    return _products("added", m, experts, x, tokens, [base])
+
+
+def gated(m: Matrices, up: Matrices, experts: mx.array, x: mx.array, tokens: int, scores: mx.array | None) -> mx.array:
+    """silu(s g) * s u, g and u being `matvec` of `m` and `up`, which are alike, and s a row's score (None: 1)."""
+    scores = mx.ones(len(x)) if scores is None else scores.reshape(-1)
+    return _products("gated", m, experts, x, tokens, [up.w, up.place, scores])
+
+
+def _products(kind: str, m: Matrices, experts: mx.array, x: mx.array, tokens: int, more: list[mx.array]) -> mx.array:
     n, padded = len(x), 1 << (tokens - 1).bit_length()
     if padded != tokens:  # of one group
         x = mx.pad(x, ((0, padded - tokens), (0, 0)))
+        more = [*more[:-1], mx.pad(more[-1], (0, padded - tokens))] if kind == "gated" else more
     rows, groups = ROWS[padded], len(x) // padded
-    (y,) = _kernel("matvec", type_name, experts.size < SMALL)(
-        inputs=[w, where, experts, x],
+    (y,) = _kernel(kind, m.type_name, groups < SMALL, len(x) < SMALL)(
+        inputs=[m.w, m.place, experts, x, *more],
         template=[("ROWS", rows), ("TOKENS", padded)],
-        grid=(LANES * -(-n_rows // rows), groups, 1),
+        grid=(LANES * -(-m.n_rows // rows), groups, 1),
         threadgroup=(GROUP, 1, 1),
-        output_shapes=[(len(x), n_rows)],
+        output_shapes=[(len(x), m.n_rows)],
         output_dtypes=[mx.float32],
     )
     return y if len(x) == n else y[:n]
@@ -184,12 +246,14 @@ def dialect() -> Dialect | None:
 
 
 @cache
-def _kernel(kind: str, type_name: str, few: bool) -> Callable:
-    """A compiled kernel; `few`: its number of experts is below SMALL. Names are unique: MLX finds compiled code by its name."""
+def _kernel(kind: str, type_name: str, few: bool, small: bool = True) -> Callable:
+    """A compiled kernel. `few`, `small`: its numbers of experts, and of rows, are below SMALL. Names are unique: MLX finds
+    compiled code by its name.
+    """
     language, (block, nbytes, text) = dialect(), FORMATS[type_name]
     sizes = f"#define BLOCK {block}\n#define NBYTES {nbytes}\n"
     return language.make(
-        name=f"llamacli_{kind}_{type_name.lower()}_{'few' if few else 'many'}",
+        name=f"llamacli_{kind}_{type_name.lower()}_{'few' if few else 'many'}_{'small' if small else 'large'}",
         input_names=INPUTS[kind],
         output_names=["y"],
         source=language.prologue + BODIES[kind],

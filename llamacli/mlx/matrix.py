@@ -64,7 +64,8 @@ class Blocks:
     def __init__(self, window: Window, type_name: str, n_groups: int, n_rows: int, n_cols: int, nbytes: int):
         self.window, self.type_name, self.nbytes = window, type_name, nbytes
         self.n_groups, self.n_rows, self.n_cols = n_groups, n_rows, n_cols
-        self._place = kernels.place(window.offset, n_rows, n_cols, nbytes)
+        where = kernels.place(window.offset, n_rows, n_cols, nbytes)
+        self.told = kernels.Matrices(type_name, window.array, where, n_rows)
         step, row_bytes = max(1, WIDENED // (2 * n_cols)), nbytes // n_rows
         self._pieces = [
             (kernels.place(window.offset + row * row_bytes, n, n_cols, nbytes), n)
@@ -75,7 +76,7 @@ class Blocks:
     def times(self, x: mx.array, expert: int = 0) -> mx.array:
         """x [n, n_cols] times a group's matrix: [n, n_rows]."""
         if len(x) <= FEW:
-            return self._matvec(x, kernels.number(expert), len(x))
+            return kernels.matvec(self.told, kernels.number(expert), x, len(x))
         found = []
         for where, n in self._pieces:
             w = kernels.widen(self.type_name, self.window.array, where, kernels.number(expert), n, self.n_cols)
@@ -86,10 +87,7 @@ class Blocks:
 
     def times_chosen(self, x: mx.array, experts: mx.array) -> mx.array:
         """Each row of x times the matrix of its own group, which only the device knows: [n, n_rows]."""
-        return self._matvec(x, experts, 1)
-
-    def _matvec(self, x: mx.array, experts: mx.array, tokens: int) -> mx.array:
-        return kernels.matvec(self.type_name, self.window.array, self._place, experts, x, tokens, self.n_rows)
+        return kernels.matvec(self.told, experts, x, 1)
 
 
 def dequantized(blocks: np.ndarray, type_name: str, n: int) -> np.ndarray:
@@ -107,6 +105,39 @@ class Fetched(NamedTuple):
     n_rows: int
     n_cols: int
     nbytes: int  # of one expert's
+
+
+def add_product(base: mx.array, w: Blocks | Wide, x: mx.array, experts: mx.array | None = None) -> mx.array:
+    """base + x times w, or each row times the matrix of its own group."""
+    if isinstance(w, Blocks) and (experts is not None or len(x) in kernels.ROWS):
+        tokens = len(x) if experts is None else 1
+        return kernels.added(w.told, kernels.number(0) if experts is None else experts, x, tokens, base)
+    return base + (w.times(x) if experts is None else w.times_chosen(x, experts))
+
+
+def gate_up(gate: Blocks | Wide, up: Blocks | Wide, x: mx.array, expert: int = 0, scores: mx.array | None = None) -> mx.array:
+    """silu(s x gate) * (s x up), s being a row's score: [n, n_rows]. `scores`: float32 [n, 1]."""
+    if len(x) <= FEW and _alike(gate, up):
+        return kernels.gated(gate.told, up.told, kernels.number(expert), x, len(x), scores)
+    return _swiglu(gate.times(x, expert), up.times(x, expert), scores)
+
+
+def gate_up_chosen(gate: Blocks | Wide, up: Blocks | Wide, x: mx.array, experts: mx.array, scores: mx.array) -> mx.array:
+    """The same, each row through the matrices of its own group."""
+    if _alike(gate, up):
+        return kernels.gated(gate.told, up.told, experts, x, 1, scores)
+    return _swiglu(gate.times_chosen(x, experts), up.times_chosen(x, experts), scores)
+
+
+def _alike(gate: Blocks | Wide, up: Blocks | Wide) -> bool:
+    """Whether one kernel multiplies with both."""
+    return isinstance(gate, Blocks) and isinstance(up, Blocks) and gate.type_name == up.type_name
+
+
+def _swiglu(gate: mx.array, up: mx.array, scores: mx.array | None) -> mx.array:
+    if scores is not None:
+        gate, up = scores * gate, scores * up
+    return gate * mx.sigmoid(gate) * up
 
 
 def multiply(x: mx.array, w: mx.array) -> mx.array:

@@ -14,7 +14,7 @@ import numpy as np
 from llamacli.cpu.weights import Dense, Layer
 from llamacli.device import Run
 from llamacli.llama4.config import Config
-from llamacli.mlx.matrix import Blocks, Fetched, Wide
+from llamacli.mlx.matrix import Blocks, Fetched, Wide, add_product, gate_up, gate_up_chosen
 from llamacli.mlx.streaming import Experts, Fetch
 
 LAZY = 4  # choices of experts up to which the device alone knows them; beyond, they are read back and grouped by expert
@@ -92,10 +92,10 @@ class Operations:
         return turned.reshape(x.shape)
 
     def add_matmul(self, x: mx.array, h: mx.array, w: Blocks | Wide) -> mx.array:
-        return x + w.times(h)
+        return add_product(x, w, h)
 
     def gate_up(self, h: mx.array, w: Dense) -> mx.array:
-        product = _swiglu(w.gate.times(h), w.up.times(h))
+        product = gate_up(w.gate, w.up, h)
         if self._experts and self.layer in self.chosen:
             mx.async_eval(product)
         return product
@@ -114,13 +114,13 @@ class Operations:
             return self._fetched_gate_up(h, routed)
         k, scores = self._config.n_experts_used, routed.scores.reshape(-1, 1)
         if routed.experts.size <= LAZY:
-            rows, experts = mx.repeat(h, k, 0), routed.experts.reshape(-1)
-            return _swiglu(scores * w.gate.times_chosen(rows, experts), scores * w.up.times_chosen(rows, experts))
+            rows, experts = h if k == 1 else mx.repeat(h, k, 0), routed.experts.reshape(-1)
+            return gate_up_chosen(w.gate, w.up, rows, experts, scores)
         flat, parts = np.array(routed.experts).reshape(-1), []
         for e in np.unique(flat).tolist():
             rows = mx.array(np.flatnonzero(flat == e))
             x, score = h[rows // k], scores[rows]
-            parts.append(Part(e, rows, _swiglu(score * w.gate.times(x, e), score * w.up.times(x, e))))
+            parts.append(Part(e, rows, gate_up(w.gate, w.up, x, e, score)))
             mx.eval(parts[-1].values)  # releases what was widened for this expert
         return parts
 
@@ -131,14 +131,17 @@ class Operations:
         for e, gate, up in self._fetch.gate_up():
             rows = mx.array(np.flatnonzero(flat == e))
             x, score = h[rows // k], scores[rows]
-            parts.append(Part(e, rows, _swiglu(score * gate.times(x), score * up.times(x))))
+            parts.append(Part(e, rows, gate_up(gate, up, x, 0, score)))
             self._fetch.used(parts[-1].values)
         return parts
 
     def add_expert_matmul(self, x: mx.array, h: mx.array | list[Part], w: Blocks | Wide | Fetched, routed: Routed) -> mx.array:
         k = self._config.n_experts_used
         if isinstance(h, mx.array):
-            return x + w.times_chosen(h, routed.experts.reshape(-1)).reshape(len(x), k, -1).sum(1)
+            experts = routed.experts.reshape(-1)
+            if k == 1:
+                return add_product(x, w, h, experts)
+            return x + w.times_chosen(h, experts).reshape(len(x), k, -1).sum(1)
         if isinstance(w, Fetched):
             parts = {part.expert: part for part in h}
             for e, matrix in self._fetch.down():
@@ -149,7 +152,3 @@ class Operations:
             x = x.at[part.rows // k].add(w.times(part.values, part.expert))
             mx.eval(x)
         return x
-
-
-def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up

@@ -21,6 +21,7 @@ from llamacli.mlx.kernels import Dialect
 
 COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 HEADER = """
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t u64; typedef _Float16 f16;
@@ -31,6 +32,7 @@ typedef uint8_t u8; typedef uint16_t u16; typedef uint32_t u32; typedef uint64_t
 #define UNROLL
 INLINE float half_of(u16 v) { f16 h; memcpy(&h, &v, 2); return (float)h; }
 INLINE float float_of(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+INLINE float exp_of(float v) { return expf(v); }
 static float lane_sums[64];
 static u32 lane_call;
 static bool lane_replay;

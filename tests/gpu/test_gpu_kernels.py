@@ -54,7 +54,8 @@ def difference(found, expected):
 
 def product(name, window, offset, experts, x, tokens, n_cols=N_COLS):
     where = kernels.place(offset, N_ROWS, n_cols, N_ROWS * row_bytes(name, n_cols))
-    return kernels.matvec(name, window, where, mx.array(experts, mx.int32), mx.array(x), tokens, N_ROWS)
+    m = kernels.Matrices(name, window, where, N_ROWS)
+    return kernels.matvec(m, mx.array(experts, mx.int32), mx.array(x), tokens)
 
 
 @pytest.mark.parametrize("offset", [0, 2, 4094, 5030])
@@ -86,6 +87,33 @@ def test_rows_with_an_expert_each_go_through_their_own(experts):
     assert difference(product("Q6_K", window, 96, experts, x, 1), expected) <= NEAR
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_a_product_is_added_to_what_is_there(tokens):
+    (window, weights), random = stored("Q4_K", 32), np.random.RandomState(1)
+    x, base = (random.standard_normal((tokens, width)).astype(np.float32) for width in (N_COLS, N_ROWS))
+    m = kernels.Matrices("Q4_K", window, kernels.place(32, N_ROWS, N_COLS, N_ROWS * row_bytes("Q4_K", N_COLS)), N_ROWS)
+    found = kernels.added(m, kernels.number(2), mx.array(x), tokens, mx.array(base))
+    assert difference(found, base + x @ weights[2].T) <= NEAR
+
+
+@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize(("experts", "tokens"), [([1], 1), ([1], 3), ([2], 8), ([0, 2, 1], 1)])
+def test_gate_and_up_are_multiplied_together(experts, tokens, scored):
+    kinds = [stored("Q4_K", offset) for offset in (32, 5030)]
+    stride = N_ROWS * row_bytes("Q4_K", N_COLS)
+    gate, up = (
+        kernels.Matrices("Q4_K", window, kernels.place(offset, N_ROWS, N_COLS, stride), N_ROWS)
+        for (window, _), offset in zip(kinds, (32, 5030), strict=True)
+    )
+    random, n = np.random.RandomState(5), len(experts) * tokens
+    x = (1e-3 * random.standard_normal((n, N_COLS))).astype(np.float32)
+    scores = random.uniform(0.2, 1, (n, 1)).astype(np.float32) if scored else np.ones((n, 1), np.float32)
+    which = np.repeat(experts, tokens)
+    g, u = (scores * np.stack([row @ weights[e].T for row, e in zip(x, which, strict=True)]) for _, weights in kinds)
+    found = kernels.gated(gate, up, mx.array(experts, mx.int32), mx.array(x), tokens, mx.array(scores) if scored else None)
+    assert difference(found, g / (1 + np.exp(-g)) * u) <= 10 * NEAR
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if BY_NAME[name].block <= 32])
 def test_rows_need_not_be_whole_superblocks(name):
     window, weights = stored(name, 32, n_cols=96)
@@ -115,7 +143,7 @@ def test_mlx_takes_the_calls_as_they_are_made(kind, monkeypatch):
     window, where = mx.zeros((4, 4096), mx.uint8), kernels.place(0, 13, 64)
     with pytest.raises(RuntimeError, match="No Metal back-end"):
         if kind == "matvec":
-            kernels.matvec("Q4_0", window, where, kernels.number(0), mx.zeros((3, 64)), 3, 13)
+            kernels.matvec(kernels.Matrices("Q4_0", window, where, 13), kernels.number(0), mx.zeros((3, 64)), 3)
         else:
             kernels.widen("Q4_0", window, where, kernels.number(0), 13, 64)
 

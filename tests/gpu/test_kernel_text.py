@@ -30,13 +30,14 @@ typedef uchar u8; typedef ushort u16; typedef uint u32; typedef ulong u64; typed
 INLINE float half_of(u16 v) { return (float)__builtin_astype(v, half); }
 INLINE float float_of(u32 v) { return __builtin_astype(v, float); }
 float lane_sum(float v);
+float exp_of(float v);
 """
 APPLE = """
 #define device __global
 #define thread __private
 #define constant __constant
 typedef uchar uint8_t; typedef int int32_t; typedef long int64_t;
-namespace metal { float simd_sum(float); }
+namespace metal { float simd_sum(float); float exp(float); }
 template <class A, class B> A as_type(B b) { return __builtin_astype(b, A); }
 """
 NVIDIA = """
@@ -50,11 +51,17 @@ extern __device__ Position blockIdx, blockDim, threadIdx;
 __device__ float __half2float(__half);
 __device__ __half __ushort_as_half(unsigned short);
 __device__ float __uint_as_float(unsigned);
+__device__ float expf(float);
 __device__ float __shfl_xor_sync(unsigned, float, int);
 """
 SIGNATURES = {  # what MLX writes for inputs of these names
     "matvec": "const device uint8_t* w, const constant int64_t* place, const {experts} int32_t* experts, "
     "const device float* x, device float* y",
+    "gated": "const device uint8_t* w, const constant int64_t* place, const {experts} int32_t* experts, "
+    "const device float* x, const device uint8_t* up, const constant int64_t* up_place, const {experts} float* scores, "
+    "device float* y",
+    "added": "const device uint8_t* w, const constant int64_t* place, const {experts} int32_t* experts, "
+    "const device float* x, const device float* base, device float* y",
     "widen": "const device uint8_t* w, const constant int64_t* place, const {experts} int32_t* experts, device half* y",
 }
 

@@ -21,7 +21,7 @@ from llamacli.engine import Engine  # noqa: E402
 from llamacli.errors import ContextFullError, UsageError  # noqa: E402
 from llamacli.files.gguf import open_gguf  # noqa: E402
 from llamacli.llama4.config import Config  # noqa: E402
-from llamacli.mlx import kernels, operations  # noqa: E402
+from llamacli.mlx import kernels, matrix, operations  # noqa: E402
 from llamacli.mlx.operations import Operations, Routed  # noqa: E402
 from llamacli.mlx.stage import MlxStage  # noqa: E402
 from llamacli.text.tokenizer import Tokenizer  # noqa: E402
@@ -140,7 +140,7 @@ def _without(**switched):
 
 
 def _score_on_the_output(self, x, h, w, routed):
-    return x + (w.times_chosen(h, routed.experts.reshape(-1)) * routed.scores) if isinstance(h, mx.array) else x
+    return x + w.times_chosen(h, routed.experts.reshape(-1)) * routed.scores
 
 
 FAULTS = {
@@ -159,7 +159,7 @@ FAULTS = {
         lambda self, h, w, real=Operations.route: (lambda r: Routed(r.experts, mx.ones_like(r.scores)))(real(self, h, w)),
     ),
     "score on the output": (Operations, "add_expert_matmul", _score_on_the_output),
-    "gate and up exchanged": (operations, "_swiglu", lambda gate, up, real=operations._swiglu: real(up, gate)),
+    "gate and up exchanged": (matrix, "_swiglu", lambda gate, up, scores, real=matrix._swiglu: real(up, gate, scores)),
 }
 
 
@@ -204,8 +204,6 @@ def test_prompts_go_through_kernels_as_tokens_do(as_cpp, shape, tmp_path):
 
 
 def test_a_large_matrix_is_widened_piece_by_piece(as_cpp, tmp_path, monkeypatch):
-    from llamacli.mlx import matrix
-
     monkeypatch.setattr(matrix, "WIDENED", 2 * 256 * 100)  # 100 rows of 256 columns
     path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf", types=lambda _: "Q4_K", n_layers=2, chunk=64, **WIDE), tokens(12)
     assert difference(one_pass(engine(path), ids), oracle.logits(path, ids)) <= WIDENED
