@@ -18,7 +18,15 @@ from llamacli.cli.binding import check_whole
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console
 from llamacli.cli.inputs import decoded, stdin_lines
-from llamacli.errors import ContextFullError, CutAnswerError, LlamacliError, OutputError, PromptError, UsageError
+from llamacli.errors import (
+    ContextFullError,
+    CutAnswerError,
+    LlamacliError,
+    MemoryLimitError,
+    OutputError,
+    PromptError,
+    UsageError,
+)
 
 _KEYS = ("prompt", "messages", "system", "id", "params")
 _LONGEST = 16 << 20  # bytes of a line
@@ -37,8 +45,8 @@ class Request:
     params: dict[str, str] | None = None
 
 
-def answer_all(name: str, out: Path | None, prompts, options, extract: bool, console: Console) -> None:
-    """Answer each line of a batch that has no answer yet. LlamacliError at the end if some could not be answered."""
+def answer_all(name: str, out: Path | None, prompts, options, extract: bool, console: Console, parallel: int = 1) -> None:
+    """Answer each line of a batch that has no answer yet, `parallel` at a time. LlamacliError at the end if some failed."""
     total = 0
     if name != "-" and not os.path.exists(name):
         raise PromptError(f"{name}: expected a file of JSON lines, found none; check the path")
@@ -46,24 +54,106 @@ def answer_all(name: str, out: Path | None, prompts, options, extract: bool, con
         for request in _requests(name):
             total += 1
             _messages(request, prompts, name)
-    model, session, failed = None, None, 0
+    elif parallel > 1:
+        raise UsageError(f"--parallel: expected a file of prompts, found {name}, whose lines are answered as they come")
+    crew = None
     with Results(out, console) as results, console.progress("answering") as update:
         for n, request in enumerate(_requests(name)):
             if results.has(request):
                 continue
-            if model is None:
+            if crew is None:
                 if n:
                     console.note(f"{out}: {n} answers are there; going on with line {request.line}")
-                model = options.load(console)
-                session = options.session(model, exact=True)
-            if total:
-                update(n, total, f"answer {n + 1} of {total}")
-            found = _answer(session, model, prompts, _messages(request, prompts, name), options, extract, console)
-            failed += "error" in found
-            results.add(request, found)
+                crew = Crew(options.load(console, parallel), prompts, options, extract, console, parallel)
+            crew.begin(request, _messages(request, prompts, name))
+            for done, found in crew.finished():
+                results.add(done, found)
+                if total:
+                    update(n, total, f"answer {n + 1} of {total}")
+        for done, found in crew.finished(wait=True) if crew else ():
+            results.add(done, found)
         results.check_end()
-    if failed:
-        raise LlamacliError(f"{name}: expected an answer to each line, found {failed} that failed; their lines have an error")
+    if crew and crew.failed:
+        raise LlamacliError(
+            f"{name}: expected an answer to each line, found {crew.failed} that failed; their lines have an error"
+        )
+
+
+class Crew:
+    """Sessions that answer side by side; what they found comes out in the order in which they were asked."""
+
+    def __init__(self, model, prompts, options, extract: bool, console: Console, width: int):
+        from llamacli.together import Answers
+
+        self._model, self._prompts, self._options, self._extract, self._console = model, prompts, options, extract, console
+        self._answers, self._free = Answers(), [options.session(model, exact=True) for _ in range(width)]
+        self._asked: dict[int, _Asked] = {}  # by the number of their lines
+        self.failed = 0
+
+    def begin(self, request: Request, messages: list[dict]) -> None:
+        """Read a prompt. A session must be free."""
+        from llamacli.together import Request as Answering
+
+        asked = self._asked[request.line] = _Asked(request, self._free[-1])
+        try:
+            ids = self._prompts.ids(self._model, messages)
+        except (ContextFullError, PromptError) as error:
+            asked.found = {"error": str(error)}
+            return
+        asked.sampler = self._options.sampler(self._model, self._console)
+        self._free.pop()
+        options = self._options
+        self._take(
+            self._answers.begin(
+                request.line, Answering(asked.session, ids, asked.sampler, options.max_tokens, options.stop or ())
+            )
+        )
+
+    def finished(self, wait: bool = False) -> Iterator[tuple[Request, dict]]:
+        """What is found and next in order, once a session is free; with `wait` all that was asked."""
+        while self._answers and (wait or not self._free):
+            self._take(self._answers.step())
+        while self._asked and (asked := next(iter(self._asked.values()))).found is not None:
+            del self._asked[asked.request.line]
+            self.failed += "error" in asked.found
+            yield asked.request, asked.found
+
+    def _take(self, pieces) -> None:
+        for line, piece in pieces:
+            asked = self._asked[line]
+            if isinstance(piece, MemoryLimitError):
+                raise piece
+            if isinstance(piece, LlamacliError):
+                asked.found = {"error": str(piece)}
+            else:
+                asked.text += piece.text
+                if piece.finish_reason:
+                    asked.found = asked.whole(piece.finish_reason, self._extract)
+            if asked.found is not None:
+                self._free.append(asked.session)
+
+
+@dataclass
+class _Asked:
+    """A line under way, and what was found in the end."""
+
+    request: Request
+    session: object
+    sampler: object = None
+    text: str = ""
+    found: dict | None = None
+
+    def whole(self, reason: str, extract: bool) -> dict:
+        """The result of an answer that ended."""
+        text = next(iter(code_blocks(self.text)), self.text) if extract else self.text
+        stats = self.session.stats
+        usage = {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens}
+        found = {"text": text, "finish_reason": reason, "usage": usage}
+        try:
+            check_whole(self.sampler, reason)
+        except CutAnswerError as error:
+            found["error"] = str(error)
+        return found
 
 
 def _requests(name: str) -> Iterator[Request]:
@@ -123,24 +213,6 @@ def _messages(request: Request, prompts, name: str) -> list[dict]:
         return prompts.messages(request.prompt, request.system, request.params)
     except UsageError as error:
         raise UsageError(f"{name}, line {request.line}: {error}") from None
-
-
-def _answer(session, model, prompts, messages: list[dict], options, extract: bool, console: Console) -> dict:
-    """The text and how it ended, or why there is none."""
-    found = {}
-    try:
-        ids = prompts.ids(model, messages)
-        sampler, reason, parts = options.sampler(model, console), None, []
-        for piece in session.stream(ids, sampler, options.max_tokens, options.stop or ()):
-            parts.append(piece.text)
-            reason = piece.finish_reason
-        text = "".join(parts)
-        usage = {"prompt_tokens": len(ids), "completion_tokens": session.stats.completion_tokens}
-        found = {"text": next(iter(code_blocks(text)), text) if extract else text, "finish_reason": reason, "usage": usage}
-        check_whole(sampler, reason)
-    except (ContextFullError, PromptError, CutAnswerError) as error:
-        found["error"] = str(error)
-    return found
 
 
 class Results:

@@ -352,8 +352,11 @@ class Generation(Sampling, Keeping):
         """Bytes of text that surely fill the context."""
         return (self.ctx or DEFAULT_CTX) * MOST_BYTES
 
-    def load(self, console: Console):
-        """The model, with a note when loading takes long; with --routing-log its choices of experts are logged."""
+    def load(self, console: Console, sessions: int = 1):
+        """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.
+
+        `sessions`: as for Model.load.
+        """
         from llamacli.bench.routing_log import RoutingLog, check_new
 
         if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):
@@ -368,6 +371,7 @@ class Generation(Sampling, Keeping):
             memory=memory_bytes(self.memory),
             experts=self.experts.value,
             kv=self.kv.value,
+            sessions=sessions,
             **placement(self.device, self.gpu_layers),
             mmproj=self.mmproj or bool(self.image),
         )

@@ -84,6 +84,18 @@ def run(
             help="Answer a prompt a line, given as JSON lines; with -o FILE a run that was stopped goes on.",
         ),
     ] = None,
+    parallel: Annotated[
+        int | None,
+        option(
+            "--parallel",
+            metavar="N",
+            group="Text",
+            aliases=("-np",),
+            least=1,
+            most=64,
+            help="Prompts of --batch that are answered at a time (1); each holds a context.",
+        ),
+    ] = None,
     as_json: Json = False,
     logprobs: Annotated[
         int | None,
@@ -122,6 +134,8 @@ def run(
         raise UsageError("--raw and --system exclude each other: without the chat template there is no system prompt")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs: expected --json with it, which is what shows them; add it or leave this out")
+    if parallel is not None and batch is None:
+        raise UsageError("--parallel: expected --batch with it, which has several prompts; add it or leave this out")
     if param and template is None:
         raise UsageError("--param: expected --template with it, which has the places; add it or leave this out")
     if tooling.asked and (raw or batch is not None or options.bound):
@@ -135,7 +149,7 @@ def run(
             raise UsageError("--batch and --logprobs exclude each other; leave one of them out")
         if pictures:
             raise UsageError("--batch and pictures exclude each other; leave one of them out")
-        answer_all(batch, out and Path(out), prompts, options, extract, console)
+        answer_all(batch, out and Path(out), prompts, options, extract, console, parallel or 1)
         return
     if out is not None:
         _check_new(Path(out))

@@ -87,6 +87,24 @@ def test_a_line_that_is_wrong_is_named_before_the_first_answer(model, tmp_path, 
     assert model.engine.calls == []
 
 
+def test_several_answers_at_a_time_come_in_order(tmp_path):
+    lines = [f"Say {i}" if i % 4 else "x" * 40_000 if i == 8 else f"What is {i} plus 3?" for i in range(30)]
+    questions = write(tmp_path / "in", *lines)
+    one, four = (small("--temp", "0", "-n", "20", "--batch", questions, *more) for more in ([], ["--parallel", "4"]))
+    assert one.returncode == four.returncode == 1  # for the long one
+    assert "context holds" in records(four.stdout)[8]["error"]
+    assert [r["line"] for r in records(four.stdout)] == list(range(1, 31))
+    same = [a == b for a, b in zip(records(one.stdout), records(four.stdout), strict=True)]
+    assert sum(same) >= 28  # last bits may differ, and with them a word
+
+
+def test_several_at_a_time_need_a_file_of_prompts(model, tmp_path, capfd):
+    assert main(["run", "--parallel", "2", "hi"]) == 2
+    assert "--batch" in capfd.readouterr().err
+    assert main(["run", "--parallel", "2", "--batch", "-"]) == 2
+    assert "expected a file" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_thousand_prompts_killed_many_times_are_what_they_are_in_one_run(tmp_path):
     lines = [f"What is {i} plus {i % 7}?" if i % 3 else {"prompt": f"Say {i}", "id": i} for i in range(1000)]
