@@ -97,7 +97,7 @@ def blocks(values, type_name, random):
     weights, nbytes = gguf.GGML_QUANT_SIZES[kind]
     scale_at, min_at, spread, mean = _BLOCKS[type_name]
     raw = random.randint(0, 256, (values.size // weights, nbytes), np.uint8)
-    scales = (values.std() / spread * random.uniform(0.5, 1.5, len(raw))).astype(np.float16)
+    scales = (values.std(dtype=np.float64) / spread * random.uniform(0.5, 1.5, len(raw))).astype(np.float16)
     raw[:, scale_at : scale_at + 2] = scales.view(np.uint8).reshape(-1, 2)
     if min_at is not None:
         raw[:, min_at : min_at + 2] = (scales * np.float16(mean)).view(np.uint8).reshape(-1, 2)
