@@ -41,7 +41,8 @@ def _files(folder) -> set[str]:
 
 
 def _compile_all() -> None:
-    import llamacli.engine  # noqa: F401  with it come the drivers
+    import llamacli.cpu.kernels.ops.masks  # with these come the drivers
+    import llamacli.engine  # noqa: F401
     from llamacli.bench import limits
     from llamacli.cpu.kernels.formats import layout as formats
     from llamacli.cpu.kernels.jit.intrinsics import KERNELS

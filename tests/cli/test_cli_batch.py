@@ -134,7 +134,7 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(tmp_path):
     kills, before = 0, -1
     while True:
         process = subprocess.Popen(command, stderr=subprocess.PIPE)
-        while process.poll() is None and (not out.exists() or out.stat().st_size <= before + 300 * (kills + 1)):
+        while process.poll() is None and (not out.exists() or out.stat().st_size <= before + 500 * (kills + 1)):
             time.sleep(0.005)
         process.kill()
         assert process.stderr.read() == b""
