@@ -310,17 +310,17 @@ class Console:
         return _width(2)
 
     @contextmanager
-    def progress(self, what: str):
+    def progress(self, what: str, nbytes: bool = False):
         """Yields update(done, total, label, weights) for a long job, as `Meter` takes it.
 
         On a terminal a line that redraws itself and is gone at the end; elsewhere plain lines, with -v or if it takes long.
         """
         if not is_terminal(sys.stderr) or environment.dumb_terminal():
-            yield self._log_progress(Meter(what))
+            yield self._log_progress(Meter(what, nbytes=nbytes))
             return
         self._bar = True
         try:
-            yield self._draw_progress(Meter(what))
+            yield self._draw_progress(Meter(what, nbytes=nbytes))
         finally:
             self._bar = False
             _to_stderr(f"\r{CLEAR}")

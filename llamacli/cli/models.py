@@ -245,44 +245,49 @@ def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bo
     hub = Hub(environment.hub_endpoint(), environment.hub_token(), console.note)
     with console.waiting(lambda: f"asking {environment.hub_endpoint()} ..."):
         variant = choose(variants(hub, repo), wanted, repo)
-    with console.progress("pull") as update:
+    with console.progress("pull", nbytes=True) as update:
 
         def follow(done: int, total: int, name: str) -> None:
             update(done, total, f"{name}, {amount(done)} of {amount(total)}")
 
-        with Pull(hub, repo, variant, follow) as pull:
-            check_free_name(pull, variant)
-            if pull.missing:
-                free, here = pull.check_room(), variant.nbytes - pull.missing
-                try:
-                    words, plan = _planned(pull.header(), memory)
-                except (UnsupportedModelError, MemoryLimitError) as error:
-                    if not force:
-                        pull.forget()
-                        raise type(error)(f"{error} (--force fetches it all the same)") from None
-                    words, plan = f"it cannot run here: {error}", None
-                kept = f", {amount(here)} of it are here" if here > 64 << 20 else ""
-                size = f"{amount(variant.nbytes)} in {len(variant.files)} files{kept}"
-                console.note(f"{repo}:{variant.label}: {size}; {amount(free)} free on the disk")
-                console.note(words)
-                record = {
-                    "repo": repo,
-                    "label": variant.label,
-                    "bytes": variant.nbytes,
-                    "missing_bytes": pull.missing,
-                    "disk_free_bytes": free,
-                }
+        try:
+            with Pull(hub, repo, variant, follow) as pull:
+                check_free_name(pull, variant)
+                words, record = ([], {}) if pull.whole else _plan(pull, variant, memory, force)
                 if dry_run:
-                    console.result(json.dumps(record | {"plan": plan}) if as_json else words)
-                    return
-                try:
+                    pull.forget()
+                else:
+                    for line in words:
+                        console.note(line)
                     pull.fetch()
-                except KeyboardInterrupt:
-                    console.note("what has come stays; the same command goes on")
-                    raise
-            path = pull.path
-    console.result(json.dumps({"name": variant.stem, "file": str(path), "bytes": variant.nbytes}) if as_json else str(path))
+                path = str(pull.path)
+        except KeyboardInterrupt:
+            console.note("what has come stays; the same command goes on")
+            raise
+    if dry_run:
+        console.result(json.dumps(record) if as_json else "\n".join(words or [f"{path} is here already"]))
+        return
+    console.result(json.dumps({"name": variant.stem, "file": path, "bytes": variant.nbytes}) if as_json else path)
     console.note(f"`llamacli run -m {variant.stem}` uses it, `-m {repo}:{variant.label}` as well")
+
+
+def _plan(pull, variant, memory: int | None, force: bool) -> tuple[list[str], dict]:
+    """What the model takes of disk and memory, in lines and as a record. An error if that is not there, unless by `force`."""
+    free, here = pull.check_room(), variant.nbytes - pull.missing
+    try:
+        words, plan = _planned(pull.header(), memory)
+    except (UnsupportedModelError, MemoryLimitError) as error:
+        if not force:
+            pull.forget()
+            raise type(error)(f"{error} (--force fetches it all the same)") from None
+        words, plan = f"it cannot run here: {error}", None
+    n = len(variant.files)
+    size = (
+        f"{amount(variant.nbytes)}" + (f" in {n} files" if n > 1 else "") + (f", {amount(here)} of it are here" if here else "")
+    )
+    lines = [f"{pull.repo}:{variant.label}: {size}; {amount(free)} free on the disk", words]
+    record = {"repo": pull.repo, "label": variant.label, "bytes": variant.nbytes, "missing_bytes": variant.nbytes - here}
+    return lines, record | {"disk_free_bytes": free, "plan": plan}
 
 
 def _planned(gguf, memory: int | None) -> tuple[str, dict]:

@@ -17,8 +17,9 @@ GAP = "  "
 class Meter:
     """`what` names the job. After `update`, `bar` and `words` say where it stands."""
 
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic):
-        self._what, self._clock = what, clock
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic, nbytes: bool = False):
+        """`nbytes`: bytes are counted, and their speed is shown."""
+        self._what, self._clock, self._nbytes = what, clock, nbytes
         self._samples: deque[tuple[float, int, int | None]] = deque()
         self._label, self._room, self.share = what, 0, 0.0
         self._done, self._total = 0, 0
@@ -63,8 +64,10 @@ class Meter:
         return f"{self._what}: " + ", ".join(part.strip() for part in parts if part)
 
     def _speeds(self) -> list[str]:
-        """Weights and megabytes a second, of a constant width; none as long as nobody knows."""
+        """Weights or megabytes a second, or both, of a constant width; none as long as nobody knows."""
         (then, _, weights), (now, _, weights_now) = self._samples[0], self._samples[-1]
+        if self._nbytes and now - then >= SETTLED:
+            return [f"{_short(self._rate())} MB/s"]
         if weights is None or weights_now is None or now - then < SETTLED:
             return []
         return [f"{_short((weights_now - weights) / (now - then))} M weights/s", f"{_short(self._rate())} MB/s"]

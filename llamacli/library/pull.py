@@ -24,13 +24,14 @@ SPARE = 1 << 30  # bytes of a disk that stay free
 
 
 class Pull:
-    """A variant on its way. `tell(done, total)` hears of bytes of all files together. Use it in a `with`."""
+    """A variant on its way. `follow(done, total, name)` hears of bytes of all files together. Use it in a `with`."""
 
     def __init__(self, hub: Hub, repo: str, variant: Variant, follow: Callable[[int, int, str], None]):
-        self._hub, self._repo, self._variant, self._follow = hub, repo, variant, follow
+        self._hub, self.repo, self._variant, self._follow = hub, repo, variant, follow
         self._stack = ExitStack()
         self.folder = environment.models_folder() / repo
         self._downloads: dict[str, Download] = {}
+        self._begun: list[str] = []  # names of files of which nothing was here
         self._whole = {file.name for file in variant.files if _size(self.folder / file.name) == file.size}
 
     def __enter__(self) -> "Pull":
@@ -38,6 +39,8 @@ class Pull:
             if file.name not in self._whole:
                 made = Download(self._hub, file, self.folder / file.name, self._counted(file))
                 self._downloads[file.name] = self._stack.enter_context(made)
+                if not made.have:
+                    self._begun.append(file.name)
         return self
 
     def __exit__(self, *_) -> None:
@@ -47,6 +50,11 @@ class Pull:
     def path(self) -> Path:
         """The file to run, of a split model its first part."""
         return self.folder / self._variant.files[0].name
+
+    @property
+    def whole(self) -> bool:
+        """Whether every file is here, and checked."""
+        return not self._downloads
 
     @property
     def missing(self) -> int:
@@ -91,12 +99,12 @@ class Pull:
             try:
                 download.finish()
             except Refused as refused:
-                raise denied(refused, self._repo, self._hub) from None
+                raise denied(refused, self.repo, self._hub) from None
 
     def forget(self) -> None:
-        """Remove what has come of files that are not whole."""
-        for download in self._downloads.values():
-            download.forget()
+        """Remove what has come of files that this pull began; what was here before stays."""
+        for name in self._begun:
+            self._downloads[name].forget()
 
     def _opened(self, n: int) -> GGUF:
         with tempfile.TemporaryDirectory(prefix="llamacli-") as folder:
@@ -110,9 +118,9 @@ class Pull:
                     raise OutputError(f"{folder}: expected to write there, found: {error.strerror}; set TMPDIR") from None
             try:
                 found = open_gguf(Path(folder) / self._variant.files[0].name)
-                return found._replace(path=Path(self._repo) / found.path.name)
+                return found._replace(path=Path(self.repo) / found.path.name)
             except ModelFileError as error:
-                raise type(error)(str(error).replace(f"{folder}{os.sep}", f"{self._repo}/")) from None
+                raise type(error)(str(error).replace(f"{folder}{os.sep}", f"{self.repo}/")) from None
 
     def _head(self, file, n: int) -> bytes:
         if file.name in self._whole:
@@ -121,7 +129,7 @@ class Pull:
         try:
             return self._downloads[file.name].head(n)
         except Refused as refused:
-            raise denied(refused, self._repo, self._hub) from None
+            raise denied(refused, self.repo, self._hub) from None
 
     def _here(self, file) -> int:
         if file.name in self._downloads and not (self.folder / file.name).exists():

@@ -104,6 +104,18 @@ def test_a_plan_alone_fetches_the_heads_alone(hub, capfd):
     assert plan["plan"]["mode"] == "mapped"
 
 
+def test_a_plan_leaves_nothing_and_takes_nothing_away(hub, capfd, folders):
+    assert "it fits into memory" in said(capfd, "pull", "--dry-run", "me/model").out
+    assert not list((folders / "own").rglob("*.part"))
+    hub.faults = [("cut", 100_000), *[("status", 503, {})] * 20]
+    said(capfd, "pull", "me/model", code=1)
+    hub.faults = []
+    (part,) = (folders / "own").rglob("*.part")
+    for more in (("--dry-run",), ("--memory", "1M")):
+        said(capfd, "pull", "me/model", *more, code=int("--memory" in more))
+        assert part.stat().st_size >= 100_000
+
+
 def test_what_the_hub_refuses_is_one_line(hub, capfd, monkeypatch):
     assert "check the spelling" in said(capfd, "pull", "me/other", code=1).err
     hub.token = "right"
