@@ -8,7 +8,7 @@ each thread reads every 32nd piece of 32 weights, so neighbours read neighbourin
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -43,6 +43,7 @@ INLINE float half_of(u16 v) { return (float)as_type<half>(v); }
 INLINE float float_of(u32 v) { return as_type<float>(v); }
 INLINE float lane_sum(float v) { return simd_sum(v); }
 INLINE float exp_of(float v) { return exp(v); }
+INLINE float root_of(float v) { return sqrt(v); }
 """
 METAL_PROLOGUE = "const u32 at_x = thread_position_in_grid.x, at_y = thread_position_in_grid.y;"
 CUDA = """
@@ -57,6 +58,7 @@ typedef unsigned long long u64; typedef __half f16;
 INLINE float half_of(u16 v) { return __half2float(__ushort_as_half(v)); }
 INLINE float float_of(u32 v) { return __uint_as_float(v); }
 INLINE float exp_of(float v) { return expf(v); }
+INLINE float root_of(float v) { return sqrtf(v); }
 INLINE float lane_sum(float v) {
   for (int other = 16; other; other >>= 1) v += __shfl_xor_sync(0xffffffffu, v, other);
   return v;
@@ -131,6 +133,7 @@ INPUTS = {
     "added": ["w", "place", "experts", "x", "base"],
     "gated": ["w", "place", "experts", "x", "up", "up_place", "scores"],
     "widen": ["w", "place", "experts"],
+    "heads": ["x", "cosines", "sines", "scales", "sizes", "eps"],
 }
 BODIES = {
     "matvec": _GROUPS
@@ -147,6 +150,23 @@ BODIES = {
     + _ends("""const float gate = scores[token] * lane_sum(gates[r * TOKENS + t]);
       const float raised = scores[token] * lane_sum(ups[r * TOKENS + t]);
       if (lane == 0 && first + r < n_rows) y[at] = gate / (1.0f + exp_of(-gate)) * raised;"""),
+    "heads": """
+  // y[head, token, element]: each head rotated, normed, scaled; rotation does not change its norm
+  const u32 n_heads = (u32)sizes[0], dim = (u32)sizes[1], n = (u32)sizes[2], rotates = (u32)sizes[3], norms = (u32)sizes[4];
+  const u32 lane = at_x, token = at_y / n_heads, head = at_y % n_heads;
+  if (token >= n) return;
+  const u64 from = (u64)at_y * dim, to = ((u64)head * n + token) * dim, turn = (u64)token * (dim / 2);
+  float squares = 0.0f;
+  for (u32 i = lane; i < dim; i += 32) squares += x[from + i] * x[from + i];
+  const float sum = lane_sum(squares);
+  const float factor = norms ? scales[token] / root_of(sum / (float)dim + eps[0]) : scales[token];
+  for (u32 j = lane; j < dim / 2; j += 32) {
+    const float a = x[from + 2 * j] * factor, b = x[from + 2 * j + 1] * factor;
+    const float c = rotates ? cosines[turn + j] : 1.0f, s = rotates ? sines[turn + j] : 0.0f;
+    y[to + 2 * j] = (T)(a * c - b * s);
+    y[to + 2 * j + 1] = (T)(a * s + b * c);
+  }
+""",
     "widen": """
   // y[row, column] of expert experts[0]; a thread a piece
   const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
@@ -237,6 +257,43 @@ def widen(type_name: str, w: mx.array, where: mx.array, expert: mx.array, n_rows
     return y
 
 
+def heads(
+    x: mx.array,
+    turns: tuple[mx.array, mx.array],
+    scales: mx.array,
+    n_heads: int,
+    eps: float,
+    dtype: mx.Dtype,
+    *,
+    rotate: bool,
+    norm: bool,
+) -> mx.array:
+    """Heads of x, float32 [n, n_heads * head_dim], rotated, normed and scaled as asked: [n_heads, n, head_dim] in `dtype`.
+
+    `turns`: cosines and sines of each pair, [n, head_dim / 2]. `scales`: float32 [n].
+    """
+    n, dim = len(x), x.shape[1] // n_heads
+    (y,) = _heads_kernel(scales.size < SMALL, turns[0].size < SMALL, x.size < SMALL)(
+        inputs=[x, *turns, scales, _numbers(n_heads, dim, n, int(rotate), int(norm)), _number(eps)],
+        template=[("T", dtype)],
+        grid=(LANES, n * n_heads, 1),
+        threadgroup=(LANES, 1, 1),
+        output_shapes=[(n_heads, n, dim)],
+        output_dtypes=[dtype],
+    )
+    return y
+
+
+@lru_cache(256)
+def _numbers(*numbers: int) -> mx.array:
+    return mx.array(numbers, mx.int32)
+
+
+@cache
+def _number(value: float) -> mx.array:
+    return mx.array([value], mx.float32)
+
+
 def dialect() -> Dialect | None:
     """The language of the GPU that is here; None without one."""
     return {
@@ -250,12 +307,24 @@ def _kernel(kind: str, type_name: str, few: bool, small: bool = True) -> Callabl
     """A compiled kernel. `few`, `small`: its numbers of experts, and of rows, are below SMALL. Names are unique: MLX finds
     compiled code by its name.
     """
-    language, (block, nbytes, text) = dialect(), FORMATS[type_name]
+    block, nbytes, text = FORMATS[type_name]
     sizes = f"#define BLOCK {block}\n#define NBYTES {nbytes}\n"
+    name = f"{kind}_{type_name.lower()}_{'few' if few else 'many'}_{'small' if small else 'large'}"
+    return _made(kind, name, sizes + HELPERS + text)
+
+
+@cache
+def _heads_kernel(*small: bool) -> Callable:
+    """The kernel of `heads`; `small`: which inputs are below SMALL."""
+    return _made("heads", "heads" + "".join("_small" if one else "_large" for one in small))
+
+
+def _made(kind: str, name: str, header: str = "") -> Callable:
+    language = dialect()
     return language.make(
-        name=f"llamacli_{kind}_{type_name.lower()}_{'few' if few else 'many'}_{'small' if small else 'large'}",
+        name=f"llamacli_{name}",
         input_names=INPUTS[kind],
         output_names=["y"],
         source=language.prologue + BODIES[kind],
-        header=language.header + sizes + HELPERS + text,
+        header=language.header + header,
     )

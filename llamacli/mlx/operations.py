@@ -14,6 +14,7 @@ import numpy as np
 from llamacli.cpu.weights import Dense, Layer
 from llamacli.device import Run
 from llamacli.llama4.config import Config
+from llamacli.mlx import kernels
 from llamacli.mlx.matrix import Blocks, Fetched, Wide, add_product, gate_up, gate_up_chosen
 from llamacli.mlx.streaming import Experts, Fetch
 
@@ -38,43 +39,49 @@ class Part(NamedTuple):
 class Operations:
     """Operations over one batch (llama4.layers.Operations). `chosen` collects each layer's Routed.experts."""
 
-    def __init__(self, config: Config, frequencies: np.ndarray, runs: Sequence[Run], experts: Experts | None = None):
+    def __init__(
+        self,
+        config: Config,
+        frequencies: np.ndarray,
+        runs: Sequence[Run],
+        dtype: mx.Dtype,
+        experts: Experts | None = None,
+        own_kernels: bool = False,
+    ):
         """`frequencies`: radians that each pair of a head turns by per position; angles are computed here, in float64.
-        `experts`: those that are fetched.
+        `dtype`: of keys and values. `experts`: those that are fetched. `own_kernels`: whether kernels.py's run here.
         """
-        self._config, self._runs, self._experts = config, runs, experts
+        self._config, self._runs, self._dtype, self._experts, self._own = config, runs, dtype, experts, own_kernels
         self._fetch: Fetch | None = None  # of the layer that is being computed
         self.chosen: dict[int, mx.array] = {}
         self.layer = -1  # the one that is being computed; set by the caller
         positions = np.concatenate([np.arange(run.cache.pos, run.cache.pos + run.n, dtype=np.float64) for run in runs])
-        angles = positions[:, None, None] * frequencies
+        angles = positions[:, None] * frequencies
         self._cos, self._sin = mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))
         scales = np.ones(len(positions))
         if config.temperature_length:
             scales += config.temperature_scale * np.log1p(np.floor((positions + 1) / config.temperature_length))
-        self._temperature = mx.array(scales.astype(np.float32))[:, None, None]
+        self._temperature = mx.array(scales.astype(np.float32))
+        self._plain = mx.ones(len(positions))
 
     def norm(self, x: mx.array, w: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, w, self._config.rms_eps)
 
     def qkv(self, h: mx.array, w: Layer) -> tuple[mx.array, mx.array, mx.array]:
-        heads = (-1, self._config.head_dim)
-        return tuple(m.times(h).reshape(len(h), *heads) for m in (w.attn_q, w.attn_k, w.attn_v))
+        return tuple(m.times(h) for m in (w.attn_q, w.attn_k, w.attn_v))
 
     def attend(self, i: int, q, k, v, *, rotate: bool, norm: bool, temperature: bool, chunk: int) -> mx.array:
-        if rotate:
-            q, k = self._rotated(q), self._rotated(k)
-        if norm:
-            q, k = (mx.fast.rms_norm(a, None, self._config.rms_eps) for a in (q, k))
-        if temperature:
-            q = q * self._temperature
+        c, scales = self._config, self._temperature if temperature else self._plain
+        q = self._heads(q, c.n_heads, rotate, norm, scales)
+        k = self._heads(k, c.n_kv_heads, rotate, norm, self._plain)
+        v = self._heads(v, c.n_kv_heads, False, False, self._plain)
         first, out = 0, []
         for run in self._runs:
             rows = slice(first, first + run.n)
-            keys, values = run.cache.append(i, k[rows].swapaxes(0, 1), v[rows].swapaxes(0, 1))
+            keys, values = run.cache.append(i, k[:, rows], v[:, rows])
             out.append(
                 mx.fast.scaled_dot_product_attention(
-                    q[rows].swapaxes(0, 1)[None].astype(keys.dtype),
+                    q[:, rows][None],
                     keys[None],
                     values[None],
                     scale=self._config.head_dim**-0.5,
@@ -85,11 +92,23 @@ class Operations:
         joined = out[0] if len(out) == 1 else mx.concatenate(out)
         return joined.reshape(first, -1).astype(mx.float32)
 
+    def _heads(self, x: mx.array, n_heads: int, rotate: bool, norm: bool, scales: mx.array) -> mx.array:
+        """Heads as attention takes them, [n_heads, n, head_dim] in the cache's type."""
+        eps = self._config.rms_eps
+        if self._own:
+            turns = self._cos, self._sin
+            return kernels.heads(x, turns, scales, n_heads, eps, self._dtype, rotate=rotate, norm=norm)
+        x = x.reshape(len(x), n_heads, -1)
+        if rotate:
+            x = self._rotated(x)
+        if norm:
+            x = mx.fast.rms_norm(x, None, eps)
+        return (x * scales[:, None, None]).swapaxes(0, 1).astype(self._dtype)
+
     def _rotated(self, x: mx.array) -> mx.array:
         """Neighbouring elements of each head turned as pairs; x [n, n_heads, head_dim]."""
-        a, b = x[..., ::2], x[..., 1::2]
-        turned = mx.stack([a * self._cos - b * self._sin, a * self._sin + b * self._cos], -1)
-        return turned.reshape(x.shape)
+        a, b, cos, sin = x[..., ::2], x[..., 1::2], self._cos[:, None], self._sin[:, None]
+        return mx.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(x.shape)
 
     def add_matmul(self, x: mx.array, h: mx.array, w: Blocks | Wide) -> mx.array:
         return add_product(x, w, h)

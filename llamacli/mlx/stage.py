@@ -133,7 +133,7 @@ class MlxStage:
         lazy = len(x) == 1 and self._heads and not self._experts  # slots may be filled again in the next call
         with runtime.translated(self._path), mx.stream(self._device):
             x = mx.array(x)
-            ops = Operations(self._config, self._frequencies, runs, self._experts)
+            ops = Operations(self._config, self._frequencies, runs, self._dtype, self._experts, self._blocks)
             for i, weights in zip(self.layers, self._layers, strict=True):
                 began = perf_counter()
                 ops.layer = i

@@ -1,6 +1,7 @@
 """The block kernels, compiled as C++, against gguf-py's values: every type, place, expert and number of rows."""
 
 import numpy as np
+import oracle
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
@@ -23,9 +24,9 @@ HEADS |= {"Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K
 @pytest.fixture(autouse=True)
 def as_cpp(monkeypatch):
     monkeypatch.setattr(kernels, "dialect", cpp.dialect)
-    kernels._kernel.cache_clear()
+    cpp.forget(kernels)
     yield
-    kernels._kernel.cache_clear()
+    cpp.forget(kernels)
 
 
 def stored(name, offset, n_cols=N_COLS):
@@ -112,6 +113,24 @@ def test_gate_and_up_are_multiplied_together(experts, tokens, scored):
     g, u = (scores * np.stack([row @ weights[e].T for row, e in zip(x, which, strict=True)]) for _, weights in kinds)
     found = kernels.gated(gate, up, mx.array(experts, mx.int32), mx.array(x), tokens, mx.array(scores) if scored else None)
     assert difference(found, g / (1 + np.exp(-g)) * u) <= 10 * NEAR
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize(("n", "n_heads", "dim"), [(1, 5, 128), (3, 2, 16), (9, 1, 2)])
+def test_heads_are_rotated_normed_and_scaled(n, n_heads, dim, rotate, norm):
+    random = np.random.RandomState(n)
+    x, angles = random.standard_normal((n, n_heads, dim)), random.uniform(0, 6, (n, dim // 2))
+    scales, eps = random.uniform(1, 2, n), 0.05
+    expected = oracle.rotate(x, angles) if rotate else x
+    expected = (oracle.rms_norm(expected, eps) if norm else expected) * scales[:, None, None]
+    given, cos, sin, scale = (
+        mx.array(a.astype(np.float32)) for a in (x.reshape(n, -1), np.cos(angles), np.sin(angles), scales)
+    )
+    for dtype, near in ((mx.float32, NEAR), (mx.float16, 1e-3)):
+        found = kernels.heads(given, (cos, sin), scale, n_heads, eps, dtype, rotate=rotate, norm=norm)
+        assert (found.shape, found.dtype) == ((n_heads, n, dim), dtype)
+        assert difference(found, expected.swapaxes(0, 1)) <= near
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if BY_NAME[name].block <= 32])

@@ -31,13 +31,15 @@ INLINE float half_of(u16 v) { return (float)__builtin_astype(v, half); }
 INLINE float float_of(u32 v) { return __builtin_astype(v, float); }
 float lane_sum(float v);
 float exp_of(float v);
+float root_of(float v);
+typedef half T;
 """
 APPLE = """
 #define device __global
 #define thread __private
 #define constant __constant
 typedef uchar uint8_t; typedef int int32_t; typedef long int64_t;
-namespace metal { float simd_sum(float); float exp(float); }
+namespace metal { float simd_sum(float); float exp(float); float sqrt(float); }
 template <class A, class B> A as_type(B b) { return __builtin_astype(b, A); }
 """
 NVIDIA = """
@@ -52,6 +54,8 @@ __device__ float __half2float(__half);
 __device__ __half __ushort_as_half(unsigned short);
 __device__ float __uint_as_float(unsigned);
 __device__ float expf(float);
+__device__ float sqrtf(float);
+typedef __half T;
 __device__ float __shfl_xor_sync(unsigned, float, int);
 """
 SIGNATURES = {  # what MLX writes for inputs of these names
@@ -62,10 +66,13 @@ SIGNATURES = {  # what MLX writes for inputs of these names
     "device float* y",
     "added": "const device uint8_t* w, const constant int64_t* place, const {experts} int32_t* experts, "
     "const device float* x, const device float* base, device float* y",
+    "heads": "const device float* x, const {experts} float* cosines, const {experts} float* sines, "
+    "const {experts} float* scales, const constant int32_t* sizes, const constant float* eps, device half* y",
     "widen": "const device uint8_t* w, const constant int64_t* place, const {experts} int32_t* experts, device half* y",
 }
 
 
+CASES = [(name, kind) for name in FORMATS for kind in SIGNATURES if kind != "heads"] + [("F32", "heads")]
 OPTIONS = {
     "cl": ["-target", "spir64", "-cl-no-stdinc"],
     "cuda": [
@@ -97,26 +104,23 @@ def as_opencl(name, kind, signature):
     return f"{TYPES}{OPENCL}{sizes(name)}\n__kernel void k({signature}) {{ {positions} {kernels.BODIES[kind]} }}"
 
 
-@pytest.mark.parametrize("kind", SIGNATURES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_every_pointer_has_its_address_space(name, kind):
     assert complaints(as_opencl(name, kind, SIGNATURES[kind]), "cl", "-cl-std=CL1.2") == []
 
 
 @pytest.mark.parametrize("experts", ["constant", "device"])
-@pytest.mark.parametrize("kind", SIGNATURES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_what_metal_is_given_is_read_without_a_complaint(name, kind, experts):
     header = kernels.METAL.replace("#include <metal_stdlib>", "")
     function = f"void k({SIGNATURES[kind].format(experts=experts)}, uint3 thread_position_in_grid)"
     body = f"{{ {kernels.METAL_PROLOGUE} {kernels.BODIES[kind]} }}"
-    text = f"{TYPES}{APPLE}{header}{sizes(name)}\ntemplate <int ROWS, int TOKENS> {function} {body}\n"
+    text = f"{TYPES}{APPLE}{header}{sizes(name)}\ntypedef half T;\ntemplate <int ROWS, int TOKENS> {function} {body}\n"
     text += f"template {function.replace(' k(', ' k<4, 2>(', 1)};"
     assert complaints(text, "cl", "-cl-std=clc++2021") == []
 
 
-@pytest.mark.parametrize("kind", SIGNATURES)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_what_cuda_is_given_is_read_without_a_complaint(name, kind):
     header = kernels.CUDA.replace("#include <cuda_fp16.h>", "")
     signature = (

@@ -46,9 +46,9 @@ def as_cpp(monkeypatch):
     if cpp.COMPILER is None:
         pytest.skip("needs a C++ compiler")
     monkeypatch.setattr(kernels, "dialect", cpp.dialect)
-    kernels._kernel.cache_clear()
+    cpp.forget(kernels)
     yield
-    kernels._kernel.cache_clear()
+    cpp.forget(kernels)
 
 
 SHAPES = {"scout": tiny.SCOUT, "maverick": tiny.MAVERICK, "2 of 6 experts": {"used": 2, "experts": 6}}
