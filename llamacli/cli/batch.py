@@ -30,6 +30,7 @@ from llamacli.errors import (
 
 _KEYS = ("prompt", "messages", "system", "id", "params")
 _LONGEST = 16 << 20  # bytes of a line
+_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # ends of lines to some who read them
 
 
 @dataclass
@@ -277,7 +278,8 @@ class Results:
     def add(self, request: Request, found: dict) -> None:
         """Write one result. A file has it whole, on the disk, or not at all."""
         named = {} if request.id is None else {"id": request.id}
-        text = json.dumps({"line": request.line, **named, **found, "input": request.digest}, ensure_ascii=False)
+        record = {"line": request.line, **named, **found, "input": request.digest}
+        text = json.dumps(record, ensure_ascii=False).translate(_ENDS)
         if self._file is None:
             self._console.result(text)
             return

@@ -56,6 +56,13 @@ def test_words_and_files_come_before_each_line_and_empty_lines_ask_nothing(model
     assert prompts_of(model) == ["u\ntext\n\nwords\n\na", "u\ntext\n\nwords\n\nb"]
 
 
+def test_a_result_is_one_line_whatever_is_said(model, tmp_path, capfd):
+    model.engine.reply = [*"a\n\u2028\x85é".encode(), 257]
+    assert main(["run", "--batch", write(tmp_path / "in", "one")]) == 0
+    out = capfd.readouterr().out
+    assert len(out.splitlines()) == 1 and json.loads(out)["text"] == "a\n\u2028\x85é"
+
+
 def test_a_prompt_that_cannot_be_answered_has_an_error_and_the_others_are_answered(model, tmp_path, capfd):
     assert main(["run", "--batch", write(tmp_path / "in", "one", "x" * 5000, "three")]) == 1
     out, err = capfd.readouterr()
