@@ -10,8 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from fractions import Fraction
-from itertools import combinations
+from decimal import Decimal
 
 from llamacli.errors import UsageError
 
@@ -60,9 +59,10 @@ def schema_text(schema: str | dict | bool) -> str:
         _check(path, part, draft)
         if "multipleOf" in part:
             multiples.add(_multiple(path, part["multipleOf"]))
-    for one, other in combinations(multiples, 2):
-        if math.lcm(one.denominator, other.denominator) ** 2 * one * other > _LARGEST_MULTIPLE:
-            raise _unenforced("$", "multipleOf", f"{float(one):g} beside {float(other):g}, whose common multiple is too large")
+    scale = max((-each.as_tuple().exponent for each in multiples), default=0)
+    if len(multiples) > 1 and math.prod(each.scaleb(max(0, scale)) for each in multiples) > _LARGEST_MULTIPLE:
+        shown = ", ".join(sorted(map(str, multiples)))
+        raise _unenforced("$", "multipleOf", f"of {shown}, whose common multiple is too large")
     return text
 
 
@@ -153,7 +153,7 @@ def _numbers(value) -> Iterator[int | float]:
             yield found
 
 
-def _multiple(path: str, value) -> Fraction:
+def _multiple(path: str, value) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
         raise _unenforced(path, "multipleOf", f"{value!r:.40}, which is no number above 0")
-    return Fraction(repr(value))
+    return Decimal(repr(value)).normalize()

@@ -97,6 +97,10 @@ def test_a_keyword_that_cannot_be_enforced_is_named(grammars, keyword):
         ({"type": "number", "multipleOf": 0}, "found multipleOf 0"),
         ({"type": "number", "multipleOf": 0.07}, "found multipleOf"),
         ({"allOf": [{"multipleOf": 99999}, {"multipleOf": 99998}]}, "found multipleOf .* too large"),
+        (
+            {"allOf": [{"multipleOf": 0.5}, {"anyOf": [{"multipleOf": 0.25}, {"multipleOf": 40001.125}]}]},
+            "found multipleOf .* too large",
+        ),
         ({"prefixItems": [{}], "additionalItems": False}, "found prefixItems"),
         ({"prefixItems": [{"type": "null"}], "$schema": "http://json-schema.org/draft-07/schema#"}, "found prefixItems"),
         ({"items": {}, "additionalItems": False}, "found additionalItems"),
@@ -143,6 +147,22 @@ def test_a_decimal_multiple_is_exact(tokenizer, grammars):
     for seed in range(20):
         found = Fraction(said(tokenizer, constraint, seed)[0])
         assert 0 <= found < 2 and (found * 100).denominator == 1
+
+
+@pytest.mark.parametrize("value", [1e-7, 1.5e10, 123456789.123, -0.0, -2.5, 0, 9007199254740992, -9007199254740992, 1e15])
+def test_a_constant_number_is_itself(tokenizer, grammars, value):
+    for schema in ({"const": value}, {"enum": [value]}, {"type": "number", "minimum": value, "maximum": value}):
+        for seed in range(3):
+            text, whole = said(tokenizer, grammars.constraint(schema), seed)
+            assert not whole or json.loads(text) == value
+
+
+@pytest.mark.parametrize("multiples", [(2, 3), (0.5, 0.2), (4, 6, 10), (0.25, 3)])
+def test_all_multiples_at_once(tokenizer, grammars, multiples):
+    schema = {"type": "number", "minimum": 1, "maximum": 1000, "allOf": [{"multipleOf": each} for each in multiples]}
+    for seed in range(5):
+        found = Fraction(said(tokenizer, grammars.constraint(schema), seed)[0])
+        assert all((found / Fraction(str(each))).denominator == 1 for each in multiples)
 
 
 # grammars and choices
