@@ -72,7 +72,7 @@ def latency(model: str, n: str = "20", seed: str = "0") -> int:
         loaded = time.perf_counter() - began
         after = {
             "load": ([*once, "-n", "1", "hi"], 0.1, loaded),
-            "prompt": ([*once, "-c", "20000", "-f", str(text)], loaded, loaded + 8),
+            "prompt": ([*once, "-c", "40000", "-f", str(text)], loaded, loaded + 8),
             "answer": ([*once, "-n", "5000", "--ignore-eos", "hi"], None, 5),
             "quantize": ([COMMAND, "quantize", model, f"{folder}/out.gguf", "--type", "Q4_K_M", "--force"], 1, 8),
             "imatrix": (
@@ -105,4 +105,5 @@ def latency(model: str, n: str = "20", seed: str = "0") -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, and then by what we start
     sys.exit({"early": early, "latency": latency}[sys.argv[1]](*sys.argv[2:]))

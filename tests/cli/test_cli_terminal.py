@@ -36,7 +36,7 @@ def lines(command, columns=80, rows=50, **environment):
 def test_how_far_the_prompt_is_stands_there_until_the_first_token():
     t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=80)
     t.wait("of 100 tokens", " left")
-    assert re.search(r"reading the prompt, +\d+ of 100 tokens  ━+─+  +\d+ %  0:0\d left$", t.lines[-1]), t.text
+    assert re.search(r"reading the prompt, +\d+ of 100 tokens  ━+─+  +\d+ %  \d+:\d\d left$", t.lines[-1]), t.text
     assert t.ends() == 0
     assert t.lines == ["first line", "second line"]
 
@@ -44,7 +44,7 @@ def test_how_far_the_prompt_is_stands_there_until_the_first_token():
 def test_forty_columns_hold_the_share_and_the_time():
     t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=40)
     t.wait(" left")
-    assert re.search(r"^reading the prompt.* \d+ %  0:0\d left$", t.lines[-1]), t.text
+    assert re.search(r"^reading the prompt.* \d+ %  \d+:\d\d left$", t.lines[-1]), t.text
     assert t.ends() == 0
     assert t.lines == ["first line", "second line"]
 
