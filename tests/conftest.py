@@ -8,6 +8,9 @@ from importlib import import_module
 
 import pytest
 
+# a run in the background of a script inherits an ignored SIGINT and would pass it on to every command under test
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def untouched_surroundings(monkeypatch):
