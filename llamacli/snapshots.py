@@ -98,7 +98,8 @@ class Snapshots:
         self._seed = blake2b(about.encode() + model, digest_size=DIGEST).digest()
 
     def restore(self, cache: Cache, tokens: Sequence[Token]) -> int:
-        """Fill a cache, which holds the first cache.pos of `tokens`, with more of them; returns how many it then holds.
+        """Fill a cache, which holds the first cache.pos of `tokens`, with more of them; returns how many it then holds: fewer
+        than before if a file turns out to be damaged after later ones were read.
 
         The last token is never among them, since its logits are not kept. An interrupt leaves the cache in need of `truncate`,
         as one of `Engine.forward` does.
@@ -113,6 +114,8 @@ class Snapshots:
                 cache.pos = found
                 self._touch(names[: found // self._size])
                 return found
+            before, cache.pos = cache.pos, found
+            cache.truncate(before)  # a ring may hold some of a later chunk now
 
     def keep(self, cache: Cache, tokens: Sequence[Token], end: int) -> None:
         """Write the blocks of tokens[:end], which the cache holds, that the folder does not have. A failure is a notice."""

@@ -321,3 +321,20 @@ def test_what_a_killed_process_left_is_removed_once_it_is_old(engine, tmp_path):
 def test_the_folder_lies_in_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMACLI_CACHE", str(tmp_path))
     assert environment.snapshots_folder() == tmp_path / "snapshots"
+
+
+@pytest.mark.parametrize("held", [BLOCK + 8, CHUNK - 1])
+def test_a_damaged_block_leaves_the_session_with_nothing_wrong(held, engine, tmp_path):
+    """The rings get the later chunk first; then a block of the earlier one, which the session is in, turns out damaged."""
+    prompt = BOOK[: CHUNK + 2 * BLOCK + 5]
+    answer(engine, prompt, snap(engine, tmp_path, exact=False))
+    session = Session(engine, None, 1024, snap(engine, tmp_path, exact=False))
+    session.sync(prompt[:held])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.all")}
+    block = sorted(before, key=before.get, reverse=True)[held // BLOCK]  # the first of them was used last
+    block.write_bytes(b"damaged")
+    found = session.sync(prompt)
+    assert block.stat().st_size > len(b"damaged")  # it was met, and is kept anew
+    right = Session(engine, None, 1024)
+    right.sync(prompt[:held])
+    assert np.allclose(found, right.sync(prompt), rtol=0, atol=1e-2)
