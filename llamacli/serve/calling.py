@@ -14,6 +14,7 @@ from llamacli.serve.fields import Fields, Refusal
 from llamacli.serve.scheduler import Begun
 from llamacli.session import Piece
 from llamacli.text.calls import Call, CallParser
+from llamacli.tools.binding import call_schema
 from llamacli.tools.tool import Tool, check_definition
 
 MOST_TOOLS = 1024
@@ -48,17 +49,8 @@ class Offer(NamedTuple):
 
     def binding(self) -> dict:
         """The keyword for Model.sampler that makes the answer a call, if it must be one."""
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.name}, "parameters": tool.parameters},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-            for tool in self.tools
-            if tool.name in self.must
-        ]
-        return {"schema": calls[0] if len(calls) == 1 else {"anyOf": calls}} if calls else {}
+        named = [tool for tool in self.tools if tool.name in self.must]
+        return {"schema": call_schema(named)} if named else {}
 
 
 def offer(tools: Sequence[Fields], schema: str, choice: tuple[str, str | None], several: bool) -> Offer | None:
