@@ -105,6 +105,8 @@ class Tooling:
                 source = files.from_python(path)
                 stack.callback(source.close)
                 tools += source.tools
+            if aside is contextlib.nullcontext:  # nothing of an answer is drawn that a sign could disturb
+                tools = [_with_sign(tool, console) for tool in tools]
             ask = _asking(console, aside)
             allowed = self._allowed([tool.name for tool in tools], any(tool.run for tool in tools), ask)
 
@@ -150,7 +152,7 @@ def _asking(console: Console, aside):
         if call.name in always:
             return True
         with aside():
-            word = console.question(f"call {shown(call)}? [y]es, [n]o, [a]lways: ").lower()
+            word = console.question(f"call {_whole(call)}? [y]es, [n]o, [a]lways: ").lower()
         if word in ("a", "always"):
             always.add(call.name)
         return word in ("y", "yes", "a", "always")
@@ -158,10 +160,27 @@ def _asking(console: Console, aside):
     return ask
 
 
+def _with_sign(tool, console: Console):
+    """The tool, with a line on a terminal while it runs for long."""
+    if tool.run is None:
+        return tool
+
+    def run(arguments: dict, timeout: float) -> str:
+        with console.waiting(lambda: f"{tool.name} is running ..."):
+            return tool.run(arguments, timeout)
+
+    return dataclasses.replace(tool, run=run)
+
+
 def shown(call: "Call") -> str:
     """A call on one line, fit for a terminal."""
-    arguments = ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in call.arguments.items())
-    return _short(f"{call.name}({arguments})")
+    return _short(_whole(call))
+
+
+def _whole(call: "Call") -> str:
+    """All of a call, on one line: who allows it must see what it says."""
+    arguments = ", ".join(f"{one_line(key)}={json.dumps(value, ensure_ascii=False)}" for key, value in call.arguments.items())
+    return one_line(f"{call.name}({arguments})")
 
 
 def _short(text: str) -> str:

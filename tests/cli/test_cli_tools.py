@@ -162,6 +162,14 @@ def test_at_a_terminal_each_call_is_asked_for(terminal, functions):
     assert t.ends() == 0
 
 
+def test_all_of_a_call_is_shown_before_it_is_allowed(terminal, functions):
+    end = "rm -rf the end"
+    t = terminal("run", "--functions", functions, "x", reply=OSLO.replace("Oslo", "x" * 2000 + end))
+    t.wait("[a]lways:")
+    assert end in t.text.replace("\n", "")
+    t.type("n\n")
+
+
 def test_ctrl_c_ends_a_tool_and_the_program(functions, tmp_path):
     Path(functions).write_text(FUNCTIONS.replace("time.sleep", f"open({str(tmp_path / 'began')!r}, 'w').close(); time.sleep"))
     process = start("run", "--functions", functions, "--allow-tools", "all", "x", reply="[hang()]")
