@@ -6,6 +6,7 @@ command (a shell shows 130 or 143). Everything else is imported late, so that `-
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 
@@ -40,9 +41,8 @@ def enter() -> None:
     from llamacli.cli import signals
 
     try:
-        signals.install()
         _allow_files()
-        code = main()
+        code = main(started=signals.install)  # before, a signal ends the process at once: there is nothing to keep
         if sys.stderr is not None:
             sys.stderr.flush()
         if code not in (INTERRUPTED, TERMINATED):
@@ -65,11 +65,14 @@ def _allow_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run one command. Never raises, never shows a traceback unless LLAMACLI_DEBUG=1."""
+def main(args: list[str] | None = None, started: Callable[[], None] = lambda: None) -> int:
+    """Run one command. Never raises, never shows a traceback unless LLAMACLI_DEBUG=1.
+
+    `started` is called when the command is known and its module imported.
+    """
     try:
         _occupy_standard_streams()
-        return _flushed(_run(args))
+        return _flushed(_run(args, started))
     except KeyboardInterrupt:
         return _quietly(INTERRUPTED)
     except SystemExit as leaving:
@@ -80,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
         return _quietly(_report(error))
 
 
-def _run(args: list[str] | None) -> int:
+def _run(args: list[str] | None, started: Callable[[], None]) -> int:
     import click
 
     args = sys.argv[1:] if args is None else list(args)
@@ -94,7 +97,7 @@ def _run(args: list[str] | None) -> int:
 
         Console().result(f"llamacli {__version__}")
         return 0
-    group = parser()
+    group = parser(started)
     if "_LLAMACLI_COMPLETE" in os.environ:
         group(prog_name="llamacli")  # a shell asks for completions; leaves by SystemExit
     try:
@@ -105,8 +108,8 @@ def _run(args: list[str] | None) -> int:
     return 0
 
 
-def parser():
-    """The click group of all commands; a command's module is imported when it is asked for."""
+def parser(started: Callable[[], None] = lambda: None):
+    """The click group of all commands; a command's module is imported when it is asked for. `started` as for `main`."""
     import click
 
     from llamacli.cli import grammar
@@ -125,7 +128,10 @@ def parser():
                     raise UsageError(f"expected a command, found a text; `llamacli run {args[0]!r}` answers it")
                 near = grammar.meant(args[0], COMMANDS) or f"; commands: {', '.join(COMMANDS)}"
                 raise UsageError(f"expected a command, found {args[0]!r}{near} (see llamacli --help)")
-            return super().resolve_command(ctx, args)
+            found = super().resolve_command(ctx, args)
+            if not ctx.resilient_parsing:
+                started()
+            return found
 
     return Program(
         "llamacli",

@@ -197,12 +197,12 @@ def test_ctrl_c_before_and_after_the_command_is_quiet(place):
     """In the lines around it that are of no command."""
     code = (
         "import os, signal, sys\nfrom llamacli import cli\nfrom llamacli.cli import signals\n"
-        "def interrupt(*_):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 0\n"
-        "install = signals.install\n"
-        "if sys.argv[1] == 'install':\n    signals.install = lambda: (install(), interrupt())\n"
-        "if sys.argv[1] == 'main':\n    cli.main = interrupt\n"
-        "if sys.argv[1] == 'after':\n    cli.main = lambda: 0\n    sys.stderr.flush = interrupt\n"
+        "def interrupt(*_, **__):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 0\n"
+        "install, place = signals.install, sys.argv.pop(1)\n"
+        "if place == 'install':\n    signals.install = lambda: (install(), interrupt())\n"
+        "if place == 'main':\n    cli.main = interrupt\n"
+        "if place == 'after':\n    cli.main = lambda **_: 0\n    sys.stderr.flush = interrupt\n"
         "cli.enter()"
     )
-    done = subprocess.run([sys.executable, "-c", code, place], capture_output=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-c", code, place, "run", "hi"], capture_output=True, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
