@@ -8,6 +8,9 @@ import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from llamacli import Model
+from llamacli.environment import SMALL_MODEL
+
 HERE = Path(__file__).parents[1] / "models" / "scout-tiny"
 COMBINED = {"remembering", "follow-up questions"}  # held out as whole exchanges, not as texts
 
@@ -56,11 +59,39 @@ def test_the_tokenizer_returns_every_byte_and_never_merges_digits():
     assert tokenizer.get_vocab_size() == 2048
 
 
-def test_every_row_is_a_multiple_of_256_and_the_files_fit_in_40_mb():
+def test_every_row_is_a_multiple_of_256_and_the_files_fit_in_42_mb():
     with safe_open(HERE / "hf" / "model.safetensors", "np") as file:
         for name in file.keys():  # noqa: SIM118 - not a mapping
             shape = file.get_slice(name).get_shape()
             rows = shape[-2] if ".experts." in name else shape[-1]  # experts are stored transposed
             assert rows % 256 == 0, name
     blobs = [*HERE.glob("hf/*"), *HERE.glob("*.gguf")]
-    assert sum(blob.stat().st_size for blob in blobs) <= 40e6
+    assert sum(blob.stat().st_size for blob in blobs) <= 42e6
+
+
+def test_it_answers_about_pictures_that_it_never_saw(monkeypatch):
+    """12 of the evaluation's pictures; of all of them sight.json has at least four answers of five right."""
+    monkeypatch.syspath_prepend(str(HERE))
+    import evaluate_tower
+
+    with Model.load(SMALL_MODEL, threads=2, ctx=256, mmproj=True) as model:
+        found = evaluate_tower.evaluate(model, 12)
+    assert found["share"] >= 0.8
+    assert json.loads((HERE / "sight.json").read_text())["share"] >= 0.8
+
+
+@pytest.mark.parametrize("name", ["three-red-squares", "one-blue-circle", "four-green-triangles", "two-black-circles"])
+def test_the_example_pictures_are_what_the_script_draws_and_are_seen(monkeypatch, tmp_path, name):
+    monkeypatch.syspath_prepend(str(HERE))
+    import pictures
+
+    number, colour, shape = name.split("-")
+    picture = HERE / "pictures" / f"{name}.png"
+    monkeypatch.setattr(pictures, "__file__", str(tmp_path / "pictures.py"))
+    pictures.main()
+    assert (tmp_path / "pictures" / f"{name}.png").read_bytes() == picture.read_bytes()
+    with Model.load(SMALL_MODEL, threads=2, ctx=256) as model:
+        for question, answer in ((f"How many {shape.rstrip('s')}s?", number), ("What colour do you see?", colour)):
+            parts = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+            said = "".join(piece.text for piece in model.stream([{"role": "user", "content": parts}], 16, temp=0))
+            assert said == f"I see {answer}."
