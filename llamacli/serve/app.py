@@ -176,6 +176,7 @@ class Server:
 
         def prepare(fields: Fields):
             ask, form = read(fields, self.model, self.name)
+            ask.check()
             return ask, form, [self.model.sampler(**ask.settings_of(i)) for i in range(ask.n * len(ask.prompts))]
 
         ask, form, samplers = await self._read(request, prepare)

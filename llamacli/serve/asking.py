@@ -35,6 +35,15 @@ class Ask:
     n: int = 1
     offer: Offer | None = None
 
+    def check(self) -> None:
+        """Refusal for what contradicts itself."""
+        if self.stop and self.settings.keys() & {"schema", "grammar"}:
+            raise Refusal(
+                "stop: expected none with a format or a call that must be, which end the answer; leave it out",
+                code="invalid_value",
+                param="stop",
+            )
+
     def settings_of(self, choice: int) -> dict:
         """The settings of an answer: with a seed each choice has its own."""
         seed = self.settings.get("seed")
