@@ -37,3 +37,13 @@ def model(monkeypatch):
     monkeypatch.setattr(options, "load_model", lambda path, threads, ctx, console, **more: made)
     monkeypatch.setattr(run, "stdin_is_piped", lambda: False)
     return made
+
+
+@pytest.fixture(scope="session")
+def preloaded():
+    """Starts processes over the miniature model that have imported what they need (fakes.Preloaded)."""
+    from fakes import Preloaded
+
+    server = Preloaded()
+    yield server
+    server.close()

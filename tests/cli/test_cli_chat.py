@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fakes import Preloaded, fake
+from fakes import fake
 from terminal import Terminal
 
 from llamacli.cli.chat.terminal import copying
@@ -28,14 +28,6 @@ TITLE = "Ask something, or /help"
 def piped(text, *args, **how):
     done = subprocess.run(fake("chat", *args, **how), input=text.encode(), capture_output=True, timeout=60)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-@pytest.fixture(scope="module")
-def preloaded():
-    """Imports what a chat needs once for all tests."""
-    server = Preloaded()
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -33,16 +33,16 @@ def lines(command, columns=80, rows=50, **environment):
 # while a prompt is read
 
 
-def test_how_far_the_prompt_is_stands_there_until_the_first_token():
-    t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=80)
+def test_how_far_the_prompt_is_stands_there_until_the_first_token(preloaded):
+    t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=80, start=preloaded.start)
     t.wait("of 100 tokens", " left")
     assert re.search(r"reading the prompt, +\d+ of 100 tokens  ━+─+  +\d+ %  \d+:\d\d left$", t.lines[-1]), t.text
     assert t.ends() == 0
     assert t.lines == ["first line", "second line"]
 
 
-def test_forty_columns_hold_the_share_and_the_time():
-    t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=40)
+def test_forty_columns_hold_the_share_and_the_time(preloaded):
+    t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=40, start=preloaded.start)
     t.wait(" left")
     assert re.search(r"^reading the prompt.* \d+ %  \d+:\d\d left$", t.lines[-1]), t.text
     assert t.ends() == 0
@@ -61,8 +61,8 @@ def test_a_model_that_fetches_experts_says_that_it_reads_them():
     assert t.lines == ["fine"]
 
 
-def test_quiet_waits_without_a_word_and_so_does_a_pipe():
-    quiet = Terminal(fake("run", "-q", "x" * 45, delay="0.04"))
+def test_quiet_waits_without_a_word_and_so_does_a_pipe(preloaded):
+    quiet = Terminal(fake("run", "-q", "x" * 45, delay="0.04"), start=preloaded.start)
     piped = subprocess.run(fake("run", "x" * 45, delay="0.04"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     assert (piped.stdout, piped.stderr) == (b"first line\nsecond line\n", b"")
     assert quiet.ends() == 0
@@ -70,16 +70,16 @@ def test_quiet_waits_without_a_word_and_so_does_a_pipe():
     assert quiet.lines == ["first line", "second line"]
 
 
-def test_a_dumb_terminal_is_told_once_without_an_escape():
-    t = Terminal(fake("run", "x" * 45, delay="0.04"), TERM="dumb")
+def test_a_dumb_terminal_is_told_once_without_an_escape(preloaded):
+    t = Terminal(fake("run", "x" * 45, delay="0.04"), TERM="dumb", start=preloaded.start)
     assert t.ends() == 0
     assert re.fullmatch(r"reading the prompt, +\d+ of 50 tokens.*", t.lines[0])
     assert t.lines[1:] == ["first line", "second line"]
     assert "\x1b" not in t.raw
 
 
-def test_a_long_question_of_a_chat_is_followed_too(tmp_path):
-    t = Terminal(fake("chat", "--no-save", "x" * 95, delay="0.03", reply="fine"))
+def test_a_long_question_of_a_chat_is_followed_too(tmp_path, preloaded):
+    t = Terminal(fake("chat", "--no-save", "x" * 95, delay="0.03", reply="fine"), start=preloaded.start)
     t.wait("of 100 tokens", " left")
     t.wait("\nfine", "Ask something")
     assert "reading the prompt" not in t.text
@@ -104,23 +104,23 @@ def test_a_model_that_is_loaded_says_how_large_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_words_are_whole_at_the_edge_of_a_terminal_and_bytes_in_a_pipe(columns):
+def test_words_are_whole_at_the_edge_of_a_terminal_and_bytes_in_a_pipe(columns, preloaded):
     command = fake("run", "hi", reply=LONG)
-    shown = lines(command, columns)
+    shown = lines(command, columns, start=preloaded.start)
     assert len(shown) > 1 and all(len(line) < columns for line in shown)
     assert " ".join(shown) == LONG
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stdout.decode() == LONG + "\n"
 
 
-def test_an_answer_stands_alone_and_a_cut_one_says_so_unless_quiet():
-    assert lines(fake("run", "hi")) == ["first line", "second line"]
-    assert lines(fake("run", "-n", "5", "hi"))[:1] == ["first"]
-    assert "stopped at the -n limit" in " ".join(lines(fake("run", "-n", "5", "hi")))
-    assert lines(fake("run", "-q", "-n", "5", "hi")) == ["first"]
+def test_an_answer_stands_alone_and_a_cut_one_says_so_unless_quiet(preloaded):
+    assert lines(fake("run", "hi"), start=preloaded.start) == ["first line", "second line"]
+    assert lines(fake("run", "-n", "5", "hi"), start=preloaded.start)[:1] == ["first"]
+    assert "stopped at the -n limit" in " ".join(lines(fake("run", "-n", "5", "hi"), start=preloaded.start))
+    assert lines(fake("run", "-q", "-n", "5", "hi"), start=preloaded.start) == ["first"]
 
 
-def test_an_interrupted_answer_tells_its_speed():
-    t = Terminal(fake("run", "--ignore-eos", "hi", reply="many words " * 40, delay="0.02"))
+def test_an_interrupted_answer_tells_its_speed(preloaded):
+    t = Terminal(fake("run", "--ignore-eos", "hi", reply="many words " * 40, delay="0.02"), start=preloaded.start)
     t.wait("many words many")
     t.type("\x03")
     assert t.ends() == -signal.SIGINT
@@ -204,11 +204,15 @@ def test_cells_of_a_narrow_terminal_break_between_words(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("columns", [40, 80, 200])
-@pytest.mark.parametrize("color", ["auto", "always", "never"])
-def test_titles_are_whole_words_and_numbers_are_never_folded(scout, columns, color):
+@pytest.fixture(scope="module")
+def piped(scout):
+    """What a pipe gets."""
+    return subprocess.run(plan(scout), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("columns, color", [(40, "auto"), (40, "never"), (80, "always"), (200, "auto")])
+def test_titles_are_whole_words_and_numbers_are_never_folded(scout, piped, columns, color):
     """The numbers of a narrow terminal are those of a pipe, and each stands on one line."""
-    piped = subprocess.run(plan(scout), capture_output=True, text=True, check=True).stdout
     numbers = set(re.findall(r"[0-9][0-9,.]*", piped.replace(str(scout), "")))
     shown = lines(plan(scout, "--color", color), columns, 200)
     assert all(len(line) <= columns for line in shown)
