@@ -81,7 +81,7 @@ def read_config(folder: Path) -> HFConfig:
     name = names[0] if isinstance(names, list) and names else None
     if name not in ARCHITECTURES:
         raise CheckpointError(
-            f"{path}: expected architecture {' or '.join(ARCHITECTURES)}, found {str(name)[:60]}; only Llama 4 can be converted"
+            f"{path}: expected architecture {' or '.join(ARCHITECTURES)}, found {name!r:.60}; only Llama 4 can be converted"
         )
     raw = outer.get("text_config", outer) if name == ARCHITECTURES[1] else outer
     if not isinstance(raw, dict):

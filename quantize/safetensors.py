@@ -156,7 +156,7 @@ def _view(path: Path, mapped: mmap.mmap, start: int, name: str, entry) -> Stored
     tensor = f"tensor {name!r:.80}"
 
     def refuse(expected: str, found) -> CheckpointError:
-        return CheckpointError(f"{path}: expected {expected} for {tensor}, found {str(found)[:60]}; download it again")
+        return CheckpointError(f"{path}: expected {expected} for {tensor}, found {found!r:.60}; download it again")
 
     if not isinstance(entry, dict):
         raise refuse("dtype, shape and offsets", type(entry).__name__)

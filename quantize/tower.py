@@ -99,13 +99,13 @@ def _config(folder: Path, raw: dict, n_text: int) -> VisionConfig:
     def count(key: str, default: int) -> int:
         value = raw.get(key, default)
         if type(value) is not int:
-            raise CheckpointError(f"{where}: expected a whole number as {key}, found {str(value)[:40]}; it cannot be converted")
+            raise CheckpointError(f"{where}: expected a whole number as {key}, found {value!r:.40}; it cannot be converted")
         return value
 
     rope = raw.get("rope_parameters") or raw
     theta = rope.get("rope_theta", ROPE_THETA) if isinstance(rope, dict) else None
     if type(theta) not in (int, float) or not 1.0 <= theta <= 1e12:
-        raise CheckpointError(f"{where}: expected a number as rope_theta, found {str(theta)[:40]}; it cannot be converted")
+        raise CheckpointError(f"{where}: expected a number as rope_theta, found {theta!r:.40}; it cannot be converted")
     if raw.get("pixel_shuffle_ratio", 1 / SHUFFLE) != 1 / SHUFFLE:
         raise CheckpointError(
             f"{where}: expected a pixel_shuffle_ratio of {1 / SHUFFLE}, found another; it cannot be converted"

@@ -27,7 +27,7 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
     model = tokenizer.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         found = model.get("type") if isinstance(model, dict) else None
-        raise CheckpointError(f"{path}: expected a BPE tokenizer, found {str(found)[:40]}; this is no Llama 4 tokenizer")
+        raise CheckpointError(f"{path}: expected a BPE tokenizer, found {found!r:.40}; this is no Llama 4 tokenizer")
     if not _nodes(tokenizer, "ByteLevel"):
         raise CheckpointError(f"{path}: expected a byte-level tokenizer, found none of ByteLevel; this is no Llama 4 tokenizer")
     added = tokenizer.get("added_tokens") or []
@@ -68,7 +68,7 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         if type(value) in (int, float) and 0 <= value <= most:  # NaN is not
             fields[f"general.sampling.{field}"] = kind(value)
         else:
-            notices.append(f"generation_config.json: {key} {str(value)[:20]} left out, which is no number from 0 to {most}")
+            notices.append(f"generation_config.json: {key} {value!r:.20} left out, which is no number from 0 to {most}")
     return fields, notices
 
 
@@ -146,7 +146,7 @@ def _tokens(path: Path, vocab: dict, added: list, n_vocab: int) -> tuple[list[st
     def put(text, i, kind: int) -> None:
         if not isinstance(text, str) or type(i) is not int or not 0 <= i < n_vocab:
             raise CheckpointError(
-                f"{path}: expected ids below the vocabulary's {n_vocab}, found {str(i)[:40]} for {str(text)[:40]!r}"
+                f"{path}: expected ids below the vocabulary's {n_vocab}, found {i!r:.40} for {str(text)[:40]!r}"
             )
         if types[i] == NORMAL and kind == NORMAL:
             raise CheckpointError(f"{path}: expected one token for each id, found {i} for {tokens[i][:40]!r} and {text[:40]!r}")

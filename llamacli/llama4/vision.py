@@ -144,7 +144,7 @@ class VisionConfig:
             for key, value in (("image_mean", 0.5), ("image_std", 0.5)):
                 found = gguf.metadata.get(head + key)
                 if found is not None and not (np.shape(found) == (3,) and np.allclose(np.asarray(found, float), value)):
-                    raise UnsupportedModelError(f"{gguf.path}: expected {head}{key} of 0.5, found {str(found)[:40]}")
+                    raise UnsupportedModelError(f"{gguf.path}: expected {head}{key} of 0.5, found {found!r:.40}")
             read.same(head + "projector.scale_factor", SHUFFLE)
         config.check(gguf.path)
         return config

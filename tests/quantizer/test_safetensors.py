@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from checkpoint import stored, write_safetensors
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamacli.errors import CheckpointError
@@ -182,6 +182,7 @@ json_values = st.recursive(
 
 @settings(max_examples=200, deadline=None)
 @given(json_values, json_values, json_values)
+@example("F32", "\n\x1b[2J", None)
 def test_any_entry_opens_or_is_refused(tmp_path_factory, dtype, shape, offsets):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     folder.mkdir(exist_ok=True)
