@@ -132,7 +132,7 @@ def plan(
     model = model._replace(config=dataclasses.replace(model.config, kv_type=kv.value.upper()))
     for notice in model.notices:
         console.note(notice)
-    memories = _memories(memory)
+    memories, disks, bandwidths = _memories(memory), _numbers(disk, "--disk"), _numbers(bandwidth, "--bandwidth")
     asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
     many = {"threads": threads or default_threads()}
     plans, refused = [], None
@@ -152,7 +152,7 @@ def plan(
     if not any(plans):
         raise refused
     share = _gpu_share(model, next(filter(None, plans)).ctx, placement_of(device, gpu_layers), gpu_memory)
-    speeds = _speeds(path, disk, bandwidth, many["threads"])
+    speeds = _speeds(path, disks, bandwidths, many["threads"])
     record = {"ctx_asked": asked} | _record(model, speeds, plans, memories, placement)
     if share:
         record["gpu"] = {f"{name}_bytes": n for name, n in share._asdict().items() if name not in ("layers", "streams")}
@@ -230,13 +230,13 @@ def _memories(text: str | None) -> list[int]:
     return [budget()] if text is None else [byte_count(size, "--memory") for size in _listed(text, "--memory")]
 
 
-def _speeds(path: Path, disk: str | None, bandwidth: str | None, threads: int) -> dict:
+def _speeds(path: Path, disk: list[float] | None, bandwidth: list[float] | None, threads: int) -> dict:
     """{"disk", "bandwidth", "compute": (values in GB/s or Gop/s, where from)}; measured only beside a file that is here."""
     from llamacli.plan.machine import disk_read_speed
 
     found, here = {}, path.is_file()
     if disk:
-        found["disk"] = _numbers(disk, "--disk"), "given"
+        found["disk"] = disk, "given"
     elif here and (measured := disk_read_speed(path)):
         found["disk"] = [measured / 1e9], "measured"
     else:
@@ -245,11 +245,7 @@ def _speeds(path: Path, disk: str | None, bandwidth: str | None, threads: int) -
     if here and not bandwidth:  # a given bandwidth is that of another machine, whose arithmetic is not known either
         read, multiply = _limits(threads)
     found["bandwidth"] = (
-        (_numbers(bandwidth, "--bandwidth"), "given")
-        if bandwidth
-        else ([read], "measured")
-        if read
-        else ([ASSUMED_BANDWIDTH], "assumed")
+        (bandwidth, "given") if bandwidth else ([read], "measured") if read else ([ASSUMED_BANDWIDTH], "assumed")
     )
     found["compute"] = [multiply], "measured" if multiply else "unknown"
     return found
@@ -269,8 +265,10 @@ def _listed(text: str, where: str) -> list[str]:
     return parts
 
 
-def _numbers(text: str, where: str) -> list[float]:
-    """Speeds such as 1,3.5,7."""
+def _numbers(text: str | None, where: str) -> list[float] | None:
+    """Speeds such as 1,3.5,7; None if none are given."""
+    if not text:
+        return None
     try:
         values = [float(part) for part in _listed(text, where)]
     except ValueError:

@@ -156,7 +156,7 @@ def test_types_that_become_half_precision_are_counted_so(tmp_path, capfd, limits
     ],
 )
 def test_what_is_no_number_is_said_in_one_line(folder, capfd, args, words):
-    said = run(capfd, folder(**REAL), *args, code=2)
+    said = run(capfd, folder(**REAL), *args, *(["--memory", "14G"] if "--memory" not in args else []), code=2)
     assert words in said.err
     assert said.err.count("\n") == 1
 
