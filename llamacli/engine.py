@@ -135,7 +135,9 @@ class Engine:
         self._path, self._closed, self._interrupted = gguf.path, False, False
         self._max_batch = buffers.tokens(config, max_batch)
         groups = config.n_experts // max(1, config.n_experts_used) if any(map(config.is_moe, range(config.n_layers))) else 0
-        self._steady = max(buffers.MIN_BATCH, matmul.FEW * groups)  # tokens of a batch from which on its length changes no bit
+        self._steady = max(
+            buffers.MIN_BATCH, matmul.few_tokens(), matmul.FEW * groups
+        )  # tokens of a batch from which on its length changes no bit
         if gpu_layers and config.kv_type != "F16":
             raise UsageError(
                 f"--kv: expected f16 with layers on a GPU, found {config.kv_type.lower()}; leave it out or use --device cpu"
@@ -260,8 +262,8 @@ class Engine:
     def forward_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> np.ndarray:
         """`forward` for several sequences at once, which share the reading of weights: ids[i] after what caches[i] holds.
 
-        Returns the last token's logits of each, float32 [n_sequences, n_vocab]. One token each of fewer than matmul.FEW
-        sequences gives the bits of each alone; of more, products add in the order of a prompt's.
+        Returns the last token's logits of each, float32 [n_sequences, n_vocab]. One token each of fewer sequences than
+        matmul.few_tokens() gives the bits of each alone; of more, products add in the order of a prompt's.
         """
         if len(ids) == 1:
             return self.forward(ids[0], caches[0])[None]

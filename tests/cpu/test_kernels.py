@@ -111,6 +111,14 @@ class TestVariants:
         got, scratch = np.full((n, n_rows), 7, np.float32), matvec_scratch(name, n_cols)
         run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, scratch)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
+        side = dots.side(target)
+        several, scratch = np.full((side, n_rows), 7, np.float32), np.concatenate([matvec_scratch(name, n_cols)] * side)
+        xs, outs = arm.pointers(codes[:side]), arm.pointers(several)
+        run(f["matvecs"], raw, raw.shape[1], n_rows, n_cols, xs, outs, 0, 1, scratch)
+        for t in range(side):
+            single = np.full(n_rows, 7, np.float32)
+            run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[t], single, 1, matvec_scratch(name, n_cols))
+            np.testing.assert_array_equal(several[t], single)
         size = 3 * tiles.panel_bytes(name, target.lanes)
         panels = np.zeros((target.tile_vectors, size), np.uint8)
         got[:] = np.nan

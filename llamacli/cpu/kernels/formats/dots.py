@@ -21,7 +21,7 @@ from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i64, vec
 AHEAD = 4096  # bytes that are prefetched ahead
 CHUNK = 16  # superblocks in each of the two loops: fewer bytes than AHEAD, so that the first loop reads what is prefetched
 SUMS = 4  # accumulators, so that a sum need not wait for the one before
-SYMBOLS = ("dequantize", "matvec", "prepare", "pack", "tile")
+SYMBOLS = ("dequantize", "matvec", "matvecs", "prepare", "pack", "tile")
 
 
 def quantized(name, target):
@@ -29,7 +29,8 @@ def quantized(name, target):
     fmt, module = QUANTIZED[name], ir.Module(name)
     _dequantize(module, target, fmt)
     narrow = target._replace(width=32)
-    _matvec(module, narrow, _multiplied(narrow, fmt))
+    _matvec(module, narrow, _multiplied(narrow, fmt), 0)
+    _matvec(module, narrow, _multiplied(narrow, fmt), side(target))
     fmt = _multiplied(target, fmt)
     tiles.prepare(module, target, fmt)
     tiles.pack(module, target, fmt)
@@ -67,60 +68,83 @@ def reordered_bytes(fmt):
     return 256 + 12 * (256 // fmt.group)
 
 
-def _matvec(module, target, fmt):
+def side(target):
+    """Tokens that matvecs takes side by side: as many as have registers for all their sums."""
+    return 4 if target.width == 64 else 2
+
+
+def _matvec(module, target, fmt, tokens):
     """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, reordered): out[r] = row r . x for int8 activations x; n_cols a
     multiple of the block. reordered: scratch of `reordered_bytes` for each superblock, 64-byte aligned.
+
+    With `tokens`, matvecs(w, row_bytes, n_rows, n_cols, xs, outs, offset, acc, reordered): xs and outs are the addresses of so
+    many rows, of which outs' begin at `offset` bytes; reordered is scratch for all. Each token's sums are those of matvec.
     """
-    s = Simd(module, target, "matvec", 8)
-    w0, row_bytes, n_rows, n_cols, x, out, acc, reordered = s.args
+    each = range(tokens or 1)
+    s = Simd(module, target, "matvecs" if tokens else "matvec", 9 if tokens else 8)
+    w0, row_bytes, n_rows, n_cols = s.args[:4]
+    acc, reordered = s.args[-2:]
     supers, span, size = s.b.lshr(n_cols, i64(8)), formats.span(fmt), reordered_bytes(fmt)
     groups = 256 // fmt.group
     scale_at, sum_at, factor_at = (256 + 4 * groups * k for k in range(3))
     is_signed = hasattr(fmt, "signed")
     keep = s.b.icmp_signed("!=", acc, i64(0))
-    _reorder_activations(s, fmt, supers, x, reordered, size)
+    xs, outs = [s.args[4]], [s.args[5]]
+    if tokens:
+        xs = [s.load(i64, s.args[4], 8 * t) for t in each]
+        outs = [s.add(s.load(i64, s.args[5], 8 * t), s.args[6]) for t in each]
+    scratch = [s.add(reordered, s.mul(s.mul(supers, size), t)) for t in each]
+    for x, at in zip(xs, scratch, strict=True):
+        _reorder_activations(s, fmt, supers, x, at, size)
 
     def row(r, _):
         start = s.add(w0, s.mul(row_bytes, r))
 
         def factors(k, lows):
-            w, xs = s.add(start, s.mul(k, span)), s.add(reordered, s.mul(k, size))
+            w, lows = s.add(start, s.mul(k, span)), list(lows)
             scale, least = fmt.scales(s, w, 8)
-            s.store(s.b.fmul(scale, s.load(vec(f32, groups), xs, scale_at)), xs, factor_at)
-            if fmt.offset == 0:
-                return lows
-            return [s.fma(scale if least is None else least, s.load(vec(f32, groups), xs, sum_at), lows[0])]
+            for t in each:
+                at = s.add(scratch[t], s.mul(k, size))
+                s.store(s.b.fmul(scale, s.load(vec(f32, groups), at, scale_at)), at, factor_at)
+                if fmt.offset != 0:
+                    lows[t] = s.fma(scale if least is None else least, s.load(vec(f32, groups), at, sum_at), lows[t])
+            return lows
 
         def products(k, values):
-            w, xs, values = s.add(start, s.mul(k, span)), s.add(reordered, s.mul(k, size)), list(values)
+            w, values = s.add(start, s.mul(k, span)), list(values)
+            ats = [s.add(scratch[t], s.mul(k, size)) for t in each]
             s.prefetch(w, AHEAD, span)
             shared = {}  # registers of the same groups
             for n, (at, codes) in enumerate(zip(formats.registers(s, fmt), formats.codes(s, fmt, w), strict=True)):
-                shared.setdefault(at, []).append((codes, s.load(vec(i8, s.width), xs, n * s.width)))
+                shared.setdefault(at, []).append((codes, n * s.width))
             for n, (at, both) in enumerate(shared.items()):
-                dots = s.products(*zip(*both, strict=True), fmt.largest, is_signed)
-                factor = _spread(s, xs, factor_at, at)
-                values[n % SUMS] = s.fma(s.to_float(dots), factor, values[n % SUMS])
+                codes, places = zip(*both, strict=True)
+                for t in each:
+                    dots = s.products(codes, [s.load(vec(i8, s.width), ats[t], p) for p in places], fmt.largest, is_signed)
+                    factor, sum_of = _spread(s, ats[t], factor_at, at), t * SUMS + n % SUMS
+                    values[sum_of] = s.fma(s.to_float(dots), factor, values[sum_of])
             return values
 
         def chunk(c, values):
-            first = s.mul(c, CHUNK)
+            first, n = s.mul(c, CHUNK), len(each)
             last = s.add(first, CHUNK)
             last = s.b.select(s.b.icmp_signed("<", last, supers), last, supers)
-            lows = s.loop(last, values[:1], factors, first)
-            return [*lows, *s.loop(last, values[1:], products, first)]
+            lows = s.loop(last, values[:n], factors, first)
+            return [*lows, *s.loop(last, values[n:], products, first)]
 
         chunks = s.b.lshr(s.add(supers, CHUNK - 1), i64(CHUNK.bit_length() - 1))
-        low, *values = s.loop(chunks, [s.zeros(f32, groups), *[s.zeros()] * SUMS], chunk)
-        while len(values) > 1:
-            values = [s.b.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-        value = s.sum(values[0])
-        if fmt.offset != 0:
-            value = s.b.fsub(value, s.sum(low))
-        if fmt.block == 32:
-            (value,) = formats.odd_blocks(s, fmt, [start], supers, n_cols, x, [value])
-        at = s.add(out, s.mul(r, 4))
-        s.store(s.b.fadd(value, s.b.select(keep, s.load(f32, at), f32(0.0))), at)
+        found = s.loop(chunks, [s.zeros(f32, groups)] * len(each) + [s.zeros()] * (SUMS * len(each)), chunk)
+        for t in each:
+            low, values = found[t], found[len(each) + SUMS * t : len(each) + SUMS * (t + 1)]
+            while len(values) > 1:
+                values = [s.b.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+            value = s.sum(values[0])
+            if fmt.offset != 0:
+                value = s.b.fsub(value, s.sum(low))
+            if fmt.block == 32:
+                (value,) = formats.odd_blocks(s, fmt, [start], supers, n_cols, xs[t], [value])
+            at = s.add(outs[t], s.mul(r, 4))
+            s.store(s.b.fadd(value, s.b.select(keep, s.load(f32, at), f32(0.0))), at)
         return []
 
     s.loop(n_rows, [], row)

@@ -1,9 +1,10 @@
 """Matrix products of one activation matrix with one weight matrix or with one matrix per expert, in any tensor type.
 
 `Matrix` says where rows of weights are and which microkernels read them. `matmul` is the driver: threads take ranges of rows
-as they become free, and do them for all tokens. Few tokens go through `matvec`, which reads the weights once at memory speed;
-more go through panels: some rows are unpacked once (`prepare`) and multiplied with all tokens of the group (`tile`). From
-FEW pairs a group on, on average, all groups take panels: then a token's result does not depend on what else is in the batch.
+as they become free, and do them for all tokens. One token goes through `matvec`, which reads the weights once at memory speed,
+and a few through `matvecs`, which unpacks them for some at a time. More go through panels: some rows are unpacked once
+(`prepare`) and multiplied with all tokens of the group (`tile`). From FEW pairs a group on, on average, all groups take panels:
+then a token's result does not depend on what else is in the batch.
 
 Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and
 pair j is token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1
@@ -44,10 +45,11 @@ SMALL = 4  # small items of work for each thread
 
 
 class Microkernels(NamedTuple):
-    """Addresses of one tensor type's microkernels; prepare and pack are 0 for float types."""
+    """Addresses of one tensor type's microkernels; matvecs, prepare and pack are 0 for float types."""
 
     dequantize: int
     matvec: int
+    matvecs: int
     prepare: int
     pack: int
     tile: int
@@ -68,7 +70,7 @@ def microkernels(type_name: str) -> Microkernels:
         if type_name in formats.FLOATS:
             found = load(type_name, lambda target: floats.floats(type_name, target), floats.SYMBOLS)
             found = Microkernels(
-                found["dequantize"], found["matvec"], 0, 0, found["tile"], 0, FLOAT_BLOCK, floats.TOKENS, 0, 0, False
+                found["dequantize"], found["matvec"], 0, 0, 0, found["tile"], 0, FLOAT_BLOCK, floats.TOKENS, 0, 0, False
             )
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
@@ -79,6 +81,12 @@ def microkernels(type_name: str) -> Microkernels:
             )
         _loaded[type_name] = found
     return _loaded[type_name]
+
+
+def few_tokens() -> int:
+    """Tokens of a group from which on panels pay, for block formats. On ARM they pay early: a tile multiplies matrices."""
+    target = chosen_target()
+    return FEW if target.neon else 4 * dots.side(target) + 1
 
 
 class Matrix(NamedTuple):
@@ -146,6 +154,9 @@ class MatmulArguments(NamedTuple):
     x_div: Count
     out_div: Count
     matvec: Microkernel
+    matvecs: OptionalMicrokernel
+    side: Count  # tokens that matvecs takes
+    few: Count  # tokens of a group from which on panels pay
     prepare: OptionalMicrokernel
     pack: OptionalMicrokernel
     tile: OptionalMicrokernel
@@ -215,6 +226,9 @@ def arguments(
         x_div=x_div,
         out_div=out_div,
         matvec=f.matvec,
+        matvecs=f.matvecs,
+        side=dots.side(chosen_target()),
+        few=few_tokens() if f.matvecs else FEW,
         prepare=f.prepare,
         pack=f.pack,
         tile=f.tile,
@@ -304,15 +318,20 @@ def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, p
 
 @device_function
 def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
-    """Rows from `row` on times `count` tokens, one after the other. For several tokens, as many rows at a time as the second-
-    level cache holds, so that they are read from memory once.
+    """Rows from `row` on times `count` tokens, `side` at a time, then one by one. For several tokens, as many rows at a time as
+    the second-level cache holds, so that they are read from memory once.
     """
     xs_list, outs_list = pointer(xs, int64), pointer(outs, int64)
     step = row_end - row if count == 1 else max(1, ROWS_SHARE // a.row_bytes // a.unit) * a.unit
     for first in range(row, row_end, step):
         at, rows = base + first * a.row_bytes, min(step, row_end - first)
-        for j in range(count):
+        j = int64(0)
+        while a.matvecs != 0 and j + a.side <= count:
+            call(a.matvecs, (at, a.row_bytes, rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * first, a.add, panels))
+            j += a.side
+        while j < count:
             call(a.matvec, (at, a.row_bytes, rows, a.n_cols, xs_list[j], outs_list[j] + 4 * first, a.add, panels))
+            j += 1
 
 
 @kernel(MatmulArguments)
@@ -342,7 +361,7 @@ def matmul(a, thread, threads):
         count = table[group + 1] - table[group]
         if count == 0:
             continue
-        tiled = a.tile != 0 and not alone and (count >= FEW or table[a.n_groups] >= FEW * a.n_groups)
+        tiled = a.tile != 0 and not alone and (count >= a.few or table[a.n_groups] >= max(a.few, FEW * a.n_groups))
         n_tiles = (count + tile_tokens - 1) // tile_tokens
         padded = n_tiles * tile_tokens
         blocks = (padded + TOKENS - 1) // TOKENS
