@@ -134,10 +134,10 @@ class Engine:
         self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
         self._max_batch = buffers.tokens(config, max_batch)
-        groups = config.n_experts // max(1, config.n_experts_used) if any(map(config.is_moe, range(config.n_layers))) else 0
-        self._steady = max(
-            buffers.MIN_BATCH, matmul.few_tokens(), matmul.FEW * groups
-        )  # tokens of a batch from which on its length changes no bit
+        # tokens of a batch from which on its length changes no bit: all products take panels
+        mixture = any(map(config.is_moe, range(config.n_layers)))
+        all_groups = -(-matmul.FEW * config.n_experts // max(1, config.n_experts_used)) if mixture else 0
+        self._steady = max(buffers.MIN_BATCH, matmul.few_tokens(), all_groups)
         if gpu_layers and config.kv_type != "F16":
             raise UsageError(
                 f"--kv: expected f16 with layers on a GPU, found {config.kv_type.lower()}; leave it out or use --device cpu"
@@ -150,7 +150,7 @@ class Engine:
             routed = [i for i in range(config.n_layers) if config.is_moe(i)]
             own = dict(zip(routed, slots_per_layer(slots, len(routed)), strict=True)) if slots and routed and not on_cpu else {}
             self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers), slots=own))
-        self._fetches = slots > 0 and any(map(config.is_moe, range(config.n_layers)))
+        self._fetches = slots > 0 and mixture
         self._lock = threading.RLock()
         _engines.add(self)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.

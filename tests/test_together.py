@@ -5,6 +5,7 @@ import pytest
 import tiny
 from fakes import BOS, HEADER, FakeEngine, FakeTokenizer, Greedy
 
+from llamacli.cpu.kernels.ops import matmul
 from llamacli.engine import Engine
 from llamacli.errors import ContextFullError
 from llamacli.files.gguf import open_gguf
@@ -86,13 +87,18 @@ def sequences(engine, count):
     return texts, caches
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_single_tokens_of_few_sequences_give_the_bytes_of_each_alone(engine, count):
-    _, caches = sequences(engine, count)
-    _, alone = sequences(engine, count)
-    for step in range(20):
-        together = engine.forward_each([[step + n] for n in range(count)], caches)
-        assert np.array_equal(together, [engine.forward([step + n], cache) for n, cache in enumerate(alone)])
+@pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}], ids=["scout", "maverick", "two experts"])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "Q4_0 in slots"])
+def test_single_tokens_of_sequences_give_the_bytes_of_each_alone(kind, shape, tmp_path):
+    """As many as share the unpacking of rows, whatever experts they choose."""
+    kind, _, slots = kind.partition(" ")
+    gguf = open_gguf(tiny.tiny_gguf(tmp_path / "m.gguf", types=lambda name: kind, heads=8, **SIZES | shape))
+    engine, most = Engine(gguf, Config.from_gguf(gguf), 2, slots=10 if slots else 0), matmul.few_tokens() - 1
+    (_, caches), (_, alone) = sequences(engine, most), sequences(engine, most)
+    for count in [*range(2, most + 1), *[most] * 3]:
+        ids = [[count * 7 + n] for n in range(count)]
+        together = engine.forward_each(ids, caches[:count])
+        assert np.array_equal(together, [engine.forward(some, cache) for some, cache in zip(ids, alone, strict=False)])
 
 
 @pytest.mark.parametrize("lengths", [(1,) * 8, (1, 3, 1, 40), (70, 1, 20), (100, 100)])

@@ -4,7 +4,7 @@
 as they become free, and do them for all tokens. One token goes through `matvec`, which reads the weights once at memory speed,
 and a few through `matvecs`, which unpacks them for some at a time. More go through panels: some rows are unpacked once
 (`prepare`) and multiplied with all tokens of the group (`tile`). From FEW pairs a group on, on average, all groups take panels:
-then a token's result does not depend on what else is in the batch.
+then a token's result does not depend on what else is in the batch. Nor does it while there are fewer tokens than `few_tokens`.
 
 Pairs and groups. Work is a list of pairs, ordered by group; group g uses matrix g. For a dense product there is one group and
 pair j is token j. For routed experts a pair is (token, choice), numbered token * n_choices + choice; `x_div` and `out_div` (1
@@ -352,6 +352,7 @@ def matmul(a, thread, threads):
     whole = max(0, high - low - a.ragged * tile_rows) // tile_rows * tile_rows
     row_blocks, block_rows = _blocks_of(whole, a.block_rows, tile_rows, sharing)
     alone = pointer(a.alone, int64)[0] != 0
+    least = max(a.few * max(a.x_div, a.out_div), FEW * a.n_groups)  # pairs from which on all groups take panels
     first_group, end_group = int64(0), a.n_groups
     if a.window != 0:
         first_group, end_group = pointer(a.window, int64)[0], pointer(a.window, int64)[1]
@@ -361,7 +362,7 @@ def matmul(a, thread, threads):
         count = table[group + 1] - table[group]
         if count == 0:
             continue
-        tiled = a.tile != 0 and not alone and (count >= a.few or table[a.n_groups] >= max(a.few, FEW * a.n_groups))
+        tiled = a.tile != 0 and not alone and (count >= a.few or table[a.n_groups] >= least)
         n_tiles = (count + tile_tokens - 1) // tile_tokens
         padded = n_tiles * tile_tokens
         blocks = (padded + TOKENS - 1) // TOKENS
