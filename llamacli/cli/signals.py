@@ -32,7 +32,6 @@ class _State:
     survived = False  # whether the command went on after that one
     survives = False  # the command goes on after a first Ctrl-C
     unhurried = False  # the command may take its time to end
-    hurried = False  # there is nothing to keep: the first signal ends the process
     engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
     last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
 
@@ -113,9 +112,11 @@ def obeyed() -> None:
 
 @contextmanager
 def at_once():
-    """While inside, the first signal ends the process.
+    """While inside, the system itself ends the process on the first signal. No last words are said.
 
-    The compiler calls back into Python where an exception cannot travel on: it would be printed, and the interrupt lost.
+    A library that is called here may hold the interpreter's lock for a third of a second, in which no thread of ours hears
+    anything. The compiler calls back into Python where an exception cannot travel on: it would be printed, and the interrupt
+    lost.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -123,12 +124,10 @@ def at_once():
     before = {number: signal.getsignal(number) for number in _NUMBERS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: _end(number))
-    _State.hurried = True
+            signal.signal(number, signal.SIG_DFL)
     try:
         yield
     finally:
-        _State.hurried = False
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -149,7 +148,7 @@ def _watch(reader: int) -> None:
         number = data[0]
         if number not in _NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
             continue
-        if _State.hurried or (_State.obeying is not None and _State.obeying <= seen) or (deaf and _State.answers == seen):
+        if (_State.obeying is not None and _State.obeying <= seen) or (deaf and _State.answers == seen):
             _end(number)
         if deaf:
             seen, deaf = _State.answers, False
