@@ -1,22 +1,24 @@
 """`run --batch FILE`: several prompts, a line each, answered in order; a run that was killed goes on where it stopped.
 
-In: JSON lines, each a text or an object with `prompt` or `messages`, and if wanted `system`, `id` and `params` (of a template).
-Out: a JSON line for each, in the same order: `line` (its number), `id`, `text`, `finish_reason` and `usage`, or `error`; and
-`input`, a hash of the line that was asked. A result is written with one call, so that a file ends in a whole line, or in one
-that was cut and is answered anew. A file is checked before the first answer; lines from a pipe are answered as they come.
+In: JSON lines, each a text or an object with `prompt` or `messages`, and if wanted `images` (before the prompt), `system`, `id`
+and `params` (of a template). Out: a JSON line for each, in the same order: `line` (its number), `id`, `text`, `finish_reason`,
+`usage` and, of what was seen, `images`; or `error`; and `input`, a hash of the line that was asked. A result is written with
+one call, so that a file ends in a whole line, or in one that was cut and is answered anew. A file is checked before the first
+answer, but for the pictures that it names; lines from a pipe are answered as they come.
 """
 
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llamacli.cli.binding import check_whole
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console
+from llamacli.cli.images import Sights
 from llamacli.cli.inputs import decoded, stdin_lines
 from llamacli.errors import (
     ContextFullError,
@@ -24,11 +26,12 @@ from llamacli.errors import (
     LlamacliError,
     MemoryLimitError,
     OutputError,
+    PictureError,
     PromptError,
     UsageError,
 )
 
-_KEYS = ("prompt", "messages", "system", "id", "params")
+_KEYS = ("prompt", "messages", "images", "system", "id", "params")
 _LONGEST = 16 << 20  # bytes of a line
 _ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # ends of lines to some who read them
 
@@ -44,16 +47,27 @@ class Request:
     system: str | None = None
     id: object = None
     params: dict[str, str] | None = None
+    images: Sequence[str] = ()  # before the prompt
+
+    @property
+    def pictured(self) -> bool:
+        """Whether it names pictures."""
+        return bool(self.images) or any(isinstance(message["content"], list) for message in self.messages or ())
 
 
-def answer_all(name: str, out: Path | None, prompts, options, extract: bool, console: Console, parallel: int = 1) -> None:
-    """Answer each line of a batch that has no answer yet, `parallel` at a time. LlamacliError at the end if some failed."""
-    total = 0
+def answer_all(
+    name: str, out: Path | None, prompts, pictures: Sequence, options, extract: bool, console: Console, parallel: int = 1
+) -> None:
+    """Answer each line of a batch that has no answer yet, `parallel` at a time. LlamacliError at the end if some failed.
+
+    `pictures`, read already, come before each prompt.
+    """
+    total, pictured = 0, bool(pictures)
     if name != "-" and not os.path.exists(name):
         raise PromptError(f"{name}: expected a file of JSON lines, found none; check the path")
     if os.path.isfile(name):  # a pipe can be read but once
         for request in _requests(name):
-            total += 1
+            total, pictured = total + 1, pictured or request.pictured
             _messages(request, prompts, name)
     elif parallel > 1:
         raise UsageError(f"--parallel: expected a file of prompts, found {name}, whose lines are answered as they come")
@@ -65,7 +79,10 @@ def answer_all(name: str, out: Path | None, prompts, options, extract: bool, con
             if crew is None:
                 if n:
                     console.note(f"{out}: {n} answers are there; going on with line {request.line}")
-                crew = Crew(options.load(console, parallel), prompts, options, extract, console, parallel)
+                model = options.load(console, parallel, pictured or request.pictured)
+                folder = Path(name).parent if total else Path()
+                sights = Sights(model, pictures, folder, options.image_tiles, console)
+                crew = Crew(model, prompts, sights, options, extract, console, parallel)
             crew.begin(request, _messages(request, prompts, name))
             for done, found in crew.finished():
                 results.add(done, found)
@@ -83,10 +100,11 @@ def answer_all(name: str, out: Path | None, prompts, options, extract: bool, con
 class Crew:
     """Sessions that answer side by side; what they found comes out in the order in which they were asked."""
 
-    def __init__(self, model, prompts, options, extract: bool, console: Console, width: int):
+    def __init__(self, model, prompts, sights, options, extract: bool, console: Console, width: int):
         from llamacli.together import Answers
 
-        self._model, self._prompts, self._options, self._extract, self._console = model, prompts, options, extract, console
+        self._model, self._prompts, self._sights = model, prompts, sights
+        self._options, self._extract, self._console = options, extract, console
         self._answers, self._free = Answers(), [options.session(model, exact=True) for _ in range(width)]
         self._asked: dict[int, _Asked] = {}  # by the number of their lines
         self.failed = 0
@@ -97,8 +115,11 @@ class Crew:
 
         asked = self._asked[request.line] = _Asked(request, self._free[-1])
         try:
-            ids = self._prompts.ids(self._model, messages)
-        except (ContextFullError, PromptError) as error:
+            before = () if request.messages is not None else self._sights.before(request.images)
+            messages, within = self._sights.within(messages)
+            asked.views = (*before, *within)
+            ids = self._prompts.ids(self._model, messages, before)
+        except (ContextFullError, PictureError, PromptError) as error:
             asked.found = {"error": str(error)}
             return
         asked.sampler = self._options.sampler(self._model, self._console)
@@ -143,6 +164,7 @@ class _Asked:
     sampler: object = None
     text: str = ""
     found: dict | None = None
+    views: Sequence = ()
 
     def whole(self, reason: str, extract: bool) -> dict:
         """The result of an answer that ended."""
@@ -150,6 +172,8 @@ class _Asked:
         stats = self.session.stats
         usage = {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens}
         found = {"text": text, "finish_reason": reason, "usage": usage}
+        if self.views:
+            found["images"] = [view.record for view in self.views]
         try:
             check_whole(self.sampler, reason)
         except CutAnswerError as error:
@@ -190,28 +214,48 @@ def _request(where: str, number: int, digest: str, found) -> Request:
     if unknown := next((key for key in found if key not in _KEYS), None):
         raise PromptError(f"{where}: expected {', '.join(_KEYS)}, found {unknown!r:.40}")
     prompt, messages, params = found.get("prompt"), found.get("messages"), found.get("params", {})
+    images = found.get("images", [])
     if (prompt is None) == (messages is None):
         raise PromptError(f"{where}: expected either prompt or messages, found {'none' if prompt is None else 'both'}")
     if not isinstance(prompt, str | None) or not isinstance(found.get("system"), str | None):
         raise PromptError(f"{where}: expected prompt and system to be texts, found something else")
     if messages is not None and (not isinstance(messages, list) or not all(map(_is_message, messages)) or not messages):
-        raise PromptError(f"{where}: expected messages to be a list of objects with role and content, found something else")
-    if messages is not None and not {"system", "params"}.isdisjoint(found):
-        raise PromptError(f"{where}: expected messages without system and params, found one of them; put it into the messages")
+        raise PromptError(
+            f"{where}: expected messages to be a list of objects with role and content, a text or parts of text and image, "
+            f"found something else"
+        )
+    if messages is not None and not {"images", "system", "params"}.isdisjoint(found):
+        raise PromptError(
+            f"{where}: expected messages without images, system and params, found one of them; put it into the messages"
+        )
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise PromptError(f"{where}: expected images to be a list of paths and data: URLs, found something else")
     if not isinstance(params, dict) or not all(isinstance(value, str) for value in params.values()):
         raise PromptError(f"{where}: expected params to be an object of texts, found something else")
-    return Request(number, digest, prompt, messages, found.get("system"), found.get("id"), params)
+    return Request(number, digest, prompt, messages, found.get("system"), found.get("id"), params, images)
 
 
 def _is_message(found) -> bool:
-    return isinstance(found, dict) and found.keys() == {"role", "content"} and all(isinstance(v, str) for v in found.values())
+    if not isinstance(found, dict) or found.keys() != {"role", "content"} or not isinstance(found["role"], str):
+        return False
+    content = found["content"]
+    return isinstance(content, str) or (isinstance(content, list) and bool(content) and all(map(_is_part, content)))
+
+
+def _is_part(found) -> bool:
+    from llamacli.text.template import picture_of  # late: it loads what help does without
+
+    if not isinstance(found, dict) or found.get("type") not in ("text", "image", "image_url"):
+        return False
+    said = found.get("text") if found["type"] == "text" else picture_of(found)
+    return isinstance(said, str) and (found["type"] == "text" or said != "")
 
 
 def _messages(request: Request, prompts, name: str) -> list[dict]:
     try:
         if request.messages is not None:
             return prompts.of_messages(request.messages)
-        return prompts.messages(request.prompt, request.system, request.params)
+        return prompts.messages(request.prompt, request.system, request.params, bool(request.images))
     except UsageError as error:
         raise UsageError(f"{name}, line {request.line}: {error}") from None
 

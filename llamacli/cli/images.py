@@ -5,12 +5,15 @@ In: names of files, bytes of stdin. Out: pictures, views (vision/sight.py), cont
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llamacli.cli import signals
 from llamacli.cli.console import Console, amount, count
 from llamacli.cli.inputs import may_be_picture, read_stdin_bytes
 from llamacli.cli.progress import Meter
+from llamacli.errors import PictureError
 
 MOST_BYTES = 64 << 20  # of a picture on stdin
 
@@ -26,6 +29,22 @@ def read_pictures(names: Sequence[str], console: Console) -> list["Picture"]:
     from llamacli.vision.pictures import read_picture
 
     return [read_picture(read_stdin_bytes(console), "stdin") if name == "-" else read_picture(name) for name in names]
+
+
+def listed_picture(source: str, folder: Path) -> "Picture":
+    """A picture that a file of prompts names: a `data:` URL, or a path, from the file's `folder` on if it is relative.
+
+    PictureError for what is no plain file: whoever wrote the prompts must not make the program wait for a pipe or a device.
+    """
+    from llamacli.vision.pictures import read_picture, shown
+
+    if source.startswith(("data:", "http:", "https:")):
+        return read_picture(source)
+    path = folder / source
+    with suppress(OSError, ValueError):  # no path at all: read_picture says so
+        if path.exists() and not path.is_file():
+            raise PictureError(f"{shown(source)}: expected a picture, found no plain file; name one")
+    return read_picture(path, shown(source))
 
 
 def picture_in(data: bytes) -> "Picture | None":
@@ -67,6 +86,39 @@ def look(model, pictures: Sequence["Picture"], most_tiles: int | None, console: 
         took = f", {time.monotonic() - began:.1f} s" if console.verbose else ""
         console.note(describe(views[-1]) + took)
     return views
+
+
+class Sights:
+    """What the model sees of a batch's pictures: those before each prompt, and those that a line names."""
+
+    def __init__(self, model, pictures: Sequence["Picture"], folder: Path, most_tiles: int | None, console: Console):
+        """`pictures` come before each prompt. `folder`: where relative paths of lines begin."""
+        self._model, self._folder, self._most_tiles = model, folder, most_tiles
+        self._before = look(model, pictures, most_tiles, console)
+
+    def before(self, sources: Sequence[str]) -> list["View"]:
+        """What comes before a prompt, which names these pictures. PictureError names the one that cannot be seen."""
+        return [*self._before, *map(self._look, sources)]
+
+    def within(self, messages: Sequence[dict]) -> tuple[list[dict], list["View"]]:
+        """Messages with what is seen in the place of each picture; and all that is seen, in order."""
+        from llamacli.text.template import picture_of
+
+        views: list[View] = []
+
+        def part(found: dict) -> dict:
+            if (source := picture_of(found)) is None:
+                return found
+            views.append(self._look(source))
+            return {"type": "image", "image": views[-1]}
+
+        contents = [m["content"] if isinstance(m["content"], str) else [*map(part, m["content"])] for m in messages]
+        return [{**m, "content": found} for m, found in zip(messages, contents, strict=True)], views
+
+    def _look(self, source: str) -> "View":
+        picture = listed_picture(source, self._folder)
+        signals.interrupts(self._model.sight)
+        return self._model.sight.look(picture, self._most_tiles)
 
 
 def content(views: Sequence["View"], text: str) -> str | list[dict]:

@@ -352,10 +352,10 @@ class Generation(Sampling, Keeping):
         """Bytes of text that surely fill the context."""
         return (self.ctx or DEFAULT_CTX) * MOST_BYTES
 
-    def load(self, console: Console, sessions: int = 1):
+    def load(self, console: Console, sessions: int = 1, pictured: bool = False):
         """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.
 
-        `sessions`: as for Model.load.
+        `sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names one.
         """
         from llamacli.bench.routing_log import RoutingLog, check_new
 
@@ -373,7 +373,7 @@ class Generation(Sampling, Keeping):
             kv=self.kv.value,
             sessions=sessions,
             **placement(self.device, self.gpu_layers),
-            mmproj=self.mmproj or bool(self.image),
+            mmproj=self.mmproj or pictured or bool(self.image),
         )
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)

@@ -36,14 +36,20 @@ class Prompts:
         if self.raw and self.template and self.template.system:
             raise UsageError(f"--raw and {self.template.path} exclude each other: the template has a system prompt")
 
-    def messages(self, prompt: str = "", system: str | None = None, params: Mapping[str, str] | None = None) -> list[dict]:
-        """The messages of one question. UsageError if there is nothing to ask."""
+    def messages(
+        self,
+        prompt: str = "",
+        system: str | None = None,
+        params: Mapping[str, str] | None = None,
+        pictured: bool = False,
+    ) -> list[dict]:
+        """The messages of one question; `pictured`: it has pictures of its own. UsageError if there is nothing to ask."""
         text = joined(self.text, prompt)
         if self.template:
             text, its_system = self.template.fill(text, {**self.params, **(params or {})})
         elif params:
             raise UsageError("params: expected --template with them, which has the places; add it or leave them out")
-        elif not text and not self.pictured:
+        elif not text and not (self.pictured or pictured):
             raise UsageError(
                 "no prompt: give one as an argument, with -f FILE or through a pipe; `llamacli chat` starts a conversation"
             )
@@ -54,8 +60,10 @@ class Prompts:
 
     def of_messages(self, messages: list[dict]) -> list[dict]:
         """Messages that a line of a batch has as they are; the options' system prompt comes before them if they have none."""
-        if self.text or self.template or self.raw:
-            raise UsageError("messages: expected no other text, template or --raw beside them, found one; leave it out")
+        if self.text or self.template or self.raw or self.pictured:
+            raise UsageError(
+                "messages: expected no other text, picture, template or --raw beside them, found one; leave it out"
+            )
         has_system = any(message["role"] == "system" for message in messages)
         return messages if has_system else [*self._system(self.system), *messages]
 
@@ -73,7 +81,7 @@ class Prompts:
         """
         from llamacli.session import check_length  # late: it imports NumPy, and help does not
 
-        size = sum(len(message["content"].encode("utf-8", "replace")) for message in messages)
+        size = sum(len(text.encode("utf-8", "replace")) for message in messages for text in _texts(message["content"]))
         check_length(size // model.tokenizer.most_bytes, model.ctx, " or more")
         if not self.raw:
             return model.prompt_ids(self.seen(messages, views))
@@ -83,3 +91,7 @@ class Prompts:
         from llamacli.prompt import tokens
 
         return tokens([ids[:1], *(part for view in views for part in view.segments), ids[1:]])
+
+
+def _texts(content: str | list[dict]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]

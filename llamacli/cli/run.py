@@ -147,17 +147,14 @@ def run(
     if batch is not None:
         if logprobs is not None:
             raise UsageError("--batch and --logprobs exclude each other; leave one of them out")
-        if pictures:
-            raise UsageError("--batch and pictures exclude each other; leave one of them out")
-        answer_all(batch, out and Path(out), prompts, options, extract, console, parallel or 1)
+        answer_all(batch, out and Path(out), prompts, pictures, options, extract, console, parallel or 1)
         return
     if out is not None:
         _check_new(Path(out))
     messages = prompts.messages()
-    options.image = [picture.name for picture in pictures]
     with tooling.box(console) as box:
         began = time.perf_counter()
-        model = options.load(console)
+        model = options.load(console, pictured=bool(pictures))
         load_s = time.perf_counter() - began
         views = look(model, pictures, options.image_tiles, console)
         ids = prompts.ids(model, messages, views)

@@ -108,10 +108,10 @@ def pictures(messages: Sequence) -> list:
     """
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return [found for part in parts if (found := _picture(part)) is not None]
+    return [found for part in parts if (found := picture_of(part)) is not None]
 
 
-def _picture(part):
+def picture_of(part):
     """What a part names as its picture; None if it is no picture."""
     if not isinstance(part, dict):
         return None
@@ -170,7 +170,7 @@ def _checked(number: int, message) -> dict:
         raise PromptError(f"message {number}: expected a string or list of parts as content, found {type(content).__name__}")
     for part in content:
         text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        if not text and _picture(part) is None:
+        if not text and picture_of(part) is None:
             raise PromptError(f"message {number}: expected parts of type text or image, found {repr(part)[:80]}")
     return {**message, "content": [None if part["type"] != "text" else part["text"] for part in content]}
 

@@ -1,7 +1,9 @@
 """Pictures on the command line: run --image, a picture on stdin, pictures in a chat. With a small random tower."""
 
+import base64
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -191,3 +193,90 @@ def test_a_line_of_a_question_stands_for_a_picture(photo):
     made(photo, 8)
     with pytest.raises(PictureError, match="found another"):
         read_again(*seen[0])
+
+
+# batches
+
+
+def batch(capfd, model, lines, *args, code=0, folder):
+    """The results of a batch that lies in a folder."""
+    (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["run", "-m", model, "--temp", "0", "-n", "6", "--batch", str(folder / "in.jsonl"), *map(str, args)]
+    assert main(command) == code
+    out, err = capfd.readouterr()
+    return [json.loads(line) for line in out.splitlines()], err
+
+
+def shown(*sources, text="What is it?"):
+    parts = [{"type": "image", "image": source} for source in sources]
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
+
+
+def test_lines_of_a_batch_name_pictures_beside_the_file_or_hold_them(model, photo, tmp_path, capfd):
+    """Relative paths begin at the batch's folder, not where the program was started."""
+    inside = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
+    url = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": inside}}]}]}
+    lines = [
+        *({"prompt": "What is it?", "images": [name]} for name in ("my photo.png", str(photo), inside)),
+        *(shown(name) for name in ("my photo.png", str(photo), inside)),
+        *({"prompt": "What is it?"}, url),
+    ]
+    found, _ = batch(capfd, model, lines, folder=tmp_path)
+    alone = answer(capfd, model, "--image", photo, "What is it?")
+    assert [r["text"] for r in found[:6]] == [alone["text"]] * 6
+    assert [r["usage"]["prompt_tokens"] for r in found[:6]] == [alone["usage"]["prompt_tokens"]] * 6
+    assert [len(r.get("images", ())) for r in found] == [1] * 6 + [0, 1]
+    assert found[0]["images"] == [alone["images"][0] | {"name": "my photo.png"}]
+    four, _ = batch(capfd, model, lines, "--parallel", "3", folder=tmp_path)
+    assert [r["usage"] for r in four] == [r["usage"] for r in found]
+
+
+def test_pictures_of_the_command_line_come_before_each_prompt_of_a_batch(model, photo, tmp_path, capfd):
+    other = made(tmp_path / "other.png", 9)
+    found, _ = batch(capfd, model, ["a", {"prompt": "b", "images": ["other.png"]}], "--image", photo, folder=tmp_path)
+    assert [[image["name"] for image in r["images"]] for r in found] == [[str(photo)], [str(photo), "other.png"]]
+    both = answer(capfd, model, "--image", photo, "--image", other, "b")
+    assert found[1]["text"] == both["text"]
+    _, err = batch(capfd, model, [shown("other.png")], "--image", photo, code=2, folder=tmp_path)
+    assert "line 1: messages: expected no other text, picture" in err
+
+
+def test_a_picture_that_cannot_be_seen_is_its_lines_error(model, photo, tmp_path, capfd):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:300])
+    names = ["missing.png", "pipe.png", "cut.png", "/dev/zero", ".", "https://example.org/x.png", "-", "data:,x", "a\0b"]
+    lines = [shown(name) if i % 2 else {"prompt": "a", "images": [name]} for i, name in enumerate(names)]
+    found, err = batch(capfd, model, [*lines, shown("my photo.png")], code=1, folder=tmp_path)
+    words = ["No such file", "no plain file", "damaged", "no plain file", "no plain file", "download it", "No such file"]
+    for r, expected in zip(found, [*words, "found another format", "a?b"], strict=False):
+        assert expected in r["error"]
+        assert "\n" not in r["error"]
+    assert "text" in found[-1]
+    assert "9 that failed" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"prompt": "a", "images": "x.png"}, "images to be a list"),
+        ({"prompt": "a", "images": [5]}, "images to be a list"),
+        ({"images": ["x.png"]}, "either prompt or messages"),
+        (shown("x.png") | {"images": ["x.png"]}, "put it into the messages"),
+        (shown(5), "parts of text and image"),
+        (shown(""), "parts of text and image"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]}, "parts of text and image"),
+        ({"messages": [{"role": "user", "content": []}]}, "parts of text and image"),
+    ],
+)
+def test_what_is_no_picture_of_a_line_is_named_before_the_first_answer(model, tmp_path, capfd, line, words):
+    found, err = batch(capfd, model, ["a", line], code=1, folder=tmp_path)
+    assert found == []
+    assert f"line 2: expected {words}" in err or ("line 2" in err and words in err)
+
+
+def test_pictures_of_lines_from_a_pipe_begin_at_the_working_folder(model, photo, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = json.dumps({"prompt": "", "images": [photo.name]}).encode() + b"\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line)))
+    assert main(["run", "-m", model, "-n", "3", "--batch", "-"]) == 0
+    assert json.loads(capfd.readouterr().out)["images"][0]["name"] == photo.name
