@@ -23,12 +23,13 @@ from llamacli.serve.calling import calls
 from llamacli.serve.fields import Fields, Refusal, read_json
 from llamacli.serve.guard import LOCAL, Guard
 from llamacli.serve.metrics import Metrics
+from llamacli.serve.page import page
 from llamacli.serve.refusals import refusal_of
 from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Scheduler
 from llamacli.serve.stream import KEEP_ALIVE, Answering, EventStream, unless_left
 
 DRAINED = 3.0  # seconds for a client to send the rest of a body that is too large, so that it then reads the answer
-OPEN = ("/health", "/v1/health")  # no key is asked for
+OPEN = ("/", "/health", "/v1/health")  # no key is asked for
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Server:
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
     def _routes(self):
+        yield "GET", "/", self._page
         yield "GET", "/health", self._health
         yield "GET", "/v1/health", self._health
         yield "GET", "/metrics", self._metrics
@@ -204,6 +206,9 @@ class Server:
             yield choice, event
 
     # the small ones
+
+    async def _page(self, request: Request) -> Response:
+        return page()
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
