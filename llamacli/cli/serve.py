@@ -135,9 +135,8 @@ def serve(
     listener = Listener(server.app, bound)
     try:
         console.result(listener.url)
-        console.note(
-            f"{server.name}, {parallel} answers at a time, {found.ctx} tokens each; open it in a browser to chat; the API is at {listener.url}/v1"
-        )
+        console.note(f"{server.name}, {parallel} answers at a time, {found.ctx} tokens each")
+        console.note(f"a browser chats at {listener.url}, programs at {listener.url}/v1")
         listener.wait()
     finally:
         with signals.unhurried():
