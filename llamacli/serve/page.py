@@ -1,6 +1,6 @@
 """The page to chat with: page.html, with headers that let it do what it does and nothing else.
 
-Out: a response. The policy names the page's own script and style by their hashes (W3C, Content Security Policy Level 3): nothing
+Out: a response. The policy names the page's own script and style by their hashes (W3C, Content Security Policy 3): nothing
 else runs or is loaded, whatever a model says, and the page talks to this server alone.
 """
 
