@@ -12,6 +12,7 @@ from serving import serving
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 CALL = '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}'
 HI = [{"role": "user", "content": "Hi"}]
+LONG = "You are an assistant that is asked to write code. " * 2  # what two prompts share is then kept in whatever place is free
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_requests_as_codex_sends_them(gpt, says, server):
     }
     asked = {
         "model": "x",
-        "instructions": "You are Codex.",
+        "instructions": LONG,
         "tools": [tool, {"type": "web_search"}, {"type": "image_generation"}, {"type": "namespace", "name": "n"}],
         "tool_choice": "auto",
         "parallel_tool_calls": False,
@@ -241,7 +242,7 @@ def test_requests_as_claude_code_sends_them(claude, says, server):
     asked = {
         "model": "claude-x",
         "max_tokens": 500,
-        "system": [{"type": "text", "text": "You are Claude Code.", "cache_control": {"type": "ephemeral"}}],
+        "system": [{"type": "text", "text": LONG, "cache_control": {"type": "ephemeral"}}],
         "tools": [tool, {"type": "web_search_20250305", "name": "web_search"}],
         "metadata": {"user_id": "u"},
         "thinking": {"type": "adaptive"},
