@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from installed import needed
 
 from llamacli.cli import COMMANDS
 
@@ -93,3 +94,11 @@ def test_an_installed_wheel_converts_a_checkpoint_without_any_extra(installed):
     assert done.returncode == 0, done.stderr
     done = installed("-m", "llamacli", "run", "-m", "small.gguf", *ASK)
     assert b"Paris" in done.stdout, done.stderr
+
+
+def test_tests_are_not_skipped_for_want_of_what_dev_installs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy", None)  # as if it were not installed
+    with pytest.raises(ImportError):
+        needed("numpy")
+    with pytest.raises(pytest.skip.Exception):
+        needed("no_such_package")

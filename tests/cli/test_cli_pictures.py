@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_tower
+from PIL import Image
 
 from llamacli import PictureError
 from llamacli.cli import main
 from llamacli.cli.chat.pictures import content, dropped, paths_in, read_again, reference
 from llamacli.environment import SMALL_MODEL
 from llamacli.vision.pictures import read_picture
-
-Image = pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+from installed import needed
 
 from llamacli import Model
 from llamacli.cli import main
@@ -43,7 +44,7 @@ def absent(monkeypatch):
 
 
 def too_old(monkeypatch):
-    pytest.importorskip("mlx.core")
+    needed("mlx.core")
     import mlx.core as mx
 
     monkeypatch.setattr(mx, "__version__", "0.31.9")
@@ -102,7 +103,7 @@ def test_mlx_is_not_imported_unless_it_is_asked_for(small, monkeypatch):
 
 
 def test_without_a_gpu_mlx_computes_on_the_cpu_and_says_so(small):
-    pytest.importorskip("mlx.core")
+    needed("mlx.core")
     with Model.load(small, threads=1, ctx=16, device="mlx") as model, Model.load(small, threads=1, ctx=16) as plain:
         assert model.engine.gpu_layers == 4
         assert any("no GPU" in notice and "slower than --device cpu" in notice for notice in model.engine.notices)
@@ -113,7 +114,7 @@ def test_without_a_gpu_mlx_computes_on_the_cpu_and_says_so(small):
 @pytest.mark.parametrize(("asked", "wired"), [(None, []), ("40", [40 * 10**9]), ("500", [72 << 30]), ("much", []), ("-1", [])])
 def test_a_mac_tells_its_budget_and_wires_nothing_unless_asked(asked, wired, monkeypatch):
     """What Metal would say is played here; the keys are those of MLX's documentation."""
-    mx = pytest.importorskip("mlx.core")
+    mx = needed("mlx.core")
     calls, told = [], {"device_name": "Apple M4 Max", "memory_size": 96 << 30, "max_buffer_length": 54 << 30}
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda device: told | {"max_recommended_working_set_size": 72 << 30})
@@ -173,7 +174,7 @@ def test_what_the_gpu_holds_is_not_planned_for_the_cpu_again(small, monkeypatch)
 
 
 def test_layers_of_the_cpu_may_stream_beside_layers_on_mlx(small):
-    pytest.importorskip("mlx.core")
+    needed("mlx.core")
     with Model.load(small, threads=1, ctx=32, device="mlx", gpu_layers=1, experts="slots") as model:
         found = model.logits([1, 2, 3, 4, 5])
         assert model.engine.take_io_stats().misses > 0
@@ -218,7 +219,7 @@ def test_a_model_beyond_the_memory_streams_on_the_gpu(small, monkeypatch):
     ],
 )
 def test_errors_of_the_gpu_are_one_line_of_ours_and_the_cache_stays_sound(found, kind, small, monkeypatch):
-    mx = pytest.importorskip("mlx.core")
+    mx = needed("mlx.core")
     with Model.load(small, threads=1, ctx=32, device="mlx") as model:
         cache = model.engine.new_cache(32)
         model.engine.forward([1, 2, 3], cache)

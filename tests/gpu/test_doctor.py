@@ -5,15 +5,16 @@ import sys
 
 import pytest
 import tiny
+from installed import needed
 
-pytest.importorskip("mlx.core")
+needed("mlx.core")
 
-import cpp
+import cpp  # noqa: E402
 
-from llamacli.bench import doctor
-from llamacli.cli import main
-from llamacli.mlx import runtime
-from quantize.encoders import encoder
+from llamacli.bench import doctor  # noqa: E402
+from llamacli.cli import main  # noqa: E402
+from llamacli.mlx import runtime  # noqa: E402
+from quantize.encoders import encoder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

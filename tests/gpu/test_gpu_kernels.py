@@ -5,9 +5,10 @@ import oracle
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from installed import needed
 
-mx = pytest.importorskip("mlx.core")
-cpp = pytest.importorskip("cpp")
+mx = needed("mlx.core")
+import cpp  # noqa: E402
 
 from llamacli.files.ggml import BY_NAME  # noqa: E402
 from llamacli.mlx import kernels  # noqa: E402

@@ -6,9 +6,10 @@ very text that Metal is given is read, in the function that MLX writes around it
 """
 
 import pytest
+from clang import cindex
+from installed import needed
 
-cindex = pytest.importorskip("clang.cindex", reason="needs libclang")
-pytest.importorskip("mlx.core")
+needed("mlx.core")
 
 from llamacli.mlx import kernels  # noqa: E402
 from llamacli.mlx.blocks import FORMATS, HELPERS  # noqa: E402

@@ -5,8 +5,9 @@ import mmap
 import numpy as np
 import pytest
 import tiny
+from installed import needed
 
-mx = pytest.importorskip("mlx.core")
+mx = needed("mlx.core")
 
 from llamacli.files.gguf import open_gguf  # noqa: E402
 from llamacli.mlx import memory  # noqa: E402

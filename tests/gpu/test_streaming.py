@@ -4,8 +4,9 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from installed import needed
 
-mx = pytest.importorskip("mlx.core")
+mx = needed("mlx.core")
 
 import cpp  # noqa: E402
 

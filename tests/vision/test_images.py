@@ -20,7 +20,6 @@ from llamacli.vision.sight import Marks, segments
 from llamacli.vision.tiles import Tiles, cut, layout
 from llamacli.vision.tower import Tower
 
-pytest.importorskip("PIL")
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
 import make_images  # noqa: E402

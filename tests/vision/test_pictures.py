@@ -8,11 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
-Image = pytest.importorskip("PIL.Image")
-
-from llamacli.errors import PictureError  # noqa: E402
-from llamacli.vision.pictures import looks_like_picture, read_picture  # noqa: E402
+from llamacli.errors import PictureError
+from llamacli.vision.pictures import looks_like_picture, read_picture
 
 
 def encoded(image, kind="PNG", **more):

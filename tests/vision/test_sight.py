@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny_tower
+from PIL import Image
 
 from llamacli import Model, ModelFileError, PictureError, PromptError, UsageError
 from llamacli.environment import SMALL_MODEL
@@ -14,7 +15,6 @@ from llamacli.prompt import FeatureRow
 from llamacli.vision.sight import Sight, describe, expected_tokens, find_tower
 from llamacli.vision.tower import Tower
 
-Image = pytest.importorskip("PIL.Image")
 SHAPE = {"n_text": 256, "image_size": 56, "n_layers": 3, "seed": 3}
 
 
