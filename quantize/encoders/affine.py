@@ -10,6 +10,7 @@ from llvmlite import ir
 from llamacli.cpu.kernels.jit.simd import f32, i64
 from quantize.encoders.levels import LANES, ROUND, splat
 from quantize.encoders.parts import (
+    CLOSED,
     EXACT,
     HALVES,
     SHIFT,
@@ -110,7 +111,13 @@ def affine(s, fmt, room):
         found = Line(scale, s.fmax(minus, zero), mean_level, curve)
         pinned = b.fcmp_ordered(">=", low, most)  # the minimum is 0 and stays it
         level, curve = b.select(pinned, zero, b.fneg(low)), b.select(pinned, sxx, spread)
-        _affine_superblock(s, fmt, room, found, Line(span, s.fmax(b.fneg(b.fadd(low, mean)), zero), level, curve), sw, sxx)
+        whole = Line(span, s.fmax(b.fneg(b.fadd(low, mean)), zero), level, curve)
+
+        def least(scale):
+            """No codes that go from the lowest weight up in steps of `scale` leave a smaller error than this."""
+            return b.fadd(solve(inverse_of(s, scale), low)[2], spread)
+
+        _affine_superblock(s, fmt, room, found, whole, least, sw, sxx)
 
 
 def _affine_halves(s, fmt, room, scale, minus, low, high, sw, sxx):
@@ -147,7 +154,7 @@ class Line(NamedTuple):
     curve: ir.Value  # sum of w (level - mean)^2
 
 
-def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
+def _affine_superblock(s, fmt, room, found, whole_span, least, sw, sxx):
     b, most = s.b, float(fmt.INTEGERS.high)
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: over_block(s, v, b.fadd, per_block)
@@ -209,9 +216,15 @@ def _affine_superblock(s, fmt, room, found, whole_span, sw, sxx):
         inverse = inverse_of(s, scale)
         level, curve = b.fmul(whole_span.level, inverse), b.fmul(whole_span.curve, b.fmul(inverse, inverse))
         line = Line(scale, whole_span.minus, level, curve)
-        return [b.select(exact, new, old) for new, old in zip(descend(line, 1, 2 * HALVES, best), best, strict=True)]
+        promising = b.and_(exact, b.fcmp_ordered("<", total(least(scale)), b.fadd(best[4], rounding)))
+
+        def attempt(_, best):
+            return [b.select(exact, new, old) for new, old in zip(descend(line, 1, 2 * HALVES, best), best, strict=True)]
+
+        return s.loop(any_of(s, promising, 1), best, attempt)
 
     everything, most_level = total(sxx), fmt.LEVELS.high
+    rounding = b.fmul(everything, splat(s, CLOSED))
     best = descend(found, fmt.REFITS, HALVES, [zero, zero, zero, zero, everything])
     exact = b.fcmp_ordered("<", best[4], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, m, sc, mc, _ = s.loop(any_of(s, exact, min(most_level, SPANS)), best, exactly)

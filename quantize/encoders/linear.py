@@ -6,6 +6,7 @@ In: groups lane by lane (search.py). Out: what `pack` reads.
 from llamacli.cpu.kernels.jit.simd import f32
 from quantize.encoders.levels import LANES, splat
 from quantize.encoders.parts import (
+    CLOSED,
     EXACT,
     HALVES,
     SLIGHT,
@@ -71,7 +72,12 @@ def linear(s, fmt, room):
         _linear_halves(s, fmt, room, scale, furthest, sxx)
     else:
         one_sided = b.or_(b.fcmp_ordered(">", low, zero), b.fcmp_ordered("<", high, zero))
-        _linear_superblock(s, fmt, room, scale, sl2, furthest, one_sided, sxx)
+
+        def least(inverse):
+            """No scale leaves a smaller error than this with the levels that this inverse chooses."""
+            return b.fadd(solve(inverse)[1], sxx)
+
+        _linear_superblock(s, fmt, room, scale, sl2, furthest, least, one_sided, sxx)
 
 
 def _linear_halves(s, fmt, room, scale, furthest, sxx):
@@ -90,7 +96,7 @@ def _linear_halves(s, fmt, room, scale, furthest, sxx):
     finish(s, room, d, zero, d, zero, zero, zero)
 
 
-def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
+def _linear_superblock(s, fmt, room, scale, sl2, reach, least, one_sided, sxx):
     b, integers = s.b, fmt.INTEGERS
     per_block = fmt.BLOCK // fmt.GROUP
     total = lambda v: over_block(s, v, b.fadd, per_block)
@@ -127,10 +133,16 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, one_sided, sxx):
         """The furthest weight at level low + i."""
         scale = b.fdiv(reach, grid_at(s, i, fmt.LEVELS.low, 1.0))
         inverse = inverse_of(s, scale)
-        found = descend(scale, b.fmul(sxx, b.fmul(inverse, inverse)), 1, 2 * HALVES, best)
-        return [b.select(exact, new, old) for new, old in zip(found, best, strict=True)]
+        promising = b.and_(exact, b.fcmp_ordered("<", total(least(inverse)), b.fadd(best[2], rounding)))
+
+        def attempt(_, best):
+            found = descend(scale, b.fmul(sxx, b.fmul(inverse, inverse)), 1, 2 * HALVES, best)
+            return [b.select(exact, new, old) for new, old in zip(found, best, strict=True)]
+
+        return s.loop(any_of(s, promising, 1), best, attempt)
 
     everything = total(sxx)
+    rounding = b.fmul(everything, splat(s, CLOSED))
     best = descend(scale, sl2, fmt.REFITS, HALVES, [zero, zero, everything])
     exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, sc, _ = s.loop(any_of(s, exact, min(-fmt.LEVELS.low, SPANS)), best, exactly)

@@ -17,6 +17,7 @@ SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
 SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
 TIE = 2e-7  # of the error taken off: less is rounding
 EXACT = 0.1  # the same share: ten times closer than usual, where the half floats' rounding is what is left
+CLOSED = 5e-7  # of the energy: how far the closed form of the error may be off by rounding
 SPANS = 16  # of levels, tried where the fit is all but exact
 HALVES = 12  # half floats to begin a superblock from
 HALF_MAX, HALF_MIN = 65504.0, 2.0**-24
