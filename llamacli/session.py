@@ -114,20 +114,22 @@ class Session:
 
         What the cache shares with it from the start is kept. ContextFullError if it has more than `ctx` tokens.
         """
-        ids = tokens(prompt)
-        if not ids:
-            raise PromptError("the prompt is empty: expected at least one token")
-        check_length(len(ids), self.ctx)
-        common = next(
-            (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
-        )
-        self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
+        ids = self._keep_common(prompt)
         if self.snapshots:
             return self._sync_kept(ids)
         if self.exact:
             return self._sync_exactly(ids)
         self.stats.cached_tokens = len(self.ids)
         return self._evaluate(ids[len(self.ids) :])
+
+    def recall(self, prompt: Sequence) -> int:
+        """Before the first part of a prompt is evaluated: hold what the cache shares with all of it, and what snapshots keep of
+        it. Returns how many tokens that is; the last one is never among them.
+        """
+        ids = self._keep_common(prompt)
+        if self.snapshots and not self.snapshots.exact:
+            self._restore(ids)
+        return len(self.ids)
 
     def fork(self) -> "Session":
         """Another session that holds the same, and goes on by itself."""
@@ -257,19 +259,35 @@ class Session:
         end = next((i for i, id in enumerate(found) if id in self.tokenizer.stop_ids), len(found))
         return found[:end]
 
+    def _keep_common(self, prompt: Sequence) -> list[Token]:
+        """Forget what a prompt does not begin with; returns its tokens."""
+        ids = tokens(prompt)
+        if not ids:
+            raise PromptError("the prompt is empty: expected at least one token")
+        check_length(len(ids), self.ctx)
+        common = next(
+            (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
+        )
+        self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
+        return ids
+
+    def _restore(self, ids: list[Token]) -> None:
+        """Read what snapshots keep of `ids` beyond what is held."""
+        self._touched = max(self._touched, len(ids))  # reading writes to the cache, and may be interrupted
+        restored = self.snapshots.restore(self.cache, ids)
+        self.ids, self._touched = ids[:restored], restored
+        self._pictures = any(type(t) is not int for t in self.ids)
+
     def _sync_kept(self, ids: list[Token]) -> np.ndarray:
         """The rest of `sync` with snapshots: read what is kept of `ids`, evaluate the others, keep those."""
         exact = self.snapshots.exact
         if exact:
             self._rewind(0)
-        self._touched = max(self._touched, len(ids))  # reading writes to the cache, and may be interrupted
-        restored = self.snapshots.restore(self.cache, ids)
-        self.ids, self._touched = ids[:restored], restored
-        self._pictures = any(type(t) is not int for t in self.ids)
-        self.stats.cached_tokens = restored
+        self._restore(ids)
+        self.stats.cached_tokens = len(self.ids)
         try:
             if exact:
-                self._evaluate_until(self.engine.batch_of(restored).stop, ids)
+                self._evaluate_until(self.engine.batch_of(len(self.ids)).stop, ids)
             edge = self.snapshots.last_edge(len(ids))
             if edge > len(self.ids):  # beyond it, chunked layers hold nothing of what comes before
                 self._evaluate_until(edge, ids)
@@ -356,8 +374,29 @@ class Pending(NamedTuple):
     ids: list[Token]
 
 
-def evaluate_together(pending: Sequence[Pending]) -> np.ndarray:
-    """Evaluate what some sessions of one engine are waiting for; the last token's logits of each, float32 [n, n_vocab]."""
+def evaluate_together(pending: Sequence[Pending]) -> Sequence[np.ndarray | Exception]:
+    """Evaluate what some sessions of one engine are waiting for; the last token's logits of each, float32 [n_vocab].
+
+    If that fails, each is evaluated alone, and an error stands in the place of what it concerns.
+    """
+    held = [len(session.ids) for session, _ in pending]
+    try:
+        return _evaluate_each(pending) if pending else []
+    except Exception as error:
+        if len(pending) == 1:
+            return [error]
+    return [_evaluate_alone(session, n, ids) for n, (session, ids) in zip(held, pending, strict=True)]
+
+
+def _evaluate_alone(session: Session, held: int, ids: list[Token]) -> np.ndarray | Exception:
+    """What `ids` after the first `held` tokens give, or why not; some may have been evaluated by a call that broke off."""
+    try:
+        return session._evaluate(session._rewind(held) + ids)
+    except Exception as error:
+        return error
+
+
+def _evaluate_each(pending: Sequence[Pending]) -> np.ndarray:
     claimed = [session._claim(ids) for session, ids in pending]
     try:
         return pending[0].session.engine.forward_each(claimed, [session.cache for session, _ in pending])

@@ -7,7 +7,8 @@ the loops side by side.
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from llamacli.errors import LlamacliError
+import numpy as np
+
 from llamacli.session import Pending, Piece, Session, evaluate_together
 
 WIDTH = 8  # sessions that answer at a time
@@ -26,7 +27,7 @@ class Request(NamedTuple):
 class Answers:
     """Answers under way, each under a number of its caller's choice. Their pieces come with these numbers.
 
-    An error of llamacli ends the answer that it concerns, and comes in a piece's place.
+    An error ends the answer that it concerns, and comes in a piece's place.
     """
 
     def __init__(self):
@@ -36,18 +37,17 @@ class Answers:
     def __len__(self) -> int:
         return len(self._loops)
 
-    def begin(self, number: int, request: Request) -> Iterator[tuple[int, Piece | LlamacliError]]:
+    def begin(self, number: int, request: Request) -> Iterator[tuple[int, Piece | Exception]]:
         """Evaluate the prompt, and say what needs no further evaluation."""
         self._loops[number] = request.session.answer(*request[1:], shared=True)
         return self._advance(number, None)
 
-    def step(self) -> Iterator[tuple[int, Piece | LlamacliError]]:
+    def step(self) -> Iterator[tuple[int, Piece | Exception]]:
         """Evaluate what all answers wait for, a token each as a rule."""
         numbers, asked = list(self._pending), list(self._pending.values())
         self._pending.clear()
-        if asked:
-            for number, logits in zip(numbers, evaluate_together(asked), strict=True):
-                yield from self._advance(number, logits)
+        for number, found in zip(numbers, evaluate_together(asked), strict=True):
+            yield from self._advance(number, found)
 
     def end(self, number: int) -> None:
         """Forget an answer, if it is under way; its session stays usable."""
@@ -56,27 +56,30 @@ class Answers:
             loop.close()
 
     def interrupt(self, interrupt: KeyboardInterrupt) -> Iterator[tuple[int, Piece]]:
-        """The last pieces of all answers after a KeyboardInterrupt, which has ended the one that it met."""
+        """The last pieces of all answers after a KeyboardInterrupt, which has ended the one that it met. One whose prompt was
+        not looked at yet has none.
+        """
         for number, loop in self._loops.items():
-            if loop.gi_frame is not None:
+            if loop.gi_suspended:
                 yield number, loop.throw(interrupt)
 
-    def _advance(self, number: int, logits) -> Iterator[tuple[int, Piece | LlamacliError]]:
-        """Run a loop to its next Pending, or to its end."""
+    def _advance(self, number: int, found: np.ndarray | Exception | None) -> Iterator[tuple[int, Piece | Exception]]:
+        """Run a loop to its next Pending or its end: on from the logits that it waits for, or by the error in their place."""
+        loop = self._loops[number]
         try:
-            found = self._loops[number].send(logits)
-            while isinstance(found, Piece):
-                yield number, found
-                found = next(self._loops[number])
-            self._pending[number] = found
+            said = loop.throw(found) if isinstance(found, Exception) else loop.send(found)
+            while isinstance(said, Piece):
+                yield number, said
+                said = next(loop)
+            self._pending[number] = said
         except StopIteration:
-            del self._loops[number]
-        except LlamacliError as error:
-            del self._loops[number]
+            self._loops.pop(number, None)  # `end` may have been quicker
+        except Exception as error:
+            self._loops.pop(number, None)
             yield number, error
 
 
-def answer_together(requests: Iterable[Request], width: int = WIDTH) -> Iterator[tuple[int, Piece | LlamacliError]]:
+def answer_together(requests: Iterable[Request], width: int = WIDTH) -> Iterator[tuple[int, Piece | Exception]]:
     """The pieces of all answers as they come, each with its request's number, from 0; an error ends that request alone.
 
     `width` requests are under way at a time; one is taken from `requests` when it begins, so its session may be made then. On

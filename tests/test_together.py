@@ -7,11 +7,11 @@ from fakes import BOS, HEADER, FakeEngine, FakeTokenizer, Greedy
 
 from llamacli.cpu.kernels.ops import matmul
 from llamacli.engine import Engine
-from llamacli.errors import ContextFullError
+from llamacli.errors import ContextFullError, MemoryLimitError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.session import Session
-from llamacli.together import Request, answer_together
+from llamacli.together import Answers, Request, answer_together
 
 
 def requests(engine, prompts, ctx=256, **how):
@@ -64,6 +64,55 @@ def test_an_interrupt_ends_all_and_leaves_sessions_usable():
     for request, prompt in zip(asked, PROMPTS, strict=False):
         again = list(request.session.stream(prompt, Greedy(), 20))
         assert again == list(Session(FakeEngine(), FakeTokenizer(), 256).stream(prompt, Greedy(), 20))
+
+
+def test_an_interrupt_before_a_loop_has_begun_does_not_begin_it():
+    engine = FakeEngine()
+    asked, answers = requests(engine, PROMPTS[:3], max_tokens=20), Answers()
+    list(answers.begin(0, asked[0]))
+    answers.begin(1, asked[1])  # nobody has taken its first piece yet
+    list(answers.begin(2, asked[2]))
+    told = list(answers.interrupt(KeyboardInterrupt()))
+    assert [(number, piece.finish_reason) for number, piece in told] == [(0, "interrupt"), (2, "interrupt")]
+    assert asked[1].session.ids == [] and len(engine.calls) == 2
+
+
+def test_an_interrupt_while_the_next_prompt_is_waited_for_ends_those_under_way_alone():
+    engine = FakeEngine()
+    asked, pieces = requests(engine, PROMPTS[:2], max_tokens=20), []
+
+    def coming():
+        yield from asked
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        for number, piece in answer_together(coming()):
+            pieces.append((number, piece.finish_reason))
+    assert {number for number, reason in pieces if reason == "interrupt"} == {0, 1}
+
+
+@pytest.mark.parametrize("fails", ["together", "alone"])
+def test_an_error_of_a_step_ends_only_what_fails_alone_too(fails):
+    class Faulty(FakeEngine):
+        def forward(self, ids, cache, **more):
+            if fails == "alone" and len(ids) == 1 and cache.ctx == 200:
+                raise ValueError("broken")
+            return super().forward(ids, cache, **more)
+
+        def forward_each(self, ids, caches):
+            if len(ids) > 1:
+                super().forward_each(ids[:1], caches[:1])  # one is through when the call breaks off
+                raise MemoryLimitError("short")
+            return super().forward_each(ids, caches)
+
+    engine = Faulty()
+    asked = [*requests(engine, PROMPTS[:2], max_tokens=20), *requests(engine, PROMPTS[2:3], ctx=200, max_tokens=20)]
+    found = collected(answer_together(asked))
+    for number, prompt in enumerate(PROMPTS[:3]):
+        if number < 2 or fails == "together":
+            assert found[number] == list(Session(FakeEngine(), FakeTokenizer(), 256).stream(prompt, Greedy(), 20))
+        else:
+            assert isinstance(found[number][-1], ValueError) and len(found[number]) == 2
 
 
 # over the engine

@@ -143,7 +143,7 @@ class Crew:
     def _take(self, pieces) -> None:
         for line, piece in pieces:
             asked = self._asked[line]
-            if isinstance(piece, MemoryLimitError):
+            if isinstance(piece, Exception) and (isinstance(piece, MemoryLimitError) or not isinstance(piece, LlamacliError)):
                 raise piece
             if isinstance(piece, LlamacliError):
                 asked.found = {"error": str(piece)}

@@ -24,8 +24,8 @@ from llamacli.serve.fields import Fields, Refusal, read_json
 from llamacli.serve.guard import LOCAL, Guard
 from llamacli.serve.metrics import Metrics
 from llamacli.serve.page import page
-from llamacli.serve.refusals import refusal_of
-from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Scheduler
+from llamacli.serve.refusals import refusal_of, tell_bug
+from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Scheduler, Stopping
 from llamacli.serve.stream import KEEP_ALIVE, Answering, EventStream, unless_left
 
 DRAINED = 3.0  # seconds for a client to send the rest of a body that is too large, so that it then reads the answer
@@ -60,7 +60,7 @@ class Server:
     ):
         self.model, self.name, self.limits, self.created = model, name, limits, int(time.time())
         self._guard, self._report = Guard(keys, origins, hosts, limits.rate), report
-        self.scheduler = Scheduler(model, limits.places, limits.waiting, snapshots, report)
+        self.scheduler = Scheduler(model, limits.places, limits.waiting, snapshots, lambda error: tell_bug(error, report))
         self.metrics = Metrics()
         self._preparing = ThreadPoolExecutor(1, "prepare")
         cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
@@ -211,6 +211,8 @@ class Server:
         return page()
 
     async def _health(self, request: Request) -> Response:
+        if not self.scheduler.works:
+            raise Stopping("the server is stopping; ask again later")
         return JSONResponse({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:

@@ -70,16 +70,23 @@ class Listener:
             timeout_keep_alive=IDLE,
             timeout_graceful_shutdown=CLOSING,
         )
-        self._server, self._bound = uvicorn.Server(config), bound
-        self._thread = threading.Thread(target=self._server.run, args=([bound],), daemon=True, name="web")
-        self._thread.start()
+        self._server, self._bound, self._ended = uvicorn.Server(config), bound, threading.Event()
+        threading.Thread(target=self._run, daemon=True, name="web").start()
+
+    def _run(self) -> None:
+        try:
+            self._server.run([self._bound])
+        finally:
+            self._ended.set()
+
+    # A thread whose `join` a signal breaks off counts as ended from then on (Python 3.11), so an event is waited for instead.
 
     def wait(self) -> None:
         """Return when the server has ended."""
-        self._thread.join()
+        self._ended.wait()
 
     def close(self) -> None:
         """Take no more requests, and end."""
         self._server.should_exit = True
-        self._thread.join(3 * CLOSING)
+        self._ended.wait(3 * CLOSING)
         self._bound.close()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from llamacli import environment
 from llamacli.errors import ContextFullError, LlamacliError, MemoryLimitError, PictureError, PromptError, UsageError
 from llamacli.serve.fields import Refusal
-from llamacli.serve.scheduler import Busy, Stopping
+from llamacli.serve.scheduler import Broken, Busy, Stopping
 
 
 def refusal_of(error: Exception, report: Callable[[str], None]) -> Refusal:
@@ -28,13 +28,20 @@ def refusal_of(error: Exception, report: Callable[[str], None]) -> Refusal:
             return Refusal(str(error), 400, "invalid_value")
         case RecursionError():
             return Refusal("expected a body of JSON, found brackets nested too deep", 400, "invalid_json")
+        case Broken():
+            return Refusal(str(error), 500, "server_error")
         case MemoryLimitError():
             report(str(error))
             return Refusal("the server's memory is too short at the moment; ask again later", 503, "out_of_memory", retry=30)
         case LlamacliError():
             report(str(error))
             return Refusal("the model could not answer; the server's stderr says why", 500, "model_error")
+    tell_bug(error, report)
+    return Refusal("an error that nobody expected; the server's stderr says which", 500, "server_error")
+
+
+def tell_bug(error: Exception, report: Callable[[str], None]) -> None:
+    """Report an error that nobody expected."""
     report(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
     if environment.debug():
         report("".join(traceback.format_exception(error)))
-    return Refusal("an error that nobody expected; the server's stderr says which", 500, "server_error")

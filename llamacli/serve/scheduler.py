@@ -6,6 +6,8 @@ answer, the last with a finish reason; or one exception.
 Clients take turns in the queue. Prompts are evaluated one after the other, and while others answer in slices, between which
 each answer goes on by a token; the answers' tokens are evaluated together. Sessions are kept, so a prompt that begins as one
 held by a session costs the rest only; if another conversation is to go on there, a copy of the session is used.
+
+An error ends the answer that it concerns. After one that nobody expected, what the session holds is not trusted any more.
 """
 
 import threading
@@ -35,6 +37,10 @@ class Busy(LlamacliError):
 
 class Stopping(LlamacliError):
     """The server ends."""
+
+
+class Broken(LlamacliError):
+    """An error that nobody expected has ended an answer. It was reported; a client need not hear more of it."""
 
 
 class Begun(NamedTuple):
@@ -76,9 +82,9 @@ class Job:
 
 
 class _Place:
-    """A session, and the job that it answers."""
+    """A session, or None until one is made anew, and the job that it answers."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session | None):
         self.session, self.job, self.used = session, None, 0
 
 
@@ -91,9 +97,9 @@ class Scheduler:
         places: int = PLACES,
         most_waiting: int = MOST_WAITING,
         snapshots=None,
-        report: Callable[[str], None] = lambda text: None,
+        report: Callable[[Exception], None] = lambda error: None,
     ):
-        """`places`: answers at a time. `report`: gets a line about an error that nobody expected."""
+        """`places`: answers at a time. `report`: gets the errors that nobody expected."""
         self._model, self._most_waiting, self._snapshots, self._report = model, most_waiting, snapshots, report
         self._places = [_Place(self._session()) for _ in range(places)]
         self._answers = Answers()
@@ -105,6 +111,11 @@ class Scheduler:
         self.totals = Totals()
         self._thread = threading.Thread(target=self._run, daemon=True, name="engine")
         self._thread.start()
+
+    @property
+    def works(self) -> bool:
+        """Whether jobs are taken."""
+        return not self._closed
 
     @property
     def waiting(self) -> int:
@@ -152,25 +163,35 @@ class Scheduler:
     # the engine's thread
 
     def _run(self) -> None:
-        while self._has_work():
-            try:
-                self._drop_cancelled()
-                if self._prompt is None and (job := self._next()):
-                    self._prompt = job, self._read(job)
-                if self._prompt and next(self._prompt[1], self) is self:
-                    self._prompt = None
-                began, before = perf_counter(), self.totals.completion_tokens
-                for number, piece in self._answers.step():
-                    self._tell(self._places[number], piece)
-                if self.totals.completion_tokens > before:
-                    self.totals.decode_seconds += perf_counter() - began
-            except KeyboardInterrupt:  # the signal watcher asks engines to end
-                self._fail(Stopping("the server was interrupted; ask again"))
-            except Exception as error:
-                self._fail(error)
-        self._fail(Stopping("the server is stopping; ask again later"))
-        for job in [job for queue in self._waiting.values() for job in queue]:
-            job.emit(Stopping("the server is stopping; ask again later"))
+        try:
+            while self._has_work():
+                try:
+                    self._take_turns()
+                except KeyboardInterrupt:  # the signal watcher asks engines to end
+                    self._fail(Stopping("the server was interrupted; ask again"))
+                except Exception as error:
+                    self._fail(error)
+        finally:  # nobody waits for a thread that has ended, whatever ended it
+            with self._changed:
+                self._closed = True
+            stopping = Stopping("the server is stopping; ask again later")
+            under_way = [self._prompt[0]] if self._prompt else []
+            under_way += [place.job for place in self._places if place.job and place.job not in under_way]
+            for job in under_way + [job for queue in self._waiting.values() for job in queue]:
+                self._emit(job, stopping)
+
+    def _take_turns(self) -> None:
+        """A slice of a prompt, and a token of each answer."""
+        self._drop_cancelled()
+        if self._prompt is None and (job := self._next()):
+            self._prompt = job, self._read(job)
+        if self._prompt and next(self._prompt[1], self) is self:
+            self._prompt = None
+        began, before = perf_counter(), self.totals.completion_tokens
+        for number, piece in self._answers.step():
+            self._tell(self._places[number], piece)
+        if self.totals.completion_tokens > before:
+            self.totals.decode_seconds += perf_counter() - began
 
     def _has_work(self) -> bool:
         with self._changed:
@@ -201,19 +222,16 @@ class Scheduler:
 
     def _read(self, job: Job) -> Iterator[None]:
         """Evaluate a prompt, in slices while others answer, and begin the answer."""
-        place = self._place_for(job.prompt)
-        number, began, cached = self._places.index(place), perf_counter(), None
-        place.job, begun = job, False
+        place, began, begun = self._place_for(job.prompt), perf_counter(), False
+        place.job, number = job, self._places.index(place)
         try:
             check_length(len(job.prompt), self._model.ctx)
             self._copy_from_another(place, job)
-            held = _common(place.session.ids, job.prompt)
-            while len(self._answers) and len(job.prompt) - held > SLICE:
+            held = cached = place.session.recall(job.prompt)
+            while len(self._answers) and (end := self._slice_end(held)) < len(job.prompt):
                 with self._interruptible(job, held):
-                    place.session.sync(job.prompt[: held + SLICE])
-                if cached is None:
-                    cached = place.session.stats.cached_tokens
-                held += SLICE
+                    place.session.sync(job.prompt[:end])
+                held = end
                 self.totals.prompt_seconds += perf_counter() - began
                 yield
                 began = perf_counter()
@@ -222,19 +240,26 @@ class Scheduler:
                 for _, piece in self._answers.begin(number, request):
                     if not begun and isinstance(piece, Piece) and piece.finish_reason != "interrupt":
                         begun = True
-                        self._begun(job, place.session.stats.cached_tokens if cached is None else cached)
+                        self._begun(job, cached)
                         self.totals.prompt_seconds += perf_counter() - began
                     self._tell(place, piece)
         except KeyboardInterrupt:
             if not job.cancelled:
                 raise
-        except LlamacliError as error:
+        except Exception as error:
             self._tell(place, error)
+
+    def _slice_end(self, held: int) -> int:
+        """Where a slice of a prompt ends that begins after `held` tokens. Where experts are read from the file, each slice may
+        read nearly all of them, so it is as long as the engine's batch.
+        """
+        engine = self._model.engine
+        return engine.batch_of(held).stop if engine.fetches else held + SLICE
 
     def _begun(self, job: Job, cached: int) -> None:
         self.totals.prompt_tokens += len(job.prompt)
         self.totals.cached_tokens += cached
-        job.emit(Begun(len(job.prompt), cached))
+        self._emit(job, Begun(len(job.prompt), cached))
 
     @contextmanager
     def _interruptible(self, job: Job, held: int):
@@ -261,6 +286,8 @@ class Scheduler:
         A prompt goes on with a session if it shares most of it, and if the rest is less than what the other place would lose.
         """
         free = [place for place in self._places if place.job is None]
+        for place in free:
+            place.session = place.session or self._session()
         oldest = min(free, key=lambda place: place.used)
         shared, place = max(((_common(place.session.ids, prompt), place) for place in free), key=lambda found: found[0])
         rest = len(place.session.ids) - shared
@@ -273,7 +300,7 @@ class Scheduler:
     def _copy_from_another(self, place: _Place, job: Job) -> None:
         """Let the place hold what another one shares with the prompt, if that is worth a copy."""
         own = _common(place.session.ids, job.prompt)
-        shared = [(_common(other.session.ids, job.prompt), i) for i, other in enumerate(self._places)]
+        shared = [(_common(other.session.ids, job.prompt), i) for i, other in enumerate(self._places) if other.session]
         most, source = max(shared)
         if most >= own + WORTH_COPYING:
             place.session = self._session()  # gives the memory back first
@@ -291,23 +318,40 @@ class Scheduler:
         if isinstance(event, Exception):
             self.totals.failed += 1
             place.job = None
+            event = self._told(event)
         else:
             self.totals.completion_tokens += event.id is not None
             if event.finish_reason:
                 self.totals.finished += 1
                 place.job = None
-        if not job.cancelled:
+        self._emit(job, event)
+        if isinstance(event, Broken):
+            place.session = None  # what it holds is not known
+
+    def _emit(self, job: Job, event: Begun | Piece | Exception) -> None:
+        if job.cancelled:
+            return
+        try:
             job.emit(event)
+        except Exception as error:  # nobody listens any more
+            self._report(error)
+            job.cancelled = True
+
+    def _told(self, error: Exception) -> LlamacliError:
+        """What a job is told of an error; one that nobody expected is reported."""
+        if isinstance(error, LlamacliError):
+            return error
+        self._report(error)
+        return Broken("an error that nobody expected; the server's stderr says which")
 
     def _fail(self, error: Exception) -> None:
-        """End all jobs that have begun; after an error that nobody expected, with new sessions."""
-        if not isinstance(error, LlamacliError):
-            self._report(f"{type(error).__name__}: {error} (a bug, please report it)")
+        """End all jobs that have begun, and the one whose turn it is."""
+        error, jobs = self._told(error), [place.job for place in self._places]
+        if self._prompt and self._prompt[0] not in jobs:
+            self._emit(self._prompt[0], error)
         self._prompt = None
         for number, place in enumerate(self._places):
             self._answers.end(number)
-            if not isinstance(error, LlamacliError):
-                place.session = self._session()
             if place.job:
                 self._tell(place, error)
 

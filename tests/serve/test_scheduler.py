@@ -9,7 +9,8 @@ import pytest
 from fakes import BOS, HEADER, FakeEngine, FakeModel, FakeTokenizer, Greedy, Scripted
 from serving import until
 
-from llamacli.serve.scheduler import SLICE, Begun, Busy, Job, Scheduler, Stopping
+from llamacli.errors import LlamacliError
+from llamacli.serve.scheduler import SLICE, Begun, Broken, Busy, Job, Scheduler, Stopping
 from llamacli.session import Session
 
 
@@ -220,23 +221,168 @@ def test_an_error_ends_its_own_job_alone(make):
     assert fine.text() == alone(fine.prompt, 30)
 
 
-def test_after_an_error_that_nobody_expected_the_engine_goes_on(make):
-    class Broken(FakeEngine):
-        broken = True
+class Faulty(FakeEngine):
+    """Raises when it evaluates the token POISON, in whatever call; `more` gives all calls that a test wants to fail."""
 
-        def forward(self, ids, cache, **more):
-            if self.broken:
-                self.broken = False
-                raise ValueError("broken")
-            return super().forward(ids, cache, **more)
+    def __init__(self, wrong=lambda ids: POISON in ids, **how):
+        super().__init__(**how)
+        self.wrong = wrong
 
+    def forward(self, ids, cache, **more):
+        if self.wrong(ids):
+            raise ValueError("broken")
+        return super().forward(ids, cache, **more)
+
+
+POISON = 260  # an id that no answer of the miniature has
+FAULTS = {
+    "its prompt is read": lambda job: job.prompt.insert(7, POISON),
+    "a slice of its prompt is read": lambda job: job.prompt.insert(SLICE + 7, POISON),
+    "its token is evaluated": lambda job: setattr(job.sampler, "says", POISON),
+    "its token is chosen": lambda job: setattr(job.sampler, "says", None),
+    "its text is made": lambda job: setattr(job.sampler, "says", "no id"),
+    "it begins": lambda job: setattr(job.sampler, "begin", None),
+    "its start is told": lambda job: setattr(job, "emit", lambda event: 1 / 0),
+    "its text is told": lambda job: setattr(job, "emit", lambda event: isinstance(event, Begun) or 1 / 0),
+}
+
+
+class Unsound:
+    """A sampler that picks another id after three tokens, or raises there."""
+
+    def __init__(self):
+        self._sampler, self._left = Greedy(), 3
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
+
+    def next_ids(self, logits, history):
+        self._left -= 1
+        if self._left or not hasattr(self, "says"):
+            return self._sampler.next_ids(logits, history)
+        if self.says is None:
+            raise ValueError("broken")
+        return [self.says]
+
+
+@pytest.mark.parametrize("where", FAULTS)
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_an_error_that_nobody_expected_ends_only_what_it_concerns(make, where, at_once):
     reports = []
-    scheduler = make(Broken(), report=reports.append)
-    first, second = Asked(prompt(10)), Asked(prompt(10))
+    scheduler = make(Faulty(), places=4, report=reports.append)
+    others = [Asked(prompt(10, i), max_tokens=40) for i in range(at_once)]
+    scheduler.submit(others)
+    for other in others:
+        assert isinstance(other.events.get(timeout=20), Begun)
+    wrong = Asked(prompt(SLICE + 30, 9), max_tokens=50)
+    wrong.sampler = Unsound()
+    FAULTS[where](wrong)
+    scheduler.submit([wrong])
+    if "told" not in where:  # whoever raises there hears nothing more
+        assert isinstance(wrong.all()[-1], Broken)
+    for other in others:
+        assert "".join(piece.text for piece in other.all()) == alone(other.prompt, 40)
+    until(lambda: not scheduler.active)
+    assert reports and not any(isinstance(error, LlamacliError) for error in reports)
+    again = Asked(prompt(SLICE + 30, 9))
+    scheduler.submit([again])
+    assert again.text() == alone(again.prompt)
+
+
+def test_an_error_of_all_answers_together_ends_none_that_goes_on_alone(make):
+    class Alone(FakeEngine):
+        def forward_each(self, ids, caches):
+            if len(ids) > 1:
+                super().forward_each(ids[:1], caches[:1])  # one is through when the call breaks off
+                raise OSError(5, "Input/output error")
+            return super().forward_each(ids, caches)
+
+    scheduler = make(Alone())
+    jobs = [Asked(prompt(10, i), max_tokens=50) for i in range(3)]
+    scheduler.submit(jobs)
+    assert [job.text() for job in jobs] == [alone(job.prompt, 50) for job in jobs]
+
+
+def test_an_engine_that_fails_always_ends_each_answer_and_takes_the_next(make):
+    engine = Faulty(wrong=lambda ids: len(ids) == 1)
+    scheduler = make(engine)
+    jobs = [Asked(prompt(10, i)) for i in range(6)]
+    scheduler.submit(jobs)
+    assert all(isinstance(job.all()[-1], Broken) for job in jobs)
+    engine.wrong = lambda ids: False
+    scheduler.submit([last := Asked(prompt(10))])
+    assert last.text() == alone(last.prompt)
+
+
+def test_where_not_even_a_new_session_can_be_made_nobody_waits(make):
+    scheduler = make(Faulty(), places=1)
+    session, scheduler._model.session = scheduler._model.session, lambda **how: 1 / 0
+    jobs = [Asked([BOS, POISON, HEADER]), *(Asked(prompt(9, i)) for i in range(3))]
+    scheduler.submit(jobs)
+    assert all(isinstance(job.all()[-1], Broken) for job in jobs)
+    scheduler._model.session = session
+    scheduler.submit([last := Asked(prompt(10))])
+    assert last.text() == alone(last.prompt)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_where_the_thread_itself_ends_nobody_waits(make):
+    class Ended(BaseException):
+        pass
+
+    def end(event):
+        if isinstance(event, Begun):
+            raise Ended
+
+    scheduler, first, others = make(places=1), Asked(prompt(5)), [Asked(prompt(9, i)) for i in range(3)]
+    first.emit = end
+    scheduler.submit([first, *others])
+    assert all(isinstance(job.all()[-1], Stopping) for job in others)
+    assert not scheduler.works
+    with pytest.raises(Stopping):
+        scheduler.submit([Asked(prompt(5))])
+
+
+class Fetching(FakeEngine):
+    """Experts are read from the file for every call; a prompt's batches end at multiples of 1000."""
+
+    fetches = True
+
+    def batch_of(self, pos):
+        return range(pos // 1000 * 1000, (pos // 1000 + 1) * 1000)
+
+
+def test_where_experts_are_read_from_the_file_a_slice_is_as_long_as_a_batch(make):
+    class GatedFetching(Fetching, Gated):
+        pass
+
+    engine = GatedFetching()
+    scheduler = make(engine)
+    first, long = Asked(prompt(5, 1), max_tokens=60), Asked(prompt(1800, 2))
+    engine.gate.release(3)
     scheduler.submit([first])
-    assert isinstance(first.all()[0], ValueError) and "broken" in reports[0]
-    scheduler.submit([second])
-    assert second.text() == alone(second.prompt)
+    until(lambda: first.events.qsize() >= 3)
+    scheduler.submit([long])
+    engine.gate.release(10**4)
+    assert (first.text(), long.text()) == (alone(first.prompt, 60), alone(long.prompt))
+    assert [len(ids) for _, ids in engine.calls if len(ids) > 7] == [1000, 802]
+
+
+def test_a_client_that_leaves_in_a_long_slice_ends_it():
+    engine = Fetching(delay=0.001)
+    scheduler = Scheduler(FakeModel(engine, ctx=4096))
+    first, long = Asked(prompt(5, 1), max_tokens=4000), Asked(prompt(1800, 2))
+    scheduler.submit([first])
+    assert isinstance(first.events.get(timeout=20), Begun)
+    scheduler.submit([long])
+    until(lambda: long.evaluated > 20)
+    assert scheduler._places[1].session.cache.pos == 0  # in the first slice
+    scheduler.cancel(long)
+    until(lambda: scheduler.active == 1)
+    assert long.evaluated < 900
+    before = first.events.qsize()
+    until(lambda: first.events.qsize() > before)
+    scheduler.close()
 
 
 def test_the_end_of_the_server_ends_all_jobs(make):
