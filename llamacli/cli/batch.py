@@ -10,7 +10,9 @@ answer, but for the pictures that it names; lines from a pipe are answered as th
 import fcntl
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,11 +203,18 @@ def _parsed(name: str, lines: Iterator[bytes]) -> Iterator[Request]:
         if not raw.strip():
             continue
         try:
-            found = json.loads(decoded(raw, where))
+            found = json.loads(decoded(raw, where), parse_float=_number, parse_constant=_number)
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{where}: expected a text or an object as JSON, found: {error or 'too much nesting'}") from None
         digest = hashlib.sha256(raw.strip()).hexdigest()[:16]
         yield _request(where, number, digest, {"prompt": found} if isinstance(found, str) else found)
+
+
+def _number(text: str) -> float:
+    """ValueError for what is no number in JSON, and could not be written again."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"the number {text:.40}")
+    return value
 
 
 def _request(where: str, number: int, digest: str, found) -> Request:
@@ -272,15 +281,20 @@ class Results:
         if self._path is None:
             return self
         try:
-            self._file = open(self._path, "a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file.seek(0)
-        except BlockingIOError:
-            self._file.close()
-            raise OutputError(f"{self._path}: expected a file for this run alone, found another that writes to it") from None
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
         except OSError as error:
             raise OutputError(f"{self._path}: expected a file to write to, found: {error.strerror}; choose another") from None
-        self._resuming = True
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # a device may be read without end
+            os.close(fd)
+            raise OutputError(f"{self._path}: expected a file to write to, found a device or a pipe; leave -o out and redirect")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise OutputError(f"{self._path}: expected a file for this run alone, found another that writes to it") from None
+        except OSError:  # a file system without locks
+            pass
+        self._file, self._resuming = open(fd, "rb"), True
         return self
 
     def __exit__(self, *_) -> None:
@@ -291,14 +305,15 @@ class Results:
         """Whether the file has this result; asked in order. OutputError if it has something else in its place."""
         if not self._resuming:
             return False
-        raw = self._file.readline()
+        start = _head(request)
+        raw = self._file.readline(len(start))
+        if raw != start[: len(raw)]:  # another's file may be one endless line
+            raise self._foreign(f"something else where its result {request.line} would be")
+        raw += self._file.readline()
         if raw.endswith(b"\n"):
             self._check(raw, request)
             self._end += len(raw)
             return True
-        start = _head(request)
-        if not (raw.startswith(start) or start.startswith(raw)):
-            raise self._foreign(f"a last line that is not its result {request.line}")
         os.truncate(self._file.fileno(), self._end)
         self._resuming = False
         return False
@@ -313,7 +328,7 @@ class Results:
 
     def check_end(self) -> None:
         """OutputError if the file has more results than the batch has lines."""
-        if self._resuming and self._file.readline():
+        if self._resuming and self._file.read(1):
             raise self._foreign("more than it has lines")
 
     def _foreign(self, found: str) -> OutputError:
@@ -324,10 +339,11 @@ class Results:
         named = {} if request.id is None else {"id": request.id}
         record = {"line": request.line, **named, **found, "input": request.digest}
         text = json.dumps(record, ensure_ascii=False).translate(_ENDS)
+        data = text.encode("utf-8", "backslashreplace")  # an id may have half of a pair; JSON escapes it as Python does
         if self._file is None:
-            self._console.result(text)
+            self._console.result(data.decode())
             return
-        data, at = (text + "\n").encode("utf-8", "replace"), self._file.fileno()
+        data, at = data + b"\n", self._file.fileno()
         try:
             if (wrote := os.write(at, data)) != len(data):
                 os.truncate(at, self._end)

@@ -1,5 +1,7 @@
 """Batches, templates, bound answers: every line once and in order, whatever kills the run; what is wrong is named at once."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -172,6 +175,52 @@ def test_results_of_something_else_are_left_alone(model, tmp_path, capfd):
     out.write_text(good)
     assert main(["run", "--batch", write(tmp_path / "in", "one", "changed"), "-o", str(out)]) == 1
     assert out.read_text() == good
+
+
+def test_of_another_file_no_more_is_read_than_tells_it_apart(model, tmp_path, capfd):
+    out = tmp_path / "out"
+    with open(out, "wb") as file:
+        file.truncate(300 << 20)  # a hole: one line of zeros
+    tracemalloc.start()
+    try:
+        assert main(["run", "--batch", write(tmp_path / "in", "one"), "-o", str(out)]) == 1
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    assert "expected the results of this batch" in capfd.readouterr().err
+    assert out.stat().st_size == 300 << 20
+
+
+@pytest.mark.parametrize("name", ["/dev/null", "/dev/full", "/dev/zero", "fifo"])
+def test_results_go_to_a_file_and_to_nothing_else(model, tmp_path, name, capfd):
+    """A device can be read without end, and none keeps what it was given."""
+    os.mkfifo(tmp_path / "fifo")
+    assert main(["run", "--batch", write(tmp_path / "in", "one"), "-o", str(tmp_path / name)]) == 1
+    assert "found a device or a pipe" in capfd.readouterr().err
+
+
+def test_a_file_system_without_locks_takes_results_too(model, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert main(["run", "--batch", write(tmp_path / "in", "one"), "-o", str(tmp_path / "out")]) == 0
+    assert len(records((tmp_path / "out").read_text())) == 1
+
+
+@pytest.mark.parametrize("id", ["NaN", "-Infinity", "1e999"])
+def test_a_result_is_json_for_every_reader(model, tmp_path, id, capfd):
+    (tmp_path / "in").write_text(f'{{"prompt": "one", "id": {id}}}')
+    assert main(["run", "--batch", str(tmp_path / "in")]) == 1
+    assert f"the number {id}" in capfd.readouterr().err
+
+
+def test_half_of_a_pair_in_an_id_comes_back(model, tmp_path, capfd):
+    """JSON can write it, UTF-8 cannot."""
+    (tmp_path / "in").write_text(r'{"prompt": "one", "id": "\ud800"}')
+    assert main(["run", "--batch", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+    assert main(["run", "--batch", str(tmp_path / "in")]) == 0
+    assert [r["id"] for r in records((tmp_path / "out").read_text() + capfd.readouterr().out)] == ["\ud800"] * 2
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path):
