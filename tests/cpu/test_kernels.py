@@ -111,11 +111,13 @@ class TestVariants:
         got, scratch = np.full((n, n_rows), 7, np.float32), matvec_scratch(name, n_cols)
         run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, scratch)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
-        side = dots.side(target)
-        several, scratch = np.full((side, n_rows), 7, np.float32), np.concatenate([matvec_scratch(name, n_cols)] * side)
-        xs, outs = arm.pointers(codes[:side]), arm.pointers(several)
-        run(f["matvecs"], raw, raw.shape[1], n_rows, n_cols, xs, outs, 0, 1, scratch)
-        for t in range(side):
+        count = 2 * dots.side(target)
+        codes, x = activations(rng.standard_normal((max(n, count), n_cols)).astype(np.float32), target)
+        want = (x @ meant.T)[:n]
+        several, scratch = np.full((count, n_rows), 7, np.float32), np.concatenate([matvec_scratch(name, n_cols)] * count)
+        xs, outs = arm.pointers(codes[:count]), arm.pointers(several)
+        run(f["matvecs"], raw, raw.shape[1], n_rows, n_cols, xs, outs, 1, scratch, 0, count)
+        for t in range(count):
             single = np.full(n_rows, 7, np.float32)
             run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[t], single, 1, matvec_scratch(name, n_cols))
             np.testing.assert_array_equal(several[t], single)

@@ -73,82 +73,106 @@ def side(target):
     return 4 if target.width == 64 else 2
 
 
-def _matvec(module, target, fmt, tokens):
+def _matvec(module, target, fmt, side):
     """matvec(w, row_bytes, n_rows, n_cols, x, out, acc, reordered): out[r] = row r . x for int8 activations x; n_cols a
     multiple of the block. reordered: scratch of `reordered_bytes` for each superblock, 64-byte aligned.
 
-    With `tokens`, matvecs(w, row_bytes, n_rows, n_cols, xs, outs, offset, acc, reordered): xs and outs are the addresses of so
-    many rows, of which outs' begin at `offset` bytes; reordered is scratch for all. Each token's sums are those of matvec.
+    With `side`, matvecs(w, row_bytes, n_rows, n_cols, xs, outs, acc, reordered, offset, n): xs and outs are the addresses of n
+    rows, a multiple of `side`, of which outs' begin at `offset` bytes; reordered is scratch for all. Each token's sums are
+    those of matvec. A row is multiplied with all tokens before the next one, so that it is read from memory meanwhile.
     """
-    each = range(tokens or 1)
-    s = Simd(module, target, "matvecs" if tokens else "matvec", 9 if tokens else 8)
-    w0, row_bytes, n_rows, n_cols = s.args[:4]
-    acc, reordered = s.args[-2:]
-    supers, span, size = s.b.lshr(n_cols, i64(8)), formats.span(fmt), reordered_bytes(fmt)
-    groups = 256 // fmt.group
-    scale_at, sum_at, factor_at = (256 + 4 * groups * k for k in range(3))
-    is_signed = hasattr(fmt, "signed")
+    each = range(side or 1)
+    s = Simd(module, target, "matvecs" if side else "matvec", 10 if side else 8)
+    w0, row_bytes, n_rows, n_cols, x, out, acc, reordered = s.args[:8]
+    supers, size = s.b.lshr(n_cols, i64(8)), reordered_bytes(fmt)
+    of_one = s.mul(supers, size)
     keep = s.b.icmp_signed("!=", acc, i64(0))
-    xs, outs = [s.args[4]], [s.args[5]]
-    if tokens:
-        xs = [s.load(i64, s.args[4], 8 * t) for t in each]
-        outs = [s.add(s.load(i64, s.args[5], 8 * t), s.args[6]) for t in each]
-    scratch = [s.add(reordered, s.mul(s.mul(supers, size), t)) for t in each]
-    for x, at in zip(xs, scratch, strict=True):
-        _reorder_activations(s, fmt, supers, x, at, size)
+
+    def reorder(t, _):
+        _reorder_activations(s, fmt, supers, s.load(i64, s.add(x, s.mul(t, 8))), s.add(reordered, s.mul(t, of_one)), size)
+        return []
 
     def row(r, _):
         start = s.add(w0, s.mul(row_bytes, r))
 
-        def factors(k, lows):
-            w, lows = s.add(start, s.mul(k, span)), list(lows)
-            scale, least = fmt.scales(s, w, 8)
-            for t in each:
-                at = s.add(scratch[t], s.mul(k, size))
-                s.store(s.b.fmul(scale, s.load(vec(f32, groups), at, scale_at)), at, factor_at)
-                if fmt.offset != 0:
-                    lows[t] = s.fma(scale if least is None else least, s.load(vec(f32, groups), at, sum_at), lows[t])
-            return lows
+        def tokens(i, _):
+            first = s.mul(i, len(each))
+            xs, to = [x], [out]
+            if side:
+                xs = [s.load(i64, s.add(x, s.mul(first, 8)), 8 * t) for t in each]
+                to = [s.add(s.load(i64, s.add(out, s.mul(first, 8)), 8 * t), s.args[8]) for t in each]
+            scratch = [s.add(reordered, s.mul(s.add(first, t), of_one)) for t in each]
+            for value, address in zip(_row(s, fmt, start, supers, n_cols, xs, scratch), to, strict=True):
+                at = s.add(address, s.mul(r, 4))
+                s.store(s.b.fadd(value, s.b.select(keep, s.load(f32, at), f32(0.0))), at)
+            return []
 
-        def products(k, values):
-            w, values = s.add(start, s.mul(k, span)), list(values)
-            ats = [s.add(scratch[t], s.mul(k, size)) for t in each]
-            s.prefetch(w, AHEAD, span)
-            shared = {}  # registers of the same groups
-            for n, (at, codes) in enumerate(zip(formats.registers(s, fmt), formats.codes(s, fmt, w), strict=True)):
-                shared.setdefault(at, []).append((codes, n * s.width))
-            for n, (at, both) in enumerate(shared.items()):
-                codes, places = zip(*both, strict=True)
-                for t in each:
-                    dots = s.products(codes, [s.load(vec(i8, s.width), ats[t], p) for p in places], fmt.largest, is_signed)
-                    factor, sum_of = _spread(s, ats[t], factor_at, at), t * SUMS + n % SUMS
-                    values[sum_of] = s.fma(s.to_float(dots), factor, values[sum_of])
-            return values
-
-        def chunk(c, values):
-            first, n = s.mul(c, CHUNK), len(each)
-            last = s.add(first, CHUNK)
-            last = s.b.select(s.b.icmp_signed("<", last, supers), last, supers)
-            lows = s.loop(last, values[:n], factors, first)
-            return [*lows, *s.loop(last, values[n:], products, first)]
-
-        chunks = s.b.lshr(s.add(supers, CHUNK - 1), i64(CHUNK.bit_length() - 1))
-        found = s.loop(chunks, [s.zeros(f32, groups)] * len(each) + [s.zeros()] * (SUMS * len(each)), chunk)
-        for t in each:
-            low, values = found[t], found[len(each) + SUMS * t : len(each) + SUMS * (t + 1)]
-            while len(values) > 1:
-                values = [s.b.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-            value = s.sum(values[0])
-            if fmt.offset != 0:
-                value = s.b.fsub(value, s.sum(low))
-            if fmt.block == 32:
-                (value,) = formats.odd_blocks(s, fmt, [start], supers, n_cols, xs[t], [value])
-            at = s.add(outs[t], s.mul(r, 4))
-            s.store(s.b.fadd(value, s.b.select(keep, s.load(f32, at), f32(0.0))), at)
+        if side:
+            s.loop(s.b.udiv(s.args[9], i64(side)), [], tokens)
+        else:
+            tokens(i64(0), [])
         return []
 
+    if side:
+        s.loop(s.args[9], [], reorder)
+    else:
+        _reorder_activations(s, fmt, supers, x, reordered, size)
     s.loop(n_rows, [], row)
     s.done()
+
+
+def _row(s, fmt, start, supers, n_cols, xs, scratch):
+    """The products of the row at `start` with activations: of each token at xs[t], reordered at scratch[t]."""
+    each, groups, span, size = range(len(xs)), 256 // fmt.group, formats.span(fmt), reordered_bytes(fmt)
+    scale_at, sum_at, factor_at = (256 + 4 * groups * k for k in range(3))
+    is_signed = hasattr(fmt, "signed")
+
+    def factors(k, lows):
+        w, lows = s.add(start, s.mul(k, span)), list(lows)
+        scale, least = fmt.scales(s, w, 8)
+        for t in each:
+            at = s.add(scratch[t], s.mul(k, size))
+            s.store(s.b.fmul(scale, s.load(vec(f32, groups), at, scale_at)), at, factor_at)
+            if fmt.offset != 0:
+                lows[t] = s.fma(scale if least is None else least, s.load(vec(f32, groups), at, sum_at), lows[t])
+        return lows
+
+    def products(k, values):
+        w, values = s.add(start, s.mul(k, span)), list(values)
+        ats = [s.add(scratch[t], s.mul(k, size)) for t in each]
+        s.prefetch(w, AHEAD, span)
+        shared = {}  # registers of the same groups
+        for n, (at, codes) in enumerate(zip(formats.registers(s, fmt), formats.codes(s, fmt, w), strict=True)):
+            shared.setdefault(at, []).append((codes, n * s.width))
+        for n, (at, both) in enumerate(shared.items()):
+            codes, places = zip(*both, strict=True)
+            for t in each:
+                dots = s.products(codes, [s.load(vec(i8, s.width), ats[t], p) for p in places], fmt.largest, is_signed)
+                factor, sum_of = _spread(s, ats[t], factor_at, at), t * SUMS + n % SUMS
+                values[sum_of] = s.fma(s.to_float(dots), factor, values[sum_of])
+        return values
+
+    def chunk(c, values):
+        first, n = s.mul(c, CHUNK), len(each)
+        last = s.add(first, CHUNK)
+        last = s.b.select(s.b.icmp_signed("<", last, supers), last, supers)
+        lows = s.loop(last, values[:n], factors, first)
+        return [*lows, *s.loop(last, values[n:], products, first)]
+
+    chunks = s.b.lshr(s.add(supers, CHUNK - 1), i64(CHUNK.bit_length() - 1))
+    found = s.loop(chunks, [s.zeros(f32, groups)] * len(each) + [s.zeros()] * (SUMS * len(each)), chunk)
+    results = []
+    for t in each:
+        low, values = found[t], found[len(each) + SUMS * t : len(each) + SUMS * (t + 1)]
+        while len(values) > 1:
+            values = [s.b.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+        value = s.sum(values[0])
+        if fmt.offset != 0:
+            value = s.b.fsub(value, s.sum(low))
+        if fmt.block == 32:
+            (value,) = formats.odd_blocks(s, fmt, [start], supers, n_cols, xs[t], [value])
+        results.append(value)
+    return results
 
 
 def _spread(s, xs, factor_at, at):

@@ -36,6 +36,7 @@ from llamacli.cpu.kernels.jit.intrinsics import (
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
 
 FEW = 4  # tokens below which unpacking a panel does not pay
+SIDES = 4  # times the tokens side by side that `matvecs` takes in a call
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
 PANEL_SHARE = 384 << 10  # bytes of panels kept in the second-level cache while all tokens pass by
 ROWS_SHARE = 256 << 10  # bytes of rows that a few tokens pass by
@@ -86,7 +87,7 @@ def microkernels(type_name: str) -> Microkernels:
 def few_tokens() -> int:
     """Tokens of a group from which on panels pay, for block formats. On ARM they pay early: a tile multiplies matrices."""
     target = chosen_target()
-    return FEW if target.neon else 4 * dots.side(target) + 1
+    return FEW if target.neon else SIDES * dots.side(target) + 1
 
 
 class Matrix(NamedTuple):
@@ -120,7 +121,7 @@ class Scratch(NamedTuple):
 
     outs: int  # after the addresses of x's rows, int64 [pairs]: those of out's
     spare: int  # a float32 row for results of padding
-    panels: int  # unpacked rows of weights; or, for `matvec`, one row of activations laid out anew
+    panels: int  # unpacked rows of weights; or, for `matvec` and `matvecs`, rows of activations laid out anew
     packed: int  # activations of a block of tokens
     end: int
 
@@ -155,7 +156,8 @@ class MatmulArguments(NamedTuple):
     out_div: Count
     matvec: Microkernel
     matvecs: OptionalMicrokernel
-    side: Count  # tokens that matvecs takes
+    side: Count  # tokens that matvecs takes side by side
+    most: Count  # tokens that it takes in a call, a multiple of that
     few: Count  # tokens of a group from which on panels pay
     prepare: OptionalMicrokernel
     pack: OptionalMicrokernel
@@ -207,6 +209,8 @@ def arguments(
         block_rows = max(1, PANEL_SHARE * f.panel_rows // max(1, panel_bytes * f.tile_rows)) * f.tile_rows
     assert 4 * matrix.n_rows <= offsets.panels - offsets.spare, "the spare row is too short"
     if f.prepare:
+        laid_out = SIDES * dots.side(chosen_target()) * supers * dots.reordered_bytes(formats.QUANTIZED[matrix.type_name])
+        assert laid_out <= offsets.packed - offsets.panels, "activations laid out anew overlap packed tokens"
         assert block_rows // f.panel_rows * panel_bytes <= offsets.packed - offsets.panels, "the panels overlap packed tokens"
         most = -(-min(offsets.outs // 8 - 64, TOKENS) // f.tile_tokens) + 1
         assert most * packed_bytes <= offsets.end - offsets.packed, "packed tokens pass the end of the scratch"
@@ -228,6 +232,7 @@ def arguments(
         matvec=f.matvec,
         matvecs=f.matvecs,
         side=dots.side(chosen_target()),
+        most=SIDES * dots.side(chosen_target()),
         few=few_tokens() if f.matvecs else FEW,
         prepare=f.prepare,
         pack=f.pack,
@@ -318,20 +323,21 @@ def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, p
 
 @device_function
 def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
-    """Rows from `row` on times `count` tokens, `side` at a time, then one by one. For several tokens, as many rows at a time as
-    the second-level cache holds, so that they are read from memory once.
+    """Rows from `row` on times `count` tokens: one by `matvec`, several by `matvecs`, `most` at a time and filled up to whole
+    sides. Where they take several calls, as many rows at a time as the second-level cache holds, so that they are read from
+    memory once.
     """
     xs_list, outs_list = pointer(xs, int64), pointer(outs, int64)
-    step = row_end - row if count == 1 else max(1, ROWS_SHARE // a.row_bytes // a.unit) * a.unit
+    at_once = int64(1) if a.matvecs == 0 or count == 1 else a.most
+    step = row_end - row if count <= at_once else max(1, ROWS_SHARE // a.row_bytes // a.unit) * a.unit
     for first in range(row, row_end, step):
-        at, rows = base + first * a.row_bytes, min(step, row_end - first)
-        j = int64(0)
-        while a.matvecs != 0 and j + a.side <= count:
-            call(a.matvecs, (at, a.row_bytes, rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * first, a.add, panels))
-            j += a.side
-        while j < count:
-            call(a.matvec, (at, a.row_bytes, rows, a.n_cols, xs_list[j], outs_list[j] + 4 * first, a.add, panels))
-            j += 1
+        at, rows, to = base + first * a.row_bytes, min(step, row_end - first), 4 * first
+        for j in range(0, count, at_once):
+            if at_once == 1:
+                call(a.matvec, (at, a.row_bytes, rows, a.n_cols, xs_list[j], outs_list[j] + to, a.add, panels))
+            else:
+                n = (min(at_once, count - j) + a.side - 1) // a.side * a.side
+                call(a.matvecs, (at, a.row_bytes, rows, a.n_cols, xs + 8 * j, outs + 8 * j, a.add, panels, to, n))
 
 
 @kernel(MatmulArguments)
@@ -371,7 +377,7 @@ def matmul(a, thread, threads):
             before += items
             continue
         base = pointer(a.addresses, int64)[group] if a.addresses != 0 else a.weights + group * a.group_bytes
-        _list_rows(a, xs, outs, group, padded)
+        _list_rows(a, xs, outs, group, max(padded, (count + a.side - 1) // a.side * a.side))
         packed_block = int64(-1)
         while item < before + items:
             row, row_end = low + whole, high
