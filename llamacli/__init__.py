@@ -99,6 +99,7 @@ class Model:
         kv: str = "f16",
         mmproj: str | PathLike[str] | bool = False,
         sessions: int = 1,
+        kv_file: str | PathLike[str] | None = None,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
@@ -109,13 +110,15 @@ class Model:
         the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds. `kv`: type of keys and
         values, "f16", "q8_0" or "q4_0"; on a GPU the first only. `mmproj`: the file of the vision tower, or True for
         the one beside the model; memory is kept for it. False: the one beside the model is opened with the first picture.
-        `sessions`: how many will hold a full context at a time; the memory is planned for them.
+        `sessions`: how many will hold a full context at a time; the memory is planned for them. `kv_file`: a folder, or the
+        path of a file that does not exist, for the keys and values that memory does not hold; nothing is left there.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
         """
         from concurrent.futures import ThreadPoolExecutor
         from dataclasses import replace
+        from pathlib import Path
 
         from llamacli.files.gguf import open_gguf
         from llamacli.llama4.config import Config
@@ -130,16 +133,24 @@ class Model:
         ctx = ctx or default_ctx(config)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
-            from llamacli.cpu import kvcache
+            from llamacli.cpu import kvcache, kvfile
             from llamacli.engine import Engine
             from llamacli.plan.offload import plan_offload
             from llamacli.plan.placement import plan_residency
 
-            beside = 4 * logits_rows * config.n_vocab + (sessions - 1) * kvcache.nbytes(config, ctx)
+            beside, files = 4 * logits_rows * config.n_vocab, 0
+            if kv_file is None:
+                beside += (sessions - 1) * kvcache.nbytes(config, ctx)
+            else:
+                kvfile.check(Path(kv_file))
+                files = sessions
             tower, tower_nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
             offload = plan_offload(gguf, config, ctx, device, gpu_layers, experts, memory)
-            slots, batch, nbytes = plan_residency(gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload)
-            engine = Engine(gguf, config, threads, slots, batch, gpu_layers=offload.layers)
+            slots, batch, window, nbytes = plan_residency(
+                gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload, files
+            )
+            file = kvfile.KVFile(Path(kv_file), window) if files else None
+            engine = Engine(gguf, config, threads, slots, batch, gpu_layers=offload.layers, kv_file=file)
             return cls(gguf, config, tokenizer.result(), engine, ctx, nbytes, tower)
 
     def close(self) -> None:

@@ -69,16 +69,19 @@ class IoStats:
     good_guesses: int = 0
     stall_s: float = 0.0  # waiting for reads
     reading_s: float = 0.0  # with at least one read in flight
+    kv_bytes: int = 0  # of keys and values that were read from their file; the seconds count for these as well
 
     def __add__(self, other: "IoStats") -> "IoStats":
         return IoStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __str__(self) -> str:
-        speed = f" at {self.bytes_read / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
+        nbytes = self.bytes_read + self.kv_bytes
+        speed = f" at {nbytes / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
         asked = f"{self.hits} found in memory, {self.misses} not"
+        keys = f", {self.kv_bytes / 1e6:.0f} of it keys and values" if self.kv_bytes else ""
         if self.guesses:
             asked += f", {self.good_guesses} of {self.guesses} guesses were right"
-        return f"{asked}; {self.bytes_read / 1e6:.0f} MB read{speed}, {self.stall_s:.2f} s waited"
+        return f"{asked}; {nbytes / 1e6:.0f} MB read{keys}{speed}, {self.stall_s:.2f} s waited"
 
 
 class Stage(Protocol):

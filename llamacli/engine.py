@@ -22,6 +22,7 @@ from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops import matmul
+from llamacli.cpu.kvfile import KVFile
 from llamacli.cpu.operations import Inputs
 from llamacli.cpu.stage import CHECK_EVERY, cpu_stages
 from llamacli.device import IoStats, Run, Stage, Tokens
@@ -31,6 +32,7 @@ from llamacli.llama4.config import Config
 from llamacli.plan.machine import memory_short
 from llamacli.prompt import FeatureRow
 
+COPIED = 4096  # positions of a layer that are copied at a time
 _engines: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -74,8 +76,8 @@ class Cache:
         empty = any(len(within) == 0 for within in held.values())  # a ring without a token of the last chunk: at its edge
         other.reserve(min(self.pos + empty, other.ctx))
         for layer, within in held.items():
-            if within:
-                other.restore(layer, within.start, *self.export(layer, within.start, within.stop))
+            for start in range(within.start, within.stop, COPIED):
+                other.restore(layer, start, *self.export(layer, start, min(start + COPIED, within.stop)))
         other.pos = self.pos
 
     def agree(self) -> None:
@@ -124,12 +126,13 @@ class Engine:
         max_batch: int = MAX_BATCH,
         cuts: Iterable[int] = (),
         gpu_layers: int = 0,
+        kv_file: KVFile | None = None,
     ):
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
         layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. `gpu_layers`: so many of
         the last layers, and the head, run on MLX; the others and the embedding on the CPU. Slots are the CPU's layers', or, if
-        all layers run on MLX, those'.
+        all layers run on MLX, those'. `kv_file`: where caches keep what memory does not hold; None: all of it is in memory.
         """
         self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
@@ -142,8 +145,12 @@ class Engine:
             raise UsageError(
                 f"--kv: expected f16 with layers on a GPU, found {config.kv_type.lower()}; leave it out or use --device cpu"
             )
+        if gpu_layers and kv_file:
+            raise UsageError("--kv-file: expected all layers on the CPU with it, found some on a GPU; leave one of the two out")
         on_cpu = config.n_layers - gpu_layers if gpu_layers else None
-        self.stages: list[Stage] = [*cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)), on_cpu)]
+        self.stages: list[Stage] = [
+            *cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)), on_cpu, kv_file)
+        ]
         if gpu_layers:
             from llamacli.mlx.stage import MlxStage
 

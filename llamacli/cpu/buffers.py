@@ -22,11 +22,20 @@ Shapes = dict[str, tuple[tuple[int, ...], type]]
 
 
 def shapes(
-    c: Config, layers: range, n: int, threads: int, *, embeds: bool = True, heads: bool = True, slots: bool = False
+    c: Config,
+    layers: range,
+    n: int,
+    threads: int,
+    *,
+    embeds: bool = True,
+    heads: bool = True,
+    slots: bool = False,
+    kv_file: bool = False,
 ) -> Shapes:
     """Every buffer of a stage for up to `n` tokens: name to (shape, type).
 
-    `embeds`, `heads`: whether the stage looks up embeddings, makes logits. `slots`: whether its experts are fetched.
+    `embeds`, `heads`: whether the stage looks up embeddings, makes logits. `slots`: whether its experts are fetched. `kv_file`:
+    whether keys and values are (kvfile.py).
     """
     mixtures = [c.is_moe(i) for i in layers]
     used = c.n_experts_used if any(mixtures) else 0
@@ -56,6 +65,8 @@ def shapes(
         found |= {name: ((n,), np.int64) for name in ("positions", "tables")}
         found["blocks"] = (n, 2), np.int64
         found["attention_scratch"] = (threads, attention.Scratch.of(c.head_dim).end), np.uint8
+        if kv_file:
+            found["carried"] = (n, c.n_heads, 2), np.float32
     if used:
         rows("router", n, n_experts)
         rows("gate_exps", pairs, n_ff_exp, codes=True)

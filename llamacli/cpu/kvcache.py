@@ -57,8 +57,13 @@ class KVCache(Positions):
                 self._layers[i] = grown
             keys, values = self._layers[i]
             self.table[i] = keys.ctypes.data, values.ctypes.data, keys.shape[1]
-        growing = (keys.shape[1] for (keys, _), chunk in zip(self._layers, self._chunks, strict=True) if keys.shape[1] != chunk)
+        held = zip(self._layers, self._chunks, strict=True)  # a layer that holds nothing is kept elsewhere (kvfile.py)
+        growing = (keys.shape[1] for (keys, _), chunk in held if keys.shape[1] not in (0, chunk))
         self._room = min([self.ctx, *growing])
+
+    def tables(self, n: int) -> int:
+        """The address of the cache table of each of the next `n` positions."""
+        return self.table_address
 
     def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of positions start to end - 1: copies, [n_kv_heads, end - start, ...].

@@ -44,7 +44,7 @@ class Recorder:
     """Operations that record themselves. `program` is complete after `compose`.
 
     `layer_ends`: the step after each layer's last; `embedded`: after the embedding, if there are no layers. `expert_cuts`: by
-    layer, if there are slots.
+    layer, if there are slots. `over_blocks`: the layer of each step of attention that is run by `reach`, several times.
     """
 
     def __init__(
@@ -56,12 +56,15 @@ class Recorder:
         stop: int,
         slots: Slots | None = None,
         watched: dict[tuple[str, ...], Inputs] | None = None,
+        reach: int = 0,
     ):
         """`stop`: the address of an int64 that another thread sets to end a run early. `watched`: if not None, steps
-        that sum the squares of every product's input are recorded, and the sums kept here.
+        that sum the squares of every product's input are recorded, and the sums kept here. `reach`: the address of
+        attention's int64 [6], if keys and values may be in a file.
         """
         self.program, self.layer_ends, self.expert_cuts = Program(), [], {}
-        self.embedded = 0
+        self.embedded, self.over_blocks = 0, {}
+        self._reach = reach
         self._weights, self._config, self._layers, self._buffers = weights, config, layers, buffers
         self._slots, self._watched = slots, watched
         c = config
@@ -151,6 +154,7 @@ class Recorder:
             **tokens,
         )
         self._add(attention.prepare_heads, prepare, {k, v, "angles"}, {q, k, v, "cache"}, "attention")
+        in_file = self._reach and not chunk
         scratch, layout = b["attention_scratch"], attention.Scratch.of(c.head_dim)
         assert layout.end == scratch.shape[1]
         attend = attention.AttendArguments(
@@ -168,10 +172,16 @@ class Recorder:
             scratch=scratch.ctypes.data,
             scratch_stride=scratch.strides[0],
             **{f"{name}_offset": offset for name, offset in layout._asdict().items() if name != "end"},
+            reach=self._reach if in_file else 0,
+            carried=b.address("carried") if in_file else 0,
             **heads,
             **tokens,
         )
+        if in_file:
+            self.over_blocks[self.program.barrier()] = i
         self._add(attention.attend, attend, {q, "cache"}, {"attended"}, "attention")
+        if in_file:
+            self.program.barrier()
         quantize = elementwise.QuantizeArguments(
             x=out.address,
             x_stride=out.stride,

@@ -21,6 +21,8 @@ from llamacli.cpu.kernels.ops.matmul import Matrix
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kvcache import KVCache
+from llamacli.cpu.kvfile import FileCache, KVFile, block_bytes, seeing_all
+from llamacli.cpu.kvreads import BlockReader
 from llamacli.cpu.operations import Inputs, Recorder
 from llamacli.cpu.weights import Experts, bind, has_kernels, in_map
 from llamacli.device import IoStats, Run, Tokens
@@ -43,12 +45,14 @@ def cpu_stages(
     max_batch: int,
     cuts: Sequence[int] = (),
     n_layers: int | None = None,
+    kv_file: KVFile | None = None,
 ) -> list["CpuStage"]:
     """A model as stages that share threads. `n_slots`: routed experts that these layers together cache; 0: all are mapped.
 
     `n_layers`: only the embedding and the first so many layers, without the head; None: the whole model. `cuts`: layers at
     which another stage begins; 0 parts the embedding from the layers, config.n_layers the head. Each stage that
     fetches experts has buffers of its own for those under way, which `plan` counts once; a stage without experts is mapped.
+    `kv_file`: where caches keep what memory does not hold, None: nowhere.
     UnsupportedModelError if heads do not fill vectors, or experts are of a type without kernels.
     """
     lanes = chosen_target().lanes
@@ -67,7 +71,7 @@ def cpu_stages(
         layers = range(max(0, first), min(end, config.n_layers))
         ends = {"embeds": first < 0, "heads": end > config.n_layers}
         own = {i: share[i] for i in layers if i in share}
-        found.append(CpuStage(gguf, config, layers, pool, guard, slots=own, most=max_batch, **ends))
+        found.append(CpuStage(gguf, config, layers, pool, guard, slots=own, most=max_batch, kv_file=kv_file, **ends))
     if not share:
         on_large_pages(gguf.maps)
     return found
@@ -88,6 +92,7 @@ class CpuStage:
         heads: bool = True,
         slots: dict[int, int] | None = None,
         most: int = MAX_BATCH,
+        kv_file: KVFile | None = None,
     ):
         """`embeds`, `heads`: whether the stage begins with the embedding, ends with the head. `guard`: over the file's maps.
 
@@ -100,6 +105,10 @@ class CpuStage:
         self.follow: Callable[[float], None] | None = None
         self._config, self._pool, self._guard, self._paths = config, pool, guard, gguf.paths
         self._embeds, self._heads, self._most = embeds, heads, most
+        self._kv_file, self._seeing = kv_file, seeing_all(config, layers)
+        self._reader = BlockReader(block_bytes(config, kv_file.block)) if kv_file and self._seeing else None
+        self._reach = np.zeros(6, np.int64)  # attention's, over blocks of keys and values
+        self._runs: list[tuple[Run, int, int]] = []  # of the batch: first and end of its blocks of tokens
         self.slots, resident = self._fetch(gguf, slots) if slots else (None, {})
         ends = {"embedding": embeds, "head": heads}
         self._weights = bind(gguf, config, lambda tensor: resident.get(tensor.name) or in_map(tensor), layers, **ends)
@@ -157,6 +166,8 @@ class CpuStage:
 
     def new_cache(self, ctx: int) -> KVCache:
         """An empty cache for at most `ctx` tokens."""
+        if self._reader:
+            return FileCache(self._config, ctx, self.layers, self._kv_file, self._most, self._reader.files)
         return KVCache(self._config, ctx, self.layers)
 
     def forward(self, x: Tokens | np.ndarray, runs: Sequence[Run]) -> np.ndarray:
@@ -165,8 +176,8 @@ class CpuStage:
         ModelFileError if the file was cut meanwhile: then the result would be wrong.
         """
         n = sum(run.n for run in runs)
-        if self._forked and self.slots:
-            raise UsageError("a forked process cannot fetch experts, its reading threads are gone: load the model again")
+        if self._forked and (self.slots or self._reader):
+            raise UsageError("a forked process cannot read files, its reading threads are gone: load the model again")
         self._reserve(n)
         if self._embeds:
             self._look_up(x, n)
@@ -176,7 +187,16 @@ class CpuStage:
             self._set_runs(runs)
         self._set_rows(n, 0, n)
         if self._embeds or self.layers:
-            self._run_layers(n)
+            try:
+                if self._reader:
+                    self._reader.start(runs, self._seeing)
+                self._run_layers(n)
+            except BaseException:  # Ctrl-C too: no read may go on into a buffer that is free
+                if self._reader:
+                    self._reader.stop()
+                raise
+            finally:
+                self._runs = []  # a cache that nobody else holds may go
         if n > 1 or not self._heads:  # of a single token, logits follow, which look at the file as well
             self._check()
         if self._lookup is not None:
@@ -216,7 +236,12 @@ class CpuStage:
 
     def take_io_stats(self) -> IoStats | None:
         """What was read since the last call, None if all experts are mapped."""
-        return self.slots.take_io_stats() if self.slots else None
+        found = self.slots.take_io_stats() if self.slots else None
+        if self._reader:
+            nbytes, reading, stalled = self._reader.take_counts()
+            keys = IoStats(kv_bytes=nbytes, reading_s=reading, stall_s=stalled)
+            found = found + keys if found else keys
+        return found
 
     def interrupt(self) -> None:
         """Make the call that runs in another thread raise KeyboardInterrupt, within one work item of a product."""
@@ -235,6 +260,8 @@ class CpuStage:
         self._pool.close()
         if self.slots:
             self.slots.close()
+        if self._reader:
+            self._reader.close()
         self._recorded = self._buffers = self._stream = self._state = self._dense = self._weights = self._watched = (
             self.slots
         ) = None
@@ -255,13 +282,19 @@ class CpuStage:
         self._capacity = 0
         capacity = max(n, min(self._most, 1 << (n - 1).bit_length()))
         kind = {"embeds": self._embeds, "heads": self._heads}
-        self._buffers = Buffers(
-            buffers.shapes(self._config, self.layers, capacity, self._pool.threads, slots=self.slots is not None, **kind)
-        )
+        fetched = {"slots": self.slots is not None, "kv_file": self._reader is not None}
+        self._buffers = Buffers(buffers.shapes(self._config, self.layers, capacity, self._pool.threads, **fetched, **kind))
         self._state, self._dense = self._buffers["state"], self._buffers["dense"]
         self._dense[2:] = np.arange(capacity)
         self._recorded = Recorder(
-            self._weights, self._config, self.layers, self._buffers, self._stop.ctypes.data, self.slots, self._watched
+            self._weights,
+            self._config,
+            self.layers,
+            self._buffers,
+            self._stop.ctypes.data,
+            self.slots,
+            self._watched,
+            self._reach.ctypes.data if self._reader else 0,
         )
         self._recorded.compose(**kind)
         self._layer_ends = self._recorded.layer_ends or [self._recorded.embedded]
@@ -292,14 +325,15 @@ class CpuStage:
 
     def _set_runs(self, runs: Sequence[Run]) -> None:
         """Set each token's position and cache, and the blocks of neighbouring tokens that attention works on."""
-        b, first, blocks = self._buffers, 0, []
+        b, first, blocks, self._runs = self._buffers, 0, [], []
         most = tokens_per_block(self._config.n_heads, self._config.n_kv_heads)
         for run in runs:
             end = first + run.n
             b["positions"][first:end] = range(run.cache.pos, run.cache.pos + run.n)
-            b["tables"][first:end] = run.cache.table_address
+            b["tables"][first:end] = run.cache.tables(run.n)
             parts = -(-run.n // most)  # of equal size: a short one at the end would take another path, which rounds differently
             edges = [first + run.n * i // parts for i in range(parts + 1)]
+            self._runs.append((run, len(blocks), len(blocks) + parts))
             blocks += [(start, stop - start) for start, stop in pairwise(edges)]
             first = end
         b["blocks"][: len(blocks)] = blocks
@@ -308,6 +342,21 @@ class CpuStage:
     # running
 
     def _run(self, first: int, last: int) -> None:
+        for step, layer in self._recorded.over_blocks.items():
+            if first <= step < last:
+                self._run_steps(first, step)
+                self._attend_blocks(step, layer)
+                first = step + 1
+        self._run_steps(first, last)
+
+    def _attend_blocks(self, step: int, layer: int) -> None:
+        """Run a step of attention as often as it takes to pass over all blocks, whatever their number in memory."""
+        for run, first, end in self._runs:
+            for start, stop in self._reader.visits(run, layer):
+                self._reach[:] = first, end, start, stop, run.cache.block, run.cache.table_of(layer)
+                self._run_steps(step, step + 1)
+
+    def _run_steps(self, first: int, last: int) -> None:
         program = self._recorded.program
         if first == last:
             return

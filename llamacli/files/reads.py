@@ -51,6 +51,20 @@ def make_buffered(file: int) -> None:
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
 
 
+def make_direct(file: int) -> bool:
+    """Switch a descriptor to direct reads and writes; False where its file system has none."""
+    import fcntl
+
+    try:
+        if sys.platform == "darwin":
+            fcntl.fcntl(file, _F_NOCACHE, 1)
+        else:
+            fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
 class TensorSlices(NamedTuple):
     """A tensor as equal slices that follow one another in the file: the experts of a layer, or one slice."""
 
@@ -88,6 +102,11 @@ class DirectReader:
         if tensor.path not in self._files:
             self._files[tensor.path] = self._open(tensor.path)
         return TensorSlices(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n)
+
+    def adopt(self, path: Path, file: int, direct: bool, nbytes: int) -> TensorSlices:
+        """A file that its caller has opened, and closes, as slices of `nbytes` bytes. `direct`: whether its reads are."""
+        self._direct[file] = direct
+        return TensorSlices(path, file, 0, nbytes)
 
     def begin(self, slices: TensorSlices, k: int, memory: Memory, at: int) -> tuple[list[Future], int]:
         """Start to read slice k into `memory` from byte `at` on: the reads, and the slice's address once they are done."""

@@ -6,7 +6,8 @@ names what would fit; expected seconds from the speeds of disk and memory.
 The weights that every token uses (attention, shared experts, routers, norms, output) and the KV cache are resident. Routed
 experts are all mapped if everything fits. Otherwise each layer caches some experts in slots and reads the others when they are
 needed. The embedding stays in the file too: a token touches one row of it and the pages around that row. A mapped file larger
-than memory would run as well, but then the kernel decides what is resident, and we could not keep the limit.
+than memory would run as well, but then the kernel decides what is resident, and we could not keep the limit. Keys and values
+may be in a file as well (cpu/kvfile.py): then a window of them is resident, which gets half of what would be left for experts.
 """
 
 from bisect import bisect_right
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from llamacli.cpu import buffers, kvcache
+from llamacli.cpu import buffers, kvcache, kvfile
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import RING, slots_per_layer
 from llamacli.cpu.kernels.cores import default_threads
@@ -110,6 +111,8 @@ class Placement:
     batch: int  # tokens of a prompt that go through a layer together
     sizes: Sizes
     config: Config
+    kv_files: int = 0  # sequences whose keys and values are in files as far as they do not fit; 0: all are in memory
+    window: int = 0  # positions of each of these in memory
 
     @property
     def resident(self) -> int:
@@ -128,8 +131,17 @@ class Placement:
 
     @property
     def read_per_token(self) -> float:
-        """Bytes from the file for a decoded token."""
+        """Bytes from the model's file for a decoded token."""
         return self.miss * self.config.n_experts_used * self.sizes.one_per_layer
+
+    def kv_read_per_token(self, depth: int) -> int:
+        """Bytes of keys and values from their file for a token decoded after `depth` others."""
+        return kvfile.bytes_per_token(self.config, depth, self.ctx, self.window, self.batch) if self.kv_files else 0
+
+    @property
+    def kv_disk(self) -> int:
+        """Bytes of the files of keys and values at the full context."""
+        return self.kv_files * kvfile.file_bytes(self.config, self.ctx, self.window, self.batch) if self.kv_files else 0
 
 
 def place(
@@ -141,21 +153,25 @@ def place(
     threads: int = 1,
     name: str = "the model",
     slots: bool = False,
+    kv_files: int = 0,
 ) -> Placement:
     """Decide what is resident within `memory` bytes at a context of `ctx` tokens.
 
-    `slots`: even if everything would fit. MemoryLimitError if that cannot hold the always-used weights, keys and values, and
-    the experts of one token.
+    `slots`: even if everything would fit. `kv_files`: so many sequences may keep keys and values in files.
+    MemoryLimitError if that cannot hold the always-used weights, keys and values, and the experts of one token.
     """
     batch = batch_within(config, memory, threads)
-    kv, working = kvcache.nbytes(config, ctx), _program(config) + working_bytes(config, threads, batch)
+    kv, working = _kv(config, ctx, batch, kv_files), _program(config) + working_bytes(config, threads, batch, kv_files)
     everything = sizes.always + sizes.looked_up + sizes.routed
     if everything + kv + working <= memory and not (slots and sizes.experts):
         n_slots = sizes.n_experts * len(sizes.experts)
-        return Placement(memory, ctx, "mapped", n_slots, everything, 0, kv, working, 0, 0, batch, sizes, config)
+        window = _window(config, ctx, batch, kv_files, memory - everything - kv - working)
+        kv = _kv(config, ctx, batch, kv_files, window)
+        held = n_slots, everything, 0, kv, working, 0, 0, batch
+        return Placement(memory, ctx, "mapped", *held, sizes, config, kv_files, window)
     least = sizes.always + kv + working + _least(config, sizes, batch, slots)
     if least > memory:
-        fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots)
+        fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots, kv_files=kv_files)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
         raise MemoryLimitError(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
@@ -163,25 +179,62 @@ def place(
         )
     if ctx > LONG_CTX and sizes.experts:
         larger = batch_within(config, memory, threads, LONG_BATCH)
-        more = working_bytes(config, threads, larger) - working_bytes(config, threads, batch)
+        more = working_bytes(config, threads, larger, kv_files) - working_bytes(config, threads, batch, kv_files)
+        more += _kv(config, ctx, larger, kv_files) - kv
         if sizes.always + kv + working + more + _least(config, sizes, larger, True) <= memory:
-            batch, working = larger, working + more
+            batch, kv = larger, _kv(config, ctx, larger, kv_files)
+            working = _program(config) + working_bytes(config, threads, batch, kv_files)
+    window = 0
+    if kv_files:
+        spare = memory - sizes.always - kv - working - _least(config, sizes, batch, True)
+        window = _window(config, ctx, batch, kv_files, spare // 2)
+        kv = _kv(config, ctx, batch, kv_files, window)
     buffers, rows = RING * sizes.ring_buffer, _rows(config, sizes, batch)
     each, rest = divmod(memory - sizes.always - kv - working - rows - buffers, sizes.one_per_layer)
     more = bisect_right(list(accumulate(sizes.experts)), rest)
     n_slots = min(sizes.n_experts * len(sizes.experts), each * len(sizes.experts) + more)
     experts = sum(n * nbytes for n, nbytes in zip(slots_per_layer(n_slots, len(sizes.experts)), sizes.experts, strict=True))
-    return Placement(memory, ctx, "slots", n_slots, sizes.always, experts, kv, working, buffers, rows, batch, sizes, config)
+    held = n_slots, sizes.always, experts, kv, working, buffers, rows, batch
+    return Placement(memory, ctx, "slots", *held, sizes, config, kv_files, window)
 
 
-def fit_ctx(config: Config, sizes: Sizes, memory: int, ctx: int, *, threads: int = 1, slots: bool = False) -> int:
+def fit_ctx(
+    config: Config,
+    sizes: Sizes,
+    memory: int,
+    ctx: int,
+    *,
+    threads: int = 1,
+    slots: bool = False,
+    kv_files: int = 0,
+) -> int:
     """The largest context up to `ctx` that `place` accepts, a multiple of CTX_STEP if it is less; 0 if there is none."""
     batch = batch_within(config, memory, threads)
     room = (
-        memory - _program(config) - working_bytes(config, threads, batch) - sizes.always - _least(config, sizes, batch, slots)
+        memory
+        - _program(config)
+        - working_bytes(config, threads, batch, kv_files)
+        - sizes.always
+        - _least(config, sizes, batch, slots)
     )
-    fits = bisect_right(range(ctx + 1), room, key=lambda n: kvcache.nbytes(config, n)) - 1
+    fits = bisect_right(range(ctx + 1), room, key=lambda n: _kv(config, n, batch, kv_files)) - 1
     return ctx if fits == ctx else max(0, fits) // CTX_STEP * CTX_STEP
+
+
+def _kv(config: Config, ctx: int, batch: int, kv_files: int, window: int = 0) -> int:
+    """Bytes of memory for keys and values, with those for reading them if they are in files."""
+    if not kv_files:
+        return kvcache.nbytes(config, ctx)
+    return kv_files * kvfile.nbytes(config, ctx, window, batch) + kvfile.RING * kvfile.block_bytes(config)
+
+
+def _window(config: Config, ctx: int, batch: int, kv_files: int, spare: int) -> int:
+    """Positions that `spare` more bytes hold of each sequence, with those that there is room for in any case."""
+    each = kv_files and kv_files * len(kvfile.seeing_all(config)) * kvfile.block_bytes(config)
+    if not each:
+        return 0
+    blocks = kvfile.slots(ctx, 0, batch) + max(0, spare) // each
+    return min(blocks, -(-ctx // kvfile.POSITIONS)) * kvfile.POSITIONS
 
 
 def _program(config: Config) -> int:
@@ -210,10 +263,10 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
 
 
-def working_bytes(config: Config, threads: int, batch: int) -> int:
+def working_bytes(config: Config, threads: int, batch: int, kv_files: int = 0) -> int:
     """Bytes of the buffers of an engine whose `max_batch` is `batch`, for its longest batches."""
-    mixture = any(map(config.is_moe, range(config.n_layers)))
-    return buffers.nbytes(buffers.shapes(config, range(config.n_layers), buffers.tokens(config, batch), threads, slots=mixture))
+    fetched = {"slots": any(map(config.is_moe, range(config.n_layers))), "kv_file": kv_files > 0}
+    return buffers.nbytes(buffers.shapes(config, range(config.n_layers), buffers.tokens(config, batch), threads, **fetched))
 
 
 # expected speed
@@ -225,10 +278,12 @@ def decode_seconds(p: Placement, disk: float, bandwidth: float, depth: int = 0) 
     Decoding reads each byte that the token needs from memory once, at REACHED_READING of the bandwidth. A missing expert is
     first read from the disk. That read begins after the layer's router and ends before the next layer, so it overlaps only with
     the products of the layer's shared and routed experts: the longer of the two counts, and all other times are added. All
-    experts are assumed to be equally likely. LAYER_SECONDS is the overhead of a layer's steps; it matters for small models.
+    experts are assumed to be equally likely. Keys and values from a file are read while attention multiplies others, so of
+    these two times, too, the longer one counts. LAYER_SECONDS is the overhead of a layer's steps; it matters for small models.
     """
     sizes, k, reached = p.sizes, p.config.n_experts_used, REACHED_READING * bandwidth
-    before = (sizes.always - sizes.kinds[Role.SHARED] + kvcache.nbytes(p.config, depth)) / reached
+    attention = max(kvcache.nbytes(p.config, depth) / reached, p.kv_read_per_token(depth) / disk)
+    before = (sizes.always - sizes.kinds[Role.SHARED]) / reached + attention
     beside = (sizes.kinds[Role.SHARED] + k * sizes.one_per_layer) / reached
     reading = k * sizes.one_per_layer / disk
     return before + (1 - p.miss) * beside + p.miss * max(beside, reading) + p.config.n_layers * LAYER_SECONDS
@@ -273,12 +328,14 @@ def plan_residency(
     experts: str,
     beside: int = 0,
     offload: Offload = NONE,
-) -> tuple[int, int, int]:
-    """(slots of all layers, largest batch, bytes to reserve) for Engine and machine.reserve; 0 slots: all experts are mapped.
+    kv_files: int = 0,
+) -> tuple[int, int, int, int]:
+    """(slots of all layers, largest batch, positions of a kvfile.KVFile's window, bytes to reserve) for Engine and
+    machine.reserve; 0 slots: all experts are mapped.
 
     `memory`: bytes for all models of this process; None: what the machine has free, less a reserve. What other models have
     reserved is subtracted. `experts`: "mapped", "slots" or "auto". `beside`: bytes that its user will hold beside the model.
-    `offload`: layers that are the GPU's; what it holds of them is held in the same memory.
+    `offload`: layers that are the GPU's; what it holds of them is held in the same memory. `kv_files`: as for `place`.
     """
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
@@ -286,13 +343,18 @@ def plan_residency(
     config, beside, threads = remaining(config, offload), beside + offload.nbytes, threads or default_threads()
     sizes = size_by_kind(tensors, config)
     if experts == "mapped" or (not config.n_experts and memory is None):
-        needed = sizes.always + sizes.looked_up + sizes.routed + kvcache.nbytes(config, ctx) + _program(config)
-        return 0, MAX_BATCH, needed + beside + working_bytes(config, threads, MAX_BATCH)
+        needed = sizes.always + sizes.looked_up + sizes.routed + _program(config) + beside
+        needed += working_bytes(config, threads, MAX_BATCH, kv_files)
+        kv = _kv(config, ctx, MAX_BATCH, kv_files)
+        free = machine.budget() + machine.private() - machine.reserved() if kv_files else 0
+        window = _window(config, ctx, MAX_BATCH, kv_files, free - needed - kv)
+        return 0, MAX_BATCH, window, needed + _kv(config, ctx, MAX_BATCH, kv_files, window)
     memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
     if offload.streams:
         memory, experts = min(memory, offload.budget - offload.working), "slots"
-    placement = place(config, sizes, memory, ctx, threads=threads, name=str(gguf.path), slots=experts == "slots")
-    return placement.n_slots if placement.mode == "slots" else 0, placement.batch, placement.resident + beside
+    how = {"threads": threads, "name": str(gguf.path), "slots": experts == "slots", "kv_files": kv_files}
+    p = place(config, sizes, memory, ctx, **how)
+    return p.n_slots if p.mode == "slots" else 0, p.batch, p.window, p.resident + beside
 
 
 def batch_within(config: Config, memory: int, threads: int, most: int = MAX_BATCH) -> int:

@@ -194,7 +194,7 @@ def test_a_model_beyond_the_memory_streams_on_the_gpu(small, monkeypatch):
     assert not plan_offload(gguf, config, 64, "mlx", 2, "slots", whole).streams  # the CPU's layers do
     with_gpu(monkeypatch, budget=1 << 30)
     offload = plan_offload(gguf, config, 64, "mlx", None, "slots", 1 << 40)
-    slots, _, held = plan_residency(gguf, config, 64, 1, 1 << 40, "slots", 0, offload)
+    slots, *_, held = plan_residency(gguf, config, 64, 1, 1 << 40, "slots", 0, offload)
     assert slots == 16
     assert held <= 1 << 30
 

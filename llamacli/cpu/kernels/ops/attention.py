@@ -9,6 +9,10 @@ Work items of `attend` are (key-value head, block of tokens); `blocks`, int64 [B
 of tokens of each block, which are neighbours in one sequence and one chunk. A token decodes with one item a key-value head, so
 more threads than those do not help there. `prepare_heads` and `attend` are separate steps because every thread reads keys that
 another may have written.
+
+Where keys and values do not fit into memory (cpu/kvfile.py), `attend` is called several times over the same queries, each time
+with more of the blocks of positions that are in memory by then. Between two calls, `out` holds the weighted sums and `carried`
+the maxima and the sums of weights. The order of operations, and so every bit, is that of one call over all keys.
 """
 
 import math
@@ -35,6 +39,9 @@ QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work ite
 MANY = 16  # query rows from which on it pays to lay keys and values out anew
 FILL = 8  # rows that may be needed to fill up a tile
 ONE, EPS, ATTN_SCALE, TEMP_LENGTH, TEMP_SCALE = range(5)  # slots of the float constants
+# of AttendArguments.reach: items of `blocks` from FIRST to END see blocks of SIZE positions from NEXT to STOP; TABLE is the
+# address of int64 [n_blocks, 2], where keys and values of a block begin, less the bytes of the positions before it
+FIRST, END, NEXT, STOP, SIZE, TABLE = range(6)
 
 
 class Scratch(NamedTuple):
@@ -181,6 +188,8 @@ class AttendArguments(NamedTuple):
     scores_offset: Count
     sums_offset: Count
     states_offset: Count
+    reach: OptionalAddress  # int64 [6]: which blocks of positions this call sees; 0: all that the cache table's memory holds
+    carried: OptionalAddress  # float32 [n, n_heads, 2], with `reach`: maximum and sum of weights of a row so far
 
 
 @kernel(AttendArguments)
@@ -188,24 +197,33 @@ def attend(a, thread, threads):
     """out[t] = softmax(scale * q k^T) v over the keys that token t may see.
 
     Few query rows are multiplied with keys and values as they lie in the cache, at memory speed; for many, a block of both is
-    laid out anew as float32.
+    laid out anew as float32. With `reach` a multiple of KEYS positions at a time, in order from position 0.
     """
     scratch, dim, span = a.scratch + thread * a.scratch_stride, a.head_dim, a.span
     wide_keys, wide_values, queries = scratch + a.keys_offset, scratch + a.values_offset, scratch + a.queries_offset
     scores, sums, states = scratch + a.scores_offset, scratch + a.sums_offset, scratch + a.states_offset
     positions, tables, block_table = pointer(a.positions, int64), pointer(a.tables, int64), pointer(a.blocks, int64)
-    group, blocks = a.n_heads // a.n_kv_heads, pointer(a.state, int64)[BLOCKS]
+    group, first_item, items = a.n_heads // a.n_kv_heads, 0, pointer(a.state, int64)[BLOCKS]
+    next_part, stop_part, size, table = 0, 1, 0, tables
+    if a.reach != 0:
+        reach = pointer(a.reach, int64)
+        first_item, items, next_part, stop_part = reach[FIRST], reach[END] - reach[FIRST], reach[NEXT], reach[STOP]
+        size, table = reach[SIZE], pointer(reach[TABLE], int64)
     least = QUERY_ROWS + 1 if pointer(a.state, int64)[ALONE] != 0 else MANY  # rows from which keys and values are laid out anew
 
-    for item in range(thread, a.n_kv_heads * blocks, threads):
+    for item in range(thread, a.n_kv_heads * items, threads):
         if atomic_load(a.stop) != 0:
             return
-        kv, block = item // blocks, item % blocks
+        kv, block = item // items, first_item + item % items
         start, tokens = block_table[2 * block], block_table[2 * block + 1]
         cache = pointer(tables[start] + 24 * a.layer, int64)
         keys = cache[0] + a.row_bytes * kv * cache[2]
         values = cache[1] + a.row_bytes * kv * cache[2]
         first_slot = positions[start] % a.chunk if a.chunk > 0 else positions[start]
+        last_key = first_slot + tokens
+        if size > 0 and last_key <= next_part * size:
+            continue  # an earlier call has seen all keys of these tokens
+        whole = size == 0 or last_key <= stop_part * size
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
@@ -214,14 +232,23 @@ def attend(a, thread, threads):
             f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)
             for r in range(padded):
                 f[3 * r], f[3 * r + 1], f[3 * r + 2] = float32(-3.0e38), float32(0.0), float32(0.0)
-                t, h = r // in_part, r % in_part
-                row = pointer(a.q + (start + t) * a.q_stride + 4 * dim * (kv * group + head + h), float32)
+                t, h = r // in_part, kv * group + head + r % in_part
+                row = pointer(a.q + (start + t) * a.q_stride + 4 * dim * h, float32)
                 for j in range(dim):
                     total[r * dim + j] = float32(0.0)
                     asked[r * dim + j] = row[j] if r < rows else float32(0.0)
-            last_key = first_slot + tokens
-            for key in range(0, last_key, KEYS):
-                n_keys = min(KEYS, last_key - key)
+                if next_part > 0 and r < rows:
+                    so_far = pointer(a.carried + 8 * ((start + t) * a.n_heads + h), float32)
+                    f[3 * r], f[3 * r + 1] = so_far[0], so_far[1]
+                    row = pointer(a.out + (start + t) * a.out_stride + 4 * dim * h, float32)
+                    for j in range(dim):
+                        total[r * dim + j] = row[j]
+            key, stop_key = next_part * size, last_key if whole else stop_part * size
+            while key < stop_key:
+                n_keys = min(KEYS, stop_key - key)
+                if size > 0:  # a block holds all heads of its positions
+                    keys = table[2 * (key // size)] + a.row_bytes * kv * size
+                    values = table[2 * (key // size) + 1] + a.row_bytes * kv * size
                 if rows >= least:
                     call(a.transpose_keys, (keys + a.row_bytes * key, n_keys, wide_keys))
                     for k in range(0, n_keys, span):
@@ -241,11 +268,15 @@ def attend(a, thread, threads):
                         call(a.product, (scores, 4 * KEYS, padded, wide_values + 4 * c, 4 * dim, n_keys, to, 4 * dim, states))
                 else:
                     call(a.weigh, (scores, 4 * KEYS, padded, values + a.row_bytes * key, n_keys, sums, states))
+                key += KEYS
             for r in range(rows):
-                t, h = r // in_part, r % in_part
-                result = a.out + (start + t) * a.out_stride + 4 * dim * (kv * group + head + h)
-                to, whole = pointer(result, float32), float32(1.0) / f[3 * r + 1]
+                t, h = r // in_part, kv * group + head + r % in_part
+                result = a.out + (start + t) * a.out_stride + 4 * dim * h
+                to, factor = pointer(result, float32), float32(1.0) / f[3 * r + 1] if whole else float32(1.0)
                 for j in range(dim):
-                    to[j] = total[r * dim + j] * whole
-                if a.rotate != 0:
+                    to[j] = total[r * dim + j] * factor
+                if not whole:
+                    so_far = pointer(a.carried + 8 * ((start + t) * a.n_heads + h), float32)
+                    so_far[0], so_far[1] = f[3 * r], f[3 * r + 1]
+                elif a.rotate != 0:
                     call(a.rotate, (result,))
