@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 START, END, FUNCTION, FUNCTION_END = "<|python_start|>", "<|python_end|>", "<function=", "</function>"
 LONGEST = 1 << 20  # characters of a call
+MOST_LEVELS = 100  # of lists and objects inside one another, in tools and calls: templates and JSON go through them recursively
 _BEGIN = re.compile(r"[{\[<]")
 _KEYS = ("name", "type", "function", "parameters", "arguments", "id")  # of a call as JSON
 _FIRST_KEY = re.compile(r'\{\s*(?:"(\w*)("?)|$)')
@@ -30,6 +31,16 @@ _TEXT = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _TOKEN = re.compile(rf"{_TEXT}|[\[\](){{}}'\"]", re.DOTALL)
 _WORD = re.compile(r"[\[\s]{0,16}([A-Za-z_][\w.-]*)?(\s*\()?", re.ASCII)
 _JUST_BEGUN = 256  # characters of what is held up to which it is looked at with every piece
+
+
+def too_deep(value) -> bool:
+    """Whether lists and dictionaries lie inside one another more than MOST_LEVELS deep."""
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        insides = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list | tuple))
+        if not (level := [item for inside in insides for item in inside]):
+            return False
+    return True
 
 
 class Call(NamedTuple):
@@ -233,7 +244,7 @@ class CallParser:
             except (ValueError, RecursionError):
                 return None
         arguments = {} if arguments is None else arguments
-        return Call(name, arguments) if isinstance(arguments, dict) else None
+        return Call(name, arguments) if isinstance(arguments, dict) and not too_deep(arguments) else None
 
     # as Python
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from llamacli.errors import PromptError
+from llamacli.text.calls import MOST_LEVELS, too_deep
 from llamacli.text.marks import marks
 from llamacli.text.tokenizer import Tokenizer
 
@@ -57,6 +58,8 @@ def render(
     source = _source(tokenizer, template)
     if len(source) > sandbox.LONGEST_SOURCE:
         raise PromptError(f"expected a chat template of at most {sandbox.LONGEST_SOURCE} characters, found {len(source)}")
+    if too_deep(messages) or too_deep(list(tools)):
+        raise PromptError(f"expected messages and tools with at most {MOST_LEVELS} levels of lists and objects, found more")
     own = marks(tokenizer.special_names, [source, *_strings(messages), *_strings(list(tools))])
     tokens = {"bos": tokenizer.bos, "eos": tokenizer.eos, "unk": tokenizer.token_id("<unk>"), "pad": tokenizer.padding}
     variables = {f"{name}_token": own.mark(_name(tokenizer, id)) for name, id in tokens.items()}

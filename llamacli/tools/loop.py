@@ -114,6 +114,7 @@ class Toolbox:
             text, failed = tool.run(call.arguments, self._timeout), False
         except ToolError as error:
             text, failed = f"error: {error}", True
+        text = text.encode("utf-8", "replace").decode()  # JSON can say half of a pair, a prompt cannot
         if len(text) > longest:
             text = f"{text[:longest]}\n[cut here: {longest} of {len(text)} characters]"
         result = Result(call, text, failed)

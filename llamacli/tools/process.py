@@ -23,7 +23,7 @@ from llamacli.tools.tool import Tool, ToolError, as_text, check_definition
 
 VERSION = "2025-06-18"  # of the protocol; a server may answer with an older one
 LARGEST_LINE, LARGEST_OUTPUT = 16 << 20, 1 << 20  # bytes
-MOST_PAGES = 100
+MOST_TOOLS = 1000  # of a server, and pages of its list; a context holds fewer
 GRACE = 1.0  # seconds for a program to end by itself
 START_SECONDS = 60.0  # for a server to start: some fetch themselves first
 
@@ -76,17 +76,24 @@ class Program:
         return None
 
     def _ready(self, readable: list[int], writable: list[int], until: float) -> bool:
-        """Wait for a descriptor, False at `until`. What comes on stderr meanwhile is taken, its end kept."""
-        errors = [] if self._process.stderr.closed else [self._process.stderr.fileno()]
-        while True:
-            left = until - time.monotonic()
-            reads, writes, _ = select.select([*readable, *errors], writable, [], max(0.0, left))
-            if errors and errors[0] in reads and not self._complaint_read():
-                errors = []
-            if writes or set(reads) & set(readable):
+        """Wait for a descriptor, False at `until`, even if there is more to read: who writes without end ends nobody's wait.
+
+        What comes on stderr meanwhile is taken, its end kept.
+        """
+        waited, wanted = select.poll(), {*readable, *writable}  # select() takes no descriptor from 1024 on
+        errors = None if self._process.stderr.closed else self._process.stderr.fileno()
+        for fd, events in [(fd, select.POLLIN) for fd in readable] + [(fd, select.POLLOUT) for fd in writable]:
+            waited.register(fd, events)
+        if errors is not None:
+            waited.register(errors, select.POLLIN)
+        while (left := until - time.monotonic()) > 0:
+            ready = {fd for fd, _ in waited.poll(1000 * left)}
+            if errors in ready and not self._complaint_read():
+                waited.unregister(errors)
+                errors = None
+            if ready & wanted:
                 return True
-            if left <= 0:
-                return False
+        return False
 
     def _complaint_read(self) -> bool:
         """Take what stderr has; False at its end."""
@@ -189,11 +196,13 @@ class Server:
     def tools(self, timeout: float = START_SECONDS) -> list[Tool]:
         """What it offers. UsageError if it cannot be started or says nonsense: nothing has begun yet."""
         try:
-            found, cursor = [], None
-            for _ in range(MOST_PAGES):
-                page = self._ask("tools/list", {"cursor": cursor} if cursor else {}, timeout)
+            found, cursor, until = [], None, time.monotonic() + timeout
+            for _ in range(MOST_TOOLS):
+                page = self._ask("tools/list", {"cursor": cursor} if cursor else {}, max(0.0, until - time.monotonic()))
                 if not isinstance(page.get("tools"), list):
                     raise ToolError("it lists no tools")
+                if len(found) + len(page["tools"]) > MOST_TOOLS:
+                    raise ToolError(f"it lists more than {MOST_TOOLS} tools")
                 found += [self._tool(entry) for entry in page["tools"]]
                 cursor = page.get("nextCursor")
                 if not isinstance(cursor, str) or not cursor:
@@ -236,7 +245,7 @@ class Server:
             return self._request(method, params, time.monotonic() + timeout)
         except TimeoutError:
             self._stop()
-            raise ToolError(f"no result after {timeout:g} seconds") from None
+            raise ToolError(f"no result after {timeout:.3g} seconds") from None
         except _Refused:
             raise
         except BaseException:  # it died or speaks something else; a Ctrl-C must not leave its answer for the next question

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llamacli.errors import UsageError
+from llamacli.text.calls import MOST_LEVELS, too_deep
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}", re.ASCII)
 _KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
@@ -72,7 +73,7 @@ class Tool:
 def _check_value(name: str, value, schema: dict) -> None:
     kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    allowed = tuple(_OF_KIND[kind] for kind in kinds if kind in _OF_KIND)
+    allowed = tuple(_OF_KIND[kind] for kind in kinds if isinstance(kind, str) and kind in _OF_KIND)
     whole = isinstance(value, float) and value.is_integer() and "integer" in kinds
     if allowed and not whole and not any(isinstance(value, kind) and _is_kind(value, kind) for kind in allowed):
         raise ToolError(f"{name}: expected {' or '.join(map(str, kinds))}, found {json.dumps(value, ensure_ascii=False)[:80]}")
@@ -93,6 +94,8 @@ def check_definition(name, description, parameters, where: str) -> tuple[str, st
     properties = parameters.get("properties", {}) if isinstance(parameters, dict) else None
     if not isinstance(properties, dict) or parameters.get("type", "object") != "object":
         raise UsageError(f"{where}: {name}: expected parameters as a JSON schema of an object, found {parameters!r:.80}")
+    if too_deep(parameters):
+        raise UsageError(f"{where}: {name}: expected parameters of at most {MOST_LEVELS} levels, found more; make them flatter")
     required = parameters.get("required", [])
     if not isinstance(required, list) or not all(isinstance(each, str) for each in required):
         raise UsageError(f"{where}: {name}: expected `required` to be a list of names, found {required!r:.80}")

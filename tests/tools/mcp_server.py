@@ -1,7 +1,7 @@
 """A server of the Model Context Protocol, as small and as bad as a test wants it: `python mcp_server.py [FAULT]`.
 
 It shares no code with the client. FAULT: noise (prints what is no message, and asks in turn), old (an older protocol, pages),
-dies, hangs, junk, deaf, unsound, stderr (writes there without end).
+dies, hangs, junk, deaf, unsound, many (tools without end), stderr (writes there without end).
 """
 
 import json
@@ -66,7 +66,9 @@ for line in sys.stdin:
         send({"id": request["id"], "result": result})
     elif method == "tools/list":
         tools = [{"name": "a b", "inputSchema": 3}] if fault == "unsound" else TOOLS
-        if fault == "old":
+        if fault == "many":
+            send({"id": request["id"], "result": {"tools": TOOLS * 100, "nextCursor": "more"}})
+        elif fault == "old":
             at = int(params.get("cursor", 0))
             tools, more = TOOLS[at : at + 2], {"nextCursor": str(at + 2)} if at + 2 < len(TOOLS) else {}
             send({"id": request["id"], "result": {"tools": tools, **more}})

@@ -141,3 +141,17 @@ def test_a_reader_who_stops_early_leaves_nothing_behind():
         pass
     pieces.close()
     assert list(FakeModel(Answers("x")).chat(QUESTION, [weather]))[-1].finish_reason == "stop"
+
+
+def test_a_result_with_half_of_a_pair_is_told_all_the_same():
+    """JSON can say it, so a server can; a prompt cannot."""
+    half = Tool("half", "", {}, lambda arguments, timeout: "a \ud800 b")
+    pieces, prompts = ask('{"name": "half", "parameters": {}}', "So?", tools=[half])
+    assert text(pieces) == "So?"
+    assert "a ? b" in prompts[1]
+
+
+def test_a_call_too_deep_for_templates_is_text():
+    deep = '{"name": "weather", "parameters": {"city": ' + "[" * 400 + "]" * 400 + "}}"
+    pieces, _ = ask(deep)
+    assert text(pieces) == deep

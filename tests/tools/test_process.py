@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,12 +109,39 @@ def test_a_server_that_hung_or_died_is_started_again(server):
         ("deaf", "no result"),
         ("junk", "more than 16 MB"),
         ("unsound", "expected a name"),
+        ("many", "more than 1000 tools"),
     ],
 )
 def test_a_server_that_cannot_begin_is_one_line(server, fault, words, monkeypatch):
     monkeypatch.setattr(process, "START_SECONDS", 1.0)
     with pytest.raises(UsageError, match=words):
         server(fault).tools(1.0)
+
+
+def test_a_program_that_writes_without_end_ends_no_wait():
+    """A server's notifications, for one, while its answer is waited for."""
+    made = process.Program(["yes"], "yes")
+    try:
+        assert made.line(time.monotonic() + 20) == b"y"
+        with pytest.raises(TimeoutError):
+            while True:
+                made.line(0.0)  # a time long past
+    finally:
+        made.kill()
+        made.close()
+
+
+def test_programs_are_heard_beside_a_thousand_open_files(tmp_path):
+    """As a model in many parts takes them: select() knows descriptors below 1024 only."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert run_once(["cat"], {"a": 1}, 10) == '{"a": 1}'
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_servers_come_from_the_common_file_and_do_not_see_tokens(tmp_path, monkeypatch):

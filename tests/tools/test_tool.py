@@ -166,3 +166,15 @@ def test_definitions_are_read_as_openai_and_as_mcp_write_them():
 def test_what_is_no_definition_is_one_line(text):
     with pytest.raises(UsageError, match=r"^(t\.json|a): .*expected"):
         files.from_json(text, "t.json")
+
+
+@pytest.mark.parametrize("kind", [[{}], {}, [[], "string"], 3])
+def test_a_type_that_is_none_binds_nothing(kind):
+    Tool("f", "", {"properties": {"a": {"type": kind}}}).check({"a": "text"})
+
+
+@pytest.mark.parametrize("inside", ['{"a": ', "["])
+def test_parameters_too_deep_for_templates_are_refused(inside):
+    nested = inside * 400 + "1" + {"[": "]"}.get(inside, "}") * 400
+    with pytest.raises(UsageError, match="f: expected parameters of at most 100 levels"):
+        files.from_json(f'[{{"name": "f", "parameters": {{"properties": {{"a": {nested}}}}}}}]', "tools.json")
