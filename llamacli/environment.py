@@ -4,7 +4,7 @@
     LLAMACLI_MODELS  folder of the user's models            HF_TOKEN, HF_ENDPOINT    of the hub that models come from
     OLLAMA_MODELS, HF_HUB_CACHE, HF_HOME     folders of other programs whose models are used where they lie
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
-    LLAMACLI_API_KEY the key of the server              LLAMACLI_WIRED_GB    what a Mac's GPU may wire; by default nothing
+    LLAMACLI_API_KEY the key of a server                LLAMACLI_WIRED_GB    what a Mac's GPU may wire; by default nothing
     NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
     XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
 

@@ -11,6 +11,7 @@
     |- MemoryLimitError           the model does not fit into the memory allowed
     |- DeviceError                a GPU or its driver failed
     |- DownloadError              a model cannot be fetched: no network, no permission, other bytes than promised
+    |- ServerError                a server cannot be reached, refuses, or breaks an answer off
     |- OutputError                output file exists, disk full, read-only
     `- UsageError                 wrong or impossible arguments, exit code 2
 
@@ -63,6 +64,10 @@ class DeviceError(LlamacliError):
 
 class DownloadError(LlamacliError):
     """A model cannot be fetched. What has come is kept, and the next try goes on from there."""
+
+
+class ServerError(LlamacliError):
+    """A server cannot be reached, refuses, or breaks an answer off."""
 
 
 class OutputError(LlamacliError):

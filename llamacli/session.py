@@ -6,55 +6,16 @@ only tokens whose evaluation succeeded, and whatever a broken-off call may have 
 """
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.device import IoStats
 from llamacli.errors import ContextFullError, PromptError, UsageError
+from llamacli.piece import Piece, Stats
 from llamacli.prompt import Token, tokens
 from llamacli.snapshots import Snapshots
 from llamacli.speculation import Guesses
-
-
-class Piece(NamedTuple):
-    """A part of an answer. `text` may be empty; `finish_reason` is set on the last piece only.
-
-    "stop": a stop token or string; "length": max_tokens; "context": no room left; "interrupt": Ctrl-C (then KeyboardInterrupt).
-    """
-
-    text: str
-    id: int | None
-    finish_reason: str | None = None
-    logprobs: tuple[float, list[tuple[int, float]]] | None = None  # of `id`, and of the likeliest tokens (Sampler.chosen)
-
-
-@dataclass
-class Stats:
-    """What the latest `stream` did, tokens and seconds; the rates are None where nothing was measured."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    decoded: int = 0  # tokens evaluated after the prompt; the first sampled token needs none
-    proposed: int = 0  # tokens that were guessed, and those of them that were right
-    accepted: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    prefill_io: IoStats | None = None  # what was read for the prompt, and after it, if experts are in slots
-    decode_io: IoStats | None = None
-
-    @property
-    def prefill_tps(self) -> float | None:
-        """Prompt tokens evaluated per second, reused ones not counted."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s else None
-
-    @property
-    def decode_tps(self) -> float | None:
-        """Tokens evaluated per second after the prompt, sampling included, the reader's time not."""
-        return self.decoded / self.decode_s if self.decoded and self.decode_s else None
 
 
 class StopStrings:

@@ -12,8 +12,8 @@ from llamacli.errors import CutAnswerError, UsageError
 LARGEST = 16 << 20  # bytes of a schema or a grammar
 
 
-def binding(schema: str | None, grammar: str | None, choice: str | None, stops: bool, ignore_eos: bool) -> dict:
-    """The keyword and the value of what is asked for; empty for nothing."""
+def binding(schema: str | None, grammar: str | None, choice: str | None, stops: bool, ignore_eos: bool, here: bool) -> dict:
+    """The keyword and the value of what is asked for; empty for nothing. `here`: this process binds, not a server."""
     asked = {"--schema": schema, "--grammar": grammar, "--choice": choice}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not asked:
@@ -21,10 +21,13 @@ def binding(schema: str | None, grammar: str | None, choice: str | None, stops: 
     name, *others = [*asked, *["--stop"] * stops, *["--ignore-eos"] * ignore_eos]
     if others:
         raise UsageError(f"{name} and {others[0]} exclude each other: {name} alone decides where the answer ends")
-    from llamacli.text.constraint import library, schema_text
+    if here:
+        from llamacli.text.constraint import library
 
-    library()
+        library()
     if schema is not None:
+        from llamacli.text.schema import schema_text
+
         is_json = schema.lstrip()[:1] in ("{", "[") or schema in ("true", "false")
         return {"schema": schema_text(schema if is_json else read_file(schema, Console(), LARGEST))}
     if grammar is not None:

@@ -205,6 +205,14 @@ def written(param: click.Parameter, ctx: click.Context | None) -> tuple[str, boo
     return next(used, "/".join(param.opts)), True
 
 
+def typed(names: Sequence[str]) -> list[str]:
+    """Of these parameters of the running command, those given on the command line, by the names that were used there."""
+    ctx = click.get_current_context(silent=True)
+    given = ParameterSource.COMMANDLINE
+    params = [p for p in ctx.command.params if p.name in names and ctx.get_parameter_source(p.name) is given] if ctx else []
+    return [written(p, ctx)[0] for p in params]
+
+
 def _setting_name(param: click.Parameter) -> str:
     return next(name for name in param.opts if name.startswith("--"))[2:]
 

@@ -22,13 +22,24 @@ if TYPE_CHECKING:
     from llamacli.vision.sight import View
 
 
-def read_pictures(names: Sequence[str], console: Console) -> list["Picture"]:
-    """The pictures of these files; - is stdin. PictureError for the first that is none."""
+def read_pictures(names: Sequence[str], console: Console, send: bool = False) -> list["Picture | str"]:
+    """The pictures of these files; - is stdin. PictureError for the first that is none. `send`: as a server takes them."""
     if not names:
         return []
     from llamacli.vision.pictures import read_picture
 
+    if send:
+        return [sent(read_stdin_bytes(console) if name == "-" else name) for name in names]
     return [read_picture(read_stdin_bytes(console), "stdin") if name == "-" else read_picture(name) for name in names]
+
+
+def sent(source: bytes | str) -> str:
+    """A file, or bytes of stdin, as a server takes a picture. PictureError for what could not be read here either."""
+    from llamacli.client.remote import data_url
+    from llamacli.vision.pictures import read_picture
+
+    read_picture(source, "stdin" if isinstance(source, bytes) else None)
+    return data_url(source if isinstance(source, bytes) else Path(source).read_bytes())
 
 
 def listed_picture(source: str, folder: Path) -> "Picture":
@@ -47,13 +58,13 @@ def listed_picture(source: str, folder: Path) -> "Picture":
     return read_picture(path, shown(source))
 
 
-def picture_in(data: bytes) -> "Picture | None":
-    """The picture that bytes of stdin are; None for a text."""
+def picture_in(data: bytes, send: bool = False) -> "Picture | str | None":
+    """The picture that bytes of stdin are; None for a text. `send`: as a server takes it."""
     if may_be_picture(data):
         from llamacli.vision.pictures import looks_like_picture, read_picture
 
         if looks_like_picture(data):
-            return read_picture(data, "stdin")
+            return sent(data) if send else read_picture(data, "stdin")
     return None
 
 

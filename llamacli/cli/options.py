@@ -12,7 +12,7 @@ from typing import Annotated
 from llamacli import DEFAULT_CTX
 from llamacli.cli.binding import binding
 from llamacli.cli.console import Console
-from llamacli.cli.grammar import OTHER, Given, argument, byte_count, kind_of, option, size, token_count
+from llamacli.cli.grammar import OTHER, Given, argument, byte_count, kind_of, option, size, token_count, typed
 from llamacli.cli.inputs import (
     MOST_BYTES,
     checked,
@@ -98,6 +98,10 @@ class Device(StrEnum):
     auto = "auto"
 
 
+HERE = (  # parameters that concern a model in this process
+    *("mmproj", "image_tiles", "ctx", "threads", "memory", "device", "gpu_layers", "experts", "kv", "cache", "cache_limit"),
+    *("speculate", "routing_log", "dry_sequence_breaker", "logprobs", "batch", "parallel", "tool_choice", "bind_tools"),
+)
 ALL_LAYERS = 1 << 20  # more than any model has
 
 
@@ -230,6 +234,16 @@ class Generation(Sampling, Keeping):
     """What decides about an answer; the same for `run` and `chat`."""
 
     model: ModelName = None
+    server: Annotated[
+        str | None,
+        option(
+            "--server",
+            metavar="URL",
+            group="Model",
+            setting=True,
+            help="Ask a server, such as a llamacli serve, instead of loading a model; -m is its name there; none: load one.",
+        ),
+    ] = None
     system: Annotated[
         str | None,
         option(
@@ -331,6 +345,13 @@ class Generation(Sampling, Keeping):
     ] = None
 
     def __post_init__(self) -> None:
+        if self.server == "none":
+            self.server = None
+        if self.server is not None and (here := typed(HERE)):
+            raise UsageError(
+                f"{here[0]} and {getattr(self.server, 'where', '--server')} exclude each other: the first is for a model that "
+                f"is loaded here; leave it out, or add --server none"
+            )
         if self.memory is not None and self.experts is Placing.mapped:
             if getattr(self.memory, "typed", True):
                 raise UsageError(
@@ -345,7 +366,7 @@ class Generation(Sampling, Keeping):
         for name, texts in (("--system", [self.system or ""]), ("--stop", self.stop or ())):
             for text in texts:
                 checked(text, name)
-        self.bound = binding(self.schema, self.grammar, self.choice, bool(self.stop), self.ignore_eos)
+        self.bound = binding(self.schema, self.grammar, self.choice, bool(self.stop), self.ignore_eos, self.server is None)
 
     @property
     def limit(self) -> int:
@@ -355,8 +376,11 @@ class Generation(Sampling, Keeping):
     def load(self, console: Console, sessions: int = 1, pictured: bool = False):
         """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.
 
-        `sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names one.
+        `sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names one. With --server
+        the model is the server's (client/remote.py).
         """
+        if self.server is not None:
+            return self._connect(console)
         from llamacli.bench.routing_log import RoutingLog, check_new
 
         if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):
@@ -378,6 +402,15 @@ class Generation(Sampling, Keeping):
         if self.routing_log is not None:
             model.engine.follow_routing = RoutingLog(self.routing_log, model.gguf.path.name, model.config)
         return model
+
+    def _connect(self, console: Console):
+        from llamacli import environment
+        from llamacli.client.remote import connect
+
+        remote = connect(self.server, environment.api_key(), self.model if getattr(self.model, "typed", False) else None)
+        if remote.server.in_clear:
+            console.warn(f"{remote.server.url}: the key and all that is said go there without encryption; https:// has it")
+        return remote
 
     def sampler(self, model, console: Console, logprobs: int | None = None):
         """The sampler that the options and the model's defaults ask for, bound if it is to be. `logprobs`: as for Sampler."""

@@ -128,7 +128,7 @@ def run(
     """
     console = output.console()
     words = ([prompt_option] if prompt_option is not None else []) + [*(prompt or [])]
-    if prompt_option is None:
+    if prompt_option is None and options.server is None:
         options.model, words = _model_first(options.model, words, bool(file) or (not no_stdin and stdin_is_piped()), console)
     if raw and getattr(options.system, "typed", options.system is not None):
         raise UsageError("--raw and --system exclude each other: without the chat template there is no system prompt")
@@ -141,7 +141,9 @@ def run(
     if tooling.asked and (raw or batch is not None or options.bound):
         other = "--raw" if raw else "--batch" if batch is not None else "--schema, --grammar and --choice"
         raise UsageError(f"tools and {other} exclude each other; leave one of them out")
-    text, pictures = _text(words, file or [], options.image or [], no_stdin or batch is not None, console, options.limit)
+    text, pictures = _text(words, file or [], options.image or [], no_stdin or batch is not None, console, options)
+    if raw and options.server is not None and pictures:
+        raise UsageError("--raw, pictures and --server exclude each other: only a chat carries pictures; leave one of them out")
     form = Template.find(template, console) if template is not None else None
     prompts = Prompts(text, None if raw else options.system, form, parameters(param or []), raw, bool(pictures))
     if batch is not None:
@@ -156,8 +158,12 @@ def run(
         began = time.perf_counter()
         model = options.load(console, pictured=bool(pictures))
         load_s = time.perf_counter() - began
-        views = look(model, pictures, options.image_tiles, console)
-        ids = prompts.ids(model, messages, views)
+        if options.server is None:
+            views = look(model, pictures, options.image_tiles, console)
+            ids = prompts.ids(model, messages, views)
+        else:
+            messages, views = prompts.seen(messages, pictures), ()
+            ids = model.text(messages[-1]["content"]) if raw else model.prompt_ids(messages)
         answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract, box)
         answer.take(model, ids, options, logprobs, views, prompts.seen(messages, views))
 
@@ -183,17 +189,15 @@ def _check_new(path: Path) -> None:
 
 
 def _text(
-    words: list[str], files: list[str], images: list[str], no_stdin: bool, console: Console, limit: int
-) -> tuple[str, list["Picture"]]:
-    """stdin, then the files, then the words, a blank line between each two; and the pictures. stdin may be one of them.
-
-    `limit`: bytes of each text.
-    """
-    pictures = read_pictures(images, console)
+    words: list[str], files: list[str], images: list[str], no_stdin: bool, console: Console, options: Generation
+) -> tuple[str, list["Picture | str"]]:
+    """stdin, then the files, then the words, a blank line between each two; and the pictures. stdin may be one of them."""
+    limit, send = options.limit, options.server is not None
+    pictures = read_pictures(images, console, send)
     parts = [read_file(name, console, limit) for name in files]
     if "-" not in (*files, *images) and not no_stdin and stdin_is_piped():
         data = read_stdin_bytes(console, limit, MOST_BYTES, "; --no-stdin leaves it alone")
-        if (picture := picture_in(data)) is not None:
+        if (picture := picture_in(data, send)) is not None:
             pictures.insert(0, picture)
             data = b""
         parts.insert(0, decoded(data, "stdin"))
@@ -377,10 +381,10 @@ def _likely(tokenizer, piece) -> dict:
 
 def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     """The line about speed after an answer."""
-    parts = [f"{stats.prompt_tokens} prompt tokens"]
+    parts = [f"{stats.prompt_tokens} prompt tokens"] if stats.prompt_tokens else []  # a server counts at the end
     if stats.cached_tokens:
         parts[0] += f" ({stats.cached_tokens} kept from before)"
-    if stats.prefill_tps:
+    if parts and stats.prefill_tps:
         parts[0] += f" at {stats.prefill_tps:.1f}/s"
     parts.append(f"{stats.completion_tokens} answered" + (f" at {stats.decode_tps:.1f}/s" if stats.decode_tps else ""))
     if stats.proposed:

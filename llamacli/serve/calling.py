@@ -10,9 +10,9 @@ from secrets import token_hex
 from typing import NamedTuple
 
 from llamacli.errors import UsageError
+from llamacli.piece import Piece
 from llamacli.serve.fields import Fields, Refusal
 from llamacli.serve.scheduler import Begun
-from llamacli.session import Piece
 from llamacli.text.calls import Call, CallParser
 from llamacli.tools.binding import call_schema
 from llamacli.tools.tool import Tool, check_definition

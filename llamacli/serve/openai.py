@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from secrets import token_hex
 
+from llamacli.piece import Piece
 from llamacli.serve import asking, calling
 from llamacli.serve.asking import Ask
 from llamacli.serve.calling import Called
 from llamacli.serve.fields import Fields, Refusal
 from llamacli.serve.scheduler import Begun
-from llamacli.session import Piece
 
 MOST_LIKELY = 20  # alternatives of a token
 REASONS = {"stop": "stop", "length": "length", "context": "length", "tool_calls": "tool_calls"}

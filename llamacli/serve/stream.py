@@ -10,9 +10,9 @@ from contextlib import suppress
 
 from starlette.responses import Response
 
+from llamacli.piece import Piece
 from llamacli.serve.asking import Ask
 from llamacli.serve.scheduler import Begun, Job, Scheduler
-from llamacli.session import Piece
 
 KEEP_ALIVE = 5.0  # seconds without an event after which a comment is sent
 MOST_WAIT = 60.0  # seconds for a client to take what was sent

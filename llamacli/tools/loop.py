@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from llamacli.errors import UsageError
-from llamacli.session import Piece
+from llamacli.piece import Piece
 from llamacli.text.calls import END, START, Call, CallParser
 from llamacli.tools.binding import answer_grammar, call_schema
 from llamacli.tools.tool import Tool, ToolError, from_function

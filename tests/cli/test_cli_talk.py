@@ -131,7 +131,7 @@ def test_another_model_that_cannot_be_loaded_leaves_the_old_one(room, monkeypatc
     monkeypatch.setattr(options, "load_model", load)
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
     monkeypatch.setattr("llamacli.cli.chat.commands.find_model", lambda name, console: name)
-    monkeypatch.setattr("llamacli.cli.chat.commands.open_gguf", lambda path: None)
+    monkeypatch.setattr("llamacli.files.gguf.open_gguf", lambda path: None)
     room.type("one", "/model bad", "two", "/model good", "three")
     assert loaded == ["bad", "m.gguf", "good"]
     assert room.said == ["one", "hello", "two", "from the other", "three", "from the other"]

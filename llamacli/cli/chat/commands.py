@@ -22,7 +22,6 @@ from llamacli.cli.options import MOST_BYTES, Given, find_model, model_names, rea
 from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import OutputError, PromptError, UsageError
-from llamacli.files.gguf import open_gguf
 from llamacli.plan.machine import resident_words
 from llamacli.store import Store
 
@@ -113,7 +112,7 @@ class Commands:
     def status(self) -> str:
         """The line below the prompt."""
         talk, conversation = self.talk, self._conversation
-        parts = [f"ctx {talk.used} of {talk.session.ctx}"]
+        parts = [f"ctx {talk.room}"]
         if talk.session.stats.decode_tps:
             parts.append(f"{talk.session.stats.decode_tps:.1f} tok/s")
         parts += [f"{one_line(Path(path).name)} attached" for path in talk.unread]
@@ -135,13 +134,14 @@ class Commands:
     def _show(self, answer: Iterator[str]) -> None:
         self.screen.answer(self.talk, answer, self.typed)
         ctx = self.talk.session.ctx
+        more = "" if self.talk.served else f"/ctx {2 * ctx} holds more"
         if self.talk.reason == "context":
             self.console.fail(
-                f"the context of {ctx} tokens is full, the answer ends here; /ctx {2 * ctx} holds more, then /continue "
-                f"goes on; /drop forgets the oldest turn, /clear begins anew"
+                f"the context of {ctx} tokens is full, the answer ends here; {more}{more and ', then /continue goes on; '}"
+                f"/drop forgets the oldest turn, /clear begins anew"
             )
         elif self.typed and self.talk.used > 0.9 * ctx:
-            self.console.note(f"the context is nearly full, {self.talk.used} of {ctx} tokens: /ctx {2 * ctx} holds more")
+            self.console.note(f"the context is nearly full, {self.talk.room} tokens: {more or '/drop forgets the oldest turn'}")
         if self._conversation.trouble:
             self.console.fail(self._conversation.trouble)
             self._conversation.trouble = None
@@ -207,9 +207,10 @@ class Commands:
         text = read_file(str(path), self.console, self.talk.session.ctx * MOST_BYTES)
         if not text.strip():
             raise PromptError(f"{path}: expected text, found none")
-        tokens = len(self.talk.model.tokenizer.encode(text, bos=False, special=False))
+        tokens = self.talk.count(text)
         self.talk.unread[str(path)] = text
-        self.console.note(f"{path}: {tokens} tokens, of {self.talk.session.ctx} of the context; goes with the next question")
+        size = f"{len(text)} characters" if tokens is None else f"{tokens} tokens, of {self.talk.session.ctx} of the context"
+        self.console.note(f"{path}: {size}; goes with the next question")
 
     def image_(self, rest: str) -> None:
         for path in paths_in(rest):
@@ -235,7 +236,7 @@ class Commands:
             ("model", conversation.model),
             ("conversation", f"{conversation.title or '(empty)'}, {conversation.id or 'not saved yet'}"),
             ("system", title(conversation.system) or "(none)"),
-            ("ctx", f"{self.talk.used} of {self.talk.session.ctx} tokens used"),
+            ("ctx", f"{self.talk.room} tokens used"),
             *self.talk.settings(),
             ("markdown", on[self.screen.markdown]),
             ("stats", on[self.screen.stats]),
@@ -249,7 +250,7 @@ class Commands:
             self.talk.resize(ctx)
             if limit and ctx > limit:
                 self.console.note(f"{ctx} is more than the {limit} tokens that the model was made for")
-        self.console.say(f"context: {self.talk.used} of {self.talk.session.ctx} tokens")
+        self.console.say(f"context: {self.talk.room} tokens")
 
     def save_(self, rest: str) -> None:
         if rest.endswith((".md", ".jsonl")):
@@ -329,19 +330,29 @@ class Commands:
 
     def stats_(self, rest: str) -> None:
         session = self.talk.session
+        latest = describe(session.stats, None)[1:-1] if session.stats.prompt_tokens else "(none yet)"
+        if self.talk.served:
+            rows = [("context", f"{self.talk.room} tokens"), ("latest answer", latest), ("server", self.talk.model.server.url)]
+        else:
+            rows = [*self._local_stats(session, latest), ("memory", resident_words())]
+        for head, text in rows:
+            self.screen.row(head, text, 16)
+
+    def _local_stats(self, session, latest: str) -> list[tuple[str, str]]:
         memory = getattr(session.cache, "nbytes", 0)
-        rows = [("context", f"{len(session.ids)} of {session.ctx} tokens, {memory / 1e6:.1f} MB of keys and values")]
-        rows.append(("latest answer", describe(session.stats, None)[1:-1] if session.stats.prompt_tokens else "(none yet)"))
+        rows = [("context", f"{self.talk.room} tokens, {memory / 1e6:.1f} MB of keys and values"), ("latest answer", latest)]
         for what, io in (("prompt", session.stats.prefill_io), ("answer", session.stats.decode_io)):
             if io:
                 rows.append((f"experts, {what}", str(io)))
-        for head, text in [*rows, ("memory", resident_words())]:
-            self.screen.row(head, text, 16)
+        return rows
 
     def model_(self, rest: str) -> None:
         if not rest:
             self.console.say(self._conversation.model or "(the small model)")
             return
+        self.talk.check_here("/model")
+        from llamacli.files.gguf import open_gguf
+
         path = str(find_model(Given(rest, "the path after /model"), self.console))
         open_gguf(path)  # a file that is none leaves everything as it is
 

@@ -43,10 +43,13 @@ def talk_at_length(
         options.cache = False
     store = None if no_save else _store(console, required=go_on or resume is not None, wanted=typed)
     earlier = store.latest() if go_on else store.find(resume) if resume is not None else None
-    if earlier and options.model is None and Path(earlier.model).exists():
-        options.model = earlier.model
-    options.model = str(find_model(options.model, console))
-    conversation = Conversation.resume(store, earlier) if earlier else Conversation(store, options.model)
+    if options.server is not None:
+        name = str(options.server)
+    else:
+        if earlier and options.model is None and Path(earlier.model).exists():
+            options.model = earlier.model
+        name = options.model = str(find_model(options.model, console))
+    conversation = Conversation.resume(store, earlier) if earlier else Conversation(store, name)
     if options.system is not None:
         conversation.system = options.system
     edits = typed and not environment.dumb_terminal() and (is_terminal(sys.stdout) or is_terminal(sys.stderr))
@@ -56,7 +59,7 @@ def talk_at_length(
             raise UsageError("chat: expected tools that run here, found definitions alone; give each a command, or use run")
         talk = Talk(options.load(console), options, console, conversation, box)
         if earlier:
-            conversation.use(options.model)
+            conversation.use(name)
         commands = Commands(talk, console, screen, store, typed)
         turns = _prompt(commands, store, console) if edits else Lines(console, typed)
         if typed:

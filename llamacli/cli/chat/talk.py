@@ -10,7 +10,7 @@ from pathlib import Path
 
 from llamacli.cli.chat.pictures import content, read_again, reference
 from llamacli.cli.grammar import kind_of, meant, read_value
-from llamacli.cli.images import look
+from llamacli.cli.images import look, sent
 from llamacli.cli.options import Generation
 from llamacli.conversation import Answer, Conversation, title
 from llamacli.errors import ContextFullError, PromptError, UsageError
@@ -61,7 +61,7 @@ class Talk:
         from llamacli.vision.pictures import read_picture
 
         picture = read_picture(path)
-        self._look(picture)
+        self._look(picture, path)
         self.unread[str(path)] = reference(picture, path)
 
     def edit(self, question: str) -> Iterator[str]:
@@ -89,12 +89,35 @@ class Talk:
 
     def proceed(self) -> Iterator[str]:
         """Go on with an answer that was cut off. PromptError if there is none."""
+        self.check_here("/continue")
         if self.conversation.messages and self.conversation.messages[-1].finish == "stop":
             raise PromptError("nothing to continue: the answer is complete; /regen answers anew")
         return self._answer(self.conversation.extend())
 
+    @property
+    def served(self) -> bool:
+        """Whether a server has the model."""
+        return self.options.server is not None
+
+    @property
+    def room(self) -> str:
+        """Tokens in the context, and how many it holds, where that is known."""
+        return f"{self.used} of {self.session.ctx}" if self.model.ctx else f"{self.used}"
+
+    def count(self, text: str) -> int | None:
+        """Tokens of a text; None where a server does not tell."""
+        return self.model.count(text) if self.served else len(self.model.tokenizer.encode(text, bos=False, special=False))
+
+    def check_here(self, name: str) -> None:
+        """UsageError for a command that a server gives no way to obey."""
+        if self.served:
+            raise UsageError(
+                f"{name}: expected a model that is loaded here, found one of a server; start chat with --server none"
+            )
+
     def resize(self, ctx: int) -> None:
         """Another context limit; keys and values are computed again with the next question."""
+        self.check_here("/ctx")
         self.session = self.options.session(self.model, ctx)
 
     def set(self, name: str, text: str) -> None:
@@ -122,7 +145,8 @@ class Talk:
             if value in (None, FIELDS[name].default) and name not in SHOWN and name not in defaults:
                 continue
             default = defaults.get(name, SAMPLING[name][0] if name in SAMPLING else None)
-            rows.append((name, _text(value) if value is not None else f"{_text(default)} (default)".lstrip()))
+            unset = "(as the server has it)" if self.served else f"{_text(default)} (default)".lstrip()
+            rows.append((name, _text(value) if value is not None else unset))
         return rows
 
     def use(self, load: Callable[[str], object], path: str) -> None:
@@ -151,8 +175,10 @@ class Talk:
         said, messages = answer.text, self._messages()
         definitions = self._box.definitions if self._box else ()
         begun = self.model.tokenizer.encode(said, bos=False, special=False) if said else []
-        ids = self.model.prompt_ids(messages[: -1 if said else None], tools=definitions) + begun
-        self._check_room(len(ids))
+        ids = self.model.prompt_ids(messages[: -1 if said else None], tools=definitions)
+        if not self.served:
+            ids = ids + begun
+            self._check_room(len(ids))
         reason, limits = None, (self.options.max_tokens, self.options.stop or ())
         if self._box and not said:
             pieces = answer_with_tools(self.model, self.session, self.sampler, messages, self._box, *limits)
@@ -181,10 +207,13 @@ class Talk:
 
     def _seen(self, path: str, digest: str):
         """A picture of the conversation, looked at again where it is not known."""
-        return self._views.get(digest) or self._look(read_again(path, digest))
+        return self._views.get(digest) or self._look(read_again(path, digest), Path(path))
 
-    def _look(self, picture):
-        (view,) = look(self.model, [picture], self.options.image_tiles, self._console)
+    def _look(self, picture, path: Path):
+        if self.served:
+            view = sent(str(path))
+        else:
+            (view,) = look(self.model, [picture], self.options.image_tiles, self._console)
         self._views[picture.digest.hex()] = view
         return view
 
