@@ -76,11 +76,25 @@ class Model:
 
     _made_grammars = None
 
-    def __init__(self, gguf, config, tokenizer, engine, ctx: int, nbytes: int = 0, mmproj: GGUF | None = None):
-        """`nbytes`: what the model may come to hold, which models loaded later must leave to it. `mmproj`: its vision tower."""
+    def __init__(
+        self,
+        gguf,
+        config,
+        tokenizer,
+        engine,
+        ctx: int,
+        nbytes: int = 0,
+        mmproj: GGUF | None = None,
+        room: int | None = None,
+    ):
+        """`nbytes`: what the model may come to hold, which models loaded later must leave to it. `mmproj`: its vision tower,
+        whose bytes are among them; a tower that is opened later takes its bytes from `room` (None: any) and from slots.
+        """
+        from threading import Lock
+
         from llamacli.plan.machine import reserve
 
-        self._release = reserve(engine, nbytes)
+        self._releases, self._room, self._opening = [reserve(engine, nbytes)], room, Lock()
         self.gguf, self.config, self.tokenizer, self.engine, self.ctx = gguf, config, tokenizer, engine, ctx
         self.defaults = sampling_defaults(gguf.metadata)
         self._mmproj, self._sight = mmproj, None
@@ -109,7 +123,8 @@ class Model:
         count as the model's memory. `device`: "cpu"; "mlx", layers on a GPU through MLX; "auto", the same where Metal is, else
         the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds. `kv`: type of keys and
         values, "f16", "q8_0" or "q4_0"; on a GPU the first only. `mmproj`: the file of the vision tower, or True for
-        the one beside the model; memory is kept for it. False: the one beside the model is opened with the first picture.
+        the one beside the model; memory is kept for it. False: the one beside the model is opened with the first picture, and
+        takes its memory from what is left, then from slots; MemoryLimitError if that is too little.
         `sessions`: how many will hold a full context at a time; the memory is planned for them. `kv_file`: a folder, or the
         path of a file that does not exist, for the keys and values that memory does not hold; nothing is left there.
 
@@ -146,19 +161,18 @@ class Model:
                 files = sessions
             tower, tower_nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
             offload = plan_offload(gguf, config, ctx, device, gpu_layers, experts, memory)
-            slots, batch, window, nbytes = plan_residency(
-                gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload, files
-            )
-            file = kvfile.KVFile(Path(kv_file), window) if files else None
-            engine = Engine(gguf, config, threads, slots, batch, gpu_layers=offload.layers, kv_file=file)
-            return cls(gguf, config, tokenizer.result(), engine, ctx, nbytes, tower)
+            held = plan_residency(gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload, files)
+            file = kvfile.KVFile(Path(kv_file), held.window) if files else None
+            engine = Engine(gguf, config, threads, held.slots, held.batch, gpu_layers=offload.layers, kv_file=file)
+            return cls(gguf, config, tokenizer.result(), engine, ctx, held.nbytes, tower, held.room)
 
     def close(self) -> None:
         """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""
         self.engine.close()
         if self._sight is not None:
             self._sight.close()
-        self._release()
+        for release in self._releases:
+            release()
 
     def __enter__(self) -> Model:
         return self
@@ -194,13 +208,33 @@ class Model:
 
     @property
     def sight(self) -> Sight:
-        """The vision tower, opened on first use. PictureError if the model has none."""
-        if self._sight is None:
-            from llamacli.vision.sight import Sight, open_tower
+        """The vision tower, opened on first use. PictureError if the model has none, MemoryLimitError if there is no room."""
+        with self._opening:
+            if self._sight is None:
+                from llamacli.vision.sight import Sight
 
-            tower = self._mmproj or open_tower(self.gguf, self.config.n_embd)
-            self._sight = Sight(tower, self.tokenizer, self.engine.threads)
-        return self._sight
+                if self._mmproj is None:
+                    tower, nbytes = _tower(self.gguf, self.config, True, self.engine.threads)
+                    self._take_room(tower.path, nbytes)
+                    self._mmproj = tower
+                self._sight = Sight(self._mmproj, self.tokenizer, self.engine.threads)
+            return self._sight
+
+    def _take_room(self, path, nbytes: int) -> None:
+        """Count bytes that were not planned for; slots are given back for what is too much."""
+        from llamacli.plan.machine import reserve
+
+        given = 0
+        if self._room is not None:
+            given = self.engine.shrink(max(0, nbytes - self._room))
+            self._room += given
+            if self._room < nbytes:
+                raise MemoryLimitError(
+                    f"{path}: expected {nbytes / 1e9:.2f} GB of memory to see pictures, found {self._room / 1e9:.2f} GB left; "
+                    f"start with --mmproj, which plans for it, or use a larger --memory"
+                )
+            self._room -= nbytes
+        self._releases.append(reserve(self.engine, nbytes - given))
 
     def prompt_ids(self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = ()) -> list:
         """The tokens of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins.

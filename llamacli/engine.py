@@ -393,17 +393,24 @@ class Engine:
             stage.follow = report
             before += len(stage.layers)
 
+    def shrink(self, nbytes: int) -> int:
+        """Give back slots, up to so many bytes; returns how many."""
+        given = 0
+        with self._lock:
+            for stage in self.stages:
+                given += stage.shrink(max(0, nbytes - given))
+        return given
+
     def _make_room(self) -> None:
         """Give slots back if the limit of memory has been lowered."""
-        if self._fetches and (short := memory_short()):
-            for stage in self.stages:
-                short -= stage.shrink(max(0, short))
-            if short > 0:
-                raise MemoryLimitError(
-                    f"{self._path}: expected the memory that was free when it was loaded, found {short / 1e9:.2f} GB more in "
-                    f"use than a limit now allows, by this program or others in its group; raise it, or start anew with a "
-                    f"smaller context"
-                )
+        if not self._fetches or not (short := memory_short()):
+            return
+        if (short := short - self.shrink(short)) > 0:
+            raise MemoryLimitError(
+                f"{self._path}: expected the memory that was free when it was loaded, found {short / 1e9:.2f} GB more in "
+                f"use than a limit now allows, by this program or others in its group; raise it, or start anew with a "
+                f"smaller context"
+            )
 
     def profile(self, ids: Sequence[int], cache: Cache) -> list[tuple[int | None, str, float]]:
         """`forward` with every step run by itself: (layer or None, operation, seconds), in order of first use.

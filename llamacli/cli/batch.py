@@ -58,11 +58,11 @@ class Request:
 
 
 def answer_all(
-    name: str, out: Path | None, prompts, pictures: Sequence, options, extract: bool, console: Console, parallel: int = 1
+    name: str, out: Path | None, prompts, pictures: list, options, extract: bool, console: Console, parallel: int = 1
 ) -> None:
     """Answer each line of a batch that has no answer yet, `parallel` at a time. LlamacliError at the end if some failed.
 
-    `pictures`, read already, come before each prompt.
+    `pictures`, read already, come before each prompt; the list is emptied when they have been seen.
     """
     total, pictured = 0, bool(pictures)
     if name != "-" and not os.path.exists(name):
@@ -84,6 +84,7 @@ def answer_all(
                 model = options.load(console, parallel, pictured or request.pictured)
                 folder = Path(name).parent if total else Path()
                 sights = Sights(model, pictures, folder, options.image_tiles, console)
+                pictures.clear()
                 crew = Crew(model, prompts, sights, options, extract, console, parallel)
             crew.begin(request, _messages(request, prompts, name))
             for done, found in crew.finished():

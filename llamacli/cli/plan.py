@@ -128,13 +128,13 @@ def plan(
     console = output.console()
     source = one_model(source, model_option)
     path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)
-    model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name)
+    many = {"threads": threads or default_threads()}
+    model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name, many["threads"])
     model = model._replace(config=dataclasses.replace(model.config, kv_type=kv.value.upper()))
     for notice in model.notices:
         console.note(notice)
     memories, disks, bandwidths = _memories(memory), _numbers(disk, "--disk"), _numbers(bandwidth, "--bandwidth")
     asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
-    many = {"threads": threads or default_threads()}
     plans, refused = [], None
     for limit in memories:
         fits = placement.fit_ctx(model.config, model.sizes, limit, asked, **many)
@@ -154,6 +154,9 @@ def plan(
     share = _gpu_share(model, next(filter(None, plans)).ctx, placement_of(device, gpu_layers), gpu_memory)
     speeds = _speeds(path, disks, bandwidths, many["threads"])
     record = {"ctx_asked": asked} | _record(model, speeds, plans, memories, placement)
+    if model.vision:
+        for one in record["plans"]:
+            one["with_pictures"] = _with_pictures(model, one, speeds, placement, many)
     if share:
         record["gpu"] = {f"{name}_bytes": n for name, n in share._asdict().items() if name not in ("layers", "streams")}
         record["gpu"]["layers"] = share.layers
@@ -175,7 +178,7 @@ def plan(
 # what is asked for
 
 
-def _from_file(path: Path, type_name: str | None) -> Model:
+def _from_file(path: Path, type_name: str | None, threads: int) -> Model:
     from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
     from llamacli.files.gguf import open_gguf
     from llamacli.llama4.config import Config
@@ -193,7 +196,8 @@ def _from_file(path: Path, type_name: str | None) -> Model:
     total = sum(math.prod(t.shape) for t in gguf.tensors.values())
     from llamacli.vision.sight import cost_beside
 
-    return Model(str(gguf.path), config, held, size_by_kind(held, config), total, notices, cost_beside(gguf))
+    seeing = cost_beside(gguf, threads)
+    return Model(str(gguf.path), config, held, size_by_kind(held, config), total, notices, seeing)
 
 
 def _from_folder(folder: Path, type_name: str | None) -> Model:
@@ -306,6 +310,19 @@ def _record(model: Model, speeds: dict, plans: list, memories: list[int], placem
     }
 
 
+def _with_pictures(model: Model, planned: dict, speeds: dict, placement, many: dict) -> dict:
+    """What a plan becomes when pictures are shown: the tower and what it works in are held beside the rest."""
+    tower = model.vision["weights_bytes"] + model.vision["working_bytes"]
+    try:
+        if planned["mode"] is None:
+            return {"mode": None}
+        p = placement.place(model.config, model.sizes, planned["memory_bytes"] - tower, planned["ctx"], **many)
+    except MemoryLimitError:
+        return {"mode": None}
+    found = _planned(p, planned["disk_gbps"], planned["bandwidth_gbps"], speeds["compute"][0][0], placement)
+    return found | {"tower_bytes": tower, "resident_bytes": p.resident + tower}
+
+
 def _planned(p, disk: float, bandwidth: float, compute: float | None, placement) -> dict:
     multiply = compute * 1e9 if compute else None
     seconds = placement.decode_seconds(p, disk * 1e9, bandwidth * 1e9)
@@ -329,7 +346,8 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
     rows.append(("all", f"{amount(record['weights_bytes'])}, {count(model.parameters)} parameters"))
     console.table(f"\n{model.title}: weights", rows)
     if model.vision:
-        console.table("\nVision, if pictures are shown, beside the rest", cost_rows(model.vision))
+        rows = [*cost_rows(model.vision), ("with it", _seeing(record["plans"][0]["with_pictures"], sizes))]
+        console.table("\nVision, if pictures are shown, beside the rest", rows)
     rows = []
     for ctx in sorted({*CONTEXTS, p.ctx}):
         try:
@@ -373,6 +391,14 @@ def _verdict(p, planned: dict) -> str:
         f"It runs in {amount(p.memory)} with a context of {p.ctx} tokens, {speed}: {_mode(p)} of the experts stay in memory, "
         f"the others are read when they are needed."
     )
+
+
+def _seeing(planned: dict, sizes) -> str:
+    if planned["mode"] is None:
+        return "does not fit; use more memory or a smaller context"
+    held = "all" if planned["mode"] == "mapped" else f"{int(10 * planned['slots']) / 10} of {sizes.n_experts} a layer"
+    held = f"{held} experts stay, " if sizes.experts else ""
+    return f"{amount(planned['resident_bytes'])} resident, {held}about {rate(planned['tokens_per_second'])} tokens/s"
 
 
 def _kv(config, ctx: int) -> int:

@@ -160,6 +160,7 @@ def run(
         load_s = time.perf_counter() - began
         if options.server is None:
             views = look(model, pictures, options.image_tiles, console)
+            pictures.clear()  # they are large, and have been seen
             ids = prompts.ids(model, messages, views)
         else:
             messages, views = prompts.seen(messages, pictures), ()

@@ -319,6 +319,19 @@ def products_per_token(config: Config) -> int:
 # at load
 
 
+class Residency(NamedTuple):
+    """What Engine and machine.reserve are told. `slots`: of all layers; 0: all experts are mapped. `batch`: the largest.
+    `window`: positions of a kvfile.KVFile's. `nbytes`: to reserve. `room`: bytes of the memory that are left; None where nobody
+    counts.
+    """
+
+    slots: int
+    batch: int
+    window: int
+    nbytes: int
+    room: int | None
+
+
 def plan_residency(
     gguf,
     config: Config,
@@ -329,9 +342,8 @@ def plan_residency(
     beside: int = 0,
     offload: Offload = NONE,
     kv_files: int = 0,
-) -> tuple[int, int, int, int]:
-    """(slots of all layers, largest batch, positions of a kvfile.KVFile's window, bytes to reserve) for Engine and
-    machine.reserve; 0 slots: all experts are mapped.
+) -> Residency:
+    """How the model at hand is held.
 
     `memory`: bytes for all models of this process; None: what the machine has free, less a reserve. What other models have
     reserved is subtracted. `experts`: "mapped", "slots" or "auto". `beside`: bytes that its user will hold beside the model.
@@ -348,13 +360,14 @@ def plan_residency(
         kv = _kv(config, ctx, MAX_BATCH, kv_files)
         free = machine.budget() + machine.private() - machine.reserved() if kv_files else 0
         window = _window(config, ctx, MAX_BATCH, kv_files, free - needed - kv)
-        return 0, MAX_BATCH, window, needed + _kv(config, ctx, MAX_BATCH, kv_files, window)
+        return Residency(0, MAX_BATCH, window, needed + _kv(config, ctx, MAX_BATCH, kv_files, window), None)
     memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
     if offload.streams:
         memory, experts = min(memory, offload.budget - offload.working), "slots"
     how = {"threads": threads, "name": str(gguf.path), "slots": experts == "slots", "kv_files": kv_files}
     p = place(config, sizes, memory, ctx, **how)
-    return p.n_slots if p.mode == "slots" else 0, p.batch, p.window, p.resident + beside
+    slots = p.n_slots if p.mode == "slots" else 0
+    return Residency(slots, p.batch, p.window, p.resident + beside, memory - p.resident)
 
 
 def batch_within(config: Config, memory: int, threads: int, most: int = MAX_BATCH) -> int:

@@ -7,7 +7,7 @@ over; names that only describe the request, such as `metadata` and `user`, are.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llamacli.errors import LlamacliError, UsageError
+from llamacli.errors import LlamacliError, MemoryLimitError, UsageError
 from llamacli.serve.calling import Offer
 from llamacli.serve.fields import Fields, Refusal
 from llamacli.text.settings import SETTINGS, checked
@@ -181,6 +181,8 @@ def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Seque
     if any(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]):
         try:
             model.sight  # noqa: B018  opens the tower, whose file an error names
+        except MemoryLimitError:
+            raise
         except LlamacliError:
             raise Refusal(
                 "this server sees no pictures: leave them out, or start it with --mmproj and the file of a vision tower",

@@ -19,12 +19,11 @@ from llamacli.errors import LlamacliError, ModelFileError, PictureError, PromptE
 from llamacli.files.gguf import GGUF, open_gguf
 from llamacli.llama4.vision import VisionConfig, has_ollama_tower, has_tower, renamed
 from llamacli.prompt import Features
-from llamacli.vision.pictures import Picture, read_picture
+from llamacli.vision.pictures import USUAL_BYTES, Picture, read_picture
 from llamacli.vision.tiles import Tiles, cut, layout
-from llamacli.vision.tower import Tower, nbytes
+from llamacli.vision.tower import MOST, Tower, nbytes
 
-KEPT = 512 << 20  # bytes of features kept for pictures that may be shown again
-MANY = 5  # pictures of a prompt that Meta tested
+MANY = 5  # pictures of a prompt that Meta tested; so many of the largest are remembered
 NAMES = ("image_start", "image", "patch", "tile_x_separator", "tile_y_separator", "image_end")
 
 
@@ -114,9 +113,20 @@ def open_tower(model: GGUF, n_embd: int, path: Path | None = None) -> GGUF:
 
 
 def tower_bytes(gguf: GGUF, threads: int) -> int:
-    """Bytes of a tower's weights and of what it works in."""
-    weights = sum(tensor.nbytes for tensor in renamed(gguf).values())
-    return weights + nbytes(VisionConfig.from_gguf(gguf), threads)
+    """Bytes that seeing takes: a tower's weights, what it works in, a picture while it is read, rows that are remembered."""
+    found = cost(gguf, threads)
+    return found["weights_bytes"] + found["working_bytes"]
+
+
+def _working_bytes(c: VisionConfig, threads: int) -> int:
+    """All of it but the weights. A picture is on its canvas, in tiles, and as numbers."""
+    tiles = 3 * c.image_size**2 * (3 * (c.most_tiles + 1) + 3 * 4 * MOST)
+    return nbytes(c, threads) + tiles + USUAL_BYTES + _kept_bytes(c)
+
+
+def _kept_bytes(c: VisionConfig) -> int:
+    """Bytes of the rows of MANY of the largest pictures."""
+    return MANY * 4 * (c.most_tiles + 1) * c.n_rows * c.n_text
 
 
 def cost(gguf: GGUF, threads: int = 1) -> dict:
@@ -126,7 +136,7 @@ def cost(gguf: GGUF, threads: int = 1) -> dict:
     return {
         "file": str(gguf.path),
         "weights_bytes": sum(tensor.nbytes for tensor in renamed(gguf).values()),
-        "working_bytes": nbytes(c, threads),
+        "working_bytes": _working_bytes(c, threads),
         "tile": c.image_size,
         "most_tiles": most,
         "tile_tokens": c.n_rows,
@@ -185,7 +195,7 @@ class Sight:
         """Remember rows; the pictures that were shown longest ago are forgotten."""
         self._known[digest] = rows
         self._known.move_to_end(digest)
-        while sum(kept.nbytes for kept in self._known.values()) > KEPT and len(self._known) > 1:
+        while sum(kept.nbytes for kept in self._known.values()) > _kept_bytes(self.config) and len(self._known) > 1:
             self._known.popitem(last=False)
 
     def prompt(self, ids: Sequence[int], views: Iterable[View]) -> list:

@@ -146,9 +146,8 @@ def shapes(c: VisionConfig, n: int, threads: int) -> Shapes:
 
 
 def nbytes(c: VisionConfig, threads: int, n: int = MOST) -> int:
-    """Bytes of the buffers for `n` tiles at a time, and of the largest picture's bytes and features."""
-    buffers = sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes(c, n, threads).values())
-    return buffers + (c.most_tiles + 1) * (2 * 3 * c.image_size**2 + 4 * c.n_rows * c.n_text)
+    """Bytes of the buffers for `n` tiles at a time."""
+    return sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes(c, n, threads).values())
 
 
 def matmul_scratch(c: VisionConfig, n: int) -> matmul.Scratch:

@@ -71,8 +71,8 @@ def sizes():
     return [(max(1, h), max(1, w)) for h, w in found][:600]
 
 
-def processor(size=336):
-    """transformers' image processor."""
+def declared():
+    """Declares what a torchvision for another torch may miss; to be kept while torchvision is used."""
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -81,6 +81,14 @@ def processor(size=336):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         except RuntimeError:
             continue
+    return library
+
+
+def processor(size=336):
+    """transformers' image processor."""
+    import torch
+
+    library = declared()
     from transformers.models.llama4.image_processing_llama4 import Llama4ImageProcessor
 
     class Watched(Llama4ImageProcessor):
@@ -127,6 +135,13 @@ def values_of(tiles):
     made = processor(tiles.shape[1])
     images = torch.from_numpy(tiles).permute(0, 3, 1, 2)
     return made.rescale_and_normalize(images, True, 1 / 255, True, [0.5] * 3, [0.5] * 3).float()
+
+
+def tower_tiles(name):
+    """Three tiles of noise for one of TOWERS."""
+    case = TOWERS[name]
+    shape = 3, *[case.get("image_size", 56)] * 2, 3
+    return np.random.RandomState(case["seed"]).randint(0, 256, shape).astype(np.uint8)
 
 
 def tower(case):
@@ -184,8 +199,7 @@ def main():
     for name, (found, grid) in tiles.items():
         stored |= {f"tiles.{name}": found, f"grid.{name}": np.array(grid, np.int32)}
     for name, case in TOWERS.items():
-        some = np.random.RandomState(case["seed"]).randint(0, 256, (3, *[case.get("image_size", 56)] * 2, 3)).astype(np.uint8)
-        stored[f"rows.{name}"] = tower(case)(some)
+        stored[f"rows.{name}"] = tower(case)(tower_tiles(name))
     rows_of = tower(TOWERS["plain"])
     for name, (case, parts) in PROMPTS.items():
         ids, rows = expanded(parts, np.random.RandomState(case["seed"]), tiles.get, rows_of)

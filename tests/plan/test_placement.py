@@ -241,7 +241,7 @@ def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeyp
     config = Config.from_gguf(gguf)
     monkeypatch.setattr(machine, "budget", lambda: free - held[0])
     monkeypatch.setattr(machine, "private", lambda: held[0])
-    *_, nbytes = plan_residency(gguf, config, 64, 1, memory, "slots")
+    nbytes = plan_residency(gguf, config, 64, 1, memory, "slots").nbytes
     assert nbytes > sum(t.nbytes for t in gguf.tensors.values())
     first = Owner()
     release = machine.reserve(first, free - nbytes // 2)
@@ -250,7 +250,7 @@ def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeyp
             plan_residency(gguf, config, 64, 1, memory, "slots")
     held[0] = 0
     release()
-    assert plan_residency(gguf, config, 64, 1, memory, "slots")[-1] == nbytes
+    assert plan_residency(gguf, config, 64, 1, memory, "slots").nbytes == nbytes
     machine.reserve(first, free)
     assert machine.reserved() >= free
     del first

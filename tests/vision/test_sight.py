@@ -1,5 +1,9 @@
 """The tower beside a model: found, checked, its rows in prompts, nothing looked at twice."""
 
+import json
+import subprocess
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,13 +11,16 @@ import pytest
 import tiny_tower
 from PIL import Image
 
-from llamacli import Model, ModelFileError, PictureError, PromptError, UsageError
+from llamacli import MemoryLimitError, Model, ModelFileError, PictureError, PromptError, UsageError
 from llamacli.environment import SMALL_MODEL
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.vision import VisionConfig, renamed, tensors
+from llamacli.plan import machine
 from llamacli.prompt import FeatureRow
-from llamacli.vision.sight import Sight, describe, expected_tokens, find_tower
+from llamacli.vision import sight
+from llamacli.vision.sight import NAMES, Sight, describe, expected_tokens, find_tower, tower_bytes
 from llamacli.vision.tower import Tower
+from quantize import shapes
 
 SHAPE = {"n_text": 256, "image_size": 56, "n_layers": 3, "seed": 3}
 
@@ -222,3 +229,125 @@ def test_a_sight_without_marks_is_refused(tmp_path):
     gguf = open_gguf(tiny_tower.tower_gguf(tmp_path / "mmproj.gguf", **SHAPE))
     with pytest.raises(PromptError, match="cannot take pictures"):
         Sight(gguf, words, 1)
+
+
+# memory
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    """A model with its tower beside it."""
+    folder = tmp_path_factory.mktemp("beside")
+    (folder / "m.gguf").write_bytes(SMALL_MODEL.read_bytes())
+    tiny_tower.tower_gguf(folder / "mmproj-m.gguf", **SHAPE)
+    return folder / "m.gguf"
+
+
+def test_a_tower_that_is_named_is_planned_for(beside):
+    needed, others, found = tower_bytes(open_gguf(beside.with_name("mmproj-m.gguf")), 1), machine.reserved(), []
+    for mmproj in (False, True):
+        with Model.load(beside, threads=1, ctx=256, mmproj=mmproj):
+            found.append(machine.reserved())
+    assert found[1] - found[0] == needed
+    assert machine.reserved() == others
+
+
+def test_a_tower_that_is_opened_later_takes_slots_for_its_memory(beside, monkeypatch):
+    monkeypatch.setattr(sight, "tower_bytes", lambda *_: 3_000_000)
+    others, left = machine.reserved(), []
+    whole = 1 << 40
+    for _ in range(6):  # less memory, smaller buffers, until there is just enough for all experts
+        with Model.load(beside, threads=1, ctx=256, memory=whole, experts="slots"):
+            whole = machine.reserved()
+    for opened in (False, True):
+        with Model.load(beside, threads=1, ctx=256, memory=whole, experts="slots") as model:
+            if opened:
+                model.prompt_ids(asked(image(picture(1)), text("a")))
+                assert machine.reserved() <= whole
+            left.append(model.engine.shrink(1 << 40))
+    assert 2_900_000 <= left[0] - left[1] < 3_500_000
+    assert machine.reserved() == others
+
+
+def test_without_room_a_picture_is_refused_and_the_model_goes_on(beside):
+    with Model.load(beside, threads=1, ctx=256, memory=machine.reserved() + 210_000_000) as model:
+        for _ in range(2):
+            with pytest.raises(MemoryLimitError, match=r"mmproj-m\.gguf: expected 0\.1. GB of memory to see pictures"):
+                model.prompt_ids(asked(image(picture(1)), text("a")))
+        assert np.isfinite(model.logits([1, 2, 3])).all()
+
+
+def test_no_more_rows_are_remembered_than_are_planned_for(model, monkeypatch):
+    rows = model.sight.look(picture(20)).segments[1].rows.nbytes * 3  # of a grid of 1 x 2, and the whole
+    monkeypatch.setattr(sight, "_kept_bytes", lambda c: 2 * rows)
+    for seed in (20, 21, 22):
+        model.sight.look(picture(seed))
+    assert [model.sight.look(picture(seed)).seconds > 0 for seed in (21, 22, 20)] == [False, False, True]
+
+
+MODEL = {"n_embd": 1024, "n_heads": 8, "n_kv_heads": 2, "n_ff": 2048, "n_ff_exp": 2048, "n_vocab": 512}
+REAL = {"n_layers": 1, "n_embd": 1408, "heads": 16, "n_ff": 5632, "image_size": 336, "n_mlp": 4096, "n_out": 4096}
+PROMPTED = """
+import re, sys
+from pathlib import Path
+from llamacli.cli import main
+code = main(sys.argv[1:])
+print(1024 * int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+@pytest.mark.parametrize("way", ["run", "batch", "chat"])
+def test_pictures_stay_within_the_memory_that_is_allowed(tmp_path, monkeypatch, way):
+    """A tower of the real one's width, three pictures of 16 tiles, experts that do not fit: all of it below --memory."""
+    words, names = shapes._metadata, (*NAMES, "header_start", "header_end")
+
+    def with_marks(shape):
+        found = words(shape)
+        found["tokenizer.ggml.tokens"][-len(names) :] = [f"<|{name}|>" for name in names]
+        found["tokenizer.ggml.token_type"][-len(names) :] = 3
+        return found
+
+    monkeypatch.setattr(shapes, "_metadata", with_marks)
+    shapes.write(replace(shapes.SCOUT, **MODEL), 8, tmp_path / "m.gguf")
+    tower = tiny_tower.tower_gguf(tmp_path / "mmproj-m.gguf", type_name="Q8_0", n_text=1024, **REAL)
+    for n in range(3):
+        picture(n, 1920, 1080).save(tmp_path / f"{n}.png")
+    needed = tower_bytes(open_gguf(tower), 2)
+    limit = needed + 480_000_000
+    assert (tmp_path / "m.gguf").stat().st_size + needed > limit
+    names, said = [str(tmp_path / f"{n}.png") for n in range(3)], "Wait! " * 400
+    lines = [json.dumps({"prompt": said, "images": [name]}) for name in names]
+    (tmp_path / "in").write_text("\n".join(lines))
+    asking = {
+        "run": ["run", "--no-stdin", *(arg for name in names for arg in ("--image", name)), said],
+        "batch": ["run", "--batch", str(tmp_path / "in")],
+        "chat": ["chat", "--no-save"],
+    }[way]
+    more = [
+        "-m",
+        str(tmp_path / "m.gguf"),
+        "--memory",
+        f"{limit // 10**6}M",
+        "-c",
+        "16384",
+        "-t",
+        "2",
+        "-n",
+        "2",
+        "--temp",
+        "0",
+    ]
+    more += ["--experts", "slots", "-v"]
+    done = subprocess.run(
+        [sys.executable, "-c", PROMPTED, *asking, *more],
+        input=f"{said}\n" + "".join(f"/image {name}\nhi\n" for name in names),  # a tower that nobody announced
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stderr.splitlines()[-1])
+    print(f"{way}: at most {peak / 1e9:.2f} GB of {limit / 1e9:.2f}, of which the tower and pictures {needed / 1e9:.2f}")
+    assert peak <= limit
