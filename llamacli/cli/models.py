@@ -26,6 +26,7 @@ class Action(StrEnum):
     show = "show"
     add = "add"
     remove = "remove"
+    check = "check"
     pull = "pull"
 
 
@@ -34,13 +35,15 @@ _EXPECTED = {
     Action.show: "a model's name",
     Action.add: "a GGUF file, and a name for it if you like",
     Action.remove: "names of models",
+    Action.check: "names of models, or nothing for all",
     Action.pull: "USER/REPO or USER/REPO:QUANT",
 }
-_COUNT = {Action.list: (0, 0), Action.show: (1, 1), Action.add: (1, 2), Action.remove: (1, 999), Action.pull: (1, 1)}
+_COUNT = {Action.list: (0, 0), Action.show: (1, 1), Action.add: (1, 2), Action.pull: (1, 1)}
+_COUNT |= {Action.remove: (1, 999), Action.check: (0, 999)}
 
 
 def models(
-    action: Annotated[Action, argument("[list|show|add|remove|pull]", "What to do (list).")] = Action.list,
+    action: Annotated[Action, argument("[list|show|add|remove|check|pull]", "What to do (list).")] = Action.list,
     what: Annotated[
         list[str] | None,
         argument("[NAME|FILE|USER/REPO[:QUANT]]...", "Of which model.", complete=lambda start: model_names()),
@@ -54,16 +57,18 @@ def models(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Models on this machine: list, show NAME, add FILE [NAME], remove NAME, pull USER/REPO[:QUANT].
+    """Models on this machine: list, show NAME, add FILE [NAME], remove NAME, check [NAME], pull USER/REPO[:QUANT].
 
     Those of Ollama and of the Hugging Face hub's cache are used where they lie. pull fetches a GGUF from the hub: it says first
-    what the model takes, goes on where it was cut off, and checks every byte.
+    what the model takes, goes on where it was cut off, and checks every byte. check reads files again, those whose checksum is
+    known: what was pulled, and what the other programs keep.
 
     Examples:
     llamacli models
     llamacli models pull unsloth/Llama-4-Scout-17B-16E-Instruct-GGUF:Q4_K_M
     llamacli models pull --dry-run unsloth/Llama-4-Maverick-17B-128E-Instruct-GGUF:UD-Q2_K_XL
     llamacli models add /data/scout-q4.gguf scout
+    llamacli models check
     llamacli run -m scout "Hello"
     """
     console, words = output.console(), what or []
@@ -79,6 +84,8 @@ def models(
         _add(Path(os.path.expanduser(words[0])), words[1] if len(words) > 1 else None, console)
     elif action == Action.remove:
         _remove(words, console)
+    elif action == Action.check:
+        _check(words, console)
     else:
         limit = None if memory is None else byte_count(memory, "--memory")
         _pull(words[0], limit, dry_run, force, as_json, console)
@@ -198,6 +205,33 @@ def _add(file: Path, name: str | None, console: Console) -> None:
     console.note(f"{name} is {file} from now on, which stays where it is")
 
 
+def _check(names: list[str], console: Console) -> None:
+    """Read files of which a checksum is known. ModelFileError at the end if one has another."""
+    from llamacli.library.checksums import known, sha256_of
+    from llamacli.library.installed import installed
+
+    models = [_found(name) for name in names] or [model for model in installed() if any(map(known, model.paths))]
+    damaged = []
+    for model in models:
+        for path in model.paths:
+            if (expected := known(path)) is None:
+                console.result(f"{path}: no checksum is known")
+                continue
+            try:
+                with console.progress("check", nbytes=True) as update:
+                    found = sha256_of(path, lambda done, total, path=path: update(done, total, path.name))
+            except OSError as error:
+                found = error.strerror
+            if found != expected:
+                damaged.append(path)
+            console.result(f"{path}: " + ("whole" if found == expected else f"expected SHA-256 {expected}, found {found}"))
+    if damaged:
+        raise ModelFileError(
+            f"{damaged[0]}: expected the bytes that came, found others"
+            f"{f' there and in {len(damaged) - 1} more' if damaged[1:] else ''}; remove the model and fetch it again"
+        )
+
+
 def _remove(names: list[str], console: Console) -> None:
     from llamacli.library.installed import unfinished
 
@@ -239,7 +273,7 @@ def _remove_empty(folder: Path) -> None:
 def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bool, console: Console) -> None:
     from llamacli.library.http import Hub
     from llamacli.library.hub import choose, parse, variants
-    from llamacli.library.pull import Pull, check_free_name
+    from llamacli.library.pull import Pull
 
     repo, wanted = parse(text)
     hub = Hub(environment.hub_endpoint(), environment.hub_token(), console.note)
@@ -252,7 +286,7 @@ def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bo
 
         try:
             with Pull(hub, repo, variant, follow) as pull:
-                check_free_name(pull, variant)
+                pull.check_there()
                 words, record = ([], {}) if pull.whole else _plan(pull, variant, memory, force)
                 if dry_run:
                     pull.forget()

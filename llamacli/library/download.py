@@ -1,8 +1,9 @@
 """One file of a hub, whole and checked, or not there.
 
 In: a `Remote` (address, size, SHA-256) and where it belongs. Out: the file under its name, or a DownloadError. Until it is
-whole it is NAME.part, with NAME.part.json beside it. What has come is kept through a cut, a Ctrl-C or a kill, and the next try
-asks for the rest only. The checksum is computed as bytes are written; other bytes than promised never get the name.
+whole it is NAME.part, with NAME.part.json beside it; then NAME.json keeps its checksum. What has come is kept through a cut, a
+Ctrl-C or a kill, and the next try asks for the rest only. The checksum is computed as bytes are written; other bytes than
+promised never get the name.
 """
 
 import fcntl
@@ -16,10 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamacli.errors import DownloadError, OutputError
+from llamacli.library.checksums import BLOCK, keep
 from llamacli.library.http import Busy, Hub
 from llamacli.library.hub import Remote
 
-BLOCK = 1 << 20  # bytes read at a time
 SYNC = 64 << 20  # bytes between two fsyncs: what a power cut may spoil
 SLOW, WINDOW = 1024, 60.0  # bytes a second below which a connection counts as dead, and the seconds that are looked at
 
@@ -90,6 +91,7 @@ class Download:
             _sync_folder(self._target.parent)
         except OSError as error:
             raise _unwritable(self._target, error) from None
+        keep(self._target, self._remote.sha256)
         self._state.unlink(missing_ok=True)
 
     def forget(self) -> None:

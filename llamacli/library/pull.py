@@ -15,6 +15,7 @@ from pathlib import Path
 from llamacli import environment
 from llamacli.errors import DownloadError, ModelFileError, OutputError, UnsupportedModelError
 from llamacli.files.gguf import GGUF, open_gguf
+from llamacli.library.checksums import keep, kept, sha256_of
 from llamacli.library.download import Download
 from llamacli.library.http import Hub, Refused
 from llamacli.library.hub import Variant, denied
@@ -53,7 +54,7 @@ class Pull:
 
     @property
     def whole(self) -> bool:
-        """Whether every file is here, and checked."""
+        """Whether every file is here; `check_there` says whether it is the right one."""
         return not self._downloads
 
     @property
@@ -65,6 +66,31 @@ class Pull:
     def received(self) -> int:
         """Bytes that came over the network."""
         return sum(download.received for download in self._downloads.values())
+
+    def check_there(self) -> None:
+        """DownloadError if a file of that name is there and is another one, or damaged.
+
+        One that is as it was when it was checked is not read again.
+        """
+        for file in self._variant.files:
+            path = self.folder / file.name
+            size = _size(path)
+            if size not in (None, file.size):
+                raise DownloadError(
+                    f"{path}: expected no file, or the hub's of {file.size} bytes, found one of {size}; remove it first"
+                )
+            if size is None or kept(path) == file.sha256:
+                continue
+            try:
+                found = sha256_of(path, self._counted(file))
+            except OSError as error:
+                raise DownloadError(f"{path}: expected a file that can be read, found: {error.strerror}; check it") from None
+            if found != file.sha256:
+                raise DownloadError(
+                    f"{path}: expected SHA-256 {file.sha256}, found {found}; the file is damaged, or the hub has a newer one: "
+                    f"`llamacli models remove {self._variant.stem}`, then pull again"
+                )
+            keep(path, found)
 
     def check_room(self) -> int:
         """Bytes that the disk has free; OutputError if that is not enough."""
@@ -140,17 +166,6 @@ class Pull:
         """What tells how far one file is as how far all of them are."""
         before = sum(other.size for other in self._variant.files[: self._variant.files.index(file)])
         return lambda done, total: self._follow(before + done, self._variant.nbytes, file.name)
-
-
-def check_free_name(pull: Pull, variant: Variant) -> None:
-    """DownloadError if a file of that name is there and is another one."""
-    for file in variant.files:
-        size = _size(pull.folder / file.name)
-        if size not in (None, file.size):
-            raise DownloadError(
-                f"{pull.folder / file.name}: expected no file, or the hub's of {file.size} bytes, found one of {size}; "
-                f"remove it first"
-            )
 
 
 def _size(path: Path) -> int | None:

@@ -57,6 +57,44 @@ def test_what_is_pulled_runs_by_its_name(hub, capfd, folders):
     assert hub.sent == before
 
 
+def damage(path, keep_time=True):
+    """Turn one bit; as a disk does it, with the file's time as before."""
+    data, before = bytearray(path.read_bytes()), path.stat()
+    data[-100] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns if keep_time else before.st_mtime_ns + 1))
+
+
+def test_a_file_of_the_right_size_with_other_bytes_is_not_taken_for_the_model(hub, capfd, folders):
+    said(capfd, "pull", "me/model")
+    path = folders / "own" / "me" / "model" / "tiny-F32.gguf"
+    damage(path, keep_time=False)
+    refused = said(capfd, "pull", "me/model", code=1).err
+    assert "expected SHA-256" in refused and "models remove tiny-F32" in refused and refused.count("\n") == 1
+    path.write_bytes(hub.files["tiny-F32.gguf"])  # copied by hand, without a note
+    assert said(capfd, "pull", "me/model").out == f"{path}\n"
+    said(capfd, "remove", "tiny-F32")
+    assert not any((folders / "own").rglob("*.*"))
+
+
+def test_a_newer_file_of_the_hub_is_not_taken_for_the_one_that_is_here(hub, capfd, folders):
+    said(capfd, "pull", "me/model")
+    hub.files["tiny-F32.gguf"] = hub.files["tiny-F32.gguf"][:-1] + b"!"
+    assert "the hub has a newer one" in said(capfd, "pull", "me/model", code=1).err
+
+
+def test_check_reads_what_was_pulled_again(hub, model, capfd, folders, tmp_path):
+    said(capfd, "pull", "me/model")
+    path = folders / "own" / "me" / "model" / "tiny-F32.gguf"
+    assert said(capfd, "check").out == said(capfd, "check", "tiny-F32").out == f"{path}: whole\n"
+    damage(path)
+    found = said(capfd, "check", code=1)
+    assert found.out.startswith(f"{path}: expected SHA-256 ") and "remove the model" in found.err
+    (tmp_path / "mine.gguf").write_bytes(model)
+    said(capfd, "add", str(tmp_path / "mine.gguf"))
+    assert said(capfd, "check", "mine").out.endswith("mine.gguf: no checksum is known\n")
+
+
 def test_a_split_model_is_pulled_with_all_its_parts(hub, model, tmp_path, capfd, monkeypatch):
     (tmp_path / "in.gguf").write_bytes(model)
     assert (

@@ -13,6 +13,7 @@ from fake_hub import FakeHub
 
 from llamacli.errors import DownloadError, OutputError, UsageError
 from llamacli.library import download, hub
+from llamacli.library.checksums import kept, known, note, sha256_of
 from llamacli.library.download import Download
 from llamacli.library.http import Hub
 
@@ -49,7 +50,8 @@ def get(server, tmp_path, pauses):
 def test_a_file_comes_whole_and_nothing_else_is_left(get, tmp_path):
     get()
     assert get.target.read_bytes() == DATA
-    assert os.listdir(tmp_path) == ["model.gguf"]
+    assert sorted(os.listdir(tmp_path)) == ["model.gguf", "model.gguf.json"]
+    assert known(get.target) == kept(get.target) == sha256_of(get.target) == hashlib.sha256(DATA).hexdigest()
 
 
 def test_a_download_that_is_cut_ten_times_fetches_nothing_twice(get, server):
@@ -340,3 +342,17 @@ def test_a_repository_is_written_in_the_ways_that_people_copy():
 def test_the_checksum_is_that_of_the_file(server):
     (variant,) = hub.variants(Hub(server.url), "me/model")
     assert variant.files[0].sha256 == hashlib.sha256(DATA).hexdigest()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"sha256": 3}', '{"sha256": "' + "0" * 63 + '"}', "[" * 4000, "null"])
+def test_a_note_that_is_none_says_nothing(get, text):
+    get()
+    note(get.target).write_text(text)
+    assert known(get.target) is None and kept(get.target) is None
+
+
+def test_a_file_that_was_written_to_is_not_taken_for_what_was_checked(get):
+    get()
+    os.utime(get.target, ns=(1, 1))
+    assert kept(get.target) is None
+    assert known(get.target) == hashlib.sha256(DATA).hexdigest()
