@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -327,6 +329,16 @@ def test_a_file_that_is_cut_while_in_use_is_an_error_not_the_end_of_the_process(
         with pytest.raises(ModelFileError, match=r"model\.gguf: .*cut"):
             here.forward(IDS[3:20], cache)
         assert cache.pos == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a signal that was raised cannot be told from a fault")
+def test_a_signal_that_another_librarys_handler_passed_on_takes_no_guard_away(tmp_path):
+    """As libclang does after a fault that is not its own: without an address."""
+    here = engine(tiny_gguf(tmp_path / "model.gguf"), 0)
+    signal.raise_signal(signal.SIGBUS)
+    os.truncate(tmp_path / "model.gguf", 8192)
+    with pytest.raises(ModelFileError, match="cut"):
+        here.forward(IDS[:20], here.new_cache(64))
 
 
 def test_a_file_system_without_direct_reads_does(path, monkeypatch):

@@ -3,6 +3,9 @@
 Touching a page of such a file raises SIGBUS. The handler is compiled code that does not call Python. It maps zero pages over
 the rest of the mapping and marks the mapping as broken. The run then ends normally with a wrong result, and the caller discards
 it because `Guard.broken` names the mapping. SIGBUS at any other address ends the process, as without this module.
+
+Another library of the process, such as libclang, may have put its handler in front: it takes it away and raises the signal
+again. Such a signal has no address, and nothing is done: the access faults again, and then this handler gets it.
 """
 
 import ctypes
@@ -21,6 +24,7 @@ MOST = 4096  # mappings of a process that can be guarded
 _SYMBOLS = ("rescue", "state")
 _LINUX = sys.platform == "linux"
 _ADDRESS = 16 if _LINUX else 24  # of the fault, in siginfo_t
+_CODE, _FIRST_FAULT = 8, 1 if _LINUX else -(1 << 31)  # where it came from; below, the signal was raised (elsewhere: not told)
 _SIGINFO = 4 if _LINUX else 0x40
 _READ, _FIXED_PRIVATE_ANONYMOUS = 1, 0x32 if _LINUX else 0x1012
 _i32, _i64, _pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
@@ -63,13 +67,14 @@ def build(target):
     fn = ir.Function(module, ir.FunctionType(ir.VoidType(), [_i32, _pointer, _pointer]), "rescue")
     remap = ir.Function(module, ir.FunctionType(_pointer, [_i64, _i64, _i32, _i32, _i32, _i64]), "mmap")
     default = ir.Function(module, ir.FunctionType(_pointer, [_i32, _pointer]), "signal")
-    entry, head, body, found, following, lost = (fn.append_basic_block() for _ in range(6))
+    entry, head, body, found, following, lost, raised = (fn.append_basic_block() for _ in range(7))
 
     b = ir.IRBuilder(entry)
+    code = b.load(b.bitcast(b.gep(fn.args[1], [_i64(_CODE)]), _i32.as_pointer()))
     fault = b.load(b.bitcast(b.gep(fn.args[1], [_i64(_ADDRESS)]), _i64.as_pointer()))
     count = b.load(b.gep(state, [_i64(0), _i64(0)]))
     rows = b.inttoptr(b.load(b.gep(state, [_i64(0), _i64(1)])), _i64.as_pointer())
-    b.branch(head)
+    b.cbranch(b.icmp_signed("<", code, _i32(_FIRST_FAULT)), raised, head)
 
     b.position_at_end(head)
     k = b.phi(_i64)
@@ -94,6 +99,9 @@ def build(target):
 
     b.position_at_end(lost)  # not ours: the same access faults again, and ends the process
     b.call(default, [fn.args[0], ir.Constant(_pointer, None)])
+    b.ret_void()
+
+    b.position_at_end(raised)
     b.ret_void()
     return module
 
