@@ -236,25 +236,48 @@ class Model:
             self._room -= nbytes
         self._releases.append(reserve(self.engine, nbytes - given))
 
-    def prompt_ids(self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = ()) -> list:
+    def prompt_ids(
+        self,
+        messages: Sequence[dict],
+        image_tiles: int | None = None,
+        tools: Sequence[dict] = (),
+        limit: int | None = None,
+    ) -> list:
         """The tokens of a conversation ({"role": ..., "content": ...}) up to where the assistant's answer begins.
 
         A content may be a list of parts, {"type": "text", "text": ...} or {"type": "image", "image": ...} with a path, bytes, a
         `data:` URL, a picture of Pillow or a View of `sight`. Rows of pictures are prompt.FeatureRow. `image_tiles`: the most
         tiles of a picture's grid, fewer being faster and coarser. `tools`: definitions of functions that the model may call, as
-        text/template.py has them. PictureError for what is no picture or cannot be seen.
+        text/template.py has them. PictureError for what is no picture or cannot be seen. `limit`: ContextFullError if there are
+        more tokens, before any picture is looked at.
         """
-        from llamacli.text.template import pictures, render
+        ids, found = self._rendered(messages, tools)
+        if limit is not None:
+            from llamacli.session import check_length
 
-        messages = list(messages)
-        ids = render(self.tokenizer, messages, self.gguf.metadata.get("tokenizer.chat_template"), tools=tools)
-        if not (found := pictures(messages)):
+            check_length(self._count(ids, found, image_tiles), limit)
+        if not found:
             return ids
         from llamacli.prompt import tokens
         from llamacli.vision.sight import View
 
         views = [source if isinstance(source, View) else self.sight.look(source, image_tiles) for source in found]
         return tokens(self.sight.prompt(ids, views))
+
+    def count_tokens(self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = ()) -> int:
+        """How many tokens `prompt_ids` makes. Pictures count by their sizes: the tower does not look at them."""
+        return self._count(*self._rendered(messages, tools), image_tiles)
+
+    def _rendered(self, messages: Sequence[dict], tools: Sequence[dict]) -> tuple[list[int], list]:
+        """The ids of a conversation, and its pictures, for each of which there is one id."""
+        from llamacli.text.template import pictures, render
+
+        messages = list(messages)
+        ids = render(self.tokenizer, messages, self.gguf.metadata.get("tokenizer.chat_template"), tools=tools)
+        return ids, pictures(messages)
+
+    def _count(self, ids: list[int], found: list, image_tiles: int | None) -> int:
+        return len(ids) + sum(self.sight.n_tokens(source, image_tiles) - 1 for source in found)
 
     def sampler(
         self,
@@ -295,11 +318,12 @@ class Model:
 
     @property
     def _grammars(self):
-        if self._made_grammars is None:
-            from llamacli.text.constraint import Grammars
+        with self._opening:
+            if self._made_grammars is None:
+                from llamacli.text.constraint import Grammars
 
-            self._made_grammars = Grammars(self.tokenizer)
-        return self._made_grammars
+                self._made_grammars = Grammars(self.tokenizer)
+            return self._made_grammars
 
     def stream(
         self,
@@ -316,7 +340,8 @@ class Model:
         """
         if tools:
             return self.chat(messages, tools, max_tokens=max_tokens, stop=stop, image_tiles=image_tiles, **settings)
-        return self.session().stream(self.prompt_ids(messages, image_tiles), self.sampler(**settings), max_tokens, stop)
+        ids = self.prompt_ids(messages, image_tiles, limit=self.ctx)
+        return self.session().stream(ids, self.sampler(**settings), max_tokens, stop)
 
     def chat(
         self,

@@ -226,12 +226,15 @@ class FakeModel(Model):
     def sight(self):
         raise PictureError("/secret/miniature.gguf: expected a vision tower, found none")
 
-    def prompt_ids(self, messages, image_tiles=None, tools=()):
+    def prompt_ids(self, messages, image_tiles=None, tools=(), limit=None):
         self.asked, self.offered = list(messages), tools
         ids = [BOS]
         for message in messages:
             ids += [*message["role"][:1].encode(), 10, *message["content"].encode(), EOT]
         return [*ids, HEADER]
+
+    def count_tokens(self, messages, image_tiles=None, tools=()):
+        return len(self.prompt_ids(messages, image_tiles, tools))
 
     def sampler(self, **settings):
         self.settings = settings

@@ -131,6 +131,7 @@ def serve(
         hosts=(*LOCAL, host) if local else None,
         snapshots=storing.snapshots(found),
         report=console.warn,
+        log=console.note if console.verbose else None,
     )
     listener = Listener(server.app, bound)
     try:

@@ -52,7 +52,7 @@ def read(fields: Fields, model, name: str) -> tuple[Ask, Form]:
 def count(fields: Fields, model) -> dict:
     """The body of a count of tokens."""
     messages, offer = _conversation(fields)
-    return {"input_tokens": len(model.prompt_ids(messages, tools=offer.definitions if offer else ()))}
+    return {"input_tokens": asking.count(model, messages, offer)}
 
 
 def _conversation(fields: Fields) -> tuple[list[dict], calling.Offer | None]:

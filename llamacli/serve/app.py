@@ -1,13 +1,15 @@
 """The web application: routes, who may use them, limits, errors.
 
 In: a model and `Limits`. Out: `Server.app`, an ASGI application. Work on a request that takes long, such as tokenizing, is done
-in a thread of its own, one request at a time, so that streams go on meanwhile.
+in threads for it, so that streams go on meanwhile; pictures are looked at in another one, so that texts do not wait for them.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
@@ -19,16 +21,18 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from llamacli.serve import anthropic, asking, openai, responses
+from llamacli.serve.bodies import BODIES_FULL, Bodies
 from llamacli.serve.calling import calls
+from llamacli.serve.endpoint import Endpoint, Log
 from llamacli.serve.fields import Fields, Refusal, read_json
 from llamacli.serve.guard import LOCAL, Guard
 from llamacli.serve.metrics import Metrics
 from llamacli.serve.page import page
 from llamacli.serve.refusals import refusal_of, tell_bug
 from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Scheduler, Stopping
-from llamacli.serve.stream import KEEP_ALIVE, Answering, EventStream, unless_left
+from llamacli.serve.stream import KEEP_ALIVE, Answering, EventStream, while_there
 
-DRAINED = 3.0  # seconds for a client to send the rest of a body that is too large, so that it then reads the answer
+PREPARED = 4  # requests that are read and tokenized at a time
 OPEN = ("/", "/health", "/v1/health")  # no key is asked for
 
 
@@ -40,6 +44,7 @@ class Limits:
     waiting: int = MOST_WAITING
     body: int = 16 << 20  # bytes
     body_seconds: float = 60.0
+    bodies: int | None = None  # bytes of all requests under way together, None: of 16 that are as large as they may be
     rate: int | None = None
     keep_alive: float = KEEP_ALIVE
 
@@ -57,12 +62,16 @@ class Server:
         hosts: Sequence[str] | None = LOCAL,
         snapshots=None,
         report: Callable[[str], None] = lambda text: None,
+        log: Callable[[str], None] | None = None,
     ):
+        """`log`: gets a line about each request."""
         self.model, self.name, self.limits, self.created = model, name, limits, int(time.time())
         self._guard, self._report = Guard(keys, origins, hosts, limits.rate), report
         self.scheduler = Scheduler(model, limits.places, limits.waiting, snapshots, lambda error: tell_bug(error, report))
         self.metrics = Metrics()
-        self._preparing = ThreadPoolExecutor(1, "prepare")
+        self._bodies = Bodies(limits.body, limits.body_seconds, 16 * limits.body if limits.bodies is None else limits.bodies)
+        self._preparing, self._looking = ThreadPoolExecutor(PREPARED, "prepare"), ThreadPoolExecutor(1, "look")
+        self._seeing, self._log = asyncio.Semaphore(limits.places), Log(log)
         cors = Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
         self.app = Starlette(
             routes=[Route(path, self._guarded(path, handler), methods=[method]) for method, path, handler in self._routes()],
@@ -73,7 +82,8 @@ class Server:
     def close(self) -> None:
         """End all answers and the threads."""
         self.scheduler.close()
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._preparing, self._looking):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _routes(self):
         yield "GET", "/", self._page
@@ -92,28 +102,25 @@ class Server:
 
     # who may, and what goes wrong
 
-    def _guarded(self, path: str, handler: Callable[[Request], Awaitable[Response | None]]):
+    def _guarded(self, path: str, handler: Callable[[Request], Awaitable[Response]]) -> Endpoint:
         """The handler behind all checks; errors become answers in the protocol's form."""
 
-        async def endpoint(request: Request) -> Response:
-            request.state.began = time.monotonic()
+        async def answer(request: Request) -> Response:
             try:
                 self._guard.check(request, anybody=path in OPEN)
                 response = await handler(request)
             except ClientDisconnect:
-                response = None
+                response = Response(status_code=499)  # nobody is left to read it
             except Exception as error:
                 response = self._refused(refusal_of(error, self._report), path)
-            if response is None:
-                response = Response(status_code=499)  # nobody is left to read it
             self.metrics.request(path, response.status_code)
             return response
 
-        return endpoint
+        return Endpoint(path, answer, self._log)
 
     def _refused(self, refusal: Refusal, path: str) -> Response:
         headers = {"Retry-After": str(refusal.retry)} if refusal.retry else {}
-        if refusal.status in (408, 413):
+        if refusal.status in (408, 413) or refusal.code == BODIES_FULL:
             headers["Connection"] = "close"
         if refusal.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -123,58 +130,66 @@ class Server:
     async def _unknown(self, request: Request, error: HTTPException) -> Response:
         words = {404: f"no such address: {request.url.path!r:.80}", 405: f"expected another method than {request.method}"}
         refusal = Refusal(words.get(error.status_code, error.detail), error.status_code)
+        self._log.line("-", error.status_code)
         return JSONResponse(openai.error_body(refusal), error.status_code, error.headers)
 
-    # bodies
-
-    async def _body(self, request: Request) -> bytes:
-        """The body, if it is as small as it must be and comes in time."""
-        limit = self.limits.body
-        length = request.headers.get("content-length", "")
-        too_large = Refusal(f"expected a body of at most {limit} bytes, found more; shorten it", 413, "body_too_large")
-        large = length.isdigit() and int(length) > limit
-        if large and "expect" in request.headers:
-            raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(DRAINED if large else self.limits.body_seconds) as patience:
-                async for part in request.stream():
-                    size += len(part)
-                    if size > limit and not large:
-                        large = True
-                        patience.reschedule(asyncio.get_running_loop().time() + DRAINED)
-                    if large:
-                        parts.clear()
-                    else:
-                        parts.append(part)
-        except TimeoutError:
-            if not large:
-                raise Refusal(f"expected the body within {self.limits.body_seconds:g} s", 408, "body_too_slow") from None
-        if large:
-            raise too_large
-        return b"".join(parts)
+    # work that takes long
 
     async def _read(self, request: Request, read: Callable[[Fields], object]):
-        """What `read` makes of the body's fields, in the thread for such work."""
-        body = await self._body(request)
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, lambda: read(Fields(read_json(body))))
+        """What `read` makes of the body's fields."""
+        body = await self._bodies.read(request)
+        return await self._prepared(request, lambda: read(Fields(read_json(body))))
+
+    async def _prepared(self, request: Request, work: Callable[[], object]):
+        """What `work` gives in a thread for such work. ClientDisconnect if the client leaves before."""
+        return await while_there(request.receive, asyncio.get_running_loop().run_in_executor(self._preparing, work))
+
+    async def _seen(self, request: Request, prompt: Sequence[int] | asking.Pictured) -> Sequence:
+        """The tokens of a prompt, once its pictures were looked at. No more requests than are answered at a time have theirs
+        looked at or remembered; the others wait. Pictures of several requests take turns.
+        """
+        if not isinstance(prompt, asking.Pictured):
+            return prompt
+        await while_there(request.receive, self._seeing.acquire())
+        request.state.held.callback(self._seeing.release)
+        for part in prompt.parts:
+            part["image"] = await self._looked_at(request, part["image"])
+        return await self._prepared(request, lambda: prompt.ids(self.model))
+
+    async def _looked_at(self, request: Request, picture):
+        """What the tower makes of a picture, in the thread for these. If the client leaves, the tower stops."""
+        gone = threading.Event()
+
+        def look():
+            while not gone.is_set():
+                with suppress(KeyboardInterrupt):  # may have been meant for the picture before
+                    return self.model.sight.look(picture)
+
+        looking = self._looking.submit(look)
+        try:
+            return await while_there(request.receive, asyncio.wrap_future(looking))
+        except ClientDisconnect:
+            gone.set()
+            if not looking.cancel():
+                self.model.sight.interrupt()
+            raise
 
     # answers
 
-    async def _chat(self, request: Request) -> Response | None:
+    async def _chat(self, request: Request) -> Response:
         return await self._answer(request, openai, openai.read_chat)
 
-    async def _completions(self, request: Request) -> Response | None:
+    async def _completions(self, request: Request) -> Response:
         return await self._answer(request, openai, openai.read_completion)
 
-    async def _messages(self, request: Request) -> Response | None:
+    async def _messages(self, request: Request) -> Response:
         return await self._answer(request, anthropic, anthropic.read)
 
-    async def _responses(self, request: Request) -> Response | None:
+    async def _responses(self, request: Request) -> Response:
         return await self._answer(request, responses, responses.read)
 
-    async def _answer(self, request: Request, protocol, read) -> Response | None:
-        """An answer in a protocol, as a stream or whole; None if the client left. `read` makes an Ask and a form of fields."""
+    async def _answer(self, request: Request, protocol, read) -> Response:
+        """An answer in a protocol, as a stream or whole. `read` makes an Ask and a form of fields."""
 
         def prepare(fields: Fields):
             ask, form = read(fields, self.model, self.name)
@@ -182,27 +197,28 @@ class Server:
             return ask, form, [self.model.sampler(**ask.settings_of(i)) for i in range(ask.n * len(ask.prompts))]
 
         ask, form, samplers = await self._read(request, prepare)
+        ask.prompts = [await self._seen(request, prompt) for prompt in ask.prompts]
         answering = Answering(self.scheduler, ask, samplers, self._guard.client(request))
         try:
-            events = self._timed(answering, request.state.began)
+            events = self._counted(answering, ask, request)
             events = calls(events, ask.offer) if ask.offer else events
             if form.stream:
                 texts = protocol.chunks(events, ask, form, self.model.tokenizer)
-                failed = lambda error: protocol.failed(refusal_of(error, self._report))
-                return EventStream(texts, answering, failed, self.limits.keep_alive)
-            body = await unless_left(request.receive, protocol.whole(events, ask, form, self.model.tokenizer))
-            return None if body is None else JSONResponse(body)
+                refused = lambda error: refusal_of(error, self._report)
+                return EventStream(texts, answering, protocol.failed, refused, self.limits.keep_alive)
+            return JSONResponse(await while_there(request.receive, protocol.whole(events, ask, form, self.model.tokenizer)))
         finally:
             if not form.stream:
                 answering.cancel()
 
-    async def _timed(self, answering: Answering, began: float) -> AsyncIterator:
-        """The events of an answer; the time of its first token is taken."""
-        first = True
+    async def _counted(self, answering: Answering, ask: asking.Ask, request: Request) -> AsyncIterator:
+        """The events of an answer; its tokens are counted, and the time of the first is taken."""
+        record = request.state.record
         async for choice, event in answering:
-            if first and not isinstance(event, Begun):
-                self.metrics.first_token(time.monotonic() - began)
-                first = False
+            if record.first is None and not isinstance(event, Begun):
+                record.first = time.monotonic()
+                self.metrics.first_token(record.first - record.began)
+            record.usage.add(choice, ask.n, event)
             yield choice, event
 
     # the small ones
@@ -239,13 +255,13 @@ class Server:
         return JSONResponse(await self._read(request, lambda fields: anthropic.count(fields, self.model)))
 
     async def _tokenize(self, request: Request) -> Response:
-        def read(fields: Fields) -> list[int]:
+        def read(fields: Fields) -> Sequence[int] | asking.Pictured:
             if "messages" in fields:
                 return asking.prompt(self.model, [openai.read_message(message) for message in fields.objects("messages", 1)])
             text = fields.text("content" if "content" in fields else "prompt", "")
             return self.model.tokenizer.encode(text, bos=fields.flag("add_special", True), special=fields.flag("parse_special"))
 
-        ids = [int(id) for id in await self._read(request, read)]
+        ids = [int(id) for id in await self._seen(request, await self._read(request, read))]
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.model.ctx})
 
     async def _detokenize(self, request: Request) -> Response:

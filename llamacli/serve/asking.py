@@ -28,7 +28,7 @@ TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 class Ask:
     """What is to be answered. Each prompt gets `n` answers. `settings`: for Model.sampler."""
 
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence["Sequence[int] | Pictured"]
     settings: dict = field(default_factory=dict)
     max_tokens: int | None = None
     stop: Sequence[str] = ()
@@ -176,9 +176,37 @@ def picture(url) -> dict:
     return {"type": "image", "image": url}
 
 
-def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Sequence[int]:
+@dataclass
+class Pictured:
+    """A conversation with pictures in data URLs that nobody has looked at yet; there is room for it."""
+
+    messages: Sequence[dict]
+    tools: Sequence[dict]
+
+    @property
+    def parts(self) -> list[dict]:
+        """The parts of messages that are pictures; `image` may be replaced by what the tower sees."""
+        contents = [message["content"] for message in self.messages if isinstance(message["content"], list)]
+        return [part for content in contents for part in content if part["type"] == "image"]
+
+    def ids(self, model) -> Sequence:
+        """The tokens."""
+        return model.prompt_ids(self.messages, tools=self.tools)
+
+
+def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Sequence[int] | Pictured:
     """The tokens of a conversation with the tools that are offered, if there is room for an answer behind them."""
-    if any(part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]):
+    found = Pictured(messages, offer.definitions if offer else ())
+    if found.parts:
+        check_count(count(model, messages, offer), model.ctx)
+        return found
+    return check_room(found.ids(model), model.ctx)
+
+
+def count(model, messages: Sequence[dict], offer: Offer | None = None) -> int:
+    """How many tokens that is; no picture is looked at."""
+    found = Pictured(messages, offer.definitions if offer else ())
+    if found.parts:
         try:
             model.sight  # noqa: B018  opens the tower, whose file an error names
         except MemoryLimitError:
@@ -189,16 +217,21 @@ def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Seque
                 code="unsupported_parameter",
                 param="image_url",
             ) from None
-    return check_room(model.prompt_ids(messages, tools=offer.definitions if offer else ()), model.ctx)
+    return model.count_tokens(messages, tools=found.tools)
 
 
 def check_room(ids: Sequence[int], ctx: int) -> Sequence[int]:
     """The prompt, if an answer of one token fits behind it."""
-    if len(ids) >= ctx:
+    check_count(len(ids), ctx)
+    return ids
+
+
+def check_count(n: int, ctx: int) -> None:
+    """Refusal unless an answer of one token fits behind `n`."""
+    if n >= ctx:
         raise Refusal(
-            f"the prompt has {len(ids)} tokens and the context holds {ctx}: shorten the messages, or start the server with a "
+            f"the prompt has {n} tokens and the context holds {ctx}: shorten the messages, or start the server with a "
             f"larger --ctx",
             code="context_length_exceeded",
             param="messages",
         )
-    return ids

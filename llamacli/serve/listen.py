@@ -3,18 +3,25 @@
 In: an ASGI application, a host, a port. Out: a `Listener`, which serves until it is closed.
 """
 
+import asyncio
 import errno
+import resource
 import socket
 import threading
 from ipaddress import ip_address
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llamacli.errors import UsageError
 
 CLOSING = 2  # seconds for connections to end
 MOST_CONNECTIONS = 1024
+SPARE = 64  # connections more, whose requests are refused, and files that the process opens
 IDLE = 75  # seconds that a connection may wait for its next request
+HEAD = 30  # seconds for the head of a request to come
+MOST_WAIT = 60  # seconds for a client to take what was sent
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -49,6 +56,56 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
+def most_connections() -> int:
+    """How many connections are served at a time: fewer where the process may not have so many files."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, allowed - 4 * SPARE))
+
+
+class _Connection(H11Protocol):
+    """A connection that ends if its client does not send the head of a request, or does not take an answer."""
+
+    _head: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self._head = self.loop.call_later(HEAD, transport.abort)
+        if len(self.connections) > self.limit_concurrency + SPARE:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop("_head")
+        self._stop("_taking")
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._stop("_head")
+        elif self._head is None:
+            self._head = self.loop.call_later(HEAD, self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking = self.loop.call_later(MOST_WAIT, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop("_taking")
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # a close would wait for the client to take it
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _stop(self, name: str) -> None:
+        if (timer := getattr(self, name)) is not None:
+            timer.cancel()
+            setattr(self, name, None)
+
+
 class Listener:
     """A web server that runs. `url` is where."""
 
@@ -57,7 +114,7 @@ class Listener:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_Connection,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -66,7 +123,7 @@ class Listener:
             access_log=False,
             proxy_headers=False,  # a client may not say that it is another one
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=most_connections(),
             timeout_keep_alive=IDLE,
             timeout_graceful_shutdown=CLOSING,
         )

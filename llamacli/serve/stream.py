@@ -8,14 +8,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from llamacli.piece import Piece
 from llamacli.serve.asking import Ask
+from llamacli.serve.fields import Refusal
 from llamacli.serve.scheduler import Begun, Job, Scheduler
 
 KEEP_ALIVE = 5.0  # seconds without an event after which a comment is sent
-MOST_WAIT = 60.0  # seconds for a client to take what was sent
 
 
 class Answering:
@@ -59,7 +60,7 @@ class Answering:
 
 
 class EventStream(Response):
-    """`events`: texts of the protocol. `failed` makes the last event of an exception. `comment`: what keep-alives say."""
+    """`events`: texts of the protocol. `failed` makes the last event of the refusal that `refusal_of` makes of an exception."""
 
     media_type = "text/event-stream"
 
@@ -67,12 +68,15 @@ class EventStream(Response):
         self,
         events: AsyncIterator[str],
         answering: Answering,
-        failed: Callable[[Exception], str],
+        failed: Callable[[Refusal], str],
+        refusal_of: Callable[[Exception], Refusal],
         keep_alive: float = KEEP_ALIVE,
     ):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._answering, self._failed, self._keep_alive = events, answering, failed, keep_alive
+        self._events, self._answering, self._keep_alive = events, answering, keep_alive
+        self._failed, self._refusal_of = failed, refusal_of
+        self.cut: str | None = None  # what ended it before its end
 
     async def __call__(self, scope, receive, send) -> None:
         leaving, following = asyncio.ensure_future(_left(receive)), None
@@ -83,6 +87,7 @@ class EventStream(Response):
                 waited = {following, leaving}
                 await asyncio.wait(waited, timeout=self._keep_alive, return_when=asyncio.FIRST_COMPLETED)
                 if leaving.done():
+                    self.cut = "client left"
                     return
                 if following.done():
                     text, following = self._taken(following)
@@ -90,11 +95,8 @@ class EventStream(Response):
                         break
                 else:
                     text = f": {self._answering.progress()}\n\n"
-                async with asyncio.timeout(MOST_WAIT):
-                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            return  # a client that takes nothing
         finally:
             self._answering.cancel()
             for task in (leaving, following):
@@ -107,15 +109,19 @@ class EventStream(Response):
         except Exception as error:
             ended = asyncio.get_running_loop().create_future()
             ended.set_result(None)
-            return self._failed(error), ended
+            refusal = self._refusal_of(error)
+            self.cut = refusal.code
+            return self._failed(refusal), ended
 
 
-async def unless_left(receive, awaitable: Awaitable):
-    """The result, or None if the client left first."""
+async def while_there(receive, awaitable: Awaitable):
+    """The result; ClientDisconnect if the client leaves first."""
     leaving, working = asyncio.ensure_future(_left(receive)), asyncio.ensure_future(awaitable)
     try:
         await asyncio.wait({leaving, working}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
     finally:
         leaving.cancel()
         working.cancel()

@@ -151,7 +151,7 @@ def _rounds(model, session, sampler, messages: list[dict], box: Toolbox, left, s
         box.bind(model, sampler, number)
         parser, said = box.parser(), []
         reason = None
-        for piece in session.stream(model.prompt_ids(messages, image_tiles, box.definitions), sampler, left, stop):
+        for piece in session.stream(model.prompt_ids(messages, image_tiles, box.definitions, session.ctx), sampler, left, stop):
             reason = piece.finish_reason
             text = parser.push(piece.text) + (parser.close() if reason else "")
             said.append(text)

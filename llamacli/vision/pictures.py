@@ -66,10 +66,23 @@ def read_picture(source, name: str | None = None) -> Picture:
 
     PictureError: there is none, it is damaged, too large, or of another format.
     """
+    name, image, is_file = _unread(source, name)
+    return _upright(name, image, turn=is_file)
+
+
+def picture_size(source) -> tuple[int, int]:
+    """(width, height) of what `read_picture` takes, by its header: no pixel is decoded. A picture that is turned as the camera
+    was held has them the other way round. PictureError as there, except for damage behind the header.
+    """
+    return _unread(source, None)[1].size
+
+
+def _unread(source, name: str | None) -> tuple[str, "Image", bool]:
+    """A picture's name, itself with its size checked, and whether it comes from a file, whose pixels are not decoded yet."""
     if hasattr(source, "getexif") and hasattr(source, "convert"):  # Pillow's, and so Pillow is imported
         name = name or "picture"
         _check_size(name, *source.size)
-        return _upright(name, source, turn=False)
+        return name, source, False
     if isinstance(source, bytes | bytearray | memoryview):
         name, data = name or "picture", bytes(source)
     elif isinstance(source, str) and source.startswith("data:"):
@@ -80,7 +93,7 @@ def read_picture(source, name: str | None = None) -> Picture:
         name, data = name or shown(source), _file(Path(source))
     else:
         raise PictureError(f"expected a picture as a path, bytes, a data: URL or Pillow's, found {type(source).__name__}")
-    return _upright(name, _opened(name, data))
+    return name, _opened(name, data), True
 
 
 def shown(name) -> str:
@@ -178,7 +191,7 @@ def _check_size(name: str, width: int, height: int) -> None:
         )
 
 
-def _upright(name: str, image: "Image", turn: bool = True) -> Picture:
+def _upright(name: str, image: "Image", turn: bool) -> Picture:
     """Decoded, turned as the camera was held, as RGB."""
     from PIL import Image, ImageOps
 

@@ -19,7 +19,7 @@ from llamacli.errors import LlamacliError, ModelFileError, PictureError, PromptE
 from llamacli.files.gguf import GGUF, open_gguf
 from llamacli.llama4.vision import VisionConfig, has_ollama_tower, has_tower, renamed
 from llamacli.prompt import Features
-from llamacli.vision.pictures import USUAL_BYTES, Picture, read_picture
+from llamacli.vision.pictures import USUAL_BYTES, Picture, picture_size, read_picture
 from llamacli.vision.tiles import Tiles, cut, layout
 from llamacli.vision.tower import MOST, Tower, nbytes
 
@@ -190,6 +190,13 @@ class Sight:
         found = segments(tiles, rows, digest, self.marks)
         n_tokens = sum(len(part.rows) if isinstance(part, Features) else len(part) for part in found)
         return View(picture.name, picture.image.size, tiles.shown[::-1], tiles.grid, found, n_tokens, seconds)
+
+    def n_tokens(self, source, most_tiles: int | None = None) -> int:
+        """How many tokens `look` would make of a picture, by its size alone; those of a View, which was looked at."""
+        if isinstance(source, View):
+            return source.n_tokens
+        width, height = source.image.size if isinstance(source, Picture) else picture_size(source)
+        return expected_tokens(self.config, width, height, most_tiles)[1]
 
     def _keep(self, digest: bytes, rows: np.ndarray) -> None:
         """Remember rows; the pictures that were shown longest ago are forgotten."""

@@ -1,6 +1,7 @@
 """A server over a model in this process, on a real socket, and what a test asks it."""
 
 import json
+import socket
 import time
 from contextlib import contextmanager
 
@@ -43,3 +44,18 @@ def events(response):
     data = [line[6:] for line in response.text.split("\n") if line.startswith("data: ")]
     assert data[-1] == "[DONE]"
     return [json.loads(each) for each in data[:-1]]
+
+
+def raw(client, data=b""):
+    """A socket on which `data` was sent."""
+    made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
+    made.sendall(data)
+    return made
+
+
+def post(body, path="/v1/chat/completions", **headers):
+    """A request's bytes."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body

@@ -9,7 +9,7 @@ import threading
 import httpx
 import pytest
 from fakes import FakeModel, Scripted
-from serving import chat, events, serving, until
+from serving import chat, events, post, raw, serving, until
 
 from llamacli.serve.app import Limits
 
@@ -33,21 +33,6 @@ def free_again(client):
     until(lambda: client.server.scheduler.active == client.server.scheduler.waiting == 0)
     answer = client.post("/v1/chat/completions", json=chat(max_tokens=3))
     assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == "xxx"
-
-
-def raw(client, data=b"", read=True):
-    """A socket on which `data` was sent."""
-    made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=20)
-    made.sendall(data)
-    return made
-
-
-def post(body, path="/v1/chat/completions", **headers):
-    """A request's bytes."""
-    body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def reset(made):

@@ -28,9 +28,9 @@ QUESTIONS = [
 
 
 @contextmanager
-def serve(*args, **how):
+def serve(*args, python=("-m", "llamacli"), **how):
     """Yields the process and a client."""
-    command = [sys.executable, "-m", "llamacli", "serve", "--port", "0", "--ctx", "1024", *args]
+    command = [sys.executable, *python, "serve", "--port", "0", "--ctx", "1024", *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
     try:
         url = process.stdout.readline().strip()
@@ -91,6 +91,112 @@ def test_the_second_turn_costs_its_new_tokens_only_and_answers_alike(client, mod
         turns += [answer, following]
     new = [len(model.tokenizer.encode(text, bos=False)) for text in ("And of Japan?", "Name a planet.")]
     assert all(cost <= n + 12 for cost, n in zip(cached[1:], new, strict=True))  # and the marks around them
+
+
+USED = {  # of each protocol: tokens of a prompt, and how many of them were held
+    "/v1/chat/completions": lambda u: (u["prompt_tokens"], u["prompt_tokens_details"]["cached_tokens"]),
+    "/v1/completions": lambda u: (u["prompt_tokens"], u["prompt_tokens_details"]["cached_tokens"]),
+    "/v1/responses": lambda u: (u["input_tokens"], u["input_tokens_details"]["cached_tokens"]),
+    "/v1/messages": lambda u: (u["input_tokens"] + u["cache_read_input_tokens"], u["cache_read_input_tokens"]),
+}
+
+
+def said(path, response):
+    """The text of an answer and its usage, of whatever protocol, streamed or whole."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        body = response.json()
+        match path:
+            case "/v1/chat/completions":
+                return body["choices"][0]["message"]["content"], body["usage"]
+            case "/v1/completions":
+                return body["choices"][0]["text"], body["usage"]
+            case "/v1/responses":
+                return body["output"][0]["content"][0]["text"], body["usage"]
+            case _:
+                return body["content"][0]["text"], body["usage"]
+    data = [json.loads(line[6:]) for line in response.text.split("\n") if line.startswith("data: {")]
+    match path:
+        case "/v1/chat/completions" | "/v1/completions":
+            choices = [choice for event in data for choice in event["choices"]]
+            return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices), data[-1]["usage"]
+        case "/v1/responses":
+            return "".join(e["delta"] for e in data if e["type"] == "response.output_text.delta"), data[-1]["response"]["usage"]
+        case _:
+            text = "".join(e["delta"]["text"] for e in data if e["type"] == "content_block_delta")
+            return text, next(e["usage"] for e in data if e["type"] == "message_delta")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", USED)
+def test_the_second_turn_costs_its_new_tokens_only_by_each_protocol(client, model, path, stream):
+    """Each conversation begins in words of its own, so that none goes on with another's."""
+    turns = [f"{path} {stream} asks: What is the capital of France? Answer in one short sentence, please."]
+    more = {"temperature": 0, "stream": stream}
+    costs = []
+    for following in ("And of Japan?", "Name a planet.", None):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        if path == "/v1/completions":
+            body = {"prompt": " ".join(turns), "max_tokens": 40, "stream_options": {"include_usage": True}}
+        elif path == "/v1/responses":
+            body = {"input": messages, "max_output_tokens": 40}
+        else:
+            body = {"messages": messages, "max_tokens": 40}
+            body |= {"stream_options": {"include_usage": True}} if path == "/v1/chat/completions" else {}
+        answer, usage = said(path, client.post(path, json=body | more))
+        n, held = USED[path](usage)
+        costs.append(n - held)
+        turns += [answer.strip() if path == "/v1/completions" else answer, following]
+    new = [len(model.tokenizer.encode(text, bos=False)) for text in ("And of Japan?", "Name a planet.")]
+    assert costs[0] > 20 and all(cost <= n + 12 for cost, n in zip(costs[1:], new, strict=True)), costs
+
+
+FACTS = " ".join(f"The owl number {n} lives in Oslo." for n in range(60))
+KEPT_APART = "import sys; from pathlib import Path; from llamacli import environment; from llamacli.cli import main; "
+KEPT_APART += "environment.snapshots_folder = lambda: Path(sys.argv[1]); sys.exit(main(sys.argv[2:]))"
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "while another answers"])
+def test_a_server_that_starts_anew_reads_back_what_it_kept(tmp_path, others):
+    """Kept are blocks of 256 tokens. The first server is killed, so nothing is written at its end."""
+    python = ("-c", KEPT_APART, str(tmp_path))
+
+    def ask(client, question):
+        messages = [{"role": "system", "content": FACTS}, {"role": "user", "content": question}]
+        body = {"messages": messages, "temperature": 0, "max_tokens": 8}
+        return said("/v1/chat/completions", client.post("/v1/chat/completions", json=body))
+
+    with serve("--cache", "--cache-limit", "1G", python=python) as (_, client):
+        text, usage = ask(client, "What is the capital of France?")
+        n, held = USED["/v1/chat/completions"](usage)
+        assert n > 512 and held == 0
+    with serve("--cache", python=python) as (_, client):
+        if others:
+            long = chat("Hi", stream=True, temperature=1, ignore_eos=True, max_tokens=900)
+            stream = client.stream("POST", "/v1/chat/completions", json=long)
+            next(stream.__enter__().iter_text())
+        again, usage = ask(client, "What is the capital of France?")
+        n, held = USED["/v1/chat/completions"](usage)
+        assert held >= (n - 1) // 256 * 256 >= 512 and again == text
+        if others:
+            stream.__exit__(None, None, None)
+        other, usage = ask(client, "Name a planet.")
+        n, held = USED["/v1/chat/completions"](usage)
+        assert n - held < 20  # the session holds the rest
+    with serve(python=python) as (_, client):
+        assert ask(client, "Name a planet.")[0] == other
+
+
+def test_a_line_a_request_with_v():
+    with serve("-v", "--api-key", "topsecret") as (process, client):
+        client.headers["x-api-key"] = "topsecret"
+        client.post("/v1/chat/completions", json=chat("my words", max_tokens=3)).raise_for_status()
+        client.get("/v1/models")
+        process.send_signal(signal.SIGTERM)
+        err = process.communicate(timeout=30)[1]
+    lines = [line for line in err.splitlines() if re.match(r"\d{4}-\d\d-\d\d ", line)]
+    assert re.search(r" /v1/chat/completions 200, \d+ tokens in \(0 reused\), 3 out, [\d.]+ s, [\d.]+ tok/s$", lines[0])
+    assert re.search(r" /v1/models 200, [\d.]+ s$", lines[1]) and len(lines) == 2
+    assert "words" not in err and "topsecret" not in err
 
 
 def test_the_same_seed_gives_the_same_text(client):

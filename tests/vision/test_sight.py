@@ -11,13 +11,14 @@ import pytest
 import tiny_tower
 from PIL import Image
 
-from llamacli import MemoryLimitError, Model, ModelFileError, PictureError, PromptError, UsageError
+from llamacli import ContextFullError, MemoryLimitError, Model, ModelFileError, PictureError, PromptError, UsageError
 from llamacli.environment import SMALL_MODEL
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.vision import VisionConfig, renamed, tensors
 from llamacli.plan import machine
 from llamacli.prompt import FeatureRow
 from llamacli.vision import sight
+from llamacli.vision.pictures import picture_size
 from llamacli.vision.sight import NAMES, Sight, describe, expected_tokens, find_tower, tower_bytes
 from llamacli.vision.tower import Tower
 from quantize import shapes
@@ -229,6 +230,36 @@ def test_a_sight_without_marks_is_refused(tmp_path):
     gguf = open_gguf(tiny_tower.tower_gguf(tmp_path / "mmproj.gguf", **SHAPE))
     with pytest.raises(PromptError, match="cannot take pictures"):
         Sight(gguf, words, 1)
+
+
+@pytest.mark.parametrize("size", [(60, 40), (40, 60), (1, 1), (300, 20), (20, 300), (224, 224), (57, 113), (1000, 999)])
+def test_tokens_are_counted_by_sizes_alone(model, monkeypatch, size):
+    messages = asked(text("a"), image(picture(1, *size)), image(picture(2)), text("b"))
+    expected = len(model.prompt_ids(messages))
+    monkeypatch.setattr(model.sight._tower, "features", None)
+    monkeypatch.setattr(model.sight, "_known", {})
+    assert model.count_tokens(messages) == expected
+    with pytest.raises(ContextFullError, match=f"{expected} tokens"):
+        model.prompt_ids(messages, limit=expected - 1)
+    with pytest.raises(ContextFullError):
+        model.stream(asked(*[image(picture(1))] * 80))
+
+
+def test_a_picture_that_is_to_be_turned_has_as_many_tokens(model, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    picture(3, 200, 50).save(tmp_path / "turned.jpg", exif=exif)
+    view = model.sight.look(tmp_path / "turned.jpg")
+    assert view.size == (50, 200)
+    assert model.sight.n_tokens(tmp_path / "turned.jpg") == model.sight.n_tokens(view) == view.n_tokens
+
+
+def test_a_size_needs_no_pixels(tmp_path):
+    picture(1, 70, 30).save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    assert picture_size(data) == picture_size(data[:200]) == picture_size(tmp_path / "whole.png") == (70, 30)
+    with pytest.raises(PictureError):
+        picture_size(b"GIF89a")
 
 
 # memory
