@@ -95,7 +95,7 @@ def _gpu(here: runtime.Runtime | None, encoder: Callable, megabytes: int) -> Ite
     if here is None or kernels.dialect() is None:
         yield from (Finding(name, SKIPPED, "there is no GPU that MLX can use", {}) for name in names)
         return
-    with runtime.translated("doctor"):
+    with runtime.working("doctor", here.gpu is not None):
         for one in checks.check_kernels(encoder, megabytes):
             right = one.error <= PRODUCT and one.widened_error <= WIDENED
             text = f"error {one.error:.1e}, widened {one.widened_error:.1e}, {one.rate / 1e9:.1f} GB/s"

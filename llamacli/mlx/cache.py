@@ -4,6 +4,9 @@ An array holds [n_kv_heads, capacity, head_dim] and is replaced on every write; 
 it. Positions and rings are those of every device (positions.py).
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import mlx.core as mx
 import numpy as np
 
@@ -14,8 +17,17 @@ from llamacli.positions import Positions
 class MlxCache(Positions):
     """Keys and values in MLX's arrays (see device.Cache). `dtype`: float16, or float32 for exact tests."""
 
-    def __init__(self, config: Config, ctx: int, layers: range, dtype: mx.Dtype):
+    def __init__(
+        self,
+        config: Config,
+        ctx: int,
+        layers: range,
+        dtype: mx.Dtype,
+        working: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        """`working`: the device's turn for one call (runtime.working)."""
         super().__init__(config, ctx, layers)
+        self._working = working
         self._shape, self._dtype = (config.n_kv_heads, config.head_dim), dtype
         self._sides = [[self._empty(0), self._empty(0)] for _ in layers]
 
@@ -35,12 +47,13 @@ class MlxCache(Positions):
     def reserve(self, n: int) -> None:
         """Make room for `n` more tokens; ContextFullError past ctx."""
         need = self._claim(n)
-        for layer, sides in zip(self.layers, self._sides, strict=True):
-            held = sides[0].shape[1]
-            if (capacity := self._capacity(layer, held, need)) > held:
-                more = self._empty(capacity - held)
-                sides[:] = [mx.concatenate([side, more], 1) for side in sides]
-                mx.eval(sides)
+        with self._working():
+            for layer, sides in zip(self.layers, self._sides, strict=True):
+                held = sides[0].shape[1]
+                if (capacity := self._capacity(layer, held, need)) > held:
+                    more = self._empty(capacity - held)
+                    sides[:] = [mx.concatenate([side, more], 1) for side in sides]
+                    mx.eval(sides)
 
     def append(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write from position `pos` on, in the room that `reserve` made; returns what the last of these positions may see.
@@ -59,7 +72,8 @@ class MlxCache(Positions):
         ValueError if the layer no longer holds one of them.
         """
         slots = self._held_slots(layer, start, end)
-        return tuple(np.array(side[:, slots].astype(mx.float16)) for side in self.arrays(layer))
+        with self._working():
+            return tuple(np.array(side[:, slots].astype(mx.float16)) for side in self.arrays(layer))
 
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write keys and values, float16 [n_kv_heads, n, head_dim], from position `start` on; `reserve` has made room for them.
@@ -67,6 +81,7 @@ class MlxCache(Positions):
         Of a chunked layer, positions of one chunk only: the one of the last position that will be held.
         """
         slots, sides = self._slots(layer, start, start + keys.shape[1]), self.arrays(layer)
-        for side, rows in enumerate((keys, values)):
-            sides[side][:, slots] = mx.array(np.ascontiguousarray(rows)).astype(self._dtype)
-        mx.eval(sides)
+        with self._working():
+            for side, rows in enumerate((keys, values)):
+                sides[side][:, slots] = mx.array(np.ascontiguousarray(rows)).astype(self._dtype)
+            mx.eval(sides)

@@ -1,11 +1,12 @@
-"""Starts MLX and describes the GPU that it found; translates its errors.
+"""Starts MLX and describes the GPU that it found; lets threads take turns on it; translates its errors.
 
-In: nothing. Out: a `Runtime`, or a UsageError that says in one line what is missing. `starting` alone sets variables of the
+In: nothing. Out: a `Runtime`, or a UsageError that says in one line what is missing. `start` alone sets variables of the
 process: MLX reads them once, on its first use, and with its defaults every adopted tensor would end a command buffer.
 """
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -56,6 +57,26 @@ def start() -> Runtime:
     if gpu == "Metal" and (wired := environment.wired_gigabytes()):
         mx.set_wired_limit(min(int(wired * 1e9), budget))
     return Runtime(mx.__version__, gpu, str(info.get("device_name", "CPU")), budget, largest)
+
+
+_turn = threading.RLock()
+
+
+@cache
+def _stream(gpu: bool):
+    """The stream of this process. MLX's usual ones belong to the thread that made them: no other may evaluate their arrays."""
+    import mlx.core as mx
+
+    return mx.new_thread_unsafe_stream(mx.gpu if gpu else mx.cpu)
+
+
+@contextmanager
+def working(path: object, gpu: bool) -> Iterator[None]:
+    """Have what is inside computed on the one stream of this process, whichever thread asks; one at a time. As `translated`."""
+    import mlx.core as mx
+
+    with _turn, translated(path), mx.stream(_stream(gpu)):
+        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ are loaded.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from time import perf_counter
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ class MlxStage:
         self.timings: Counter | None = None
         self.follow: Callable[[float], None] | None = None
         self._blocks = kernels.dialect() is not None  # whether kernels read blocks here
-        self._device = mx.gpu if here.gpu else mx.cpu
+        self._gpu = here.gpu is not None
         self._adopts = here.gpu == "Metal"
         self._dtype = dtype or (mx.float16 if here.gpu else mx.float32)
         self._converted: list[str] = []
@@ -64,7 +65,7 @@ class MlxStage:
         self._slots, self._routed = slots or {}, {}
         self._chosen: dict[int, mx.array] = {}
         self._pending: list[mx.array] = []  # keys and values that the last call wrote
-        with runtime.translated(gguf.path), mx.stream(self._device):
+        with self._working():
             self._weights: Weights = assemble(
                 gguf, config, lambda tensor: self._matrix(gguf, tensor), layers, embedding=False, head=heads
             )
@@ -120,18 +121,22 @@ class MlxStage:
 
     def new_cache(self, ctx: int) -> MlxCache:
         """An empty cache for at most `ctx` tokens."""
-        with runtime.translated(self._path), mx.stream(self._device):
-            return MlxCache(self._config, ctx, self.layers, self._dtype)
+        with self._working():
+            return MlxCache(self._config, ctx, self.layers, self._dtype, self._working)
+
+    def _working(self) -> AbstractContextManager:
+        """The device's turn for one call. UsageError in a forked process."""
+        if self._forked:
+            raise UsageError("a forked process cannot use the GPU of its parent: load the model again")
+        return runtime.working(self._path, self._gpu)
 
     def forward(self, x: np.ndarray, runs: Sequence[Run]) -> mx.array:
         """The stream after the layers, float32 [n, n_embd]; of a single token not yet evaluated, if `logits` follows.
 
         NumPy evaluates it when it is read. KeyboardInterrupt after `interrupt`.
         """
-        if self._forked:
-            raise UsageError("a forked process cannot use the GPU of its parent: load the model again")
         lazy = len(x) == 1 and self._heads and not self._experts  # slots may be filled again in the next call
-        with runtime.translated(self._path), mx.stream(self._device):
+        with self._working():
             x = mx.array(x)
             ops = Operations(self._config, self._frequencies, runs, self._dtype, self._experts, self._blocks)
             for i, weights in zip(self.layers, self._layers, strict=True):
@@ -159,7 +164,7 @@ class MlxStage:
 
     def logits(self, x: mx.array | np.ndarray, first: int = 0) -> np.ndarray:
         """Logits of the rows x[first:] of the stream, float32 [len(x) - first, n_vocab]."""
-        with runtime.translated(self._path), mx.stream(self._device):
+        with self._working():
             began = perf_counter()
             h = mx.fast.rms_norm(mx.array(x)[first:], self._output_norm, self._config.rms_eps)
             found = np.empty((len(h), self._config.n_vocab), np.float32)
@@ -176,8 +181,9 @@ class MlxStage:
     def chosen(self, n: int) -> np.ndarray:
         """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]; 0 in dense layers."""
         found = np.zeros((len(self.layers), n * self._config.n_experts_used), np.int64)
-        for i, experts in self._chosen.items():
-            found[i - self.layers.start] = np.array(experts).reshape(-1)
+        with self._working():
+            for i, experts in self._chosen.items():
+                found[i - self.layers.start] = np.array(experts).reshape(-1)
         return found
 
     def interrupt(self) -> None:

@@ -450,6 +450,43 @@ def test_two_threads_on_one_model_get_right_answers(tmp_path):
         assert all(difference(answer, oracle.logits(path, ids)) <= EXACT for answer in answers)
 
 
+@pytest.mark.parametrize("slots", [0, 4])
+def test_a_conversation_may_go_from_thread_to_thread(tmp_path, slots, monkeypatch):
+    """As in a server, and though MLX's streams end with their threads; after an interrupt, too."""
+    path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf"), tokens(12)
+
+    def elsewhere(call, *args):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(call, *args).result(timeout=60)
+
+    def load():
+        file = open_gguf(path)
+        return Engine(file, Config.from_gguf(file), 2, slots=slots, gpu_layers=4)
+
+    model = elsewhere(load)
+    cache = elsewhere(model.new_cache, 32)
+    found = [elsewhere(lambda: model.forward(ids[:8], cache).copy())]
+    real = Operations.route
+
+    def interrupted(ops, h, w):
+        if ops.layer == 2:
+            raise KeyboardInterrupt
+        return real(ops, h, w)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Operations, "route", interrupted)
+        elsewhere(model.forward, ids[8:9], cache)
+    found += [elsewhere(lambda token=token: model.forward([token], cache).copy()) for token in ids[8:]]
+    assert difference(np.array(found), oracle.logits(path, ids)[7:]) <= EXACT
+    sides, copy = elsewhere(cache.export, 0, 8, 12), elsewhere(model.new_cache, 32)
+    elsewhere(copy.reserve, 12)
+    elsewhere(copy.restore, 0, 8, *sides)
+    copy.pos = 12
+    for held, side in zip(elsewhere(copy.export, 0, 8, 12), sides, strict=True):
+        np.testing.assert_array_equal(held, side)
+    elsewhere(model.close)
+
+
 def test_inputs_are_not_watched_on_a_gpu(tmp_path):
     model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"))
     with pytest.raises(UsageError, match="--device cpu"):
