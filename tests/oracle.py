@@ -9,11 +9,17 @@ import numpy as np
 from gguf.quants import dequantize
 
 
-def logits(path, ids, kv=np.float64):
-    """float64 [len(ids), n_vocab]. `kv` float16, or a function, rounds keys and values as a cache does, and nothing else."""
+def logits(path, ids, kv=np.float64, inputs=None):
+    """float64 [len(ids), n_vocab]. `kv` float16, or a function, rounds keys and values as a cache does, and nothing else.
+
+    `inputs(x)` rounds what is multiplied with quantized weights, as an engine does that multiplies with integers.
+    """
     keep = kv if not isinstance(kv, type) else lambda x: x.astype(kv).astype(np.float64)
     reader = gguf.GGUFReader(path)
     weights = {t.name: _values(t) for t in reader.tensors}
+    if inputs is not None:
+        quantized = {t.name for t in reader.tensors if t.tensor_type.name[0] == "Q" and t.name != "token_embd.weight"}
+        weights = {name: Rounding(values, inputs) if name in quantized else values for name, values in weights.items()}
     read = _metadata(reader)
     eps, theta = read("attention.layer_norm_rms_epsilon"), read("rope.freq_base")
     n_heads, n_kv_heads, head_dim = (read("attention." + key) for key in ("head_count", "head_count_kv", "key_length"))
@@ -46,6 +52,33 @@ def logits(path, ids, kv=np.float64):
         h = rms_norm(x, eps) * w["ffn_norm.weight"]
         x = x + (experts(h, w, read("expert_used_count")) if "ffn_gate_inp.weight" in w else ffn(h, w, ""))
     return (rms_norm(x, eps) * weights["output_norm.weight"]) @ weights["output.weight"].T
+
+
+class Rounding:
+    """A matrix, or one for each expert, whose products round their other factor first."""
+
+    __array_ufunc__ = None  # so that NumPy asks __rmatmul__
+
+    def __init__(self, values, inputs):
+        self.values, self.inputs = values, inputs
+
+    def __getitem__(self, expert):
+        return Rounding(self.values[expert], self.inputs)
+
+    @property
+    def T(self):
+        return Rounding(self.values.T, self.inputs)
+
+    def __rmatmul__(self, x):
+        return self.inputs(x) @ self.values
+
+
+def q8(x, block):
+    """Rounded to 8 bits with a scale for each `block` values, chosen as llama.cpp chooses Q8_K's (of 256)."""
+    groups = x.reshape(-1, block)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[:, None], -1)
+    scale = np.where(largest == 0, 1, largest) / -127
+    return (np.minimum(np.rint(groups / scale), 127) * scale).reshape(x.shape)
 
 
 def rms_norm(x, eps):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import oracle
 import pytest
 import tiny
 
@@ -85,6 +86,26 @@ def test_random_quantized_files_are_within_half_again_of_llama_cpps_own_distance
     assert kl.mean() <= 1.5 * max(means)
     assert np.median(kl) <= 1.5 * max(medians)
     assert same.mean() >= min(agreements) - 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random-scout-Q4_K", "random-maverick-Q4_K"])
+def test_llama_cpps_distance_is_its_rounding_of_activations(tmp_path, name):
+    """It is in both of its runs, so its distance from itself has nothing of it.
+
+    Exact arithmetic whose inputs are rounded so, with one scale for 256 values, is nearer to llama.cpp than llama.cpp is to
+    itself. The engine, with a scale for 32, is nearer to exact arithmetic than llama.cpp.
+    """
+    *_, golden = peer_golden(name, tmp_path)
+    path, stored = tmp_path / f"{name}.gguf", (golden["top"], golden["logprobs"])
+    exact = oracle.logits(path, golden["ids"])
+    found = {block: oracle.logits(path, golden["ids"], np.float16, lambda x, b=block: oracle.q8(x, b)) for block in (256, 32)}
+    kl = {block: peer.compare(stored, logits)[0] for block, logits in found.items()}
+    assert kl[256].mean() < golden["itself"][0] / 2 and np.median(kl[256]) < golden["exact"][1] / 1.5
+    assert np.median(kl[32]) > 2 * np.median(kl[256])
+    engine = peer.engine_logits(path, [golden["ids"]])
+    assert np.median(peer.divergence(exact, engine)) < golden["exact"][1] / 2
+    assert np.median(peer.divergence(found[32], engine)) < np.median(peer.divergence(found[256], engine)) / 2
 
 
 @pytest.mark.parametrize("name", [*peer.SMALL, peer.SHIPPED])
