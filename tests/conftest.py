@@ -47,3 +47,13 @@ def preloaded():
     server = Preloaded()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A real browser (serve/browser.py)."""
+    from browser import Browser
+
+    made = Browser()
+    yield made
+    made.close()

@@ -15,13 +15,6 @@ REPLY = "The capital is **Paris**.\n\nAsk on."
 STILL = "!document.querySelector('[aria-busy]')"  # no answer is under way
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    made = browser.Browser()
-    yield made
-    made.close()
-
-
 @pytest.fixture
 def opened(chromium):
     """`opened(engine, ...)` yields a page over a model, and a client of its server; no error may stand on its console."""
