@@ -4,7 +4,8 @@ In: MLX arrays: the bytes of a window, `place` (where in it the matrix begins, a
 Out: MLX arrays, not yet evaluated. One text serves Metal and CUDA; a `Dialect` holds what differs. Tests compile it as C++.
 
 A group of 32 threads (Metal's simdgroup, CUDA's warp) multiplies a few rows of the matrix with a few rows of activations;
-each thread reads every 32nd piece of 32 weights, so neighbours read neighbouring bytes.
+each thread reads every 32nd piece of 32 weights, so neighbours read neighbouring bytes. What may be many is counted along x:
+CUDA's grids end at 65535 along y.
 """
 
 from collections.abc import Callable
@@ -153,9 +154,9 @@ BODIES = {
     "heads": """
   // y[head, token, element]: each head rotated, normed, scaled; rotation does not change its norm
   const u32 n_heads = (u32)sizes[0], dim = (u32)sizes[1], n = (u32)sizes[2], rotates = (u32)sizes[3], norms = (u32)sizes[4];
-  const u32 lane = at_x, token = at_y / n_heads, head = at_y % n_heads;
+  const u32 lane = at_x % 32, row = at_x / 32, token = row / n_heads, head = row % n_heads;
   if (token >= n) return;
-  const u64 from = (u64)at_y * dim, to = ((u64)head * n + token) * dim, turn = (u64)token * (dim / 2);
+  const u64 from = (u64)row * dim, to = ((u64)head * n + token) * dim, turn = (u64)token * (dim / 2);
   float squares = 0.0f;
   for (u32 i = lane; i < dim; i += 32) squares += x[from + i] * x[from + i];
   const float sum = lane_sum(squares);
@@ -169,15 +170,15 @@ BODIES = {
 """,
     "widen": """
   // y[row, column] of expert experts[0]; a thread a piece
-  const u32 n_rows = (u32)place[1], n_cols = (u32)place[2];
-  if (at_x >= n_cols / 32 || at_y >= n_rows) return;
+  const u32 n_rows = (u32)place[1], n_cols = (u32)place[2], row = at_x / (n_cols / 32), s = at_x % (n_cols / 32);
+  if (row >= n_rows) return;
   const u64 row_bytes = (u64)(n_cols / BLOCK) * NBYTES;
-  const u32 p = at_x % (BLOCK / 32), block = at_x / (BLOCK / 32);
-  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[0] * place[3] + at_y * row_bytes;
+  const u32 p = s % (BLOCK / 32), block = s / (BLOCK / 32);
+  const GLOBAL u8* base = (const GLOBAL u8*)w + place[0] + (u64)experts[0] * place[3] + row * row_bytes;
   float q[32], d[2], m[2];
   piece(base + (u64)block * NBYTES, p, q, d, m);
   UNROLL for (u32 r = 0; r < 2; r++) {
-    const u64 first = (u64)at_y * n_cols + block * BLOCK + run(p, r);
+    const u64 first = (u64)row * n_cols + block * BLOCK + run(p, r);
     UNROLL for (u32 i = 0; i < 16; i++) y[first + i] = (f16)((i % 2 ? ODD * d[r] : d[r]) * q[16 * r + i] - m[r]);
   }
 """,
@@ -249,7 +250,7 @@ def widen(type_name: str, w: mx.array, where: mx.array, expert: mx.array, n_rows
     """One expert's matrix as float16 [n_rows, n_cols]; `expert`: int32 [1]."""
     (y,) = _kernel("widen", type_name, True)(
         inputs=[w, where, expert],
-        grid=(n_cols // PIECE, n_rows, 1),
+        grid=(n_cols // PIECE * n_rows, 1, 1),
         threadgroup=(GROUP, 1, 1),
         output_shapes=[(n_rows, n_cols)],
         output_dtypes=[mx.float16],
@@ -276,7 +277,7 @@ def heads(
     (y,) = _heads_kernel(scales.size < SMALL, turns[0].size < SMALL, x.size < SMALL)(
         inputs=[x, *turns, scales, _numbers(n_heads, dim, n, int(rotate), int(norm)), _number(eps)],
         template=[("T", dtype)],
-        grid=(LANES, n * n_heads, 1),
+        grid=(LANES * n * n_heads, 1, 1),
         threadgroup=(LANES, 1, 1),
         output_shapes=[(n_heads, n, dim)],
         output_dtypes=[dtype],

@@ -18,6 +18,7 @@ from llamacli.mlx import kernels
 from llamacli.mlx.matrix import Blocks, Fetched, Wide, add_product, gate_up, gate_up_chosen
 from llamacli.mlx.streaming import Experts, Fetch
 
+PAIRS = 1 << 26  # of a query and a key that attention is handed at once: some tenths of a second, or the driver gives up
 LAZY = 4  # choices of experts up to which the device alone knows them; beyond, they are read back and grouped by expert
 
 
@@ -79,18 +80,29 @@ class Operations:
         for run in self._runs:
             rows = slice(first, first + run.n)
             keys, values = run.cache.append(i, k[:, rows], v[:, rows])
-            out.append(
-                mx.fast.scaled_dot_product_attention(
-                    q[:, rows][None],
-                    keys[None],
-                    values[None],
-                    scale=self._config.head_dim**-0.5,
-                    mask="causal" if run.n > 1 else None,  # of the last n positions, whatever came before
-                )[0].swapaxes(0, 1)
-            )
+            out += self._attended(q[:, rows], keys, values)
             first += run.n
         joined = out[0] if len(out) == 1 else mx.concatenate(out)
         return joined.reshape(first, -1).astype(mx.float32)
+
+    def _attended(self, q: mx.array, keys: mx.array, values: mx.array) -> list[mx.array]:
+        """Values for the last positions of `keys`, whose queries are q: parts of [n, n_heads, head_dim], in order."""
+        n, n_keys, out = q.shape[1], keys.shape[1], []
+        step = max(1, PAIRS // n_keys)
+        for start in range(0, n, step):
+            end = min(n, start + step)
+            seen = n_keys - n + end
+            found = mx.fast.scaled_dot_product_attention(
+                q[None, :, start:end],
+                keys[None, :, :seen],
+                values[None, :, :seen],
+                scale=self._config.head_dim**-0.5,
+                mask="causal" if end - start > 1 else None,  # of the last positions, whatever came before
+            )
+            out.append(found[0].swapaxes(0, 1))
+            if step < n:
+                mx.eval(out[-1])
+        return out
 
     def _heads(self, x: mx.array, n_heads: int, rotate: bool, norm: bool, scales: mx.array) -> mx.array:
         """Heads as attention takes them, [n_heads, n, head_dim] in the cache's type."""

@@ -58,6 +58,9 @@ class Kernel:
 
     def __call__(self, inputs, grid, threadgroup, output_shapes, output_dtypes, template=()):
         self.calls += 1
+        assert 0 < grid[0] < 1 << 31, "CUDA's limits of grids, which are those of threads here"
+        assert 0 < grid[1] <= 65535
+        assert grid[2] == 1
         found = [np.ascontiguousarray(np.array(array, copy=False)) for array in inputs]
         made = [np.full(shape, 77, np.dtype(named(dtype))) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         parameters = [f"const {TYPES[a.dtype.name]}* {name}" for a, name in zip(found, self.inputs, strict=True)]

@@ -450,6 +450,22 @@ def test_two_threads_on_one_model_get_right_answers(tmp_path):
         assert all(difference(answer, oracle.logits(path, ids)) <= EXACT for answer in answers)
 
 
+@pytest.mark.parametrize("pairs", [1, 40, 100])
+def test_attention_over_many_positions_goes_in_parts(tmp_path, monkeypatch, pairs):
+    """So that no part keeps a GPU longer than its driver allows."""
+    monkeypatch.setattr(operations, "PAIRS", pairs)
+    path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf"), tokens(37)
+    model, asked, real = engine(path), [], mx.fast.scaled_dot_product_attention
+
+    def watched(q, k, v, **how):
+        asked.append(q.shape[2] * k.shape[2])
+        return real(q, k, v, **how)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    assert difference(in_pieces(model, ids, 20), oracle.logits(path, ids)) <= EXACT
+    assert max(asked) <= max(pairs, 37)
+
+
 @pytest.mark.parametrize("slots", [0, 4])
 def test_a_conversation_may_go_from_thread_to_thread(tmp_path, slots, monkeypatch):
     """As in a server, and though MLX's streams end with their threads; after an interrupt, too."""
