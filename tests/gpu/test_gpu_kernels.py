@@ -172,3 +172,16 @@ def test_the_types_that_the_cpu_computes_with_have_texts():
     from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
 
     assert set(FORMATS) == {*QUANTIZED, *FLOATS}
+
+
+def test_more_rows_than_a_grid_of_cuda_has_along_y():
+    n, random = 70_000, np.random.RandomState(4)
+    values = random.standard_normal((n, 32)).astype(np.float16)
+    window = mx.array(np.resize(values.view(np.uint8), (-(-values.nbytes // 4096), 4096)))
+    found = kernels.widen("F16", window, kernels.place(0, n, 32), kernels.number(0), n, 32)
+    np.testing.assert_array_equal(np.array(found), values)
+    x, ones = random.standard_normal((n, 8)).astype(np.float32), mx.ones(n // 35)
+    turns = mx.ones((n // 35, 4)), mx.zeros((n // 35, 4))
+    rows = mx.array(x.reshape(n // 35, -1))
+    heads = kernels.heads(rows, turns, ones, 35, 1e-5, mx.float32, rotate=False, norm=False)
+    np.testing.assert_array_equal(np.array(heads), x.reshape(-1, 35, 8).swapaxes(0, 1))
