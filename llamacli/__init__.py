@@ -114,6 +114,9 @@ class Model:
         mmproj: str | PathLike[str] | bool = False,
         sessions: int = 1,
         kv_file: str | PathLike[str] | None = None,
+        cluster: str | None = None,
+        cluster_layers: Sequence[int] = (),
+        told=None,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
@@ -127,6 +130,9 @@ class Model:
         takes its memory from what is left, then from slots; MemoryLimitError if that is too little.
         `sessions`: how many will hold a full context at a time; the memory is planned for them. `kv_file`: a folder, or the
         path of a file that does not exist, for the keys and values that memory does not hold; nothing is left there.
+        `cluster`: the address of a cluster whose nodes hold the layers (docs/cluster.md); `memory` and `threads` are then each
+        node's. `cluster_layers`: how many each node gets, empty: chosen by memory and speed. `told`: called with a line when a
+        node is left out or lost.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
@@ -146,6 +152,13 @@ class Model:
             raise UsageError(f"kv: expected {', '.join(KV_TYPES).lower()}, found {kv}")
         config = replace(Config.from_gguf(gguf), kv_type=kv.upper())
         ctx = ctx or default_ctx(config)
+        if cluster:
+            if kv_file is not None:
+                raise UsageError(
+                    "kv_file: expected none with a cluster, whose nodes keep keys and values in memory; leave it out"
+                )
+            where = cluster, tuple(cluster_layers)
+            return cls._load_on_cluster(gguf, config, ctx, where, threads, memory, experts, device, told, mmproj)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.cpu import kvcache, kvfile
@@ -165,6 +178,17 @@ class Model:
             file = kvfile.KVFile(Path(kv_file), held.window) if files else None
             engine = Engine(gguf, config, threads, held.slots, held.batch, gpu_layers=offload.layers, kv_file=file)
             return cls(gguf, config, tokenizer.result(), engine, ctx, held.nbytes, tower, held.room)
+
+    @classmethod
+    def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj) -> Model:
+        if device == "mlx":
+            raise UsageError("device: expected cpu with a cluster, found mlx; leave one of them out")
+        from llamacli.cluster.control import open_engine
+
+        tower, nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
+        address, layers = where
+        engine = open_engine(gguf, config, address, ctx, threads, memory, experts, told or (lambda words: None), layers)
+        return cls(gguf, config, _tokenizer(gguf), engine, ctx, nbytes, tower)
 
     def close(self) -> None:
         """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""

@@ -47,6 +47,9 @@ class Cache(Protocol):
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write what `export` returned, from position `start` on, after `reserve`. Set `pos` when all layers are restored."""
 
+    def copied_from(self, other: "Cache") -> None:
+        """All that `other` holds was restored here: take over what it knows beside keys and values."""
+
 
 class Run(NamedTuple):
     """`n` consecutive tokens of one sequence in a batch, the first at position `cache.pos`.
@@ -103,7 +106,7 @@ class Stage(Protocol):
 
         `x`: the stream before them, or Tokens for the first stage. Writes keys and values beyond `cache.pos` and leaves `pos`
         to the caller, so that an interrupted call leaves the cache as it was. The result may be a view that lasts until the
-        stage's next call, or, of the last stage, an array that `logits` evaluates.
+        stage's next call, or, of the last stage, what `logits` or np.asarray waits for.
         """
 
     def logits(self, x: np.ndarray, first: int = 0) -> np.ndarray:
@@ -117,6 +120,9 @@ class Stage(Protocol):
 
     def resume(self) -> None:
         """Clear an interrupt before the next call."""
+
+    def abandon(self) -> None:
+        """Forget batches whose result nobody waited for, and set their caches' `pos` to before them, after a failure."""
 
     def chosen(self, n: int) -> np.ndarray:
         """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]."""

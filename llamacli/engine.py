@@ -10,7 +10,8 @@ import os
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from llamacli.plan.machine import memory_short
 from llamacli.prompt import FeatureRow
 
 COPIED = 4096  # positions of a layer that are copied at a time
+PARTS = 4  # of a batch that goes through the nodes of a cluster
 _engines: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -79,6 +81,8 @@ class Cache:
             for start in range(within.start, within.stop, COPIED):
                 other.restore(layer, start, *self.export(layer, start, min(start + COPIED, within.stop)))
         other.pos = self.pos
+        for copy, part in zip(other.parts, self.parts, strict=True):
+            copy.copied_from(part)
 
     def agree(self) -> None:
         """After an interrupt that moved some parts only: all go back to the first position."""
@@ -127,12 +131,14 @@ class Engine:
         cuts: Iterable[int] = (),
         gpu_layers: int = 0,
         kv_file: KVFile | None = None,
+        cluster: Stage | None = None,
     ):
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
         layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. `gpu_layers`: so many of
         the last layers, and the head, run on MLX; the others and the embedding on the CPU. Slots are the CPU's layers', or, if
         all layers run on MLX, those'. `kv_file`: where caches keep what memory does not hold; None: all of it is in memory.
+        `cluster`: a stage of all layers, which runs them elsewhere.
         """
         self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
@@ -148,16 +154,16 @@ class Engine:
         if gpu_layers and kv_file:
             raise UsageError("--kv-file: expected all layers on the CPU with it, found some on a GPU; leave one of the two out")
         on_cpu = config.n_layers - gpu_layers if gpu_layers else None
-        self.stages: list[Stage] = [
-            *cpu_stages(gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)), on_cpu, kv_file)
-        ]
+        here = () if cluster else (gguf, config, self.threads, slots, self._max_batch, sorted(set(cuts)), on_cpu, kv_file)
+        self.stages: list[Stage] = [*cpu_stages(*here)] if here else [cluster]
         if gpu_layers:
             from llamacli.mlx.stage import MlxStage
 
             routed = [i for i in range(config.n_layers) if config.is_moe(i)]
             own = dict(zip(routed, slots_per_layer(slots, len(routed)), strict=True)) if slots and routed and not on_cpu else {}
             self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers), slots=own))
-        self._fetches = slots > 0 and mixture
+        self._fetches = (slots > 0 or getattr(cluster, "fetches", False)) and mixture
+        self._parts = PARTS if cluster and not self._fetches else 1
         self._lock = threading.RLock()
         _engines.add(self)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
@@ -254,17 +260,22 @@ class Engine:
         weights at all; on the CPU only.
         """
         tokens = self._tokens(ids)
+        with self._calling(alone):
+            return self._forward(tokens, cache, all_logits, first)
+
+    @contextmanager
+    def _calling(self, alone: bool = False) -> Iterator[None]:
+        """One call at a time; what a call that fails has under way is forgotten."""
         with self._lock:
             self._check_open()
-            self._set_alone(alone)
+            for stage in self.stages:
+                stage.alone = alone
             try:
-                return self._forward(tokens, cache, all_logits, first)
-            finally:
-                self._set_alone(False)
-
-    def _set_alone(self, alone: bool) -> None:
-        for stage in self.stages:
-            stage.alone = alone
+                yield
+            except BaseException:
+                for stage in self.stages:
+                    stage.abandon()
+                raise
 
     def forward_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> np.ndarray:
         """`forward` for several sequences at once, which share the reading of weights: ids[i] after what caches[i] holds.
@@ -275,8 +286,7 @@ class Engine:
         if len(ids) == 1:
             return self.forward(ids[0], caches[0])[None]
         tokens = [self._tokens(some) for some in ids]
-        with self._lock:
-            self._check_open()
+        with self._calling():
             return self._forward_each(tokens, caches)
 
     def _check_open(self) -> None:
@@ -303,7 +313,7 @@ class Engine:
         if self.follow_progress:
             self.follow_progress(0, len(ids))
         while done < len(ids):
-            n = self._batch_size(cache.pos, len(ids) - done)
+            n = self._part(self._batch_size(cache.pos, len(ids) - done))
             if self.follow_progress:
                 self._follow_batch(done, n, len(ids))
             x = tokens
@@ -427,6 +437,10 @@ class Engine:
                 for stage in self.stages:
                     stage.timings = None
             return [(*label, seconds) for label, seconds in total.items()]
+
+    def _part(self, n: int) -> int:
+        """Of a batch of `n` tokens the first part, of several that follow each other through the nodes and change no bit."""
+        return n // max(1, min(self._parts, n // self._steady))
 
     def _batch_size(self, pos: int, left: int) -> int:
         chunk = self.config.chunk_size

@@ -5,6 +5,7 @@
     OLLAMA_MODELS, HF_HUB_CACHE, HF_HOME     folders of other programs whose models are used where they lie
     LLAMACLI_CACHE   folder of compiled kernels             LLAMACLI_SIMD    force one variant of the kernels
     LLAMACLI_API_KEY the key of a server                LLAMACLI_WIRED_GB    what a Mac's GPU may wire; by default nothing
+    LLAMACLI_CLUSTER_SECRET    what the nodes of a cluster know each other by; else a file has it
     NO_COLOR, TERM   no colour                              LLAMACLI_...     each setting of `llamacli config`
     XDG_CONFIG_HOME, XDG_STATE_HOME, XDG_CACHE_HOME, XDG_DATA_HOME           the user's folders
 
@@ -66,6 +67,21 @@ def hub_token() -> str | None:
 def api_key() -> str | None:
     """The key that `serve` asks for, and that clients of ours send."""
     return os.environ.get("LLAMACLI_API_KEY") or None
+
+
+def cluster_secret() -> str | None:
+    """What the nodes of a cluster know each other by."""
+    if named := os.environ.get("LLAMACLI_CLUSTER_SECRET"):
+        return named
+    try:
+        return cluster_secret_file().read_text().strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def cluster_secret_file() -> Path:
+    """The file of the secret, which `llamacli cluster start` writes and which the user copies to the other machines."""
+    return _user_folder("XDG_CONFIG_HOME", ".config") / "cluster-secret"
 
 
 def debug() -> bool:

@@ -40,6 +40,9 @@ class Positions:
         self.pos = pos
         return pos
 
+    def copied_from(self, other: "Positions") -> None:
+        """Nothing but keys and values is known here."""
+
     def held(self, layer: int) -> range:
         """Positions of a layer that can be exported: all, or those of the chunk that was last written to."""
         chunk = self._chunks[self.layers.index(layer)]

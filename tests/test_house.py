@@ -19,6 +19,7 @@ HEAVY = {
     "PIL": ("llamacli/vision/",),
     "prompt_toolkit": ("llamacli/cli/chat/prompt.py",),
     "pygments": ("llamacli/cli/chat/markdown.py",),
+    "ray": ("llamacli/cluster/",),
     "rich": ("llamacli/cli/console.py", "llamacli/cli/chat/"),
     "starlette": ("llamacli/serve/",),
     "uvicorn": ("llamacli/serve/listen.py",),
@@ -32,7 +33,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "llama4 plan.machine mlx.runtime",
     "text device prompt positions piece client cpu.weights cpu.kvcache cpu.kvfile cpu.experts cpu.buffers",
     "plan.offload",
-    "plan.placement library",
+    "plan.placement plan.nodes library",
     "cpu mlx",
     "vision",
     "engine",
@@ -42,7 +43,8 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "together",
     "store",
     "conversation",
-    "bench serve",
+    "bench",
+    "serve cluster",
     "cli",
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

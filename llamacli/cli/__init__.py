@@ -14,6 +14,7 @@ COMMANDS = (  # a module each
     "run",
     "chat",
     "serve",
+    "cluster",
     "quantize",
     "inspect",
     "plan",

@@ -104,6 +104,8 @@ def load_model(path: Path, threads: int | None, ctx: int | None, console: Consol
     from llamacli import Model
     from llamacli.cpu.kernels.jit.loader import slow_variant
 
+    if more.get("cluster"):
+        more["told"] = console.warn
     with console.waiting(lambda: _loading(path)), signals.at_once():
         model = Model.load(path, threads, ctx, **more)
     signals.interrupts(model.engine)

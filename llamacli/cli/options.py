@@ -29,6 +29,7 @@ from llamacli.cli.inputs import (
     stdin_is_piped,
 )
 from llamacli.cli.keeping import KV, Keeping, KvType
+from llamacli.cli.nodes import OnCluster
 from llamacli.cli.sampling import Sampling
 from llamacli.cli.signals import at_once as leave_at_once
 from llamacli.errors import UsageError
@@ -230,7 +231,7 @@ class Output:
 
 
 @dataclasses.dataclass
-class Generation(Sampling, Keeping):
+class Generation(Sampling, Keeping, OnCluster):
     """What decides about an answer; the same for `run` and `chat`."""
 
     model: ModelName = None
@@ -396,6 +397,7 @@ class Generation(Sampling, Keeping):
             experts=self.experts.value,
             kv=self.kv.value,
             sessions=sessions,
+            **self.on_cluster,
             **placement(self.device, self.gpu_layers),
             mmproj=self.mmproj or pictured or bool(self.image),
         )

@@ -77,6 +77,18 @@ def cpu_stages(
     return found
 
 
+def cpu_part(
+    gguf: GGUF, config: Config, layers: range, threads: int, n_slots: int = 0, most: int = MAX_BATCH, ends: bool = False
+) -> "CpuStage":
+    """Some layers alone, for a model whose other layers are elsewhere; with `ends` the embedding and the head, too.
+
+    `n_slots`, `most`: as `n_slots` and `max_batch` of `cpu_stages`.
+    """
+    routed = [i for i in layers if config.is_moe(i)]
+    slots = dict(zip(routed, slots_per_layer(n_slots, len(routed)), strict=True)) if n_slots and routed else {}
+    return CpuStage(gguf, config, layers, Pool(threads), Guard(gguf.maps), embeds=ends, heads=ends, slots=slots, most=most)
+
+
 class CpuStage:
     """`layers` of a model (see device.Stage). Stages of one model share a pool and a guard; each has its own slots."""
 
@@ -246,6 +258,9 @@ class CpuStage:
     def interrupt(self) -> None:
         """Make the call that runs in another thread raise KeyboardInterrupt, within one work item of a product."""
         self._stop[0] = 1
+
+    def abandon(self) -> None:
+        """Every call has waited for its result."""
 
     def resume(self) -> None:
         """Forget an interrupt."""

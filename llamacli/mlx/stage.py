@@ -190,6 +190,9 @@ class MlxStage:
         """Have the call that another thread is in end after its layer, or its token; it raises KeyboardInterrupt."""
         self._stopped = True
 
+    def abandon(self) -> None:
+        """Every call has waited for its result."""
+
     def resume(self) -> None:
         """Forget an interrupt."""
         self._stopped = False

@@ -1,0 +1,96 @@
+"""What runs on a node of a cluster: an actor of Ray that describes its machine and opens layers there (node.py serves them).
+
+In: calls of control.py. Out: plain dicts. Errors of llamacli go back as they are.
+"""
+
+import os
+import platform
+import shutil
+import socket
+from pathlib import Path
+
+from llamacli import __version__
+from llamacli.cpu.kernels import sources_digest
+
+
+def version() -> str:
+    """What must be equal on all nodes: the program, by a digest of its modules."""
+    return f"{__version__} ({sources_digest(Path(__file__).parents[1])[:8]})"
+
+
+class Host:
+    """One per machine and program; it ends with the program."""
+
+    def __init__(self, secret: str):
+        self._secret = secret.encode()
+        self._node = None
+
+    def describe(self, path: str | None, threads: int | None) -> dict:
+        """Memory, speeds, version; with `path` also the machine's copy of that file, None if it has none."""
+        from llamacli.bench.limits import buffer_megabytes, read_gbps
+        from llamacli.cluster.copies import own_copy
+        from llamacli.cpu.kernels.cores import default_threads
+        from llamacli.cpu.kernels.jit.loader import chosen_target
+        from llamacli.environment import models_folder
+        from llamacli.plan import machine
+
+        threads = threads or default_threads()
+        copy = path and own_copy(path)
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": version(),
+            "python": platform.python_version(),
+            "device": f"cpu, {threads} threads, {chosen_target().name}",
+            "threads": threads,
+            "memory": machine.budget(),
+            "memory_total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "bandwidth": 1e9 * read_gbps(threads, buffer_megabytes(threads, 64), rounds=1),
+            "disk": copy and machine.disk_read_speed(copy, 0.2),
+            "disk_free": _free(models_folder()),
+            "copy": copy and str(copy),
+            "models": str(models_folder()),
+        }
+
+    def open(
+        self, copy: str, first: int, end: int, digest: str, kv: str, threads: int, slots: int, batch: int, host: str
+    ) -> dict:
+        """Open layers first to end - 1 and serve them. ModelFileError if this copy's layers are not those of `digest`."""
+        from dataclasses import replace
+
+        from llamacli.cluster import copies
+        from llamacli.cluster.node import Node
+        from llamacli.cpu.stage import cpu_part
+        from llamacli.errors import ModelFileError
+        from llamacli.files.gguf import open_gguf
+        from llamacli.llama4.config import Config
+
+        self.close()
+        gguf = open_gguf(copy)
+        config = Config.from_gguf(gguf)
+        layers = range(first, end)
+        if copies.digest(gguf, config, layers) != digest:
+            raise ModelFileError(
+                f"{copy} on {socket.gethostname()}: expected the same file as here, found another in layers {first} to "
+                f"{end - 1}; copy it anew"
+            )
+        stage = cpu_part(gguf, replace(config, kv_type=kv), layers, threads, slots, batch)
+        self._node = Node(stage, self._secret, host, last=end == config.n_layers)
+        return {
+            "address": self._node.address,
+            "bytes_per_token": stage.bytes_per_token,
+            "products_per_token": stage.products_per_token,
+            "notices": stage.notices,
+            "pid": os.getpid(),
+        }
+
+    def close(self) -> None:
+        """Release what is open."""
+        if self._node:
+            self._node.close()
+        self._node = None
+
+
+def _free(folder: Path) -> int:
+    """Bytes free on the disk of a folder, or of the nearest one above it that exists."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

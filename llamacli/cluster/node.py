@@ -1,0 +1,207 @@
+"""A node: some layers of a model behind a socket. It computes what comes in and hands the result to the next node.
+
+In: the node's own copy of the file, a range of layers, the cluster's secret; frames of the residual stream. Out: frames to the
+next node or, from the last one, to the program that asked (stage.py). Links to a node have a role, named by their first frame:
+
+    stream    the residual stream from the node before, or from the program to the first node
+    sink      results from the last node to the program
+    control   the program's questions, each with a number, and its pings
+
+A frame of the stream has the head {"id", "runs": [[cache, ctx, pos, n], ...], "alone"}.
+"""
+
+import queue
+import socket
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from llamacli.cluster.wire import QUEUED, Frame, Link, LinkClosed, connect
+from llamacli.device import Run
+
+WHOLE = 32  # rows up to which the last node sends all of a batch; of longer ones each run's last row, the others on demand
+
+
+class Node:
+    """Serves a stage until `close`."""
+
+    def __init__(self, stage, secret: bytes, host: str, last: bool):
+        """`stage`: a device.Stage without embedding and head. `host`: the only address that is listened on. `last`: whether no
+        layers follow.
+        """
+        self._stage, self._secret, self._last = stage, secret, last
+        self._caches: dict[int, object] = {}
+        self._busy = threading.Lock()  # held while the stage or its caches are used
+        self._incoming: queue.Queue = queue.Queue(QUEUED)
+        self._next: Link | None = None
+        self._controls: list[Link] = []
+        self._stopped = 0  # batches up to this number are not wanted any more
+        self._kept: tuple[int, np.ndarray | None] = 0, None  # the last batch's number and rows, if they were not sent whole
+        self._closed = False
+        self._listener = socket.create_server((host, 0))
+        self.address = self._listener.getsockname()[:2]
+        for work in (self._accept, self._compute):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+
+    def close(self) -> None:
+        """Stop listening and release the stage."""
+        self._closed = True
+        self._listener.close()
+        for link in (self._next, *self._controls):
+            if link:
+                link.close()
+        self._stage.interrupt()
+        with self._busy:
+            self._stage.close()
+
+    # links
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                threading.Thread(target=self._welcome, args=(sock,), daemon=True).start()
+
+    def _welcome(self, sock: socket.socket) -> None:
+        with suppress(LinkClosed):
+            link = Link(sock, self._secret, accepts=True)
+            first = link.received.get()
+            role = first.head.get("role") if isinstance(first, Frame) else None
+            if role == "control":
+                self._controls.append(link)
+                self._answer(link)
+            elif role == "sink":
+                self._next = link
+            elif role == "stream":
+                while isinstance(frame := link.received.get(), Frame):
+                    self._incoming.put(frame)
+            else:
+                link.close()
+
+    def _answer(self, link: Link) -> None:
+        """Questions of the program, until it is gone."""
+        while isinstance(frame := link.received.get(), Frame):
+            what, call = frame.head.get("op"), frame.head.get("call")
+            if what == "stop":
+                self._stopped = max(self._stopped, int(frame.head["id"]))
+                self._stage.interrupt()
+                continue
+            if what == "ping":
+                link.send({"call": call, "answer": None})
+            else:  # may wait for the batch that is computed, and pings must not
+                threading.Thread(target=self._do, args=(link, what, call, frame), daemon=True).start()
+        link.close()
+        self._controls.remove(link)
+
+    def _do(self, link: Link, what: str, call: int, frame: Frame) -> None:
+        with suppress(LinkClosed):
+            try:
+                answer = getattr(self, f"_op_{what}")(frame)
+                head, arrays = answer if isinstance(answer, tuple) else (answer, ())
+                link.send({"call": call, "answer": head}, arrays)
+            except Exception as error:  # whatever it is, it belongs to who asked
+                link.send({"call": call, "error": [type(error).__name__, str(error)]})
+
+    def _op_next(self, frame: Frame):
+        self._next = connect(frame.head["address"], self._secret, "stream")
+
+    def _op_free(self, frame: Frame):
+        with self._busy:
+            for number in frame.head["caches"]:
+                self._caches.pop(number, None)
+
+    def _op_rows(self, frame: Frame):
+        with self._busy:
+            number, rows = self._kept
+            if number != frame.head["id"]:
+                raise ValueError(f"rows of batch {frame.head['id']} are gone")
+            return None, [np.array(rows)]
+
+    def _op_chosen(self, frame: Frame):
+        with self._busy:
+            return None, [np.array(self._stage.chosen(int(frame.head["n"])))]
+
+    def _op_io(self, frame: Frame):
+        with self._busy:
+            found = self._stage.take_io_stats()
+        return found and vars(found)
+
+    def _op_held(self, frame: Frame):
+        with self._busy:
+            return sum(cache.nbytes for cache in self._caches.values())
+
+    def _op_export(self, frame: Frame):
+        layer, start, end = (int(frame.head[name]) for name in ("layer", "start", "end"))
+        with self._busy:
+            cache = self._cache(frame.head["cache"], int(frame.head["ctx"]))
+            cache.pos = int(frame.head["pos"])
+            return None, [*cache.export(layer, start, end)]
+
+    def _op_restore(self, frame: Frame):
+        layer, start = int(frame.head["layer"]), int(frame.head["start"])
+        with self._busy:
+            cache = self._cache(frame.head["cache"], int(frame.head["ctx"]))
+            cache.pos = int(frame.head["pos"])
+            cache.reserve(int(frame.head["reserved"]))
+            cache.restore(layer, start, *frame.arrays)
+
+    # the stream
+
+    def _cache(self, number: int, ctx: int):
+        if number not in self._caches:
+            self._caches[number] = self._stage.new_cache(ctx)
+        return self._caches[number]
+
+    def _compute(self) -> None:
+        while not self._closed:
+            frame = self._incoming.get()
+            number = frame.head["id"]
+            if number <= self._stopped:
+                continue
+            try:
+                if "error" not in frame.head:
+                    frame = self._through(frame)
+                if frame is not None:
+                    self._next.send(frame.head, frame.arrays)
+            except LinkClosed as error:
+                self._tell(f"its link to the next node: {error}")
+            except Exception as error:  # whatever it is, the program must learn of it
+                head = {"id": number, "error": [type(error).__name__, str(error)]}
+                with suppress(LinkClosed, AttributeError):
+                    self._next.send(head)
+
+    def _tell(self, words: str) -> None:
+        for link in self._controls:
+            with suppress(LinkClosed):
+                link.send({"broken": words})
+
+    def _through(self, frame: Frame) -> Frame | None:
+        """The frame with the stream after this node's layers, None if it is not wanted any more."""
+        head = frame.head
+        with self._busy:
+            while head["id"] > self._stopped and not self._closed:
+                self._stage.resume()
+                self._stage.alone = bool(head["alone"])
+                runs = []
+                for number, ctx, pos, n in head["runs"]:
+                    cache = self._cache(number, ctx)
+                    cache.pos = pos
+                    cache.reserve(n)
+                    runs.append(Run(cache, n))
+                try:
+                    rows = np.array(self._stage.forward(frame.arrays[0], runs))
+                except KeyboardInterrupt:  # an interrupt that may have been meant for a batch before this one
+                    continue
+                for run in runs:
+                    run.cache.pos += run.n
+                return Frame(head, self._ends(head, rows))
+        return None
+
+    def _ends(self, head: dict, rows: np.ndarray) -> Sequence[np.ndarray]:
+        """What is handed on: all rows, or, by the last node, each run's last."""
+        if not self._last or len(rows) <= WHOLE:
+            return [rows]
+        self._kept = head["id"], rows
+        return [rows[np.cumsum([n for *_, n in head["runs"]]) - 1]]

@@ -1,0 +1,164 @@
+"""Ray's processes on this machine: started, found again and stopped by the command line.
+
+In: addresses. Out: a record for each node that was started here, in the folder of states; errors with the end of Ray's log.
+Only processes that were started here are ever stopped.
+"""
+
+import ipaddress
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from llamacli import environment
+from llamacli.cluster.control import PORT, environ, library, parse_address
+from llamacli.errors import DeviceError, OutputError, UsageError
+
+STARTED = "Ray runtime started"
+PATIENCE = 90.0  # seconds in which Ray must have started
+STORE = 80_000_000  # bytes of Ray's own store of objects, its least: nothing large goes through it
+
+
+class Running(NamedTuple):
+    """A node that was started here. `address`: the cluster's; `host`: its own."""
+
+    pid: int
+    address: str
+    host: str
+    head: bool
+
+
+def start(host: str = "127.0.0.1", port: int = PORT) -> Running:
+    """Start a cluster whose first node is this machine, reachable at `host`, and make a secret if there is none."""
+    _check_host(host)
+    library()
+    with suppress(OSError):
+        socket.create_connection((host, port), 1).close()
+        raise UsageError(
+            f"{host}:{port}: expected a free port, found a program that listens there; `llamacli cluster stop` or --port"
+        )
+    if environment.cluster_secret() is None:
+        _make_secret(environment.cluster_secret_file())
+    folder = (
+        Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"llamacli-ray-{os.getuid()}"
+    )  # paths of sockets are short
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OutputError(f"{folder}: expected a folder of this user, found another's; remove it")
+    words = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
+    return _launch(words, f"{host}:{port}", host, True)
+
+
+def join(address: str, host: str | None = None) -> Running:
+    """Make this machine a node of the cluster at `address`; `host`: its own address there, default the one that leads there."""
+    name, port = parse_address(address)
+    library()
+    if environment.cluster_secret() is None:
+        raise UsageError(
+            f"expected the cluster's secret in {environment.cluster_secret_file()}, found none; copy it from the machine on "
+            f"which `llamacli cluster start` ran"
+        )
+    try:
+        with socket.create_connection((name, port), 5) as there:
+            host = host or there.getsockname()[0]
+            name = there.getpeername()[0]
+    except OSError as error:
+        raise DeviceError(
+            f"{address}: expected a cluster, found: {error.strerror or error}; start one there with "
+            f"`llamacli cluster start --host ADDRESS`"
+        ) from None
+    _check_host(host)
+    return _launch([f"--address={name}:{port}"], f"{name}:{port}", host, False)
+
+
+def running() -> list[Running]:
+    """The nodes that were started here and run; records of others are removed. The first node of a cluster comes last."""
+    found = []
+    for path, node in _records():
+        command = subprocess.run(["ps", "-o", "command=", "-p", str(node.pid)], capture_output=True, text=True).stdout
+        if "llamacli.cluster.launch" in command:
+            found.append(node)
+        else:
+            path.unlink(missing_ok=True)
+    return sorted(found, key=lambda node: node.head)
+
+
+def stop() -> list[Running]:
+    """End the nodes that were started here; returns them."""
+    found = running()
+    for node in found:
+        with suppress(ProcessLookupError):
+            os.kill(node.pid, signal.SIGTERM)
+    until = time.monotonic() + 20
+    while running() and time.monotonic() < until:
+        time.sleep(0.1)
+    for node in running():
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+    return found
+
+
+def _folder() -> Path:
+    return environment.state_folder() / "cluster"
+
+
+def _records() -> Iterator[tuple[Path, Running]]:
+    for path in sorted(_folder().glob("*.json")) if _folder().is_dir() else ():
+        with suppress(OSError, ValueError, TypeError):
+            yield path, Running(**json.loads(path.read_text()))
+
+
+def _check_host(host: str) -> None:
+    try:
+        private = ipaddress.ip_address(host).is_private
+    except ValueError:
+        raise UsageError(f"--host: expected an address such as 10.0.0.5, found {host!r}") from None
+    if not private:
+        raise UsageError(f"--host: expected a private address, found {host}, which others may reach; use a private network")
+
+
+def _make_secret(path: Path) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(32) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"{path}: expected to write the cluster's secret, found: {error.strerror}; check the folder"
+        ) from None
+
+
+def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
+    _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
+    log = _folder() / f"{'head' if head else 'node'}-{os.getpid()}.log"
+    words += ["--block", f"--node-ip-address={host}", "--disable-usage-stats", "--num-cpus=0"]
+    words += [f"--object-store-memory={STORE}", "--include-log-monitor=false", "--no-monitor"]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llamacli.cluster.launch", "start", *words],
+            env=dict(os.environ) | environ(environment.cluster_secret()),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    began = time.monotonic()
+    while STARTED not in (said := log.read_text(errors="replace")):
+        if process.poll() is not None or time.monotonic() - began > PATIENCE:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            reason = next((line for line in reversed(said.splitlines()) if "rror" in line), said.strip()[-200:])
+            raise DeviceError(f"{address}: expected Ray to start, found: {reason.strip()[:200]}; all of it is in {log}")
+        time.sleep(0.1)
+    node = Running(process.pid, address, host, head)
+    (_folder() / f"{process.pid}.json").write_text(json.dumps(node._asdict()))
+    return node

@@ -1,0 +1,146 @@
+"""The nodes that hold a model's layers, in their order, and the links to them.
+
+In: where opened nodes wait (host.py). Out: `Row`: a stream of batches to the first node, results of the last one in `inbox`,
+questions to each. When a node is gone, silent or cut off from its neighbour, `lost` says so and `inbox` gets None.
+"""
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+import numpy as np
+
+from llamacli import errors
+from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
+from llamacli.errors import DeviceError, LlamacliError
+
+PING_EVERY, PATIENCE = 1.0, 5.0  # seconds between pings; seconds without an answer after which a node counts as lost
+
+
+class Place(NamedTuple):
+    """A node that holds layers and waits for links."""
+
+    name: str
+    address: tuple[str, int]
+    layers: range
+    bytes_per_token: int = 0
+    products_per_token: int = 0
+    fetches: bool = False
+    notices: tuple[str, ...] = ()
+    pid: int = 0
+
+
+class NodeLost(DeviceError):
+    """A node died, went silent or lost its neighbour."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(f"node {name}: {why}")
+        self.name = name
+
+
+class Row:
+    """Links to opened nodes: a stream to the first, a sink from the last, a control link to each."""
+
+    def __init__(self, places: Sequence[Place], secret: bytes):
+        self.places, self.links = places, []
+        self.inbox: queue.Queue = queue.Queue()  # frames of results; None: something else has happened
+        self._calls, self._answers = itertools.count(1), {}
+        self._closed = False
+        self.lost: NodeLost | None = None  # the first that was
+        self._heard = [time.monotonic()] * len(places)
+        self._controls: list[Link] = []
+        for k, place in enumerate(places):
+            try:
+                self._controls.append(connect(place.address, secret, "control"))
+            except LinkClosed as error:
+                raise NodeLost(place.name, str(error)) from None
+            threading.Thread(target=self._listen, args=(k,), daemon=True).start()
+        for k, following in enumerate(places[1:]):
+            self.ask(k, "next", {"address": following.address})
+        self.links = [connect(places[0].address, secret, "stream"), connect(places[-1].address, secret, "sink")]
+        threading.Thread(target=self._collect, daemon=True).start()
+        threading.Thread(target=self._ping, daemon=True).start()
+
+    def ask(self, k: int, op: str, head: dict | None = None, arrays: Sequence[np.ndarray] = ()) -> Frame:
+        """A question to node k and its answer. NodeLost if none comes; the node's own error else."""
+        call, answer = next(self._calls), queue.SimpleQueue()
+        self._answers[k, call] = answer
+        try:
+            self._controls[k].send((head or {}) | {"op": op, "call": call}, arrays)
+            while True:
+                try:
+                    found = answer.get(timeout=PATIENCE)
+                    break
+                except queue.Empty:
+                    if self._closed or time.monotonic() - self._heard[k] > PATIENCE:
+                        raise NodeLost(self.places[k].name, f"no answer for {PATIENCE:.0f} s") from None
+        except LinkClosed as error:
+            raise NodeLost(self.places[k].name, str(error)) from None
+        finally:
+            self._answers.pop((k, call), None)
+        if isinstance(found, NodeLost):
+            raise found
+        if "error" in found.head:
+            raise node_error(*found.head["error"])
+        return found
+
+    def tell(self, op: str, head: dict) -> None:
+        """The same to all nodes, without an answer."""
+        for control in self._controls:
+            with suppress(LinkClosed):
+                control.send(head | {"op": op, "call": 0})
+
+    def stop(self, number: int) -> None:
+        """Batches up to this number are not wanted any more."""
+        self.tell("stop", {"id": number})
+
+    def close(self) -> None:
+        """Close all links."""
+        self._closed = True
+        for link in (*self.links, *self._controls):
+            link.close()
+
+    def _listen(self, k: int) -> None:
+        """Answers, pongs and complaints of node k."""
+        while isinstance(frame := self._controls[k].received.get(), Frame):
+            self._heard[k] = time.monotonic()
+            if "broken" in frame.head:
+                self._lose(k + 1 if k + 1 < len(self.places) else k, f"node {self.places[k].name} lost {frame.head['broken']}")
+            elif answer := self._answers.get((k, frame.head.get("call"))):
+                answer.put(frame)
+        self._lose(k, "it died" if "closed" in str(frame) or "reset" in str(frame) else str(frame))
+
+    def _collect(self) -> None:
+        while isinstance(frame := self.links[1].received.get(), Frame):
+            self.inbox.put(frame)
+        self._lose(len(self.places) - 1, "it died")
+
+    def _ping(self) -> None:
+        while not self._closed:
+            self.tell("ping", {})
+            time.sleep(PING_EVERY)
+            for k, heard in enumerate(self._heard):
+                if time.monotonic() - heard > PATIENCE:
+                    self._lose(k, f"no answer for {PATIENCE:.0f} s")
+
+    def _lose(self, k: int, why: str) -> None:
+        if self._closed or self.lost:
+            return
+        lost = self.lost = NodeLost(self.places[k].name, why)
+        self.inbox.put(None)
+        self.close()  # who waits until a link takes a frame, waits no longer
+        for (node, _), answer in list(self._answers.items()):
+            if node == k:
+                answer.put(lost)
+
+
+def node_error(kind: str, words: str) -> Exception:
+    """An exception of a node: the same class if it is one of ours."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, LlamacliError):
+        return found(words)
+    return DeviceError(f"a node failed: {kind}: {words}; its log says more")

@@ -1,0 +1,186 @@
+"""Frames between two processes that share a secret: a small JSON object and arrays, authenticated, never unpickled.
+
+In: a connected socket and the secret. Out: `Link`, which sends and receives frames in threads of its own, so that an interrupt
+of the caller cannot cut a frame in two.
+
+On connecting each side sends 32 random bytes and proves that it knows the secret (HMAC by keyed BLAKE2b over both). A frame is:
+bytes of the head (uint32), bytes of the payload (uint64), a MAC (16 bytes), the head, the payload. The MAC is keyed per
+connection and direction and covers a counter, so that frames can be neither forged, replayed nor reordered. Nothing is
+encrypted.
+"""
+
+import hmac
+import json
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from math import prod
+
+import numpy as np
+
+from llamacli.errors import DeviceError
+
+NONCE, MAC, KEY = 32, 16, 32
+LENGTHS = struct.Struct("<IQ")
+MOST_HEAD, MOST_PAYLOAD = 1 << 20, 1 << 32  # bytes
+TYPES = {"f4": np.dtype("<f4"), "f2": np.dtype("<f2"), "u1": np.dtype("u1"), "i8": np.dtype("<i8")}
+GREETING = 5.0  # seconds in which the other side must have proved itself
+SILENCE = 5.0  # seconds after which sent bytes that nobody confirms end a connection (Linux: TCP_USER_TIMEOUT)
+QUEUED = 4  # frames that wait on each side: beyond that the sender waits
+
+
+class LinkClosed(DeviceError):
+    """The other side is gone, or is not who it should be."""
+
+
+class Frame:
+    """A head, which is a JSON object, and arrays."""
+
+    __slots__ = ("arrays", "head")
+
+    def __init__(self, head: dict, arrays: Sequence[np.ndarray] = ()):
+        self.head, self.arrays = head, arrays
+
+
+def connect(address: Sequence, secret: bytes, role: str, timeout: float = GREETING) -> "Link":
+    """A link to (host, port); `role` says what it is for. LinkClosed if nobody is there or the secret is another."""
+    try:
+        sock = socket.create_connection(tuple(address), timeout)
+    except OSError as error:
+        raise LinkClosed(f"{address[0]}:{address[1]}: expected a node, found: {error.strerror or error}") from None
+    link = Link(sock, secret, accepts=False)
+    link.send({"role": role})
+    return link
+
+
+class Link:
+    """Both directions of a connection. `received` is a queue of Frames; its last item is a LinkClosed."""
+
+    def __init__(self, sock: socket.socket, secret: bytes, accepts: bool, received: queue.Queue | None = None):
+        """`accepts`: whether this side accepted the connection. `received`: where frames go, default a queue of its own."""
+        self._sock = sock
+        self.received = queue.Queue(QUEUED) if received is None else received
+        self._outgoing: queue.Queue = queue.Queue(QUEUED)
+        self._closed = False
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE))
+        sock.settimeout(GREETING)
+        try:
+            self._write_key, self._read_key = self._greet(secret, accepts)
+        except OSError as error:
+            sock.close()
+            raise LinkClosed(f"expected a node that knows the cluster's secret, found: {error}") from None
+        sock.settimeout(None)
+        for work in (self._read_all, self._write_all):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+
+    def send(self, head: dict, arrays: Sequence[np.ndarray] = ()) -> None:
+        """Queue a frame. The arrays must not change until it is sent. LinkClosed if the connection is known to be closed."""
+        while True:
+            if self._closed:
+                raise LinkClosed("the connection is closed")
+            with suppress(queue.Full):
+                return self._outgoing.put((head, arrays), timeout=0.5)
+
+    def close(self) -> None:
+        """End the connection; its threads end by that."""
+        self._closed = True
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with suppress(queue.Full):
+            self._outgoing.put_nowait(None)
+
+    def _greet(self, secret: bytes, accepts: bool) -> tuple[bytes, bytes]:
+        """Keys of both directions. ConnectionError if the other side does not know the secret."""
+        mine = os.urandom(NONCE)
+        self._sock.sendall(mine)
+        theirs = bytes(self._exactly(NONCE))
+        both = theirs + mine if accepts else mine + theirs  # the connecting side's first
+        if mine == theirs:
+            raise ConnectionError("an echo")
+
+        def key(side: bool, what: bytes) -> bytes:
+            return blake2b(both + what + bytes([side]), key=blake2b(secret).digest(), digest_size=KEY).digest()
+
+        self._sock.sendall(key(accepts, b"proof"))
+        if not hmac.compare_digest(self._exactly(KEY), key(not accepts, b"proof")):
+            raise ConnectionError("another secret")
+        return key(accepts, b"frames"), key(not accepts, b"frames")
+
+    def _exactly(self, n: int, into: memoryview | None = None) -> memoryview:
+        view = memoryview(bytearray(n)) if into is None else into
+        done = 0
+        while done < n:
+            got = self._sock.recv_into(view[done:])
+            if not got:
+                raise ConnectionError("the connection was closed")
+            done += got
+        return view
+
+    def _read_all(self) -> None:
+        count = 0
+        try:
+            while True:
+                self.received.put(self._read(count))
+                count += 1
+        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+            self._closed = True
+            with suppress(OSError):
+                self._sock.close()
+            self.received.put(LinkClosed(str(getattr(error, "strerror", None) or error)))
+
+    def _read(self, count: int) -> Frame:
+        lengths = bytes(self._exactly(LENGTHS.size))
+        n_head, n_payload = LENGTHS.unpack(lengths)
+        if n_head > MOST_HEAD or n_payload > MOST_PAYLOAD:
+            raise ConnectionError("a frame that is too long")
+        mac, head = bytes(self._exactly(MAC)), self._exactly(n_head)
+        payload = self._exactly(n_payload, memoryview(np.empty(n_payload, np.uint8)))
+        if not hmac.compare_digest(mac, _mac(self._read_key, count, lengths, head, [payload])):
+            raise ConnectionError("a frame with a wrong checksum")
+        found = json.loads(bytes(head))
+        arrays, at = [], 0
+        for name, shape in found.pop("arrays", ()):
+            dtype, n = TYPES[name], prod(shape)
+            if min(shape, default=0) < 0 or at + n * dtype.itemsize > n_payload:
+                raise ValueError("arrays that are longer than their frame")
+            arrays.append(np.frombuffer(payload, dtype, n, at).reshape(shape))
+            at += n * dtype.itemsize
+        return Frame(found, arrays)
+
+    def _write_all(self) -> None:
+        count = 0
+        try:
+            while (item := self._outgoing.get()) is not None:
+                head, arrays = item
+                arrays = [np.ascontiguousarray(array) for array in arrays]
+                kinds = [[_name(array.dtype), array.shape] for array in arrays]
+                text = json.dumps(head | {"arrays": kinds} if kinds else head).encode()
+                parts = [memoryview(array).cast("B") for array in arrays if array.size]
+                lengths = LENGTHS.pack(len(text), sum(part.nbytes for part in parts))
+                self._sock.sendall(lengths + _mac(self._write_key, count, lengths, text, parts) + text)
+                for part in parts:
+                    self._sock.sendall(part)
+                count += 1
+        except OSError:
+            self._closed = True
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # the reading thread says so
+
+
+def _name(dtype: np.dtype) -> str:
+    return next(name for name, kind in TYPES.items() if kind == dtype)
+
+
+def _mac(key: bytes, count: int, lengths: bytes, head, parts: Sequence) -> bytes:
+    digest = blake2b(count.to_bytes(8, "little") + lengths, key=key, digest_size=MAC)
+    digest.update(head)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()

@@ -1,0 +1,175 @@
+"""Which layers go to which machine, and the speed to expect. Nothing is read.
+
+In: the bytes of a model's tensors, and machines: memory, speeds of memory and disk. Out: a `Split`, or a MemoryLimitError. A
+part of a model is planned as a model is (placement.py): its experts are mapped if they fit, else some are in slots and the
+others are read from that machine's own disk.
+
+A token visits the machines one after the other, so the times add; what is minimized is their sum, and a little the sum of their
+squares, which prefers equal times: of machines that are equal for a token, equal parts are best for prompts, whose batches
+follow each other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+from llamacli.cpu import kvcache
+from llamacli.errors import MemoryLimitError, UsageError
+from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import Role, find, role_of
+from llamacli.plan.placement import COUNTED, OTHERS, Placement, Sizes, decode_seconds, place, size_by_kind
+
+ASSUMED_DISK = 3e9  # bytes a second, of a disk that could not be measured
+EVEN = 0.05  # weight of the squares
+SECONDS_PER_HANDOVER = (
+    150e-6  # threads and system calls of a hand-over, beside the network's own time; measured, docs/cluster.md
+)
+
+
+class Machine(NamedTuple):
+    """A machine: bytes that a model may take, bytes a second of its memory and of its disk, threads."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    disk: float
+    threads: int = 1
+
+
+class Part(NamedTuple):
+    """Layers on a machine. `seconds`: of a token in them."""
+
+    machine: Machine
+    layers: range
+    placement: Placement
+    seconds: float
+
+
+class Split(NamedTuple):
+    """Parts in the order of their layers; machines without layers are left out. `seconds`: of a token, all in all."""
+
+    parts: tuple[Part, ...]
+    head: float  # seconds of the head
+    network: float  # seconds of the hand-overs
+
+    @property
+    def seconds(self) -> float:
+        """Of a decoded token."""
+        return sum(part.seconds for part in self.parts) + self.head + self.network
+
+
+class Model(NamedTuple):
+    """What is known of a model's layers: bytes of the head, and Sizes of each layer by itself."""
+
+    config: Config
+    head: int
+    layers: tuple[Sizes, ...]
+
+
+def model(config: Config, tensors: Sequence[tuple[str, int]]) -> Model:
+    """From GGUF names and bytes."""
+    own: list[list] = [[] for _ in range(config.n_layers)]
+    head = 0
+    for name, nbytes in tensors:
+        found = find(name)
+        if found is None or role_of(name) is Role.VISION:
+            continue
+        row, layer = found
+        if layer is not None and layer < config.n_layers:
+            own[layer].append((name, nbytes))
+        elif layer is None and (row.role is Role.OUTPUT or (config.tied and row.role is Role.EMBEDDING)):
+            head += nbytes
+    return Model(config, head, tuple(size_by_kind(some, config) for some in own))
+
+
+def split(
+    model: Model,
+    machines: Sequence[Machine],
+    ctx: int,
+    *,
+    network: float = 1.25e9,
+    latency: float = 100e-6,
+    slots: bool = False,
+    layers: Sequence[int] = (),
+    name: str = "the model",
+) -> Split:
+    """The best way to give each machine some consecutive layers, in the order of the machines.
+
+    Embedding and head stay with the first machine, whose memory holds them. `network`: bytes a second; `latency`: seconds one
+    way. `slots`: experts are read even if they would fit. `layers`: how many each machine gets, in place of the best way.
+    MemoryLimitError if the machines together do not hold what every token needs.
+    """
+    n, c = model.config.n_layers, model.config
+    machines = [machines[0]._replace(memory=machines[0].memory - model.head), *machines[1:]]
+
+    @cache
+    def part(k: int, first: int, end: int) -> Part | None:
+        try:
+            placement = _place(model, machines[k], range(first, end), ctx, slots)
+        except MemoryLimitError:
+            return None
+        return Part(
+            machines[k], range(first, end), placement, decode_seconds(placement, machines[k].disk, machines[k].bandwidth)
+        )
+
+    hop = latency + SECONDS_PER_HANDOVER + 4 * c.n_embd / network
+    scale = sum(s.always + s.routed for s in model.layers) / sum(machine.bandwidth for machine in machines)
+    best = (
+        _given(layers, n, len(machines), part)
+        if layers
+        else _shortest(
+            n, len(machines), lambda *at: (found := part(*at)) and hop + found.seconds + EVEN * found.seconds**2 / scale
+        )
+    )
+    if best is None:
+        least = sum(s.always + c.n_experts_used * s.one_per_layer for s in model.layers) + kvcache.nbytes(c, ctx) + model.head
+        raise MemoryLimitError(
+            f"{name}: expected at least {least / 1e9:.2f} GB on {len(machines)} nodes together, beside what each works in, "
+            f"found {sum(machine.memory for machine in machines) / 1e9:.2f} GB; use a smaller -c or add a node"
+        )
+    parts = tuple(part(k, first, end) for k, first, end in best)
+    return Split(parts, model.head / machines[0].bandwidth, (len(parts) + 1) * hop)
+
+
+def _given(layers: Sequence[int], n: int, machines: int, part: Callable) -> list[tuple[int, int, int]] | None:
+    """The same for counts of layers that were asked for."""
+    if len(layers) != machines or sum(layers) != n or min(layers) < 0:
+        raise UsageError(
+            f"layers of nodes: expected {machines} counts that add up to {n}, found {','.join(map(str, layers))}; leave them "
+            f"out to have them chosen"
+        )
+    ends = list(accumulate(layers))
+    found = [(k, end - count, end) for k, (count, end) in enumerate(zip(layers, ends, strict=True)) if count]
+    return found if all(part(*at) for at in found) else None
+
+
+def _shortest(n: int, machines: int, cost: Callable[[int, int, int], float | None]) -> list[tuple[int, int, int]] | None:
+    """(machine, first layer, end) of the cheapest way to part `n` layers; machines may get none. None if there is no way."""
+    best: list[tuple[float, tuple] | None] = [(0.0, ())] + [None] * n  # of the layers before
+    for k in range(machines):
+        found = list(best)  # this machine gets none
+        for end in range(1, n + 1):
+            for first in range(end):
+                if best[first] is None or (more := cost(k, first, end)) is None:
+                    continue
+                if found[end] is None or best[first][0] + more < found[end][0]:
+                    found[end] = best[first][0] + more, (*best[first][1], (k, first, end))
+        best = found
+    return None if best[n] is None else list(best[n][1])
+
+
+def _place(model: Model, machine: Machine, layers: range, ctx: int, slots: bool) -> Placement:
+    """Plan some layers as a model of so many layers; keys and values are those of the true ones."""
+    c = replace(model.config, n_layers=len(layers))
+    kv = kvcache.nbytes(replace(model.config, n_layers=layers.stop), ctx)
+    kv -= kvcache.nbytes(replace(model.config, n_layers=layers.start), ctx)
+    memory = machine.memory - kv + kvcache.nbytes(c, ctx)
+    return place(c, _added(model.layers[layers.start : layers.stop]), memory, ctx, threads=machine.threads, slots=slots)
+
+
+def _added(layers: Sequence[Sizes]) -> Sizes:
+    kinds = {kind: sum(layer.kinds[kind] for layer in layers) for kind in (*COUNTED, OTHERS)}
+    experts = tuple(nbytes for layer in layers for nbytes in layer.experts if nbytes)
+    return Sizes(kinds, experts, layers[0].n_experts, max(layer.ring_buffer for layer in layers))

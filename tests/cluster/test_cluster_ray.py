@@ -1,0 +1,165 @@
+"""A cluster of two nodes on this machine: what `llamacli cluster` starts, and answers on it beside those of one process."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamacli.files.gguf import open_gguf
+
+pytest.importorskip("ray", reason="expected the package ray, which has no wheel for every Python")
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "models" / "scout-tiny" / "scout-tiny.gguf"
+QUESTION = ["--temp", "0", "-n", "60", "--raw", "--no-stdin", "-p", "The capital of France is Paris, and the capital of"]
+
+
+class Two:
+    """The environment of commands, and the address."""
+
+    def __init__(self, folder: Path):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.folder = folder
+        self.env = dict(os.environ) | {
+            "XDG_STATE_HOME": str(folder / "state"),
+            "XDG_CONFIG_HOME": str(folder / "config"),
+            "PYTHONPATH": str(ROOT),
+        }
+        self.env.pop("LLAMACLI_CLUSTER_SECRET", None)
+
+    def models(self, k: int) -> Path:
+        """The models folder of node k, which has a copy of its own."""
+        folder = self.folder / f"models{k}"
+        if not folder.exists():
+            folder.mkdir()
+            shutil.copy(TINY, folder)
+        return folder
+
+    def llamacli(self, *args: str, **more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "llamacli", *args], env=self.env | more, capture_output=True, text=True, timeout=120
+        )
+
+    def python(self, code: str) -> dict:
+        """What a program prints, which finds the address and the file in `ADDRESS` and `FILE`."""
+        words = {"ADDRESS": self.address, "FILE": str(TINY)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=self.env | words, capture_output=True, text=True, timeout=120, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    cluster = Two(tmp_path_factory.mktemp("cluster"))
+    port = cluster.address.split(":")[1]
+    started = cluster.llamacli("cluster", "start", "--port", port, LLAMACLI_MODELS=str(cluster.models(0)))
+    try:
+        assert started.returncode == 0, started.stderr
+        joined = cluster.llamacli("cluster", "join", cluster.address, LLAMACLI_MODELS=str(cluster.models(1)))
+        assert joined.returncode == 0, joined.stderr
+        yield cluster
+    finally:
+        assert "stopped 2 nodes" in cluster.llamacli("cluster", "stop").stdout
+
+
+def test_run_gives_the_text_of_one_process(two):
+    one = two.llamacli("run", "-m", str(TINY), *QUESTION)
+    both = two.llamacli("run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2", *QUESTION)
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == one.stdout
+    assert both.stderr == ""
+
+
+LOGITS = """
+import json, os, numpy as np
+from llamacli import Model
+ids = np.random.default_rng(0).integers(0, 200, 700).tolist()
+one = Model.load(os.environ["FILE"], threads=1, ctx=1024)
+two = Model.load(os.environ["FILE"], threads=1, ctx=1024, cluster=os.environ["ADDRESS"], cluster_layers=[2, 2])
+a, b = one.engine.new_cache(1024), two.engine.new_cache(1024)
+parts = (ids, *([i] for i in ids[:20]), ids[:90])
+same = [(one.engine.forward(part, a) == two.engine.forward(part, b)).all() for part in parts]
+same.append((one.logits(ids[:80]) == two.logits(ids[:80])).all())
+print(json.dumps([all(map(bool, same)), [[p.layers.start, p.layers.stop] for p in two.engine.stages[0].places]]))
+two.close()
+"""
+
+
+def test_logits_have_the_bytes_of_one_process_and_the_layers_are_on_both_nodes(two):
+    assert two.python(LOGITS) == [True, [[0, 2], [2, 4]]]
+
+
+KILLED = """
+import json, os, signal
+from llamacli import Model
+said = []
+ids = None
+def answer(model, kill_at=()):
+    global ids
+    ids = ids or model.tokenizer.encode("Once upon a time there was a king who had three rivers and")
+    text, n = [], 0
+    for piece in model.session().stream(ids, model.sampler(temp=0), max_tokens=40):
+        text.append(piece.text)
+        n += 1
+        if n in kill_at:
+            os.kill(model.engine.stages[0].places[kill_at[n]].pid, signal.SIGKILL)
+    return "".join(text)
+one = answer(Model.load(os.environ["FILE"], threads=1, ctx=512))
+where = {"cluster": os.environ["ADDRESS"], "cluster_layers": [2, 2], "told": said.append}
+model = Model.load(os.environ["FILE"], threads=1, ctx=512, **where)
+two = answer(model, {7: 0, 23: 1})
+print(json.dumps([one == two, len(one), said]))
+model.close()
+"""
+
+
+def test_a_node_killed_in_the_middle_of_an_answer_changes_no_letter(two):
+    same, length, said = two.python(KILLED)
+    assert same and length > 40
+    died = [words for words in said if "died" in words]
+    assert len(died) == 2 and all(words.startswith("node ") for words in died), said
+    assert sum("goes on after" in words for words in said) == 2, said
+
+
+def test_another_file_on_a_node_is_named_and_the_other_node_takes_the_layers(two):
+    path = two.models(1) / TINY.name
+    whole = path.read_bytes()
+    other = bytearray(whole)
+    for layer in (1, 3):  # a fine-tuned file has the same sizes and other weights
+        at = open_gguf(TINY).tensors[f"blk.{layer}.attn_q.weight"].offset
+        other[at : at + 64] = bytes(64)
+    path.write_bytes(other)
+    try:
+        done = two.llamacli("run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2", *QUESTION)
+    finally:
+        path.write_bytes(whole)
+    assert done.returncode == 0
+    assert done.stdout == two.llamacli("run", "-m", str(TINY), *QUESTION).stdout
+    assert "expected the same file as here, found another" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_status_shows_both_nodes_with_their_copies(two):
+    nodes = json.loads(two.llamacli("cluster", "status", two.address, "-m", str(TINY), "--json").stdout)
+    assert len(nodes) == 2
+    assert {node["copy"] for node in nodes.values()} == {str(two.models(k) / TINY.name) for k in (0, 1)}
+    assert all(node["memory"] > 0 and node["bandwidth"] > 0 and node["version"] for node in nodes.values())
+
+
+def test_another_secret_is_refused_in_one_line(two):
+    done = two.llamacli("cluster", "status", two.address, LLAMACLI_CLUSTER_SECRET="another" * 6)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "secret" in done.stderr
+
+
+def test_everything_listens_on_the_loopback_alone(two):
+    done = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True)
+    mine = [line.split()[3] for line in done.stdout.splitlines() if "raylet" in line or "gcs_server" in line]
+    assert [address for address in mine if "127.0.0.1" not in address] == []

@@ -1,0 +1,82 @@
+"""Which layers go to which machine: within its memory, and so that a token takes the least time."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from llamacli.errors import MemoryLimitError, UsageError
+from llamacli.llama4.tensors import tensors
+from llamacli.plan.nodes import Machine, model, split
+from quantize.recipe import choose_types, find_recipe
+from quantize.shapes import SHAPES
+
+
+def model_of(config, recipe="Q4_EXPERTS"):
+    dims = {spec.name: spec.shape for spec in tensors(config) if spec.required}
+    types, _ = choose_types(find_recipe(recipe), dims)
+    return model(config, [(name, types[name].row_bytes(shape[-1]) * math.prod(shape[:-1])) for name, shape in dims.items()])
+
+
+MAVERICK = model_of(SHAPES["maverick"])
+
+
+def machine(gigabytes, bandwidth=100, disk=5, name="m"):
+    return Machine(name, int(gigabytes * 1e9), bandwidth * 1e9, disk * 1e9, 8)
+
+
+def layers(found):
+    return [part.layers for part in found.parts]
+
+
+def test_every_layer_is_on_one_machine_within_its_memory():
+    for sizes in ([128, 128], [64] * 4, [128, 64, 32], [24, 200]):
+        machines = [machine(size, name=str(k)) for k, size in enumerate(sizes)]
+        found = split(MAVERICK, machines, 8192)
+        assert [i for part in found.parts for i in part.layers] == list(range(48))
+        for part in found.parts:
+            assert part.placement.resident <= part.machine.memory
+
+
+def test_equal_machines_get_equal_parts():
+    assert layers(split(MAVERICK, [machine(128)] * 2, 8192)) == [range(24), range(24, 48)]
+    assert [len(part) for part in layers(split(MAVERICK, [machine(64)] * 4, 8192))] == [12, 12, 12, 12]
+
+
+def test_a_machine_with_faster_memory_gets_more_layers_and_one_with_a_slow_disk_fewer():
+    fast, slow = layers(split(MAVERICK, [machine(200, 200), machine(200, 100)], 8192))
+    assert len(fast) > len(slow)
+    quick, late = layers(split(MAVERICK, [machine(80, disk=7), machine(80, disk=0.5)], 8192))
+    assert len(quick) > len(late)
+
+
+def test_a_model_that_a_machine_runs_as_fast_alone_goes_to_one():
+    small = model_of(replace(SHAPES["scout"], n_layers=2, n_embd=256, n_ff_exp=256, n_ff=512, n_vocab=1000))
+    assert layers(split(small, [machine(64)] * 3, 8192)) == [range(2)]
+
+
+def test_no_way_is_better_than_the_one_chosen():
+    """Against all ways of parting a model of 8 layers."""
+    short = model_of(replace(SHAPES["maverick"], n_layers=8))
+    machines = [machine(10, 50, 1), machine(20, 200, 3), machine(16, 100, 7)]
+    best = split(short, machines, 8192).seconds
+    for first in range(9):
+        for second in range(first, 9):
+            try:
+                other = split(short, machines, 8192, layers=[first, second - first, 8 - second])
+            except MemoryLimitError:
+                continue
+            assert best <= other.seconds * 1.02  # even parts are preferred a little
+
+
+def test_what_does_not_fit_says_how_much_would():
+    with pytest.raises(MemoryLimitError, match=r"expected at least \d+\.\d+ GB on 2 nodes together"):
+        split(MAVERICK, [machine(4)] * 2, 8192)
+
+
+def test_layers_that_are_asked_for_are_checked():
+    found = split(MAVERICK, [machine(200), machine(200)], 8192, layers=[40, 8])
+    assert layers(found) == [range(40), range(40, 48)]
+    for wrong in ([48], [24, 23], [-1, 49]):
+        with pytest.raises(UsageError, match="expected 2 counts that add up to 48"):
+            split(MAVERICK, [machine(200), machine(200)], 8192, layers=wrong)
