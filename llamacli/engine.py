@@ -307,13 +307,15 @@ class Engine:
         return Tokens(ids, rows)
 
     def _forward(self, tokens: Tokens, cache: Cache, all_logits: bool, first: int) -> np.ndarray:
-        ids, done, result = tokens.ids, 0, None
+        ids, done, batch, result = tokens.ids, 0, 0, None
         self._begin([cache], len(ids) > 1 or cache.pos % CHECK_EVERY == 0)
         cache.reserve(len(ids))
         if self.follow_progress:
             self.follow_progress(0, len(ids))
         while done < len(ids):
-            n = self._part(self._batch_size(cache.pos, len(ids) - done))
+            batch = batch or self._batch_size(cache.pos, len(ids) - done)
+            n = self._part(batch)
+            batch -= n
             if self.follow_progress:
                 self._follow_batch(done, n, len(ids))
             x = tokens
