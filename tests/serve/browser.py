@@ -171,6 +171,12 @@ class Tab:
         for kind, buttons in (("mouseMoved", 0), ("mousePressed", 1), ("mouseReleased", 0)):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1)
 
+    def tap(self, selector, text=None):
+        """Touch the screen there."""
+        x, y = self.point(selector, text)
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
     def wheel(self, selector, down):
         x, y = self.point(selector)
         self.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=down)
@@ -204,8 +210,10 @@ class Tab:
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
-    def allow(self, *permissions):
-        self._browser.call("Browser.grantPermissions", permissions=permissions, browserContextId=self._context)
+    def download_to(self, folder):
+        """Let the page save files there."""
+        where = {"behavior": "allow", "browserContextId": self._context, "downloadPath": str(folder)}
+        self._browser.call("Browser.setDownloadBehavior", **where)
 
     def picture(self):
         """What the window shows, as PNG."""
