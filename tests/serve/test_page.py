@@ -359,7 +359,7 @@ def test_a_full_or_damaged_storage_is_said_and_the_conversation_goes_on(opened):
 
 
 def test_what_is_read_above_stays_where_it_is_while_an_answer_grows(opened):
-    with opened(Scripted("word and word\n\n" * 120, chunk=64, delay=0.002)) as tab:
+    with opened(Scripted("word and word\n\n" * 80, chunk=64, delay=0.001)) as tab:
         ask(tab, "Talk.", wait=False)
         tab.wait("document.querySelector('#scroll').scrollTop > 300")
         tab.wheel("#scroll", -200)
