@@ -16,6 +16,7 @@ from llamacli import Model, __version__
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.errors import LlamacliError
+from llamacli.files.gguf import open_gguf
 from llamacli.mlx import runtime
 from llamacli.plan import machine
 
@@ -31,7 +32,11 @@ BY_HAND = (  # what takes hours, gigabytes or another start
     ("a model of Scout's shape", "llamacli bench --shape scout --layers 4 --device mlx"),
     ("command buffers as MLX has them", "MLX_MAX_MB_PER_BUFFER=50 MLX_MAX_OPS_PER_BUFFER=50 llamacli bench --device mlx"),
     ("faster waits (Metal)", "MLX_METAL_FAST_SYNCH=1 llamacli bench --device mlx"),
-    ("the limit of memory, for an hour", "llamacli chat --device mlx with a model near the budget above"),
+    ("float16's range in a real model", "llamacli doctor scout.gguf, where logits must be finite"),
+    (
+        "the limit of memory, for an hour",
+        "llamacli chat --device mlx with a model near the budget; with LLAMACLI_WIRED_GB, too",
+    ),
 )
 
 
@@ -56,6 +61,7 @@ def examine(path: os.PathLike, encoder: Callable, megabytes: int = MEGABYTES) ->
     else:
         yield Finding("MLX", OK, str(here), here._asdict())
     yield from _gpu(here, encoder, megabytes)
+    yield _pages(path, here)
     yield from _model(path, here)
     for what, command in BY_HAND:
         yield Finding(what, SKIPPED, f"by hand: {command}", {})
@@ -105,6 +111,37 @@ def _gpu(here: runtime.Runtime | None, encoder: Callable, megabytes: int) -> Ite
     yield Finding(names[2], OK, f"{1e6 * wait:.0f} us; a layer whose experts are fetched needs one", {"seconds": wait})
 
 
+def _pages(path: os.PathLike, here: runtime.Runtime | None) -> Finding:
+    """Whether the GPU reads the file where it is mapped, its last page too, and what that holds."""
+    name = "the file's pages on the GPU"
+    if here is None:
+        return Finding(name, SKIPPED, "MLX is missing", {})
+    from llamacli.mlx import checks
+
+    try:
+        with runtime.working(path, here.gpu is not None):
+            before = machine.resident(), machine.wired()
+            found = checks.check_pages(open_gguf(path), here.gpu == "Metal")
+            after = machine.resident(), machine.wired()
+    except LlamacliError as error:
+        return Finding(name, FAILED, str(error), {})
+    held = {
+        "resident_bytes": after[0] - before[0],
+        "wired_bytes": None if None in (before[1], after[1]) else after[1] - before[1],
+    }
+    text = (
+        f"{found.adopted} of {found.tensors} tensors adopted, the others copied"
+        if found.adopted
+        else "copied: not adopted here"
+    )
+    text += f"; the last page {'among them' if found.last else 'copied'}" if found.adopted else ""
+    text += f"; {held['resident_bytes'] / 1e6:.0f} MB more resident"
+    text += "" if held["wired_bytes"] is None else f", {held['wired_bytes'] / 1e6:.0f} MB more wired"
+    if found.different:
+        text = f"other bytes on the GPU in {len(found.different)} tensors, such as {found.different[0]}"
+    return Finding(name, FAILED if found.different else OK, text, found._asdict() | held)
+
+
 def _model(path: os.PathLike, here: runtime.Runtime | None) -> Iterator[Finding]:
     """The model's speed on the CPU and on MLX, also with experts that are read, and how far apart their logits are."""
     rows = {}
@@ -150,7 +187,7 @@ def _speed(model: Model) -> tuple[dict, np.ndarray]:
     if engine.gpu_layers:
         from llamacli.mlx import checks
 
-        figures["mlx_memory_bytes"] = checks.memory()
+        figures["mlx_memory_bytes"] = checks.memory_held()
     return figures, np.array(rows)
 
 

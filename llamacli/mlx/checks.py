@@ -11,12 +11,14 @@ import mlx.core as mx
 import numpy as np
 
 from llamacli.files.ggml import BY_NAME
-from llamacli.mlx import kernels
+from llamacli.files.gguf import GGUF
+from llamacli.mlx import kernels, memory
 from llamacli.mlx.blocks import FORMATS
 from llamacli.mlx.matrix import dequantized
 
 COLUMNS = 5120  # Scout's
 WAITS = 50
+PAGES = 64  # of a tensor that the GPU is asked to read
 GROUP, BITS = 32, 4  # of MLX's own quantized product, for comparison
 
 
@@ -66,6 +68,33 @@ def check_kernels(encoder: Callable[[str], Callable[[np.ndarray], np.ndarray]], 
     return found
 
 
+class PagesCheck(NamedTuple):
+    """A file's tensors as the GPU sees them. `last`: whether the window with the file's last page is adopted.
+
+    `different`: names of tensors of which the GPU read other bytes.
+    """
+
+    tensors: int
+    adopted: int
+    last: bool
+    different: list[str]
+
+
+def check_pages(gguf: GGUF, adopts: bool) -> PagesCheck:
+    """Have the GPU compare the last pages of each tensor, where the file is mapped or in a copy, with the file's bytes."""
+    adopted, last, different = 0, False, []
+    for tensor in sorted(gguf.tensors.values(), key=lambda tensor: tensor.data.ctypes.data):
+        window = memory.window(tensor, adopts)
+        pages, size = window.array[-PAGES:], window.array.shape[1]
+        begin = max(0, (window.array.shape[0] - len(pages)) * size - window.offset)  # of the pages in the tensor
+        skipped = max(0, window.offset - (window.array.shape[0] - len(pages)) * size)
+        read = mx.array(pages).reshape(-1)[skipped : skipped + tensor.nbytes - begin]
+        if not mx.array_equal(read, mx.array(tensor.data.reshape(-1)[begin:])).item():
+            different.append(tensor.name)
+        adopted, last = adopted + window.adopted, window.adopted
+    return PagesCheck(len(gguf.tensors), adopted, last, different)
+
+
 def own_product_rate(megabytes: int) -> float:
     """Bytes a second of MLX's own product of a row with 4-bit weights in groups of 32, float16."""
     rows = 4096 if megabytes else 64
@@ -92,6 +121,6 @@ def wait_seconds() -> float:
     return (perf_counter() - began) / WAITS
 
 
-def memory() -> dict[str, int]:
+def memory_held() -> dict[str, int]:
     """Bytes that MLX holds and held at most, adopted pages apart."""
     return {"active": mx.get_active_memory(), "peak": mx.get_peak_memory(), "cached": mx.get_cache_memory()}

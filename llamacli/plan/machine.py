@@ -134,19 +134,30 @@ def _field(path: Path, name: str, unit: int = 1) -> int | None:
         return None
 
 
+def wired() -> int | None:
+    """Bytes that macOS keeps from being moved, a GPU's among them; None elsewhere."""
+    pages = _mac_pages() if sys.platform == "darwin" else {}
+    return pages.get("Pages wired down")
+
+
 def _vm_stat() -> int | None:
     """macOS: pages that are free or purgeable, and inactive ones as far as files lie behind them; others would be swapped."""
-    try:
-        output = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
-        page = int(re.search(r"page size of (\d+)", output)[1])
-    except (OSError, subprocess.SubprocessError, TypeError):
-        return None
-    pages = {name: int(n) for name, n in re.findall(r"^(.+?): +(\d+)", output, re.M)}
+    pages = _mac_pages()
     if "Pages free" not in pages:
         return None
     aged = pages.get("Pages inactive", 0) + pages.get("Pages speculative", 0)
     files = min(aged, pages.get("File-backed pages", aged))
-    return page * (pages["Pages free"] + pages.get("Pages purgeable", 0) + files)
+    return pages["Pages free"] + pages.get("Pages purgeable", 0) + files
+
+
+def _mac_pages() -> dict[str, int]:
+    """What `vm_stat` says, in bytes; nothing where it cannot be asked."""
+    try:
+        output = subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout
+        page = int(re.search(r"page size of (\d+)", output)[1])
+    except (OSError, subprocess.SubprocessError, TypeError):
+        return {}
+    return {name: page * int(n) for name, n in re.findall(r"^(.+?): +(\d+)", output, re.M)}
 
 
 def _cgroups(root: Path) -> Iterator[int]:

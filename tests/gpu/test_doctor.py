@@ -71,9 +71,28 @@ def test_every_kernel_and_the_model_are_checked_against_the_cpu(as_cpp, small):
     for name in FORMATS:
         one = found[f"kernel {name}"]
         assert (one.state, one.figures["rate"] > 0) == (doctor.OK, True), one
+    assert found["the file's pages on the GPU"].figures["different"] == []
     assert found["model on MLX"].figures["gpu_layers"] == 4
     assert found["logits of MLX and of the CPU"].state == doctor.OK
     assert found["logits of MLX with and without slots"].state == doctor.OK
+
+
+def test_the_pages_that_a_gpu_would_read_are_compared_with_the_file(small, monkeypatch):
+    """Metal's adoption is played by NumPy's view of the pages."""
+    import mlx.core as mx
+
+    from llamacli.files.gguf import open_gguf
+    from llamacli.mlx import checks
+
+    gguf = open_gguf(small)
+    count = len(gguf.tensors)
+    assert checks.check_pages(gguf, adopts=True) == (count, 0, False, []), "MLX's CPU build copies"
+    monkeypatch.setattr(mx, "asarray", lambda array, copy: array)
+    for pages in (1, 64):
+        monkeypatch.setattr(checks, "PAGES", pages)
+        assert checks.check_pages(gguf, adopts=True) == (count, count, True, [])
+    monkeypatch.setattr(mx, "asarray", lambda array, copy: array + 1)
+    assert len(checks.check_pages(gguf, adopts=True).different) == count
 
 
 def test_a_wrong_kernel_and_a_wrong_model_fail(as_cpp, small, monkeypatch, capfd):

@@ -21,7 +21,6 @@ from llamacli.vision.pictures import read_picture
 from llamacli.vision.tiles import cut, layout
 from llamacli.vision.tower import Tower
 
-pytest.importorskip("PIL")
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
 import make_images  # noqa: E402
