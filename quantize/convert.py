@@ -26,7 +26,7 @@ from llamacli.cpu.kernels.cores import usable_cpus
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.errors import CheckpointError, ModelFileError, OutputError, UnsupportedModelError, UsageError
 from llamacli.files.ggml import BY_NAME
-from llamacli.files.gguf import GGUF, Tensor, open_gguf
+from llamacli.files.gguf import GGUF, Tensor, open_gguf, text_of
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import ROPE_FREQS, TOKEN_EMBD, Role, check, role_of, tensors
 from llamacli.llama4.vision import has_ollama_tower
@@ -131,7 +131,7 @@ def convert(
     elif sight:
         kind = mmproj_type if rows or recipe.name not in tower.FILE_TYPES else recipe.name
         mmproj = _target(tower.beside(out) if rows else out)
-        more = make_plan(sight.metadata(metadata.get("general.name"), kind), sight.rows, sight.types(kind))
+        more = make_plan(sight.metadata(text_of(metadata, "general.name"), kind), sight.rows, sight.types(kind))
         plan, paths = Plan([*plan.parts, *more.parts]), [*paths, mmproj]
     files = [
         File(_target(path), part.head, [(t.name, t.nbytes) for t in part.tensors])
@@ -265,7 +265,7 @@ def _open_folder(folder: Path) -> _Source:
 def _open_gguf(path: Path) -> _Source:
     """Of the metadata everything but what describes this one file (its parts, its alignment)."""
     gguf = open_gguf(path)
-    architecture, maps = gguf.metadata.get("general.architecture"), dict(zip(gguf.paths, gguf.maps, strict=True))
+    architecture, maps = text_of(gguf.metadata, "general.architecture"), dict(zip(gguf.paths, gguf.maps, strict=True))
     if architecture == "clip":
         name = {key: value for key, value in gguf.metadata.items() if key == "general.name"}
         return _Source(name, {}, [], gguf.paths, maps, tower.of_gguf(gguf))

@@ -2,6 +2,7 @@
 
 import struct
 
+import gguf
 from checkpoint import byte_alphabet
 
 KINDS = {"u8": "B", "i8": "b", "u16": "H", "i16": "h", "u32": "I", "i32": "i", "f32": "f", "bool": "?",
@@ -37,6 +38,24 @@ def file(pairs=(), infos=(), data=b"", version=3, magic=b"GGUF", alignment=32):
     head = magic + struct.pack("<IQQ", version, len(infos), len(pairs)) + b"".join([*pairs, *infos])
     padding = -len(head) % alignment if infos else 0
     return head + bytes(padding) + data
+
+
+def changer(path):
+    """change(key, kind, content): the bytes of a file that gguf-py wrote, with another value of a key; and its keys."""
+    raw, reader = path.read_bytes(), gguf.GGUFReader(path)
+    places = {
+        key: (field.offset, field.offset + sum(part.nbytes for part in field.parts))
+        for key, field in reader.fields.items()
+        if not key.startswith("GGUF.")
+    }
+    end = max(t.field.offset + sum(part.nbytes for part in t.field.parts) for t in reader.tensors)
+
+    def change(key, kind, content):
+        start, after = places[key]
+        head = raw[:start] + pair(key, kind, content) + raw[after:end]
+        return head + bytes(-len(head) % 32) + raw[end + -end % 32 :]
+
+    return change, list(places)
 
 
 def llama4():

@@ -78,7 +78,7 @@ def describe(gguf) -> dict:
     from llamacli.llama4.vision import has_tower
     from llamacli.vision.sight import cost, cost_beside
 
-    if gguf.metadata.get("general.architecture") == "clip" and has_tower(gguf):
+    if record["architecture"] == "clip" and has_tower(gguf):
         try:
             why = "it is a vision tower; run the model that it belongs to, with --mmproj and this file"
             return record | {"runnable": False, "why_not": why, "vision": cost(gguf)}

@@ -80,6 +80,12 @@ class GGUF(NamedTuple):
     paths: list[Path]
 
 
+def text_of(metadata: Mapping[str, object], key: str) -> str | None:
+    """A value that is a text; None for none or another kind: an array of numbers cannot even be compared with a text."""
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
 def open_gguf(path: str | Path) -> GGUF:
     """Map the file and the further parts of a split model.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from llamacli.errors import ModelFileError, UnsupportedModelError
 from llamacli.files.ggml import BY_NAME
-from llamacli.files.gguf import GGUF
+from llamacli.files.gguf import GGUF, text_of
 from llamacli.llama4.tensors import OUTPUT, TOKEN_EMBD
 
 CHUNK, NO_ROPE_STEP, TEMPERATURE_LENGTH, TEMPERATURE_SCALE = 8192, 4, 8192.0, 0.1  # Meta's, built into llama.cpp
@@ -132,7 +132,7 @@ class Config:
     def from_gguf(cls, gguf: GGUF) -> "Config":
         """Read and check the metadata; raises UnsupportedModelError or ModelFileError."""
         arch = gguf.metadata.get("general.architecture")
-        if arch != "llama4":
+        if text_of(gguf.metadata, "general.architecture") != "llama4":
             found = f"{str(arch)[:40]!r}" if arch is not None else "none"
             raise UnsupportedModelError(f"{gguf.path}: expected architecture llama4, found {found}; use a Llama 4 file")
         read = _Reader(gguf)

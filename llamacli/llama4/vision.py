@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.errors import ModelFileError, UnsupportedModelError
-from llamacli.files.gguf import GGUF, Tensor
+from llamacli.files.gguf import GGUF, Tensor, text_of
 
 EPS, ROPE_THETA, SHUFFLE, MOST_TILES = 1e-5, 10000.0, 2, 16
 BOUNDS = {  # least and most of what is read from a file
@@ -116,8 +116,8 @@ class VisionConfig:
         read = _Reader(gguf)
         head = "llama4.vision." if has_ollama_tower(gguf) else "clip.vision."
         if head == "clip.vision.":
-            kind = gguf.metadata.get("clip.projector_type", gguf.metadata.get("clip.vision.projector_type"))
-            if gguf.metadata.get("general.architecture") != "clip" or kind != "llama4":
+            kind = text_of(gguf.metadata, "clip.projector_type") or text_of(gguf.metadata, "clip.vision.projector_type")
+            if text_of(gguf.metadata, "general.architecture") != "clip" or kind != "llama4":
                 raise UnsupportedModelError(f"{gguf.path}: expected a vision tower of Llama 4, found {_found(gguf, kind)}")
         tensors = renamed(gguf)
         fc1, fc2 = (_matrix(gguf, tensors, f"mm.model.mlp.{n}.weight") for n in (1, 2))
@@ -143,7 +143,8 @@ class VisionConfig:
         if head == "clip.vision.":
             for key, value in (("image_mean", 0.5), ("image_std", 0.5)):
                 found = gguf.metadata.get(head + key)
-                if found is not None and not (np.shape(found) == (3,) and np.allclose(np.asarray(found, float), value)):
+                numbers = isinstance(found, np.ndarray) and found.shape == (3,)
+                if found is not None and not (numbers and np.allclose(found.astype(float), value)):
                     raise UnsupportedModelError(f"{gguf.path}: expected {head}{key} of 0.5, found {found!r:.40}")
             read.same(head + "projector.scale_factor", SHUFFLE)
         config.check(gguf.path)
@@ -165,12 +166,12 @@ class VisionConfig:
 
 def has_ollama_tower(gguf: GGUF) -> bool:
     """Whether a model's file has the tower inside, as Ollama writes it."""
-    return gguf.metadata.get("general.architecture") == "llama4" and "llama4.vision.block_count" in gguf.metadata
+    return text_of(gguf.metadata, "general.architecture") == "llama4" and "llama4.vision.block_count" in gguf.metadata
 
 
 def has_tower(gguf: GGUF) -> bool:
     """Whether a file has a tower, of whatever kind."""
-    return gguf.metadata.get("general.architecture") == "clip" or has_ollama_tower(gguf)
+    return text_of(gguf.metadata, "general.architecture") == "clip" or has_ollama_tower(gguf)
 
 
 class Row(NamedTuple):
@@ -304,7 +305,8 @@ class _Reader:
 
     def same(self, key: str, value: int) -> None:
         """ModelFileError if the file has another value."""
-        if (found := self._gguf.metadata.get(key, value)) != value:
+        found = self._gguf.metadata.get(key, value)
+        if type(found) is not int or found != value:
             raise self._wrong(key, str(value), found)
 
     def _wrong(self, key: str, expected: str, found: object) -> ModelFileError:

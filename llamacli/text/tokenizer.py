@@ -19,7 +19,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as _Pieces
 
 from llamacli.errors import ModelFileError, PromptError, UnsupportedModelError
-from llamacli.files.gguf import GGUF
+from llamacli.files.gguf import GGUF, text_of
 from llamacli.llama4.tensors import TOKEN_EMBD
 from llamacli.llama4.vocabulary import BYTE, BYTE_LETTERS, NORMAL, SPLIT, SUFFIX, UNKNOWN, UNUSED, USER_DEFINED
 
@@ -281,8 +281,8 @@ class _Fields:
         self._rows = embedding.shape[0] if embedding is not None and len(embedding.shape) == 2 else None
 
     def tokenizer(self) -> Tokenizer:
-        model = self._metadata.get("tokenizer.ggml.model")
-        if model != "gpt2":
+        if text_of(self._metadata, "tokenizer.ggml.model") != "gpt2":
+            model = self._metadata.get("tokenizer.ggml.model")
             expected = f"{self._path}: expected tokenizer.ggml.model gpt2"
             raise UnsupportedModelError(f"{expected}, found {model!r:.60}; use a Llama 4 file")
         texts, merges = self._strings("tokens"), self._strings("merges")
