@@ -80,7 +80,7 @@ class IoStats:
     def __str__(self) -> str:
         nbytes = self.bytes_read + self.kv_bytes
         speed = f" at {nbytes / self.reading_s / 1e9:.2f} GB/s" if self.reading_s else ""
-        asked = f"{self.hits} found in memory, {self.misses} not"
+        asked = f"{self.hits} found in memory, {self.misses} not" if self.hits + self.misses else "no experts asked for"
         keys = f", {self.kv_bytes / 1e6:.0f} of it keys and values" if self.kv_bytes else ""
         if self.guesses:
             asked += f", {self.good_guesses} of {self.guesses} guesses were right"

@@ -14,44 +14,92 @@ def logits(path, ids, kv=np.float64, inputs=None):
 
     `inputs(x)` rounds what is multiplied with quantized weights, as an engine does that multiplies with integers.
     """
-    keep = kv if not isinstance(kv, type) else lambda x: x.astype(kv).astype(np.float64)
-    reader = gguf.GGUFReader(path)
-    weights = {t.name: _values(t) for t in reader.tensors}
-    if inputs is not None:
-        quantized = {t.name for t in reader.tensors if t.tensor_type.name[0] == "Q" and t.name != "token_embd.weight"}
-        weights = {name: Rounding(values, inputs) if name in quantized else values for name, values in weights.items()}
-    read = _metadata(reader)
-    eps, theta = read("attention.layer_norm_rms_epsilon"), read("rope.freq_base")
-    n_heads, n_kv_heads, head_dim = (read("attention." + key) for key in ("head_count", "head_count_kv", "key_length"))
-    n, pos = len(ids), np.arange(len(ids))
-    chunk = read("attention.sliding_window", read("attention.chunk_size", 8192))
-    length, scale = read("attention.temperature_length", 8192.0), read("attention.temperature_scale", 0.1)
-    temperature = 1 + scale * np.log(1 + np.floor((pos + 1) / length))
-    factors = weights.get("rope_freqs.weight", 1.0)
-    angles = pos[:, None] * theta ** (-np.arange(0, head_dim, 2) / head_dim) / factors
-    causal = pos[None, :] <= pos[:, None]
-    same_chunk = pos[None, :] // chunk == pos[:, None] // chunk if chunk else True
+    model, pos = _Model(path, kv, inputs), np.arange(len(ids))
+    x = model.weights["token_embd.weight"][ids]
+    for i in range(model.n_layers):
+        x = model.layer(i, x, pos)
+    return model.head(x)
 
-    x = weights["token_embd.weight"][ids]
-    for i in range(read("block_count")):
-        w = {name.removeprefix(f"blk.{i}."): values for name, values in weights.items() if name.startswith(f"blk.{i}.")}
-        rotary = not chunk or (i + 1) % 4 != 0
-        h = rms_norm(x, eps) * w["attn_norm.weight"]
-        q = (h @ w["attn_q.weight"].T).reshape(n, n_heads, head_dim)
-        k = (h @ w["attn_k.weight"].T).reshape(n, n_kv_heads, head_dim)
-        v = (h @ w["attn_v.weight"].T).reshape(n, n_kv_heads, head_dim)
-        if rotary:
+
+def logits_at(path, ids, at, kv=np.float64):
+    """`logits` of the positions `at` of a long text, float64 [len(at), n_vocab], for a model of which only the last layer sees
+    every position: the others are evaluated chunk by chunk.
+    """
+    model, at = _Model(path, kv), np.asarray(at)
+    last = model.n_layers - 1
+    assert model.chunk
+    assert [model.rotary(i) for i in range(model.n_layers)] == [True] * last + [False]
+    keys, values, found = [], [], {}
+    for start in range(0, len(ids), model.chunk):
+        pos = np.arange(start, min(start + model.chunk, len(ids)))
+        x = model.weights["token_embd.weight"][ids[pos]]
+        for i in range(last):
+            x = model.layer(i, x, pos)
+        q, k, v = model.heads(last, x, pos)
+        keys.append(k)
+        values.append(v)
+        found |= {p: (x[p - start], q[p - start]) for p in at if start <= p < start + len(pos)}
+    keys, values, rows = np.concatenate(keys), np.concatenate(values), []
+    for p in at:
+        x, q = found[p]
+        mixed = attend(q[None], keys[: p + 1], values[: p + 1], True)
+        rows.append(model.head(model.rest(last, x[None], mixed))[0])
+    return np.array(rows)
+
+
+class _Model:
+    def __init__(self, path, kv, inputs=None):
+        reader = gguf.GGUFReader(path)
+        self.weights, read = {t.name: _values(t) for t in reader.tensors}, _metadata(reader)
+        if inputs is not None:
+            quantized = {t.name for t in reader.tensors if t.tensor_type.name[0] == "Q" and t.name != "token_embd.weight"}
+            self.weights |= {name: Rounding(self.weights[name], inputs) for name in quantized}
+        self.keep = kv if not isinstance(kv, type) else lambda x: x.astype(kv).astype(np.float64)
+        self.eps, self.theta = read("attention.layer_norm_rms_epsilon"), read("rope.freq_base")
+        self.n_heads, self.n_kv_heads, self.head_dim = (
+            read("attention." + key) for key in ("head_count", "head_count_kv", "key_length")
+        )
+        self.chunk = read("attention.sliding_window", read("attention.chunk_size", 8192))
+        self.length, self.scale = read("attention.temperature_length", 8192.0), read("attention.temperature_scale", 0.1)
+        self.n_layers, self.used, self.qk_norm = read("block_count"), read("expert_used_count"), read("use_qk_norm")
+        names = [f"blk.{i}." for i in range(self.n_layers)]
+        self.layers = [{n.removeprefix(p): w for n, w in self.weights.items() if n.startswith(p)} for p in names]
+
+    def rotary(self, i):
+        return not self.chunk or (i + 1) % 4 != 0
+
+    def heads(self, i, x, pos):
+        """Queries, and keys and values as they are kept, of positions `pos`."""
+        w, n = self.layers[i], len(x)
+        h = rms_norm(x, self.eps) * w["attn_norm.weight"]
+        q = (h @ w["attn_q.weight"].T).reshape(n, self.n_heads, self.head_dim)
+        k = (h @ w["attn_k.weight"].T).reshape(n, self.n_kv_heads, self.head_dim)
+        v = (h @ w["attn_v.weight"].T).reshape(n, self.n_kv_heads, self.head_dim)
+        if self.rotary(i):
+            factors = self.weights.get("rope_freqs.weight", 1.0)
+            angles = pos[:, None] * self.theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim) / factors
             q, k = rotate(q, angles), rotate(k, angles)
-            if read("use_qk_norm"):
-                q, k = rms_norm(q, eps), rms_norm(k, eps)
+            if self.qk_norm:
+                q, k = rms_norm(q, self.eps), rms_norm(k, self.eps)
         else:
-            q = q * temperature[:, None, None]
-        k, v = keep(k), keep(v)
-        mixed = attend(q, k, v, causal & same_chunk if rotary else causal)
+            q = q * (1 + self.scale * np.log(1 + np.floor((pos + 1) / self.length)))[:, None, None]
+        return q, self.keep(k), self.keep(v)
+
+    def layer(self, i, x, pos):
+        visible = pos[None, :] <= pos[:, None]
+        if self.rotary(i) and self.chunk:
+            visible &= pos[None, :] // self.chunk == pos[:, None] // self.chunk
+        return self.rest(i, x, attend(*self.heads(i, x, pos), visible))
+
+    def rest(self, i, x, mixed):
+        """The layer after its attention."""
+        w = self.layers[i]
         x = x + mixed @ w["attn_output.weight"].T
-        h = rms_norm(x, eps) * w["ffn_norm.weight"]
-        x = x + (experts(h, w, read("expert_used_count")) if "ffn_gate_inp.weight" in w else ffn(h, w, ""))
-    return (rms_norm(x, eps) * weights["output_norm.weight"]) @ weights["output.weight"].T
+        h = rms_norm(x, self.eps) * w["ffn_norm.weight"]
+        return x + (experts(h, w, self.used) if "ffn_gate_inp.weight" in w else ffn(h, w, ""))
+
+    def head(self, x):
+        return (rms_norm(x, self.eps) * self.weights["output_norm.weight"]) @ self.weights["output.weight"].T
 
 
 class Rounding:
@@ -115,9 +163,10 @@ def experts(x, w, used):
     """The shared expert on x, and the best `used` experts, each on x times the sigmoid of its own logit."""
     out = ffn(x, w, "_shexp")
     router = x @ w["ffn_gate_inp.weight"].T
-    for t in range(len(x)):
-        for e in np.argsort(-router[t])[:used]:
-            out[t] += ffn(x[t] / (1 + np.exp(-router[t, e])), w, "_exps", e)
+    chosen = np.argsort(-router)[:, :used]
+    for e in range(router.shape[1]):
+        t = np.nonzero(chosen == e)[0]
+        out[t] += ffn(x[t] / (1 + np.exp(-router[t, e : e + 1])), w, "_exps", e)
     return out
 
 

@@ -67,6 +67,7 @@ def speed(
       bandwidth_limit, compute_limit    what the same threads reach at best
       share_of_limit             decode: of the bandwidth, prefill: of the arithmetic
       peak_memory_bytes          of this process up to then
+      kv_read_bytes_per_token    only if keys and values were read from a file
       peers, ratio               only with peers: {name: {tokens_per_second, runs}}, and the ratio to the fastest of them
       profile                    only with `profile`, see `_profile`
     """
@@ -87,6 +88,8 @@ def speed(
                 rates[name].append(case.n / seconds(case))
             done += 1
         record = _record(model, case, rates.pop("llamacli")[1:])
+        if (io := engine.take_io_stats()) and io.kv_bytes:
+            record["kv_read_bytes_per_token"] = round(io.kv_bytes / case.n)
         if peers:
             others = {
                 name: {"tokens_per_second": _rounded(median(r[1:])), "runs": _rounded(r[1:])} for name, r in rates.items()
@@ -185,6 +188,7 @@ def _go_to(engine, cache, ids: list[int], depth: int) -> None:
 def _seconds(engine, cache, ids: list[int], case: Case) -> float:
     _go_to(engine, cache, ids, case.depth)
     following = ids[case.depth : case.depth + case.n]
+    engine.take_io_stats()  # what came before does not count
     began = perf_counter()
     for part in [[token] for token in following] if case.decode else [following]:
         engine.forward(part, cache)

@@ -19,6 +19,7 @@ from llamacli.cli.options import (
     DeviceName,
     GpuLayers,
     Json,
+    KvFile,
     KvType,
     Memory,
     ModelName,
@@ -63,6 +64,7 @@ def bench(
     depth: _counted(("-d", "--depth"), "Tokens that the context holds before (0).", "--n-depth") = "0",
     threads: Threads = None,
     kv: KvType = KV.f16,
+    kv_file: KvFile = None,
     memory: Memory = None,
     device: DeviceName = None,
     gpu_layers: GpuLayers = None,
@@ -127,8 +129,9 @@ def bench(
         # before this process holds a model: two of them may not fit
         starts = [measure.startup(path, threads, repetitions)] if startup else []
         where = placement(device, gpu_layers) | ({} if memory is None else {"memory": memory_bytes(memory)})
-        loaded = load_model(path, threads, longest + 1, console, kv=kv.value, **where)
-        _check_room(loaded.config, longest)
+        loaded = load_model(path, threads, longest + 1, console, kv=kv.value, kv_file=kv_file, **where)
+        if kv_file is None:
+            _check_room(loaded.config, longest)
         peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
         on_gpu = f", {loaded.engine.gpu_layers} layers on the GPU" if loaded.engine.gpu_layers else ""
         title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads{on_gpu}"
@@ -265,6 +268,10 @@ def _show(records: list[dict], title: str, console) -> None:
         if r["test"] == "startup":
             row = ["startup", f"{r['seconds']:.2f} s", f"{r['min']:.2f} to {r['max']:.2f}"]
             rows.append(row + [""] * (len(head) - len(row)))
+    if any("kv_read_bytes_per_token" in r for r in speeds):
+        head.append("keys and values read")
+        for row, r in zip(rows, speeds, strict=False):
+            row.append(f"{amount(r.get('kv_read_bytes_per_token', 0))} a token")
     if earlier:
         head.append("ratio to earlier")
         for row, r in zip(rows, records, strict=True):

@@ -5,6 +5,7 @@ In: what the parser found. Out: a session.
 
 import dataclasses
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 from llamacli.cli.grammar import byte_count, option, size
@@ -30,12 +31,25 @@ KvType = Annotated[
     ),
 ]
 
+KvFile = Annotated[
+    Path | None,
+    option(
+        "--kv-file",
+        metavar="DIR|FILE",
+        group="Model",
+        complete="file",
+        setting=True,
+        help="Keys and values that memory does not hold go to a file there, which is gone when the program ends.",
+    ),
+]
+
 
 @dataclasses.dataclass
 class Storing:
     """The same for all commands that answer."""
 
     kv: KvType = KV.f16
+    kv_file: KvFile = None
     cache: Annotated[
         bool,
         option(

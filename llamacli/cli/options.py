@@ -28,7 +28,7 @@ from llamacli.cli.inputs import (
     read_stdin,
     stdin_is_piped,
 )
-from llamacli.cli.keeping import KV, Keeping, KvType
+from llamacli.cli.keeping import KV, Keeping, KvFile, KvType
 from llamacli.cli.nodes import OnCluster
 from llamacli.cli.sampling import Sampling
 from llamacli.cli.signals import at_once as leave_at_once
@@ -44,6 +44,7 @@ __all__ = [  # what commands take from here, wherever it is defined
     "Given",
     "GpuLayers",
     "Json",
+    "KvFile",
     "KvType",
     "Memory",
     "ModelAndText",
@@ -396,6 +397,7 @@ class Generation(Sampling, Keeping, OnCluster):
             memory=memory_bytes(self.memory),
             experts=self.experts.value,
             kv=self.kv.value,
+            kv_file=self.kv_file,
             sessions=sessions,
             **self.on_cluster,
             **placement(self.device, self.gpu_layers),

@@ -33,6 +33,7 @@ from llamacli.errors import MemoryLimitError, UsageError
 
 ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
 CONTEXTS = (8192, 32768, 131072, 1048576)
+LARGEST = 10 << 20  # Scout's own limit, which only a file holds
 PROMPTS = (512, 4096)
 MOST = 16  # values in a list
 LONGEST = 1 << 31  # tokens
@@ -105,6 +106,9 @@ def plan(
         ),
     ] = None,
     kv: KvType = KV.f16,
+    kv_file: Annotated[
+        bool, option("--kv-file", group="Model", help="Keys and values that memory does not hold are in a file on the disk.")
+    ] = False,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -117,6 +121,7 @@ def plan(
     llamacli plan scout.gguf -c 128K
     llamacli plan Llama-4-Maverick-17B-128E-Instruct --type Q4_K_M --memory 64G,128G --disk 3,7
     llamacli plan scout.gguf --memory 96G --gpu-memory 72G
+    llamacli plan scout.gguf --memory 24G -c 10M --kv q4_0 --kv-file
     """
     from llamacli.cpu.kernels.cores import default_threads
     from llamacli.plan import placement
@@ -128,7 +133,7 @@ def plan(
     console = output.console()
     source = one_model(source, model_option)
     path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)
-    many = {"threads": threads or default_threads()}
+    many = {"threads": threads or default_threads(), "kv_files": int(kv_file)}
     model = _from_folder(path, type_name) if path.is_dir() else _from_file(path, type_name, many["threads"])
     model = model._replace(config=dataclasses.replace(model.config, kv_type=kv.value.upper()))
     for notice in model.notices:
@@ -147,7 +152,7 @@ def plan(
         if fits < asked:
             console.warn(
                 f"context trimmed from {asked} to {fits} tokens: with more, {amount(limit)} would not hold the experts of a "
-                f"token beside the KV cache"
+                f"token beside the KV cache{'' if kv_file else '; --kv-file keeps them in a file'}"
             )
     if not any(plans):
         raise refused
@@ -335,7 +340,19 @@ def _planned(p, disk: float, bandwidth: float, compute: float | None, placement)
         "miss": round(p.miss, 4),
         "read_per_token_bytes": round(p.read_per_token),
         "tokens_per_second": round(1 / seconds, 3),
+        **(_of_file(p, disk, bandwidth, placement) if p.kv_files else {}),
         "prefill_seconds": {n: round(placement.prefill_seconds(p, n, disk * 1e9, multiply), 3) for n in PROMPTS},
+    }
+
+
+def _of_file(p, disk: float, bandwidth: float, placement) -> dict:
+    """What keys and values in a file take and cost when the context is full."""
+    full = placement.decode_seconds(p, disk * 1e9, bandwidth * 1e9, p.ctx)
+    return {
+        "kv_window": p.window,
+        "kv_file_bytes": p.kv_disk,
+        "kv_read_per_token_bytes": p.kv_read_per_token(p.ctx),
+        "full_tokens_per_second": round(1 / full, 4),
     }
 
 
@@ -349,30 +366,37 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
         rows = [*cost_rows(model.vision), ("with it", _seeing(record["plans"][0]["with_pictures"], sizes))]
         console.table("\nVision, if pictures are shown, beside the rest", rows)
     rows = []
-    for ctx in sorted({*CONTEXTS, p.ctx}):
+    for ctx in sorted({*CONTEXTS, p.ctx, *((LARGEST,) if p.kv_files else ())}):
         try:
             at = placement.place(config, sizes, p.memory, ctx, **many)
         except MemoryLimitError:
-            rows.append((f"{ctx}", amount(_kv(config, ctx)), "does not fit", "", ""))
+            rows.append((f"{ctx}", amount(_kv(config, ctx)), "does not fit", *[""] * (4 if p.kv_files else 2)))
             continue
         rates = [
             rate(1 / placement.decode_seconds(at, planned["disk_gbps"] * 1e9, planned["bandwidth_gbps"] * 1e9, depth))
             for depth in (0, ctx)
         ]
-        rows.append((f"{ctx}", amount(at.kv), _mode(at), *rates))
+        file = (amount(at.kv_disk), amount(at.kv_read_per_token(ctx))) if p.kv_files else ()
+        rows.append((f"{ctx}", amount(at.kv), _mode(at), *rates, *file))
     title = f"\nBy context, in {amount(p.memory)} of memory"
-    console.table(title, rows, ("tokens", "KV cache", "experts", "tokens/s", "when full"))
+    head = ("tokens", "KV cache", "experts", "tokens/s", "when full")
+    console.table(title, rows, (*head, "KV file", "read of it a token") if p.kv_files else head)
     rows = [("weights" if p.mode == "mapped" else "always-used weights", amount(p.weights))]
     if p.mode == "slots":
         rows.append(("experts", f"{amount(p.experts)}, {_mode(p)} of {amount(max(sizes.experts))}"))
         rows.append(("buffers for prompts", amount(p.buffers)))
         rows.append(("rows of the embedding", amount(p.rows)))
+    if p.kv_files:
+        rows.append(("positions in memory", f"{min(p.window, p.ctx)} of {p.ctx}"))
     rows += [("KV cache", amount(p.kv)), ("to work in", amount(p.working)), ("all", amount(p.resident))]
     console.table(f"\nResident with {p.ctx} tokens", rows)
     origins = {name: f"{values[0]:.1f} GB/s, {origin}" for name, (values, origin) in speeds.items() if name != "compute"}
     rows = [("disk", origins["disk"]), ("memory", origins["bandwidth"])]
     rows.append(("read from disk", f"{amount(planned['read_per_token_bytes'])} a token, {100 * p.miss:.0f} % of its experts"))
     rows.append(("decode", f"about {rate(planned['tokens_per_second'])} tokens/s"))
+    if p.kv_files:
+        full = f"{amount(planned['kv_read_per_token_bytes'])} of keys and values a token, from a file of {amount(p.kv_disk)}"
+        rows.append(("when full", f"about {rate(planned['full_tokens_per_second'])} tokens/s; {full}"))
     least = "" if speeds["compute"][0][0] else "at least "
     rows += [
         (f"prompt of {n}", f"{least or 'about '}{rate(seconds)} s")
@@ -418,7 +442,8 @@ def _show_many(record: dict, console) -> None:
     for first in cells:
         line = [first, *(next(cells) for _ in disks[1:])]
         where = {"mapped": "all", None: "does not fit"}.get(first["mode"], f"{first.get('slots', 0):.1f} a layer")
-        rates = [rate(c["tokens_per_second"]) if c["mode"] else "" for c in line]
+        rates = [rate(c.get("full_tokens_per_second", c["tokens_per_second"])) if c["mode"] else "" for c in line]
         rows.append((amount(first["memory_bytes"]), f"{first['bandwidth_gbps']:g} GB/s", where, *rates))
     head = ("memory", "its speed", "experts held", *(f"disk {disk:g} GB/s" for disk in disks))
-    console.table(f"{record['model']}: expected tokens/s", rows, head)
+    full = " when the context is full" if "kv_file_bytes" in record["plans"][0] else ""
+    console.table(f"{record['model']}: expected tokens/s{full}", rows, head)

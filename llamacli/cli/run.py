@@ -390,8 +390,8 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     parts.append(f"{stats.completion_tokens} answered" + (f" at {stats.decode_tps:.1f}/s" if stats.decode_tps else ""))
     if stats.proposed:
         parts.append(f"{stats.accepted} of {stats.proposed} guesses right")
-    if stats.decode_io and stats.decoded:
-        parts.append(describe_io(stats.decode_io, stats.decoded, stats.decode_s))
+    if stats.decoded and (io := stats.decode_io) and io.hits + io.misses + io.kv_bytes:
+        parts.append(describe_io(io, stats.decoded, stats.decode_s))
     if load_s is not None:
         parts.append(f"loaded in {load_s:.2f} s")
     if reason:
@@ -404,9 +404,12 @@ def describe_io(io, tokens: int, seconds: float) -> str:
     from llamacli.plan.machine import resident_words
 
     asked = io.hits + io.misses
-    megabytes, wait = io.bytes_read / tokens / 1e6, 1000 * io.stall_s / tokens
-    speed = f" at {io.bytes_read / io.reading_s / 1e9:.1f} GB/s" if io.reading_s else ""
+    nbytes = io.bytes_read + io.kv_bytes
+    megabytes, wait = nbytes / tokens / 1e6, 1000 * io.stall_s / tokens
+    speed = f" at {nbytes / io.reading_s / 1e9:.1f} GB/s" if io.reading_s else ""
+    experts = f"{100 * io.hits / asked:.0f} % of experts in memory, " if asked else ""
+    keys = f", {io.kv_bytes / tokens / 1e6:.0f} of it keys and values" if io.kv_bytes else ""
     return (
-        f"{100 * io.hits / max(1, asked):.0f} % of experts in memory, {megabytes:.0f} MB a token read{speed}, "
-        f"{wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for it, {resident_words()}"
+        f"{experts}{megabytes:.0f} MB a token read{keys}{speed}, {wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for "
+        f"it, {resident_words()}"
     )

@@ -117,6 +117,7 @@ def serve(
         memory=memory_bytes(memory),
         experts=experts.value,
         kv=storing.kv.value,
+        kv_file=storing.kv_file,
         sessions=parallel,
         **placement(device, gpu_layers),
         mmproj=mmproj or False,

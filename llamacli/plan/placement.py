@@ -136,7 +136,9 @@ class Placement:
 
     def kv_read_per_token(self, depth: int) -> int:
         """Bytes of keys and values from their file for a token decoded after `depth` others."""
-        return kvfile.bytes_per_token(self.config, depth, self.ctx, self.window, self.batch) if self.kv_files else 0
+        if not self.kv_files:
+            return 0
+        return kvfile.bytes_per_token(self.config, min(depth, self.ctx - 1), self.ctx, self.window, self.batch)
 
     @property
     def kv_disk(self) -> int:
@@ -173,9 +175,10 @@ def place(
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots, kv_files=kv_files)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
+        other = f"--ctx {fits} or {'' if kv_files else '--kv-file DIR or '}" if fits else ""
         raise MemoryLimitError(
             f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
-            f"{f'--ctx {fits} or ' if fits else ''}--memory {-(-least // 10**8) / 10:.1f}G"
+            f"{other}--memory {-(-least // 10**8) / 10:.1f}G"
         )
     if ctx > LONG_CTX and sizes.experts:
         larger = batch_within(config, memory, threads, LONG_BATCH)

@@ -113,6 +113,18 @@ def test_a_context_that_does_not_fit_is_trimmed_with_the_reason(folder, capfd):
     assert said.err.count("\n") == 1
 
 
+def test_with_a_file_for_keys_and_values_no_context_is_trimmed(folder, capfd):
+    args = ["--memory", "24G", "--ctx", "10M", "--kv", "q4_0", "--kv-file", "--disk", "3"]
+    (p,) = record(capfd, folder(**REAL), *args)["plans"]
+    assert p["ctx"] == 10 << 20
+    assert p["resident_bytes"] <= 24e9
+    positions = 10 * (1 << 20) - p["kv_window"]
+    assert p["kv_file_bytes"] == p["kv_read_per_token_bytes"] == positions * 12 * 2 * 8 * 128 * 18 // 32
+    assert p["full_tokens_per_second"] == pytest.approx(3e9 / p["kv_file_bytes"], rel=0.05)
+    assert "KV file" in run(capfd, folder(**REAL), *args).out
+    assert "when the context is full" in run(capfd, folder(**REAL), *args[:-1], "1,3").out
+
+
 def test_a_model_that_cannot_fit_is_refused_in_one_line(folder, capfd):
     said = run(capfd, folder(**REAL), "--memory", "8G", code=1)
     assert said.out == ""

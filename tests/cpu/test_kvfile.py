@@ -12,6 +12,7 @@ from pathlib import Path
 
 import interrupts
 import numpy as np
+import oracle
 import pytest
 import tiny
 
@@ -304,3 +305,43 @@ def test_a_place_where_no_file_can_be_made_is_refused_at_once(path, tmp_path):
     with Model.load(path, kv_file=tmp_path / "new") as model:
         assert model.logits([1, 2, 3]).shape == (3, 288)
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
+
+
+# a long text
+
+LONG = {"heads": 1, "kv_heads": 1, "head_dim": 16, "n_embd": 32, "n_ff_exp": 32, "experts": 2, "chunk": 1024, "vocab": 288}
+SAMPLED = 20
+
+
+def check_a_long_text(folder, n, window):
+    """Evaluate `n` tokens with `window` of them in memory; at SAMPLED positions logits are those of NumPy in float64, and a
+    token reads what is computed: one layer, one head, keys and values of 16 halves.
+    """
+    path, ids = tiny.tiny_gguf(folder / "long.gguf", **LONG), text(n + 1)
+    at = [*sorted(np.random.RandomState(1).choice(np.arange(window, n - 1), SAMPLED - 1, replace=False).tolist()), n - 1]
+    gguf = open_gguf(path)
+    where = KVFile(folder, window, BLOCK)
+    model = Engine(gguf, Config.from_gguf(gguf), 2, max_batch=1024, kv_file=where)
+    cache, rows, read = model.new_cache(n + 1), [], 0
+    for p in at:
+        rows.append(model.forward(ids[cache.pos : p + 1], cache))
+        read += model.take_io_stats().kv_bytes
+    model.forward(ids[n:], cache)
+    io = model.take_io_stats()
+    assert io.kv_bytes == (n // BLOCK + 1 - window // BLOCK) * BLOCK * 2 * 2 * 16
+    assert io.kv_bytes == kvfile.bytes_per_token(model.config, n, n + 1, window, 1024, BLOCK)
+    right = oracle.logits_at(path, ids[:n], at, kv=np.float16)
+    error = np.abs(np.array(rows) - right).max() / np.abs(right).max()
+    print(f"{n} tokens, {read / 1e9:.2f} GB read for them; one more reads {io.kv_bytes} bytes, as computed")
+    print(f"largest error at {SAMPLED} positions: {error:.1e} of the largest logit")
+    assert error < 1e-3
+    assert np.array_equal(np.argmax(rows, -1), np.argmax(right, -1))
+
+
+def test_a_text_longer_than_memory_is_that_of_float64(tmp_path):
+    check_a_long_text(tmp_path, 1 << 13, 2048)
+
+
+@pytest.mark.slow
+def test_so_is_one_of_a_million_tokens(tmp_path):
+    check_a_long_text(tmp_path, 1 << 20, 1 << 16)

@@ -181,6 +181,30 @@ def test_the_context_that_fits_is_the_largest_that_is_accepted(scout, n_experts,
             place(config, sizes, int(memory * GB), fits + placement.CTX_STEP)
 
 
+def test_keys_and_values_in_files_leave_room_for_any_context(scout):
+    """Scout in half precision: 12 layers see everything, with blocks of 1024 positions of 4 MiB; 36 keep a chunk."""
+    config, sizes = scout
+    block, rings = 12 * (4 << 20), 36 * 8192 * 4096
+    for ctx in (1 << 20, 10 << 20):
+        assert fit_ctx(config, sizes, 24 * GB, ctx, kv_files=1) == ctx
+        p = place(config, sizes, 24 * GB, ctx, kv_files=1)
+        held = p.window // 1024
+        assert p.resident <= 24 * GB
+        assert p.kv == rings + held * block + 8 * (4 << 20)
+        assert p.kv_disk == (ctx // 1024 - held) * block == p.kv_read_per_token(ctx - 1)
+        assert p.kv_read_per_token(p.window - 1) == 0
+        assert p.kv_read_per_token(p.window) == block
+        assert p.slots > 1
+        reading = p.kv_read_per_token(ctx) / (3 * GB)
+        assert decode_seconds(p, 3 * GB, 1000 * GB, ctx) == pytest.approx(reading + decode_seconds(p, 3 * GB, 1000 * GB), 0.01)
+    assert place(config, sizes, 24 * GB, 1 << 20, kv_files=4).window < p.window
+
+
+def test_a_file_is_not_used_where_memory_holds_the_context(scout):
+    p = place(*scout, 128 * GB, 32768, kv_files=1)
+    assert (p.mode, p.window, p.kv_disk, p.kv_read_per_token(32767)) == ("mapped", 32768, 0, 0)
+
+
 def test_a_model_that_uses_two_experts_needs_two_slots(scout):
     config, sizes = scout
     two = replace(config, n_experts_used=2)

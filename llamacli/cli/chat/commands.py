@@ -343,7 +343,7 @@ class Commands:
         rows = [("context", f"{self.talk.room} tokens, {memory / 1e6:.1f} MB of keys and values"), ("latest answer", latest)]
         for what, io in (("prompt", session.stats.prefill_io), ("answer", session.stats.decode_io)):
             if io:
-                rows.append((f"experts, {what}", str(io)))
+                rows.append((f"{'experts' if io.hits + io.misses else 'reads'}, {what}", str(io)))
         return rows
 
     def model_(self, rest: str) -> None:
