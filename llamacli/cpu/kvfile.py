@@ -211,6 +211,9 @@ class FileCache(KVCache):
             for block in range(first, last + 1):
                 self._in_memory(layer, block, range(first, last + 1))
                 blocks.changed.add(block)
+            before = range(first - 1, -1, -1)  # after going back, slots are free: the newest blocks come back into them
+            while len(blocks.slot_of) < min(self._n_slots, last + 1):
+                self._in_memory(layer, next(block for block in before if block not in blocks.slot_of), ())
             rows = tables[:, layer - self.layers.start]
             rows[:, :2], rows[:, 2] = blocks.table[first : last + 1], self.block
         self._tables = tables  # kept until the next batch
