@@ -82,25 +82,24 @@ def test_a_conversation_is_resumed_from_what_was_kept(tmp_path):
 
 
 def test_keys_and_values_in_a_file_change_no_answer_and_leave_nothing(capfd, tmp_path):
-    """With little memory, a context of 32768 tokens keeps some 3000 positions there; the text has more."""
+    """The least memory that is accepted for a context of 32768 tokens holds some 3000 positions; the text has more."""
     book = tmp_path / "book.txt"
-    book.write_text(TEXT * 3)
-    sizes = ",".join(f"{n}M" for n in range(130, 210, 5))
-    main(["plan", str(environment.SMALL_MODEL), "-c", "32K", "--kv-file", "--memory", sizes, "--json"])
-    plans = json.loads(capfd.readouterr().out)["plans"]
-    memory = max(p["memory_bytes"] for p in plans if p["mode"] == "slots" and p["kv_window"] < 4000)
-    answers = []
+    book.write_text(TEXT * 2)
     args = ["run", "-v", "--no-stdin", "--temp", "0", "-n", "4", "-f", str(book), "Where?", "-c", "32K"]
-    for more in ([], ["--memory", f"{memory // 10**6}M", "--experts", "slots", "--kv-file", str(tmp_path / "kv")]):
-        assert main([*args, *more]) == 0
-        answers.append(capfd.readouterr())
-    assert answers[0].out == answers[1].out
-    assert re.search(r"MB a token read, [1-9]\d* of it keys and values", answers[1].err)
+    assert main(args) == 0
+    plain = capfd.readouterr().out
+    for megabytes in range(130, 300, 5):  # other models of this process count
+        if main([*args, "--experts", "slots", "--memory", f"{megabytes}M", "--kv-file", str(tmp_path / "kv")]) == 0:
+            break
+        assert "expected at least" in capfd.readouterr().err
+    out, err = capfd.readouterr()
+    assert out == plain
+    assert re.search(r"MB a token read, [1-9]\d* of it keys and values", err)
     assert not (tmp_path / "kv").exists()
 
 
 def test_a_place_where_no_file_can_be_made_is_one_line(capfd, tmp_path):
-    assert main(["run", "--kv-file", str(tmp_path / "no" / "where"), "hi"]) == 2
+    assert main(["run", "--no-stdin", "--kv-file", str(tmp_path / "no" / "where"), "hi"]) == 2
     err = capfd.readouterr().err
     assert re.search(r"--kv-file .*where: expected a folder, or a path where a new file can be made, found: No such file", err)
     assert "Traceback" not in err
