@@ -1,6 +1,7 @@
-"""Fixtures. Every test: signal handlers are restored; LLAMACLI_MODEL, LLAMACLI_DEBUG and NO_COLOR of the user are removed.
+"""Fixtures. Every test: signal handlers are restored; what the user has in LLAMACLI_MODEL, LLAMACLI_SERVER, LLAMACLI_DEBUG and
+NO_COLOR is removed.
 
-On request: commands over a miniature model.
+On request: commands over a miniature model, a browser.
 """
 
 import signal
@@ -15,7 +16,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def untouched_surroundings(monkeypatch):
     """Commands that run in this process change signal handlers, and child processes would inherit them."""
-    for variable in ("LLAMACLI_MODEL", "LLAMACLI_DEBUG", "NO_COLOR"):
+    for variable in ("LLAMACLI_MODEL", "LLAMACLI_SERVER", "LLAMACLI_DEBUG", "NO_COLOR"):
         monkeypatch.delenv(variable, raising=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
