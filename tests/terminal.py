@@ -73,9 +73,10 @@ class Terminal:
 
     def pump(self, seconds=SETTLED):
         """Read for so many seconds, and until nothing has come for a moment; False at the end of the process's output."""
-        until = time.monotonic() + seconds
-        while (came := self._read(SETTLED)) or (came is None and time.monotonic() < until):
-            pass
+        began = time.monotonic()
+        while (came := self._read(SETTLED)) or (came is None and time.monotonic() < began + seconds):
+            if time.monotonic() > began + seconds + 60:
+                raise AssertionError(f"expected a screen that comes to rest, found\n{self.text}")
         return came is None
 
     def wait(self, *texts, times=1, seconds=60):
