@@ -12,6 +12,7 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_BYTES = 64 << 20
-MOST_PIXELS = 100_000_000  # decoded they take 300 MB
+MOST_PIXELS = 100_000_000  # decoded they take 400 MB, twice where they are changed to RGB
+BAND = 1 << 20  # pixels that are changed at a time
 USUAL_BYTES = 100_000_000  # that reading one takes: of 16 million pixels, turned; transparent ones take three times as much
 STRIP = 256  # rows of a picture that are copied at a time
 LONGEST_SIDE, MOST_RATIO = 65535, 1000
@@ -214,16 +216,34 @@ def _upright(name: str, image: "Image", turn: bool) -> Picture:
 
 
 def _rgb(image: "Image") -> "Image":
-    """RGB, what is transparent laid on white; gray of 16 bits by its upper 8."""
+    """RGB, what is transparent laid on white; gray of 16 bits by its upper 8. What is not RGB yet is changed band by band."""
     from PIL import Image
 
-    if image.mode.startswith("I;16") or image.mode == "I":
-        import numpy as np
+    deep = image.mode.startswith("I;16") or image.mode == "I"
+    clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    if not (deep or clear):
+        return image if image.mode == "RGB" else image.convert("RGB")
+    found = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        found.paste(_upper_bits(band) if deep else _on_white(band), (0, top))
+    return found
 
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return image.convert("RGB")
+
+def _bands(image: "Image") -> Iterator[tuple[int, "Image"]]:
+    """(first row, some rows) of a picture: copies of all of a large one would take its memory several times."""
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _upper_bits(band: "Image") -> "Image":
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(band).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+
+
+def _on_white(band: "Image") -> "Image":
+    from PIL import Image
+
+    return Image.alpha_composite(Image.new("RGBA", band.size, (255, 255, 255, 255)), band.convert("RGBA")).convert("RGB")

@@ -3,6 +3,8 @@
 import base64
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -122,6 +124,27 @@ def test_what_is_refused_is_said_in_a_line(name):
     assert str(caught.value).startswith("it.png: ")
     assert "\n" not in str(caught.value)
     assert most < 20e6, "nothing is decoded that is refused"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.parametrize("kind, channels", [((16, 0), 2), ((8, 6), 4)], ids=["16 bits", "transparent"])
+def test_a_large_picture_is_changed_to_rgb_without_taking_its_memory_many_times(kind, channels):
+    """It is a hundred kilobytes of file; the picture takes 2 or 4 bytes a pixel, its RGB 4."""
+    side, (depth, colours) = 4000, kind
+    rows = zlib.compress(bytes(side * (1 + side * channels)), 1)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", side, side, depth, colours, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    code = (
+        "import resource, sys\nfrom llamacli.vision.pictures import read_picture\nimport numpy, PIL.Image\n"
+        "held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "before, data = held(), sys.stdin.buffer.read()\nread_picture(data)\nprint(held() - before)"
+    )
+    taken = int(subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True).stdout)
+    assert taken < 11 * side * side
 
 
 OTHERS = ("ICO", "PPM", "TGA", "PCX", "SGI", "DDS", "ICNS", "IM", "JPEG2000", "MSP", "XBM", "SPIDER", "PDF", "EPS")
