@@ -15,6 +15,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from zlib import crc32
@@ -24,7 +25,7 @@ from quantize.writer import ALIGNMENT, sync, sync_folder
 
 PIECE = 1 << 23  # bytes per read while finished tensors are verified
 MAGIC = b"llamacli conversion "  # the first bytes of a log, followed by the job
-SYNC = 1 << 32  # bytes of finished tensors that a power cut may cost at most
+SYNC = 1 << 28  # bytes of finished tensors after which the disk begins to write them
 
 
 class File(NamedTuple):
@@ -280,7 +281,12 @@ def _identity(path: Path) -> list[int] | None:
 
 def _write_part(file: File, journal: BinaryIO, finished: dict[str, _Finished], maker: Maker) -> None:
     """Complete the part, keeping the good tensors at its beginning."""
-    with os.fdopen(os.open(part_of(file.path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as out:
+    with (
+        os.fdopen(os.open(part_of(file.path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as out,
+        ThreadPoolExecutor(
+            1, "sync"
+        ) as disk,  # while it writes, the next tensors are made: the end is not left waiting for all
+    ):
         left = deque(file.tensors)
         if out.read(len(file.head)) == file.head:
             while left and _kept(out, *left[0], finished, maker):
@@ -290,7 +296,7 @@ def _write_part(file: File, journal: BinaryIO, finished: dict[str, _Finished], m
             out.seek(0)
             out.write(file.head)
         out.truncate(out.tell())
-        unsynced = 0
+        unsynced, syncing = 0, None
         for name, nbytes in left:
             checksum, written = 0, 0
             for chunk in _made(maker, name):
@@ -301,12 +307,15 @@ def _write_part(file: File, journal: BinaryIO, finished: dict[str, _Finished], m
             out.write(bytes(-nbytes % ALIGNMENT))
             out.flush()
             unsynced += nbytes
-            if unsynced >= SYNC:
-                sync(out.fileno())
-                unsynced = 0
+            if unsynced >= SYNC and (syncing is None or syncing.done()):
+                if syncing is not None:
+                    syncing.result()  # its error, if any
+                syncing, unsynced = disk.submit(sync, out.fileno()), 0
             record = {"tensor": name, "checksum": checksum, "note": maker.note(name), "source": maker.source(name)}
             _append(journal, record)
         out.flush()
+        if syncing is not None:
+            syncing.result()
         sync(out.fileno())
 
 

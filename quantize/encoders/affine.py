@@ -8,13 +8,13 @@ from typing import NamedTuple
 from llvmlite import ir
 
 from llamacli.cpu.kernels.jit.simd import f32, i64
+from quantize.encoders.grid import affine_grid
 from quantize.encoders.levels import LANES, ROUND, splat
 from quantize.encoders.parts import (
     CLOSED,
     EXACT,
     HALVES,
     SHIFT,
-    SHIFTS,
     SLIGHT,
     SPANS,
     WEIGHTED_SHIFTS,
@@ -90,9 +90,11 @@ def affine(s, fmt, room):
         return s.loop(shifts if isinstance(shifts, ir.Value) else fmt.GRID[2] * shifts, best, one)
 
     span = b.fsub(high, low)
-    best = [b.fmul(span, splat(s, 1 / top)), low, splat(s, 3e38)]
-    best = try_grid(low, span, SHIFTS if room.w is None else WEIGHTED_SHIFTS, best)
-    if room.w is not None:
+    if room.w is None:
+        best = affine_grid(s, fmt, room, low, span, most if unsigned else None)
+    else:
+        best = [b.fmul(span, splat(s, 1 / top)), low, splat(s, 3e38)]
+        best = try_grid(low, span, WEIGHTED_SHIFTS, best)
         near, far = extremes(s, fmt, room, room.centred, b.fmul(spread, splat(s, SLIGHT / top**2)))[:2]
         if unsigned:
             near = s.fmin(near, most)

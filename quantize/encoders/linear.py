@@ -4,7 +4,8 @@ In: groups lane by lane (search.py). Out: what `pack` reads.
 """
 
 from llamacli.cpu.kernels.jit.simd import f32
-from quantize.encoders.levels import LANES, splat
+from quantize.encoders.grid import linear_grid
+from quantize.encoders.levels import LANES, Uniform, splat
 from quantize.encoders.parts import (
     CLOSED,
     EXACT,
@@ -54,9 +55,12 @@ def linear(s, fmt, room):
 
         return s.loop(count, best, one)
 
-    best = [b.fmul(furthest, splat(s, 1 / levels.low)), splat(s, 3e38)]
-    for side in (levels.low, levels.high):
-        best = try_grid(furthest, side, fmt.GRID[2], best)
+    if room.w is None and isinstance(levels, Uniform):
+        best = [linear_grid(s, fmt, room, furthest)]
+    else:
+        best = [b.fmul(furthest, splat(s, 1 / levels.low)), splat(s, 3e38)]
+        for side in (levels.low, levels.high):
+            best = try_grid(furthest, side, fmt.GRID[2], best)
     if room.w is not None:
         near = further(*extremes(s, fmt, room, room.x, b.fmul(sxx, splat(s, SLIGHT / levels.low**2)))[:2])
         narrower = b.fcmp_ordered("<", s.fabs(near), b.fmul(s.fabs(furthest), splat(s, 0.9)))

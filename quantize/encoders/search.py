@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from llvmlite import ir
 
-from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, vec
+from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, i16, vec
 from quantize.encoders.affine import affine
 from quantize.encoders.levels import LANES
 from quantize.encoders.linear import linear
@@ -35,6 +35,7 @@ class Room(NamedTuple):
     x: ir.Value  # float32 [group][LANES]
     centred: ir.Value  # the same less each lane's mean
     w: ir.Value | None  # the same as x, or None
+    pairs: ir.Value  # int16 [group / 2][LANES][2]: the weights as whole numbers
     inverse: ir.Value  # float32 [LANES]
     offset: ir.Value
     codes: ir.Value  # uint8 [LANES * group], in the order of the weights
@@ -70,7 +71,8 @@ def _encoder(module, target, fmt, name):
         return
     lanes = lambda: s.room(f32, LANES)
     room = Room(
-        s.room(f32, unit), s.room(f32, unit), s.room(f32, unit) if weighted else None, lanes(), lanes(), s.room(i8, unit),
+        s.room(f32, unit), s.room(f32, unit), s.room(f32, unit) if weighted else None, s.room(i16, unit),
+        lanes(), lanes(), s.room(i8, unit),
         s.room(f16, LANES), s.room(f16, LANES), s.room(i8, LANES), s.room(i8, LANES),
     )  # fmt: skip
     per_block = fmt.BLOCK // fmt.GROUP
