@@ -216,6 +216,8 @@ class Model:
         `limit`: bytes of all models' snapshots; None: half of what the disk has free and they take. `exact`: answers have the
         same bytes as without; else a conversation's answers are kept, too. ModelFileError if the model's file has gone.
         """
+        if hasattr(self.engine.stages[0], "places"):
+            raise UsageError("--cache: expected a model on this machine alone, found a cluster; leave one of them out")
         from llamacli.environment import snapshots_folder
         from llamacli.snapshots import Snapshots, identity
 

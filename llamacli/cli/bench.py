@@ -14,6 +14,7 @@ from typing import Annotated
 
 from llamacli.cli.console import amount, rate
 from llamacli.cli.grammar import argument, option
+from llamacli.cli.nodes import OnCluster
 from llamacli.cli.options import (
     KV,
     DeviceName,
@@ -68,6 +69,7 @@ def bench(
     memory: Memory = None,
     device: DeviceName = None,
     gpu_layers: GpuLayers = None,
+    nodes: OnCluster = None,
     repetitions: Annotated[
         int, option("-r", "--repetitions", metavar="N", least=1, most=1000, help="Runs of each test; the median counts (3).")
     ] = 3,
@@ -106,6 +108,9 @@ def bench(
     if not tests:
         raise UsageError("nothing to measure: expected -p or -n above 0")
     model = one_model(file, model)
+    if nodes.cluster and (shape or profile or startup):
+        other = "--shape" if shape else "--profile" if profile else "--startup"
+        raise UsageError(f"--cluster and {other} exclude each other: expected a model on this machine for that; leave one out")
     if shape and model:
         raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
     if shape and compare and layers < 4:
@@ -129,8 +134,9 @@ def bench(
         # before this process holds a model: two of them may not fit
         starts = [measure.startup(path, threads, repetitions)] if startup else []
         where = placement(device, gpu_layers) | ({} if memory is None else {"memory": memory_bytes(memory)})
+        where |= nodes.on_cluster
         loaded = load_model(path, threads, longest + 1, console, kv=kv.value, kv_file=kv_file, **where)
-        if kv_file is None:
+        if kv_file is None and not nodes.cluster:
             _check_room(loaded.config, longest)
         peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
         on_gpu = f", {loaded.engine.gpu_layers} layers on the GPU" if loaded.engine.gpu_layers else ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from llamacli import DEFAULT_CTX, default_ctx
+from llamacli.cli import split
 from llamacli.cli.console import amount, count, rate
 from llamacli.cli.grammar import argument, option, token_count
 from llamacli.cli.images import cost_rows
@@ -29,6 +30,7 @@ from llamacli.cli.options import (
     one_model,
 )
 from llamacli.cli.options import placement as placement_of
+from llamacli.cli.split import Network, Nodes
 from llamacli.errors import MemoryLimitError, UsageError
 
 ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
@@ -109,6 +111,8 @@ def plan(
     kv_file: Annotated[
         bool, option("--kv-file", group="Model", help="Keys and values that memory does not hold are in a file on the disk.")
     ] = False,
+    nodes: Nodes = None,
+    network: Network = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -122,6 +126,7 @@ def plan(
     llamacli plan Llama-4-Maverick-17B-128E-Instruct --type Q4_K_M --memory 64G,128G --disk 3,7
     llamacli plan scout.gguf --memory 96G --gpu-memory 72G
     llamacli plan scout.gguf --memory 24G -c 10M --kv q4_0 --kv-file
+    llamacli plan maverick.gguf --nodes 128G,128G --network 10 --disk 5
     """
     from llamacli.cpu.kernels.cores import default_threads
     from llamacli.plan import placement
@@ -140,6 +145,12 @@ def plan(
         console.note(notice)
     memories, disks, bandwidths = _memories(memory), _numbers(disk, "--disk"), _numbers(bandwidth, "--bandwidth")
     asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
+    if nodes is not None:
+        assumed = disks or [ASSUMED_DISK], bandwidths or [ASSUMED_BANDWIDTH]
+        split.show(model, nodes, network, *assumed, asked, many["threads"], as_json, console)
+        return
+    if network is not None:
+        raise UsageError("--network: expected --nodes with it, found none; add it or leave this out")
     plans, refused = [], None
     for limit in memories:
         fits = placement.fit_ctx(model.config, model.sizes, limit, asked, **many)

@@ -10,6 +10,7 @@ from llamacli.cli import signals
 from llamacli.cli.console import one_line
 from llamacli.cli.grammar import byte_count, option, size
 from llamacli.cli.keeping import Storing
+from llamacli.cli.nodes import OnCluster
 from llamacli.cli.options import (
     Context,
     DeviceName,
@@ -82,6 +83,7 @@ def serve(
     gpu_layers: GpuLayers = None,
     experts: Experts = Placing.auto,
     mmproj: Tower = None,
+    nodes: OnCluster = None,
     storing: Storing = None,
     output: Output = None,
 ) -> None:
@@ -121,6 +123,7 @@ def serve(
         sessions=parallel,
         **placement(device, gpu_layers),
         mmproj=mmproj or False,
+        **nodes.on_cluster,
     )
     limits = Limits(parallel, queue, byte_count(max_body, "--max-body"), rate=rate)
     server = Server(

@@ -6,12 +6,15 @@ doubling, so memory follows the conversation, never the file's context length. H
 kernels read: int64 [n_layers, 3], key address, value address, capacity.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 from llamacli.llama4.config import Config
 from llamacli.positions import Positions
 
 
+@lru_cache(4096)
 def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
     """Bytes that a cache of `ctx` tokens holds when it is full; `chunked` False: as if no layer were capped at a chunk."""
     per_token = 2 * config.n_kv_heads * config.kv_row_bytes

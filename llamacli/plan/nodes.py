@@ -11,7 +11,6 @@ follow each other.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -61,11 +60,12 @@ class Split(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is known of a model's layers: bytes of the head, and Sizes of each layer by itself."""
+    """What is known of a model's layers: bytes of the head, and Sizes of each layer by itself. `planned`: parts that were."""
 
     config: Config
     head: int
     layers: tuple[Sizes, ...]
+    planned: dict
 
 
 def model(config: Config, tensors: Sequence[tuple[str, int]]) -> Model:
@@ -81,7 +81,7 @@ def model(config: Config, tensors: Sequence[tuple[str, int]]) -> Model:
             own[layer].append((name, nbytes))
         elif layer is None and (row.role is Role.OUTPUT or (config.tied and row.role is Role.EMBEDDING)):
             head += nbytes
-    return Model(config, head, tuple(size_by_kind(some, config) for some in own))
+    return Model(config, head, tuple(size_by_kind(some, config) for some in own), {})
 
 
 def split(
@@ -104,15 +104,19 @@ def split(
     n, c = model.config.n_layers, model.config
     machines = [machines[0]._replace(memory=machines[0].memory - model.head), *machines[1:]]
 
-    @cache
     def part(k: int, first: int, end: int) -> Part | None:
-        try:
-            placement = _place(model, machines[k], range(first, end), ctx, slots)
-        except MemoryLimitError:
-            return None
-        return Part(
-            machines[k], range(first, end), placement, decode_seconds(placement, machines[k].disk, machines[k].bandwidth)
-        )
+        machine, layers = machines[k], range(first, end)
+        key, shorter = (*machine[1:], first, end, ctx, slots), (*machine[1:], first, end - 1, ctx, slots)
+        if key not in model.planned and model.planned.get(shorter, 0) is None:
+            model.planned[key] = None  # what does not fit does not fit with a layer more
+        if key not in model.planned:
+            try:
+                placement = _place(model, machine, layers, ctx, slots)
+                model.planned[key] = placement, decode_seconds(placement, machine.disk, machine.bandwidth)
+            except MemoryLimitError:
+                model.planned[key] = None
+        found = model.planned[key]
+        return found and Part(machine, layers, *found)
 
     hop = latency + SECONDS_PER_HANDOVER + 4 * c.n_embd / network
     scale = sum(s.always + s.routed for s in model.layers) / sum(machine.bandwidth for machine in machines)

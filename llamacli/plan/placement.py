@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -266,6 +267,7 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB"
 
 
+@lru_cache(1024)
 def working_bytes(config: Config, threads: int, batch: int, kv_files: int = 0) -> int:
     """Bytes of the buffers of an engine whose `max_batch` is `batch`, for its longest batches."""
     fetched = {"slots": any(map(config.is_moe, range(config.n_layers))), "kv_file": kv_files > 0}

@@ -153,6 +153,12 @@ def test_status_shows_both_nodes_with_their_copies(two):
     assert all(node["memory"] > 0 and node["bandwidth"] > 0 and node["version"] for node in nodes.values())
 
 
+def test_bench_measures_the_cluster(two):
+    words = ("-p", "64", "-n", "8", "-r", "1", "--cluster", two.address, "--cluster-layers", "1,3", "--json")
+    done = two.llamacli("bench", "-m", str(TINY), *words)
+    assert [record["test"] for record in json.loads(done.stdout)] == ["pp64", "tg8"], done.stderr
+
+
 def test_another_secret_is_refused_in_one_line(two):
     done = two.llamacli("cluster", "status", two.address, LLAMACLI_CLUSTER_SECRET="another" * 6)
     assert done.returncode == 1

@@ -1,10 +1,13 @@
 """Which layers go to which machine: within its memory, and so that a token takes the least time."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from llamacli.cli import main
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.tensors import tensors
 from llamacli.plan.nodes import Machine, model, split
@@ -80,3 +83,31 @@ def test_layers_that_are_asked_for_are_checked():
     for wrong in ([48], [24, 23], [-1, 49]):
         with pytest.raises(UsageError, match="expected 2 counts that add up to 48"):
             split(MAVERICK, [machine(200), machine(200)], 8192, layers=wrong)
+
+
+def test_the_command_shows_who_gets_what(capfd):
+    file = str(Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf")
+    assert main(["plan", file, "--nodes", "2G,1G", "--network", "1,10", "--bandwidth", "20,10", "--disk", "2", "--json"]) == 0
+    slow, fast = json.loads(capfd.readouterr().out)["plans"]
+    assert sum(node["layers"] for node in slow["nodes"]) == 4
+    assert slow["network_gbits"] == 1 and slow["tokens_per_second"] < fast["tokens_per_second"]
+    assert main(["plan", file, "--nodes", "2G,1G"]) == 0
+    shown = capfd.readouterr().out
+    assert "node 1" in shown and "10 Gbit/s" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nodes", "2G,1G", "--disk", "1,2,3"], "--disk: expected one value or one for each of 2 nodes, found 3"),
+        (["--nodes", "2G,x"], "--nodes: expected"),
+        (["--nodes", "2G", "--network", "fast"], "--network: expected speeds in Gbit/s"),
+        (["--network", "10"], "--network: expected --nodes with it"),
+        (["--nodes", "50M,50M"], "on 2 nodes together"),
+    ],
+)
+def test_the_command_refuses_in_one_line(capfd, words, message):
+    file = str(Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf")
+    assert main(["plan", file, *words]) != 0
+    said = capfd.readouterr().err
+    assert message in said and said.count("\n") == 1
