@@ -37,7 +37,6 @@ ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothi
 CONTEXTS = (8192, 32768, 131072, 1048576)
 LARGEST = 10 << 20  # Scout's own limit, which only a file holds
 PROMPTS = (512, 4096)
-MOST = 16  # values in a list
 LONGEST = 1 << 31  # tokens
 
 
@@ -143,7 +142,7 @@ def plan(
     model = model._replace(config=dataclasses.replace(model.config, kv_type=kv.value.upper()))
     for notice in model.notices:
         console.note(notice)
-    memories, disks, bandwidths = _memories(memory), _numbers(disk, "--disk"), _numbers(bandwidth, "--bandwidth")
+    memories, disks, bandwidths = _memories(memory), split.numbers(disk, "--disk"), split.numbers(bandwidth, "--bandwidth")
     asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
     if nodes is not None:
         assumed = disks or [ASSUMED_DISK], bandwidths or [ASSUMED_BANDWIDTH]
@@ -247,7 +246,7 @@ def _gpu_share(model: Model, ctx: int, asked: dict, gpu_memory: str | None):
 def _memories(text: str | None) -> list[int]:
     from llamacli.plan.machine import budget
 
-    return [budget()] if text is None else [byte_count(size, "--memory") for size in _listed(text, "--memory")]
+    return [budget()] if text is None else [byte_count(size, "--memory") for size in split.listed(text, "--memory")]
 
 
 def _speeds(path: Path, disk: list[float] | None, bandwidth: list[float] | None, threads: int) -> dict:
@@ -276,26 +275,6 @@ def _limits(threads: int) -> tuple[float, float]:
     from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
 
     return read_gbps(threads, buffer_megabytes(threads, 256), rounds=3), multiply_gops(threads, steps=1_000_000, rounds=3)
-
-
-def _listed(text: str, where: str) -> list[str]:
-    parts = text.split(",")
-    if len(parts) > MOST:
-        raise UsageError(f"{where}: expected at most {MOST} values, found {len(parts)}")
-    return parts
-
-
-def _numbers(text: str | None, where: str) -> list[float] | None:
-    """Speeds such as 1,3.5,7; None if none are given."""
-    if not text:
-        return None
-    try:
-        values = [float(part) for part in _listed(text, where)]
-    except ValueError:
-        values = []
-    if not values or not all(1e-3 <= value <= 1e6 for value in values):
-        raise UsageError(f"{where}: expected speeds in GB/s, such as 3.5 or 1,3,7, found {text!r}")
-    return values
 
 
 # what comes out

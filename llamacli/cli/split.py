@@ -14,6 +14,7 @@ from llamacli.errors import UsageError
 LATENCY = 100e-6  # seconds one way, of a wired network
 NETWORKS = (1.0, 10.0, 40.0)  # Gbit/s
 MOST = 64  # nodes
+MOST_VALUES = 16  # values in a list
 
 Nodes = Annotated[
     str | None,
@@ -59,6 +60,27 @@ def show(model, nodes: str, network: str | None, disks, bandwidths, ctx: int, th
         for speed, found in zip(networks, splits, strict=True)
     ]
     console.table("\nExpected, every expert being equally likely", rows, ("network", "hand-overs, ms a token", "tokens/s"))
+
+
+def listed(text: str, where: str) -> list[str]:
+    """The parts of a list such as 1,3,7."""
+    parts = text.split(",")
+    if len(parts) > MOST_VALUES:
+        raise UsageError(f"{where}: expected at most {MOST_VALUES} values, found {len(parts)}")
+    return parts
+
+
+def numbers(text: str | None, where: str) -> list[float] | None:
+    """Speeds such as 1,3.5,7; None if none are given."""
+    if not text:
+        return None
+    try:
+        values = [float(part) for part in listed(text, where)]
+    except ValueError:
+        values = []
+    if not values or not all(1e-3 <= value <= 1e6 for value in values):
+        raise UsageError(f"{where}: expected speeds in GB/s, such as 3.5 or 1,3,7, found {text!r}")
+    return values
 
 
 def _record(split, network: float) -> dict:
