@@ -31,6 +31,9 @@ BOUNDS = {  # least and most of what is read from a file
 }
 
 
+MOST_PIXELS = 1 << 25  # of all tiles of a picture; Llama 4's have 1 << 21
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """Sizes of a tower and its projector."""
@@ -155,6 +158,8 @@ class VisionConfig:
         for name, (least, most) in BOUNDS.items():
             if not least <= getattr(self, name) <= most:
                 raise error(f"{where}: expected {name} of the vision tower from {least} to {most}, found {getattr(self, name)}")
+        if (pixels := self.most_tiles * self.image_size**2) > MOST_PIXELS:
+            raise error(f"{where}: expected tiles of at most {MOST_PIXELS} pixels in all, found {pixels}")
         if self.n_embd % self.n_heads or self.head_dim % 4:
             raise error(f"{where}: expected heads of a multiple of 4 elements, found {self.n_embd} in {self.n_heads} heads")
         if self.image_size % self.patch_size or self.side % SHUFFLE:

@@ -196,6 +196,13 @@ def test_an_incomplete_tower_is_refused(tmp_path, edit):
         Tower(open_gguf(path), 1)
 
 
+def test_tiles_that_would_take_all_memory_are_refused(tmp_path):
+    """The canvas of a picture is as large as all of its tiles."""
+    path = tiny_tower.tower_gguf(tmp_path / "mmproj.gguf", image_size=2048, patch_size=256, most_tiles=64)
+    with pytest.raises(ModelFileError, match="tiles of at most 33554432 pixels in all, found 268435456"):
+        VisionConfig.from_gguf(open_gguf(path))
+
+
 def test_the_table_is_a_towers_tensors(tmp_path):
     gguf = open_gguf(tiny_tower.tower_gguf(tmp_path / "mmproj.gguf", **SHAPE))
     specs = {spec.name: spec for spec in tensors(VisionConfig.from_gguf(gguf))}
