@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_tests_are_not_skipped_for_want_of_what_dev_installs(monkeypatch):
         needed("numpy")
     with pytest.raises(pytest.skip.Exception):
         needed("no_such_package")
+
+
+def test_no_requirement_depends_on_the_version_of_a_kernel():
+    """pip 24.1 to 25 fails on markers with `platform_release` where it is no version, as 6.8.0-51-generic is none."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = [*project["dependencies"], *(each for extra in project["optional-dependencies"].values() for each in extra)]
+    assert every
+    assert not [each for each in every if "platform_release" in each or "platform_version" in each]

@@ -6,6 +6,7 @@ process: MLX reads them once, on its first use, and with its defaults every adop
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from llamacli.errors import DeviceError, MemoryLimitError, UsageError
 
 OLDEST = (0, 32, 1)  # the first that adopts memory of ours: mlx.core.asarray(copy=False)
 COMMANDS = {"MLX_MAX_OPS_PER_BUFFER": "1000", "MLX_MAX_MB_PER_BUFFER": "1000000"}  # limits that end a command buffer
-INSTALL = "install it with pip install 'llamacli[mlx]', or use --device cpu"
+BACKEND = "" if sys.platform == "darwin" else " 'mlx[cuda13]' (or mlx[cpu], to look)"  # on macOS Metal comes with it
+INSTALL = f"install it with pip install 'llamacli[mlx]'{BACKEND}, or use --device cpu"
 
 
 class Runtime(NamedTuple):
