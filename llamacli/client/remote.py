@@ -66,8 +66,10 @@ class Remote:
         self.config = SimpleNamespace(n_vocab=_count(meta.get("n_vocab")) or 1 << 31, context_length=self.ctx)
         self.engine = SimpleNamespace(follow_progress=None)
 
-    def prompt_ids(self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = ()) -> Prompt:
-        """A conversation to be answered. `tools` may be called."""
+    def prompt_ids(
+        self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = (), limit: int | None = None
+    ) -> Prompt:
+        """A conversation to be answered. `tools` may be called. Tiles and the length of a prompt are the server's to limit."""
         fields = {"messages": _messages(messages)}
         return Prompt("/v1/chat/completions", fields | ({"tools": list(tools)} if tools else {}))
 

@@ -360,3 +360,49 @@ def test_a_chat_survives_a_server_that_goes_away(tmp_path):
         t.type("/regen\r")
         t.wait("Whole again.")
         t.close()
+
+
+def test_ctrl_c_ends_the_wait_for_a_silent_server_and_the_chat_goes_on(tmp_path):
+    left = threading.Event()
+
+    def silent(connection):
+        connection.recv(1)  # until the client closes
+        left.set()
+
+    answers = [silent, lambda c: c.sendall(stream(said("Here I am.", "stop")))]
+    with pretending(lambda c: answers.pop(0)(c)) as (url, _):
+        t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
+        t.wait("ctx 0", seconds=60)
+        t.type("Are you there?\r")
+        t.wait("reading the prompt")
+        t.type("\x03")
+        assert left.wait(10), "the connection is still open"
+        t.wait("stopped by Ctrl-C")
+        t.type("/regen\r")
+        t.wait("Here I am.")
+        t.close()
+
+
+def test_how_far_the_server_is_with_the_prompt_is_shown(tmp_path):
+    head, _, events = stream(said("Done.", "stop")).partition(b"\r\n\r\n")
+    seen = threading.Event()
+
+    def slow(connection):
+        connection.sendall(head + b"\r\n\r\n: 256 of 1024 tokens of the prompt\n\n")
+        seen.wait(20)
+        connection.sendall(events)
+
+    with pretending(slow) as (url, _):
+        t = Terminal([*RUN, "run", "--server", url, "--no-stdin", "Hi"], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
+        t.wait("256 of 1,024 tokens")
+        seen.set()
+        t.wait("Done.")
+        t.close()
+
+
+def test_a_pipe_of_turns_is_answered_by_the_server(server):
+    turns = f"{QUESTION}\nAnd of Japan?\n"
+    done = subprocess.run(
+        [*RUN, "chat", "--server", server, "--temp", "0"], input=turns, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split("\n")[0] == ANSWER and "Tokyo" in done.stdout and done.returncode == 0

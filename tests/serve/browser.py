@@ -132,7 +132,7 @@ class Tab:
         until = time.monotonic() + seconds
         while not (found := self._now(condition)):
             assert time.monotonic() < until, f"waited in vain for {condition}; the page says:\n{self.text()}"
-            time.sleep(0.01)
+            time.sleep(0.02)
         return found
 
     def appears(self, selector):
