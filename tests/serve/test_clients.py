@@ -11,13 +11,14 @@ from serving import serving
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 CALL = '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}'
+CHUNK = 64  # to whose edge the miniature's cache goes back where a conversation parts from what it holds
 HI = [{"role": "user", "content": "Hi"}]
 LONG = "You are an assistant that is asked to write code. " * 2  # what two prompts share is then kept in whatever place is free
 
 
 @pytest.fixture(scope="module")
 def server():
-    with serving(FakeModel(Scripted("hello there", chunk=64), ctx=3000), keys=["key"]) as made:
+    with serving(FakeModel(Scripted("hello there", chunk=CHUNK), ctx=3000), keys=["key"]) as made:
         yield made
 
 
@@ -156,45 +157,89 @@ def test_openai_responses_stores_nothing(gpt, says):
         gpt.responses.create(model="x", input="Hi", previous_response_id="resp_1")
 
 
-def test_requests_as_codex_sends_them(gpt, says, server):
-    tool = {
-        "type": "function",
-        "name": "shell",
-        "strict": False,
-        "parameters": {"type": "object", "properties": {"command": {}}},
-    }
-    asked = {
-        "model": "x",
-        "instructions": LONG,
-        "tools": [tool, {"type": "web_search"}, {"type": "image_generation"}, {"type": "namespace", "name": "n"}],
-        "tool_choice": "auto",
-        "parallel_tool_calls": False,
-        "reasoning": {"summary": "auto"},
-        "store": False,
-        "include": ["reasoning.encrypted_content"],
-        "prompt_cache_key": "abc",
-        "text": {"verbosity": "low"},
-        "client_metadata": {"a": "b"},
-    }
-    probe = server.post("/v1/responses", json=asked | {"input": [], "max_output_tokens": 1}, headers={"x-api-key": "key"})
-    assert probe.status_code == 200
-    turn = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "list the files"}]}]
-    says('{"name": "shell", "parameters": {"command": ["ls"]}}')
-    answer = server.post("/v1/responses", json=asked | {"input": turn}, headers={"x-api-key": "key"}).json()
-    (call,) = answer["output"]
-    assert call["type"] == "function_call" and json.loads(call["arguments"]) == {"command": ["ls"]}
-    says("two files")
-    turn += [
-        {"type": "reasoning", "summary": [], "encrypted_content": None},
-        call,
-        {"type": "function_call_output", "call_id": call["call_id"], "output": "a.txt b.txt"},
+class Codex:
+    """Asks as Codex does: the whole conversation each time, as a stream, with tools and fields of its own."""
+
+    def __init__(self, server):
+        self.server, self.input = server, []
+        shell = {
+            "type": "function",
+            "name": "shell",
+            "description": "Runs a command.",
+            "strict": False,
+            "parameters": {
+                "type": "object",
+                "properties": {"command": {"type": "array", "items": {"type": "string"}}, "workdir": {"type": "string"}},
+                "required": ["command"],
+                "additionalProperties": False,
+            },
+        }
+        plan = {"type": "function", "name": "update_plan", "strict": False, "parameters": {"type": "object", "properties": {}}}
+        self.asked = {
+            "model": "x",
+            "instructions": "You are Codex, a coding agent. " * 10,
+            "tools": [shell, plan, {"type": "web_search"}, {"type": "image_generation"}, {"type": "namespace", "name": "n"}],
+            "tool_choice": "auto",
+            "parallel_tool_calls": False,
+            "reasoning": {"effort": "medium", "summary": "auto"},
+            "store": False,
+            "stream": True,
+            "include": ["reasoning.encrypted_content"],
+            "prompt_cache_key": "abc",
+            "text": {"verbosity": "low"},
+            "client_metadata": {"a": "b"},
+        }
+
+    def say(self, *items):
+        """Add items, ask, and give the events of the answer, whose items then are part of the conversation."""
+        self.input += items
+        headers = {"x-api-key": "key", "Accept": "text/event-stream", "originator": "codex_cli_rs", "session_id": "s"}
+        answer = self.server.post("/v1/responses", json=self.asked | {"input": self.input}, headers=headers)
+        assert answer.status_code == 200, answer.text
+        blocks = [block.split("\n") for block in answer.text.split("\n\n") if block and not block.startswith(":")]
+        assert all(len(b) == 2 and b[0].startswith("event: ") and b[1].startswith("data: ") for b in blocks)
+        events = [json.loads(data[6:]) for _, data in blocks]
+        assert [name[7:] for name, _ in blocks] == [event["type"] for event in events]
+        assert [event["sequence_number"] for event in events] == [*range(len(events))]
+        done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        assert events[-1]["type"] == "response.completed" and events[-1]["response"]["output"] == done
+        self.input += [{"type": "reasoning", "summary": [], "encrypted_content": None}, *done]
+        return events
+
+
+def test_a_session_as_codex_has_it(says, server):
+    codex, costs = Codex(server), []
+    user = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "<environment_context>linux"}]}
+    says('I look. {"name": "shell", "parameters": {"command": ["ls"]}}')
+    events = codex.say(user, user | {"content": [{"type": "input_text", "text": "list the files"}]})
+    message, call = events[-1]["response"]["output"]
+    assert message["content"][0]["text"].strip() == "I look."
+    assert (call["type"], call["name"], json.loads(call["arguments"])) == ("function_call", "shell", {"command": ["ls"]})
+    about = [event["type"] for event in events if event.get("output_index") == 1]
+    assert about == [
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
     ]
-    stream = server.post("/v1/responses", json=asked | {"input": turn, "stream": True}, headers={"x-api-key": "key"}).text
-    last = json.loads(stream.strip().split("data: ")[-1])
-    assert last["type"] == "response.completed"
-    assert last["response"]["output"][0]["content"][0]["text"] == "two files"
-    assert last["response"]["usage"]["input_tokens_details"]["cached_tokens"] > 0
-    assert "a.txt b.txt" in prompt_of(server)
+    for output, reply in (
+        ("a.txt b.txt", '{"name": "shell", "parameters": {"command": ["cat", "a.txt"]}}'),
+        ("text", "two files"),
+    ):
+        costs.append(events[-1]["response"]["usage"])
+        call = next(item for item in reversed(codex.input) if item["type"] == "function_call")
+        says(reply)
+        events = codex.say({"type": "function_call_output", "call_id": call["call_id"], "output": output})
+        assert output in prompt_of(server)
+    last = events[-1]["response"]
+    assert [item["type"] for item in last["output"]] == ["message"] and last["output"][0]["content"][0]["text"] == "two files"
+    for before, after in zip(costs, [*costs[1:], last["usage"]], strict=True):  # what was asked before is held
+        assert after["input_tokens_details"]["cached_tokens"] >= (before["input_tokens"] - 1) // CHUNK * CHUNK
+
+
+def test_a_question_of_codex_whether_somebody_is_there(server):
+    asked = Codex(server).asked | {"input": [], "max_output_tokens": 1, "stream": False}
+    assert server.post("/v1/responses", json=asked, headers={"x-api-key": "key"}).status_code == 200
 
 
 # Anthropic
@@ -237,32 +282,155 @@ def test_anthropic_errors(claude, says):
         claude.messages.create(model="x", max_tokens=1, messages=picture)
 
 
-def test_requests_as_claude_code_sends_them(claude, says, server):
-    tool = {"name": "Bash", "description": "Runs a command.", "input_schema": {"type": "object", "properties": {"command": {}}}}
-    asked = {
-        "model": "claude-x",
-        "max_tokens": 500,
-        "system": [{"type": "text", "text": LONG, "cache_control": {"type": "ephemeral"}}],
-        "tools": [tool, {"type": "web_search_20250305", "name": "web_search"}],
-        "metadata": {"user_id": "u"},
-        "thinking": {"type": "adaptive"},
-    }
-    turn = [{"role": "user", "content": [{"type": "text", "text": "list", "cache_control": {"type": "ephemeral"}}]}]
-    says('I look.\n{"name": "Bash", "parameters": {"command": "ls"}}')
-    with claude.messages.stream(messages=turn, **asked) as stream:
-        answer = stream.get_final_message()
-    text, use = answer.content
-    assert (text.text.strip(), use.name, use.input, answer.stop_reason) == ("I look.", "Bash", {"command": "ls"}, "tool_use")
+class ClaudeCode:
+    """Asks as Claude Code does: blocks with cache_control, dozens of tools, a count before, ?beta=true, always a stream."""
+
+    def __init__(self, server):
+        self.server, self.messages = server, []
+        self.schema = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "additionalProperties": False}
+        tools = [{"name": f"Tool{n}", "description": f"Does {n}.", "input_schema": self.schema} for n in range(24)]
+        command = {"command": {"type": "string", "description": "The command."}, "timeout": {"type": "number"}}
+        bash = {"name": "Bash", "description": "Runs a command.", "input_schema": self.schema | {"properties": command}}
+        self.asked = {
+            "model": "claude-x",
+            "system": [
+                {"type": "text", "text": "x-anthropic-billing-header: cc_version=2"},
+                {"type": "text", "text": "You are Claude Code.", "cache_control": {"type": "ephemeral"}},
+                {"type": "text", "text": "Be brief. " * 20, "cache_control": {"type": "ephemeral", "ttl": "1h"}},
+            ],
+            "tools": [bash, *tools, {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}],
+        }
+        self.more = {
+            "max_tokens": 500,
+            "metadata": {"user_id": "user_1"},
+            "thinking": {"type": "adaptive"},
+            "temperature": 1,
+            "context_management": {"edits": []},
+            "stream": True,
+        }
+
+    def post(self, path, body):
+        headers = {
+            "x-api-key": "key",
+            "anthropic-version": "2023-06-01",
+            "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14",
+            "x-app": "cli",
+        }
+        answer = self.server.post(f"{path}?beta=true", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def say(self, *blocks):
+        """Add a user's blocks, ask, and give the content, the reason and the usage of the answer."""
+        self.messages.append({"role": "user", "content": [*blocks]})
+        body = self.asked | {"messages": self.messages}
+        counted = self.post("/v1/messages/count_tokens", body).json()["input_tokens"]
+        text = self.post("/v1/messages", body | self.more).text
+        events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: ")]
+        assert [event["type"] for event in events[-2:]] == ["message_delta", "message_stop"]
+        content, usage = [], events[0]["message"]["usage"]
+        for event in events[1:-2]:
+            if event["type"] == "content_block_start":
+                assert event["index"] == len(content)
+                content.append(event["content_block"] | {"json": ""})
+            elif event["type"] == "content_block_delta" and event["delta"]["type"] == "text_delta":
+                content[-1]["text"] += event["delta"]["text"]
+            elif event["type"] == "content_block_delta":
+                content[-1]["json"] += event["delta"]["partial_json"]
+        for block in content:
+            made = block.pop("json")
+            if block["type"] == "tool_use":
+                block["input"] = json.loads(made)
+        assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"]
+        thinking = {"type": "thinking", "thinking": "hm", "signature": "s"}
+        self.messages.append({"role": "assistant", "content": [thinking, *content]})
+        return content, events[-2]["delta"]["stop_reason"], usage
+
+
+def test_a_session_as_claude_code_has_it(says, server):
+    assert server.head("/").status_code == 200  # it looks whether somebody is there
+    claude = ClaudeCode(server)
+    quota = {"model": "claude-haiku-x", "max_tokens": 1, "messages": [{"role": "user", "content": "quota"}]}
+    assert claude.post("/v1/messages", quota).json()["stop_reason"] in ("max_tokens", "end_turn")
+    says('I look.\n{"name": "Bash", "parameters": {"command": "ls"}}; {"name": "Tool3", "parameters": {}}')
+    reminder = {"type": "text", "text": "<system-reminder>today</system-reminder>"}
+    content, reason, first = claude.say(reminder, {"type": "text", "text": "list", "cache_control": {"type": "ephemeral"}})
+    text, bash, other = content
+    assert text["text"].strip() == "I look." and reason == "tool_use" and first["cache_read_input_tokens"] < 20
+    assert (bash["name"], bash["input"], other["name"], other["input"]) == ("Bash", {"command": "ls"}, "Tool3", {})
+    assert bash["id"] != other["id"]
+    assert [tool["function"]["name"] for tool in server.server.model.offered][:2] == ["Bash", "Tool0"]
     says("two files")
-    result = [{"type": "text", "text": "a.txt b.txt"}]
-    turn += [
+    results = [
         {
-            "role": "assistant",
-            "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}, *answer.model_dump()["content"]],
+            "type": "tool_result",
+            "tool_use_id": bash["id"],
+            "content": [{"type": "text", "text": "a.txt b.txt"}],
+            "is_error": False,
         },
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": use.id, "content": result, "is_error": False}]},
+        {"type": "tool_result", "tool_use_id": other["id"], "content": "no such thing", "is_error": True},
     ]
-    answer = claude.messages.create(messages=turn, **asked)
-    assert answer.content[0].text == "two files" and answer.usage.cache_read_input_tokens > 0
-    assert "i\na.txt b.txt" in prompt_of(server)
-    assert claude.messages.count_tokens(messages=turn, **{k: asked[k] for k in ("model", "system", "tools")}).input_tokens > 0
+    content, reason, second = claude.say(*results, reminder | {"cache_control": {"type": "ephemeral"}})
+    assert (content[0]["text"], reason) == ("two files", "end_turn")
+    said = prompt_of(server)
+    assert "i\na.txt b.txt" in said and "i\nno such thing" in said
+    held = second["cache_read_input_tokens"]
+    before = first["input_tokens"] + first["cache_read_input_tokens"]
+    assert held >= (before - 1) // CHUNK * CHUNK  # what was asked before
+
+
+# llm
+
+
+@pytest.fixture
+def llm(server, tmp_path, monkeypatch):
+    """Runs the command `llm` against the server; gives its output."""
+    from click.testing import CliRunner
+
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")
+    (tmp_path / "keys.json").write_text('{"ours": "key"}')
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: ours\n  model_name: miniature\n  api_base: {server.base_url}/v1\n  api_key_name: ours\n"
+        f"  supports_tools: true\n  supports_schema: true\n"
+    )
+    from llm.cli import cli
+
+    def run(*args):
+        done = CliRunner().invoke(cli, [*args], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output.strip()
+
+    return run
+
+
+def test_llm_asks_as_a_stream_and_whole_and_goes_on_with_a_conversation(llm, says, server):
+    assert llm("-m", "ours", "What is it?") == "hello there"
+    says("whole")
+    assert llm("-m", "ours", "-s", "be brief", "--no-stream", "What is it then?") == "whole"
+    says("gone on")
+    assert llm("-c", "And then?") == "gone on"
+    assert "What is it then?" in prompt_of(server) and "be brief" in prompt_of(server)
+    assert llm("-m", "ours", "-o", "temperature", "0.5", "-o", "max_tokens", "3", "Hi") == "gon"
+
+
+def test_llm_binds_an_answer_to_a_schema(llm, says, server):
+    says('{"city": "Oslo", "days": 3}')
+    assert json.loads(llm("-m", "ours", "--schema", "city, days int", "Where?")) == {"city": "Oslo", "days": 3}
+    bound = jsonschema.Draft202012Validator(server.server.model.settings["schema"])
+    assert bound.is_valid({"city": "Oslo", "days": 3}) and not bound.is_valid({"city": "Oslo"})
+
+
+def test_llm_runs_a_tool_and_comes_back_with_its_result(llm, says, server, monkeypatch):
+    engine = server.server.model.engine
+    says('{"name": "weather", "parameters": {"city": "Oslo"}}')
+    called = "def weather(city: str) -> str:\n    return 'rain in ' + city\n"
+    reply, prompt_ids = engine.reply, server.server.model.prompt_ids
+
+    def once_called(messages, *more, **how):
+        engine.reply = [*b"It rains.", EOT] if messages[-1]["role"] == "ipython" else reply
+        return prompt_ids(messages, *more, **how)
+
+    monkeypatch.setattr(server.server.model, "prompt_ids", once_called)
+    assert llm("-m", "ours", "--functions", called, "How is it in Oslo?").endswith("It rains.")
+    assert "i\nrain in Oslo" in prompt_of(server)
