@@ -18,6 +18,7 @@ from llamacli.errors import ServerError, UsageError
 from llamacli.piece import Piece, Stats
 
 UNKNOWN_CTX = 1 << 17  # tokens, where a server does not say
+LONGEST_ANSWER = 64 << 20  # characters
 SHORTEST = 0.02  # seconds of an answer that tell a speed: what came at once tells none
 BANNED = -100.0  # the bias that OpenAI's protocol has for a token that must not come
 _NAMES = {"temp": "temperature"}  # of settings, in the protocol
@@ -122,7 +123,7 @@ class RemoteSession:
         model, body = self._model, {**prompt.fields, **asked.fields, "model": self._model.name, "stream": True}
         body |= {"stream_options": {"include_usage": True}} | ({"max_tokens": max_tokens} if max_tokens else {})
         body |= {"stop": list(stop)} if stop else {}
-        began, first, reason, calls, usage = time.perf_counter(), None, None, {}, {}
+        began, first, reason, calls, usage, size = time.perf_counter(), None, None, {}, {}, 0
         try:
             answer = model.server.open("POST", prompt.path, body)
         except Missing as error:
@@ -136,6 +137,11 @@ class RemoteSession:
                 usage = event.get("usage") or usage
                 text, why, asks = _delta(event)
                 reason = why or reason
+                size += len(text) + (len(json.dumps(asks)) if asks else 0)
+                if size > LONGEST_ANSWER:
+                    raise ServerError(
+                        f"{model.server.url}: expected an answer of at most {LONGEST_ANSWER} characters, found more"
+                    )
                 for call in asks:
                     _join(calls, call)
                 if text or asks:

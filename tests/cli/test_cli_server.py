@@ -406,3 +406,34 @@ def test_a_pipe_of_turns_is_answered_by_the_server(server):
         [*RUN, "chat", "--server", server, "--temp", "0"], input=turns, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.split("\n")[0] == ANSWER and "Tokyo" in done.stdout and done.returncode == 0
+
+
+def test_an_answer_without_end_is_not_kept_for_ever(capfd, monkeypatch):
+    from llamacli.client import remote
+
+    monkeypatch.setattr(remote, "LONGEST_ANSWER", 1000)
+    with pretending(stream(*[said("x" * 100)] * 20)) as (url, _):
+        assert run("--server", url, "Hi") == 1
+    out, err = capfd.readouterr()
+    assert out == "x" * 1000 + "\n" and "at most 1000 characters" in err
+
+
+def test_a_chat_sends_its_pictures_with_every_turn(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    with pretending(stream(said("red", "stop"))) as (url, asked):
+        command = [*RUN, "chat", "--server", url, "--image", str(tmp_path / "red.png")]
+        done = subprocess.run(command, input="What is it?\nSure?\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second = (body["messages"] for _, body in asked if body)
+    kinds = [part["type"] for part in first[0]["content"]]
+    assert (
+        kinds == ["image_url", "text"]
+        and first == second[:1]
+        and second[1:]
+        == [
+            {"role": "assistant", "content": "red"},
+            {"role": "user", "content": "Sure?"},
+        ]
+    )
