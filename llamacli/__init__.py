@@ -75,6 +75,7 @@ class Model:
     """
 
     _made_grammars = None
+    sessions = 1  # that may hold a full context at a time
 
     def __init__(
         self,
@@ -117,6 +118,7 @@ class Model:
         cluster: str | None = None,
         cluster_layers: Sequence[int] = (),
         told=None,
+        more_sessions: int = 0,
     ) -> Model:
         """Open a GGUF (of a split one, the first part). `threads` None: as many as suit the machine. `ctx` None: 8192 at most.
 
@@ -133,6 +135,8 @@ class Model:
         `cluster`: the address of a cluster whose nodes hold the layers (docs/cluster.md); `memory` and `threads` are then each
         node's. `cluster_layers`: how many each node gets, empty: chosen by memory and speed. `told`: called with a line when a
         node is left out or lost.
+        `more_sessions`: at most so many besides, as far as memory has room for them once all weights are in it and everything
+        else is planned as without them. The attribute `sessions` says how many in all.
 
         UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
         this engine, MemoryLimitError if the memory does not even hold what every token needs.
@@ -164,7 +168,7 @@ class Model:
             from llamacli.cpu import kvcache, kvfile
             from llamacli.engine import Engine
             from llamacli.plan.offload import plan_offload
-            from llamacli.plan.placement import plan_residency
+            from llamacli.plan.placement import plan_more_contexts, plan_residency
 
             beside, files = 4 * logits_rows * config.n_vocab, 0
             if kv_file is None:
@@ -174,10 +178,16 @@ class Model:
                 files = sessions
             tower, tower_nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
             offload = plan_offload(gguf, config, ctx, device, gpu_layers, experts, memory)
-            held = plan_residency(gguf, config, ctx, threads, memory, experts, beside + tower_nbytes, offload, files)
+            asked = gguf, config, ctx, threads, memory, experts
+            held = plan_residency(*asked, beside + tower_nbytes, offload, files)
+            if more_sessions and experts == "auto" and not (held.slots or files or offload.layers):
+                more, held = plan_more_contexts(held, more_sessions, *asked, beside + tower_nbytes)
+                sessions += more
             file = kvfile.KVFile(Path(kv_file), held.window) if files else None
             engine = Engine(gguf, config, threads, held.slots, held.batch, gpu_layers=offload.layers, kv_file=file)
-            return cls(gguf, config, tokenizer.result(), engine, ctx, held.nbytes, tower, held.room)
+            model = cls(gguf, config, tokenizer.result(), engine, ctx, held.nbytes, tower, held.room)
+            model.sessions = sessions
+            return model
 
     @classmethod
     def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj) -> Model:

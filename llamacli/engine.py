@@ -148,9 +148,8 @@ class Engine:
         all_groups = -(-matmul.FEW * config.n_experts // max(1, config.n_experts_used)) if mixture else 0
         self._steady = max(buffers.MIN_BATCH, matmul.few_tokens(), all_groups)
         if gpu_layers and config.kv_type != "F16":
-            raise UsageError(
-                f"--kv: expected f16 with layers on a GPU, found {config.kv_type.lower()}; leave it out or use --device cpu"
-            )
+            kind = config.kv_type.lower()
+            raise UsageError(f"--kv: expected f16 with layers on a GPU, found {kind}; leave it out or use --device cpu")
         if gpu_layers and kv_file:
             raise UsageError("--kv-file: expected all layers on the CPU with it, found some on a GPU; leave one of the two out")
         on_cpu = config.n_layers - gpu_layers if gpu_layers else None
@@ -164,6 +163,7 @@ class Engine:
             self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers), slots=own))
         self._fetches = (slots > 0 or getattr(cluster, "fetches", False)) and mixture
         self._parts = PARTS if cluster and not self._fetches else 1
+        self.alike = 1 if gpu_layers or cluster else matmul.few_tokens() - 1  # sequences that together keep their bits
         self._lock = threading.RLock()
         _engines.add(self)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
@@ -280,8 +280,8 @@ class Engine:
     def forward_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> np.ndarray:
         """`forward` for several sequences at once, which share the reading of weights: ids[i] after what caches[i] holds.
 
-        Returns the last token's logits of each, float32 [n_sequences, n_vocab]. One token each of fewer sequences than
-        matmul.few_tokens() gives the bits of each alone; of more, products add in the order of a prompt's.
+        Returns the last token's logits of each, float32 [n_sequences, n_vocab]. One token each of at most `alike` sequences has
+        the bits of each alone; in larger batches products add in the order of a prompt's.
         """
         if len(ids) == 1:
             return self.forward(ids[0], caches[0])[None]

@@ -62,6 +62,7 @@ class Session:
         self.speculate = False  # whether tokens that the text repeats are guessed and evaluated together (speculation.py)
         self._pictures = False  # whether a token may be a row of features
         self._touched = 0  # positions below this one may have been written, by a finished call or by one that broke off
+        self._reached: np.ndarray | None = None  # the logits after `ids`, if `sync` made them and nothing came since
 
     def eval(self, prompt: Sequence) -> np.ndarray:
         """Evaluate a prompt (prompt.py) after what is held; returns the last token's logits, float32 [n_vocab]."""
@@ -75,7 +76,13 @@ class Session:
 
         What the cache shares with it from the start is kept. ContextFullError if it has more than `ctx` tokens.
         """
-        ids = self._keep_common(prompt)
+        if self._reached is None or self.ids != tokens(prompt):
+            self._reached = self._sync(self._keep_common(prompt))
+        else:
+            self.stats.cached_tokens = len(self.ids)
+        return self._reached
+
+    def _sync(self, ids: list[Token]) -> np.ndarray:
         if self.snapshots:
             return self._sync_kept(ids)
         if self.exact:
@@ -93,14 +100,23 @@ class Session:
         return len(self.ids)
 
     def fork(self) -> "Session":
-        """Another session that holds the same, and goes on by itself."""
+        """Another session that holds the same, and goes on by itself; from `sync` on with the same bytes."""
         other = Session(self.engine, self.tokenizer, self.ctx)
         ids = self._rewind(len(self.ids))  # what a call that broke off has left is sorted out first
         if ids:
+            self._steady = min(self._steady, len(self.ids))
             self._evaluate(ids)
         self.cache.copy_to(other.cache)
         other.ids, other._touched, other._pictures = list(self.ids), len(self.ids), self._pictures
+        other._reached, other.exact, other._steady = self._reached, self.exact, self._steady
         return other
+
+    def shares(self, prompt: Sequence) -> int:
+        """How many tokens of a prompt need not be evaluated here, about: a cache may have to forget more."""
+        if self.snapshots:
+            return 0
+        common = _common(self.ids, tokens(prompt))
+        return min(common, self._steady) if self.exact else common
 
     def stream(
         self,
@@ -226,10 +242,7 @@ class Session:
         if not ids:
             raise PromptError("the prompt is empty: expected at least one token")
         check_length(len(ids), self.ctx)
-        common = next(
-            (i for i, (old, new) in enumerate(zip(self.ids, ids, strict=False)) if old != new), min(len(self.ids), len(ids))
-        )
-        self._rewind(min(common, len(ids) - 1))  # the last token is evaluated again: its logits were not kept
+        self._rewind(min(_common(self.ids, ids), len(ids) - 1))  # the last token is evaluated again for its logits
         return ids
 
     def _restore(self, ids: list[Token]) -> None:
@@ -303,6 +316,7 @@ class Session:
         """Before `ids` are evaluated; returns what is to be."""
         if len(self.ids) + len(ids) > self.ctx:
             raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start anew")
+        self._reached = None
         if self._touched > len(self.ids):
             ids = self._rewind(len(self.ids)) + ids
         self._touched = len(self.ids) + len(ids)
@@ -319,6 +333,8 @@ class Session:
         A call that broke off may have written past the cache's own position, into a ring even over older tokens. So the cache
         is set to the last position that may have been written, and `truncate` returns how far back is safe.
         """
+        if self._touched > length or len(self.ids) > length:
+            self._reached = None
         if self._touched > length:
             self.cache.pos = self._touched
         reached = self.cache.truncate(length)
@@ -364,6 +380,11 @@ def _evaluate_each(pending: Sequence[Pending]) -> np.ndarray:
     finally:
         for (session, _), ids in zip(pending, claimed, strict=True):
             session._take(ids)
+
+
+def _common(held: Sequence[Token], ids: Sequence[Token]) -> int:
+    """How many tokens two texts share from their start."""
+    return next((i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), min(len(held), len(ids)))
 
 
 def check_length(n: int, ctx: int, more: str = "") -> None:

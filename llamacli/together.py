@@ -12,6 +12,7 @@ import numpy as np
 from llamacli.session import Pending, Piece, Session, evaluate_together
 
 WIDTH = 8  # sessions that answer at a time
+WORTH_COPYING = 64  # tokens of a prompt that another session holds, from which on a copy of it is cheaper
 
 
 class Request(NamedTuple):
@@ -96,3 +97,19 @@ def answer_together(requests: Iterable[Request], width: int = WIDTH) -> Iterator
     except KeyboardInterrupt as interrupt:
         yield from answers.interrupt(interrupt)
         raise
+
+
+def sample_several(
+    session: Session,
+    prompt: Sequence,
+    samplers: Sequence,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    width: int = WIDTH,
+) -> Iterator[tuple[int, Piece | Exception]]:
+    """Several answers to one prompt, which is evaluated once: an answer with each sampler, as `answer_together` gives them.
+
+    `width` at a time. Each is the one that `session` would give with that sampler.
+    """
+    session.sync(prompt)
+    yield from answer_together((Request(session.fork(), prompt, sampler, max_tokens, stop) for sampler in samplers), width)

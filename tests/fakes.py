@@ -103,7 +103,7 @@ class FakeCache:
 
 
 class FakeEngine:
-    threads, bytes_per_token, products_per_token, gpu_layers, fetches = 1, 1000, 2000, 0, False
+    threads, bytes_per_token, products_per_token, gpu_layers, fetches, alike = 1, 1000, 2000, 0, False, 16
 
     def take_io_stats(self):
         return None

@@ -21,11 +21,12 @@ def logits(path, ids, kv=np.float64, inputs=None):
     return model.head(x)
 
 
-def logits_at(path, ids, at, kv=np.float64):
+def logits_at(path, ids, at, kv=np.float64, chunk=None):
     """`logits` of the positions `at` of a long text, float64 [len(at), n_vocab], for a model of which only the last layer sees
-    every position: the others are evaluated chunk by chunk.
+    every position: the others are evaluated chunk by chunk. `chunk`: another size than the file's.
     """
     model, at = _Model(path, kv), np.asarray(at)
+    model.chunk = chunk or model.chunk
     last = model.n_layers - 1
     assert model.chunk
     assert [model.rotary(i) for i in range(model.n_layers)] == [True] * last + [False]

@@ -51,11 +51,15 @@ def test_going_back_into_an_older_chunk_evaluates_it_from_its_start_and_nothing_
     assert s.engine.calls[1:] == [(16, [16, 17, 18, 99]), (16, [99])]
 
 
-def test_sync_of_the_same_prompt_evaluates_its_last_token_again():
+def test_sync_of_the_same_prompt_has_its_logits_already_until_something_came_since():
     s = session(FakeEngine(chunk=64))
     first = s.sync([1, 2, 3]).copy()
     assert np.array_equal(s.sync([1, 2, 3]), first)
-    assert s.engine.calls[1] == (2, [3])
+    assert len(s.engine.calls) == 1
+    s.eval([4])
+    assert np.array_equal(s.sync([1, 2, 3]), first)
+    assert s.engine.calls[2] == (2, [3])
+    assert not np.array_equal(s.sync([1, 2, 3, 4]), first)
 
 
 def test_eval_continues_where_the_session_stands():

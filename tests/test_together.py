@@ -11,7 +11,8 @@ from llamacli.errors import ContextFullError, MemoryLimitError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.session import Session
-from llamacli.together import Answers, Request, answer_together
+from llamacli.text.sampler import Sampler
+from llamacli.together import Answers, Request, answer_together, sample_several
 
 
 def requests(engine, prompts, ctx=256, **how):
@@ -178,3 +179,25 @@ def test_a_fork_goes_on_by_itself(engine, length):
         found = [s.sync(prompt) for s in (session, other, Session(engine, None, 100))]
         np.testing.assert_allclose(found[1], found[0], atol=1e-3 * np.abs(found[0]).max())
         np.testing.assert_allclose(found[1], found[2], atol=1e-3 * np.abs(found[0]).max())
+
+
+@pytest.mark.parametrize("length", [12, 16, 70])
+def test_several_samples_of_a_prompt_are_each_what_its_seed_gives_alone(engine, length):
+    """A prompt within a chunk, up to its edge, over several; more answers than go together."""
+    prompt = np.random.RandomState(length).randint(0, 250, length).tolist()
+    hidden = np.arange(256, 288)
+
+    def samplers():
+        return [Sampler(temp=1.0, top_p=1.0, seed=n, hidden_ids=hidden) for n in range(5)]
+
+    found = collected(sample_several(Session(engine, FakeTokenizer(), 200), prompt, samplers(), 20, width=3))
+    for number, sampler in enumerate(samplers()):
+        assert found[number] == list(Session(engine, FakeTokenizer(), 200).stream(prompt, sampler, 20))
+    assert len({tuple(piece.id for piece in pieces) for pieces in found.values()}) == 5
+
+
+def test_samples_evaluate_their_prompt_once():
+    engine = FakeEngine()
+    samples = sample_several(Session(engine, FakeTokenizer(), 256), PROMPTS[4], [Greedy() for _ in range(3)], 5)
+    assert len(collected(samples)) == 3
+    assert [len(ids) for _, ids in engine.calls if len(ids) > 1] == [len(PROMPTS[4])]

@@ -33,6 +33,7 @@ from llamacli.errors import (
     UsageError,
 )
 
+WIDTH = 8  # lines at a time, where nobody says how many
 _KEYS = ("prompt", "messages", "images", "system", "id", "params")
 _LONGEST = 16 << 20  # bytes of a line
 _ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # ends of lines to some who read them
@@ -58,9 +59,19 @@ class Request:
 
 
 def answer_all(
-    name: str, out: Path | None, prompts, pictures: list, options, extract: bool, console: Console, parallel: int = 1
+    name: str,
+    out: Path | None,
+    prompts,
+    pictures: list,
+    options,
+    extract: bool,
+    console: Console,
+    parallel: int | None = None,
 ) -> None:
     """Answer each line of a batch that has no answer yet, `parallel` at a time. LlamacliError at the end if some failed.
+
+    `parallel` None: as many, up to WIDTH, as give the bytes of one at a time and as memory holds beside the weights; of lines
+    from a pipe one.
 
     `pictures`, read already, come before each prompt; the list is emptied when they have been seen.
     """
@@ -71,7 +82,7 @@ def answer_all(
         for request in _requests(name):
             total, pictured = total + 1, pictured or request.pictured
             _messages(request, prompts, name)
-    elif parallel > 1:
+    elif (parallel or 1) > 1:
         raise UsageError(f"--parallel: expected a file of prompts, found {name}, whose lines are answered as they come")
     crew = None
     with Results(out, console) as results, console.progress("answering") as update:
@@ -81,11 +92,13 @@ def answer_all(
             if crew is None:
                 if n:
                     console.note(f"{out}: {n} answers are there; going on with line {request.line}")
-                model = options.load(console, parallel, pictured or request.pictured)
+                more = WIDTH - 1 if total and parallel is None else 0
+                model = options.load(console, parallel or 1, pictured or request.pictured, more)
                 folder = Path(name).parent if total else Path()
                 sights = Sights(model, pictures, folder, options.image_tiles, console)
                 pictures.clear()
-                crew = Crew(model, prompts, sights, options, extract, console, parallel)
+                width = parallel or (min(model.sessions, model.engine.alike) if options.server is None else 1)
+                crew = Crew(model, prompts, sights, options, extract, console, width)
             crew.begin(request, _messages(request, prompts, name))
             for done, found in crew.finished():
                 results.add(done, found)
@@ -116,7 +129,7 @@ class Crew:
         """Read a prompt. A session must be free."""
         from llamacli.together import Request as Answering
 
-        asked = self._asked[request.line] = _Asked(request, self._free[-1])
+        asked = self._asked[request.line] = _Asked(request)
         try:
             before = () if request.messages is not None else self._sights.before(request.images)
             messages, within = self._sights.within(messages)
@@ -126,13 +139,22 @@ class Crew:
             asked.found = {"error": str(error)}
             return
         asked.sampler = self._options.sampler(self._model, self._console)
-        self._free.pop()
-        options = self._options
+        asked.session, options = self._session_for(ids), self._options
         self._take(
             self._answers.begin(
                 request.line, Answering(asked.session, ids, asked.sampler, options.max_tokens, options.stop or ())
             )
         )
+
+    def _session_for(self, ids: list):
+        """A free session: the one that holds most of the prompt; in its place a copy of a busy one that holds much more."""
+        from llamacli.together import WORTH_COPYING
+
+        free = max(self._free, key=lambda session: session.shares(ids))
+        self._free.remove(free)
+        busy = [asked.session for asked in self._asked.values() if asked.session and not asked.found]
+        busy = max(busy, key=lambda session: session.shares(ids), default=free)
+        return busy.fork() if busy.shares(ids) >= free.shares(ids) + WORTH_COPYING else free
 
     def finished(self, wait: bool = False) -> Iterator[tuple[Request, dict]]:
         """What is found and next in order, once a session is free; with `wait` all that was asked."""
@@ -163,7 +185,7 @@ class _Asked:
     """A line under way, and what was found in the end."""
 
     request: Request
-    session: object
+    session: object = None
     sampler: object = None
     text: str = ""
     found: dict | None = None

@@ -375,11 +375,11 @@ class Generation(Sampling, Keeping, OnCluster):
         """Bytes of text that surely fill the context."""
         return (self.ctx or DEFAULT_CTX) * MOST_BYTES
 
-    def load(self, console: Console, sessions: int = 1, pictured: bool = False):
+    def load(self, console: Console, sessions: int = 1, pictured: bool = False, more_sessions: int = 0):
         """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.
 
-        `sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names one. With --server
-        the model is the server's (client/remote.py).
+        `sessions`, `more_sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names
+        one. With --server the model is the server's (client/remote.py).
         """
         if self.server is not None:
             return self._connect(console)
@@ -400,6 +400,7 @@ class Generation(Sampling, Keeping, OnCluster):
             kv_file=self.kv_file,
             sessions=sessions,
             **self.on_cluster,
+            more_sessions=more_sessions,
             **placement(self.device, self.gpu_layers),
             mmproj=self.mmproj or pictured or bool(self.image),
         )

@@ -30,6 +30,7 @@ from llamacli.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from llamacli.vision.pictures import Picture
 
+SEVERAL = 8  # answers of --best-of at a time
 REASONS = {
     "stop": "complete",
     "length": "stopped at the -n limit",
@@ -93,7 +94,18 @@ def run(
             aliases=("-np",),
             least=1,
             most=64,
-            help="Prompts of --batch that are answered at a time (1); each holds a context.",
+            help="Prompts of --batch that are answered at a time; each holds a context (default: up to 8, as memory allows).",
+        ),
+    ] = None,
+    best_of: Annotated[
+        int | None,
+        option(
+            "--best-of",
+            metavar="N",
+            group="Sampling",
+            least=1,
+            most=64,
+            help="Sample N answers, with the seeds from --seed on, and write the likeliest; with --json all.",
         ),
     ] = None,
     as_json: Json = False,
@@ -122,6 +134,7 @@ def run(
     llamacli run -m scout.gguf -f report.txt --temp 0 "Summarize in five points"
     llamacli run --json "Name three rivers" | jq -r .text
     llamacli run --choice yes,no "Is Rome in Italy?"
+    llamacli run --best-of 8 --temp 1 "Write a limerick about compilers"
     llamacli run --batch questions.jsonl -o answers.jsonl --temp 0
     llamacli run -m scout.gguf --image receipt.jpg "What did this cost?"
     llamacli run -m scout.gguf --functions weather.py "Do I need an umbrella in Oslo?"
@@ -141,6 +154,11 @@ def run(
     if tooling.asked and (raw or batch is not None or options.bound):
         other = "--raw" if raw else "--batch" if batch is not None else "--schema, --grammar and --choice"
         raise UsageError(f"tools and {other} exclude each other; leave one of them out")
+    if best_of is not None and (tooling.asked or batch is not None or options.server is not None):
+        other = "--batch" if batch is not None else "tools" if tooling.asked else "--server"
+        raise UsageError(f"--best-of and {other} exclude each other; leave one of them out")
+    if best_of is not None and options.temp == 0:
+        raise UsageError("--best-of: expected --temp above 0, found 0, at which all answers are the same; raise it")
     text, pictures = _text(words, file or [], options.image or [], no_stdin or batch is not None, console, options)
     if raw and options.server is not None and pictures:
         raise UsageError("--raw, pictures and --server exclude each other: only a chat carries pictures; leave one of them out")
@@ -149,14 +167,15 @@ def run(
     if batch is not None:
         if logprobs is not None:
             raise UsageError("--batch and --logprobs exclude each other; leave one of them out")
-        answer_all(batch, out and Path(out), prompts, pictures, options, extract, console, parallel or 1)
+        answer_all(batch, out and Path(out), prompts, pictures, options, extract, console, parallel)
         return
     if out is not None:
         _check_new(Path(out))
     messages = prompts.messages()
     with tooling.box(console) as box:
         began = time.perf_counter()
-        model = options.load(console, pictured=bool(pictures))
+        contexts = 1 if best_of is None else min(best_of, SEVERAL) + 1  # that of the prompt, and of each answer under way
+        model = options.load(console, contexts, pictured=bool(pictures))
         load_s = time.perf_counter() - began
         if options.server is None:
             views = look(model, pictures, options.image_tiles, console)
@@ -165,7 +184,12 @@ def run(
         else:
             messages, views = prompts.seen(messages, pictures), ()
             ids = model.text(messages[-1]["content"]) if raw else model.prompt_ids(messages)
-        answer = Answer(console, load_s, as_json, Path(out) if out else None, no_stream or extract, extract, box)
+        how = console, load_s, as_json, Path(out) if out else None, no_stream or extract or best_of is not None, extract, box
+        answer = Answer(*how)
+        if best_of is not None:
+            from llamacli.cli.best import BestAnswer
+
+            answer = BestAnswer(best_of, *how)
         answer.take(model, ids, options, logprobs, views, prompts.seen(messages, views))
 
 
@@ -245,7 +269,7 @@ class Answer:
                     first()
                     self._text.append(piece.text)
                     if piece.logprobs and self._logprobs is not None:
-                        self._logprobs.append(_likely(model.tokenizer, piece))
+                        self._logprobs.append(likely(model.tokenizer, piece))
                     reason = piece.finish_reason
                     if not self._held:
                         console.piece(wrap(piece.text))
@@ -282,16 +306,14 @@ class Answer:
     def _end(self, stats, reason: str) -> None:
         if self._said:
             return
-        self._said, text = True, "".join(self._text)
-        if self._extract:
-            text = next(iter(code_blocks(text)), text)
+        self._said, text = True, self._wanted("".join(self._text))
         if self._as_json:
             record = _record(text, reason, stats, self._load_s, self._views)
             if self._logprobs is not None:
                 record["logprobs"] = {"content": self._logprobs}
             if self._box is not None:
                 record["usage"], record["tool_calls"] = self._box.usage, self._box.record
-            text = json.dumps(record, ensure_ascii=False)
+            text = json.dumps(record | self._more(), ensure_ascii=False)
         elif self._box is not None and self._box.calls:  # nothing here runs them: they are the answer
             calls = "".join(json.dumps(call, ensure_ascii=False) + "\n" for call in self._box.record if "result" not in call)
             self._show_calls(text, calls)
@@ -305,6 +327,14 @@ class Answer:
             self._console.end(always=reason != "interrupt")
         else:
             self._console.end(always=reason != "interrupt")
+
+    def _wanted(self, text: str) -> str:
+        """What of an answer is written."""
+        return next(iter(code_blocks(text)), text) if self._extract else text
+
+    def _more(self) -> dict:
+        """What the JSON object has besides."""
+        return {}
 
     def _show_calls(self, text: str, calls: str) -> None:
         """The calls, a line each, behind what was said."""
@@ -369,7 +399,7 @@ def _record(text: str, reason: str, stats, load_s: float, views: Sequence = ()) 
     return record | ({"images": [view.record for view in views]} if views else {})
 
 
-def _likely(tokenizer, piece) -> dict:
+def likely(tokenizer, piece) -> dict:
     """A token of the answer, its log probability and the likeliest in its place, named as in OpenAI's protocol."""
 
     def named(id: int, logprob: float) -> dict:

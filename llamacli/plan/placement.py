@@ -375,6 +375,22 @@ def plan_residency(
     return Residency(slots, p.batch, p.window, p.resident + beside, memory - p.resident)
 
 
+def plan_more_contexts(held: Residency, most: int, *asked) -> tuple[int, Residency]:
+    """How many contexts fit besides, up to `most`, with all weights mapped and the batch of `held`; and what is held then.
+
+    `asked`: what plan_residency was, up to `beside`.
+    """
+    *asked, beside = asked
+    for more in range(most, 0, -1):
+        try:
+            found = plan_residency(*asked, beside + more * kvcache.nbytes(asked[1], asked[2]))
+        except MemoryLimitError:
+            continue
+        if not found.slots and found.batch == held.batch:
+            return more, found
+    return 0, held
+
+
 def batch_within(config: Config, memory: int, threads: int, most: int = MAX_BATCH) -> int:
     """The batch size: the largest up to `most` whose buffers fit in a sixteenth of the memory.
 

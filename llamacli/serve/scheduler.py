@@ -22,12 +22,11 @@ from typing import NamedTuple
 
 from llamacli.errors import LlamacliError
 from llamacli.session import Piece, Session, check_length
-from llamacli.together import Answers, Request
+from llamacli.together import WORTH_COPYING, Answers, Request
 
 PLACES = 4  # answers at a time
 MOST_WAITING = 64  # jobs
 SLICE = 256  # tokens of a prompt between two tokens of the answers under way
-WORTH_COPYING = 64  # tokens
 CLOSING = 10.0  # seconds for the thread to end
 
 

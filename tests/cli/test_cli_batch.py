@@ -18,6 +18,8 @@ from fakes import REPLY, fake, prompt_of, start
 
 from llamacli import Model
 from llamacli.cli import main
+from llamacli.cpu import kvcache
+from llamacli.plan.placement import plan_residency
 from llamacli.session import Session
 from llamacli.text.sampler import Sampler
 
@@ -106,6 +108,40 @@ def test_several_answers_at_a_time_come_in_order(tmp_path):
     assert [r["line"] for r in records(four.stdout)] == list(range(1, 31))
     same = [a == b for a, b in zip(records(one.stdout), records(four.stdout), strict=True)]
     assert sum(same) >= 28  # last bits may differ, and with them a word
+
+
+def test_as_many_as_memory_holds_are_answered_at_a_time_with_the_bytes_of_one(tmp_path):
+    lines = [f"Say {i}" if i % 4 else f"What is {i} plus 3?" for i in range(20)]
+    questions = write(tmp_path / "in", *lines)
+    one, several = (small("--seed", "3", "-n", "20", "--batch", questions, *more) for more in (["--parallel", "1"], []))
+    assert one.stdout == several.stdout
+    assert [r["line"] for r in records(one.stdout)] == list(range(1, 21))
+
+
+def test_what_all_prompts_begin_with_is_evaluated_once(tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("The cat sits on the mat and sees a red ball. " * 40)
+    questions, evaluated = write(tmp_path / "in", *(f"Question {i}? " * 20 for i in range(9))), []
+    evaluate = Session._evaluate
+    monkeypatch.setattr(Session, "_evaluate", lambda self, ids: evaluated.append(len(ids)) or evaluate(self, ids))
+    args = ["run", "-n", "2", "--seed", "1", "-f", str(tmp_path / "text"), "--batch", questions, "-o"]
+    assert main([*args, str(tmp_path / "several")]) == 0
+    together = sum(evaluated)
+    assert main([*args, str(tmp_path / "one"), "--parallel", "1"]) == 0
+    assert (tmp_path / "several").read_bytes() == (tmp_path / "one").read_bytes()
+    assert together < 4 * max(evaluated)
+
+
+@pytest.mark.parametrize("contexts, sessions", [(20, 8), (3.5, 3)])
+def test_contexts_that_nobody_asked_for_take_no_memory_from_the_weights(contexts, sessions, tmp_path):
+    path, ctx = tiny.tiny_gguf(tmp_path / "m.gguf"), 1 << 22
+    with Model.load(path, ctx=ctx) as model:
+        one = kvcache.nbytes(model.config, ctx)
+        needed = plan_residency(model.gguf, model.config, ctx, None, None, "auto").nbytes
+    with Model.load(path, ctx=ctx, memory=int(needed + (contexts - 1) * one), more_sessions=7) as model:
+        assert model.sessions == sessions
+        assert not model.engine.fetches
+    with Model.load(path, ctx=ctx, experts="slots", more_sessions=7) as model:
+        assert model.sessions == 1
 
 
 def test_several_at_a_time_need_a_file_of_prompts(model, tmp_path, capfd):
@@ -413,3 +449,62 @@ def test_a_chat_in_a_pipe_is_bound_too_and_says_when_an_answer_is_cut():
     assert [json.loads(line) for line in done.stdout.splitlines() if line] == [{"a": [1, 2, 3]}] * 2
     done = subprocess.run([*command, "-n", "4"], input="one\ntwo\n", capture_output=True, text=True)
     assert done.returncode == 1 and "the answer is cut" in done.stderr
+
+
+# the best of several answers
+
+
+def test_the_best_is_the_one_with_the_highest_mean_log_probability():
+    done = small("--best-of", "5", "--seed", "4", "--temp", "1.5", "-n", "16", "--json", "Name a colour")
+    found = json.loads(done.stdout)
+    answers = found["answers"]
+    assert [a["seed"] for a in answers] == [4, 5, 6, 7, 8]
+    assert (found["text"], found["logprob"]) == max(((a["text"], a["logprob"]) for a in answers), key=lambda pair: pair[1])
+    assert found["usage"]["completion_tokens"] == sum(a["completion_tokens"] for a in answers)
+    for answer in answers[:2]:
+        how = "--seed", str(answer["seed"]), "--temp", "1.5", "-n", "16", "--json", "--logprobs", "0"
+        alone = json.loads(small(*how, "Name a colour").stdout)
+        logprobs = [token["logprob"] for token in alone["logprobs"]["content"]]
+        assert (alone["text"], alone["finish_reason"]) == (answer["text"], answer["finish_reason"])
+        assert answer["logprob"] == pytest.approx(np.mean(logprobs), abs=1e-5)
+
+
+def test_the_best_of_several_goes_where_an_answer_goes(model, tmp_path, capfd):
+    assert main(["run", "--best-of", "3", "-o", str(tmp_path / "out"), "hi"]) == 0
+    assert (tmp_path / "out").read_text() == REPLY + "\n"
+    assert main(["run", "--best-of", "3", "-n", "4", "hi"]) == 0
+    assert capfd.readouterr().out == REPLY[:4] + "\n"
+    assert len(prompts_of(model)) == 2  # a prompt is evaluated once
+
+
+def test_an_answer_that_is_whole_is_better_than_a_likelier_one_that_is_cut():
+    done = small("--choice", "a much longer choice that is cut,no", "--best-of", "6", "--temp", "3", "-n", "2", "--json", "Hi")
+    found = json.loads(done.stdout)
+    whole = [a for a in found["answers"] if a["finish_reason"] == "stop"]
+    assert (done.returncode, found["finish_reason"]) == ((0, "stop") if whole else (1, "length"))
+
+
+def test_ctrl_c_leaves_the_best_of_what_there_is(tmp_path):
+    process = start("run", "--best-of", "4", "--json", "-v", "hi", reply="x" * 2000, delay="0.002")
+    while b"seed" not in process.stderr.readline():
+        pass
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    found = json.loads(out)
+    assert found["finish_reason"] == "interrupt" and set(found["text"]) == {"x"}
+    assert len(found["answers"]) == 4 and b"Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--temp", "0"], "--temp above 0"),
+        (["--batch", "x"], "--best-of and --batch exclude each other"),
+        (["--server", "http://127.0.0.1:1"], "--best-of and --server exclude each other"),
+        (["--best-of", "0"], "from 1 to 64"),
+    ],
+)
+def test_best_of_what_makes_no_sense_is_refused(model, capfd, args, words):
+    assert main(["run", "--best-of", "2", *args, "hi"]) == 2
+    assert words in capfd.readouterr().err
