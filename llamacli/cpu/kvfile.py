@@ -142,8 +142,9 @@ class _File:
         self._reads.adopt(self.path, self.blocks.file, False, self._nbytes)
 
     def _full(self, nbytes: int, number: int) -> OutputError:
+        size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
         return OutputError(
-            f"{self.path}: expected room for {nbytes / 1e9:.2f} GB of keys and values, found: {os.strerror(number)}; free "
+            f"{self.path}: expected room for {size} of keys and values, found: {os.strerror(number)}; free "
             f"some, name another folder with --kv-file, or use a smaller --kv"
         )
 
