@@ -60,6 +60,7 @@ def test_the_wheel_holds_the_program_and_the_small_model_and_nothing_else(wheel)
     }
     models = [f"llamacli/models/scout-tiny/{name}.gguf" for name in ("mmproj-scout-tiny", "scout-tiny")]
     assert sorted(name for name in names if name.endswith(".gguf")) == models
+    assert "llamacli/serve/page.html" in names
 
 
 def test_the_wheel_brings_a_manual_page_of_every_command(wheel):

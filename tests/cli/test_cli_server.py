@@ -437,3 +437,8 @@ def test_a_chat_sends_its_pictures_with_every_turn(tmp_path):
             {"role": "user", "content": "Sure?"},
         ]
     )
+
+
+def test_a_server_without_tls_is_told_from_one_that_is_not_there(server, capfd):
+    assert run("--server", server.replace("http:", "https:"), "Hi") == 1
+    assert "expected TLS" in capfd.readouterr().err

@@ -452,6 +452,16 @@ def test_a_phone_s_width_is_enough(opened):
         tab.wait("document.querySelectorAll('article').length === 0 && !document.querySelector('main').inert")
 
 
+def test_nothing_jumps_while_the_page_loads_and_answers(opened):
+    with opened(Scripted("word and word\n\n" * 20, chunk=64, delay=0.001)) as tab:
+        tab.js("""window.jumps = []; new PerformanceObserver((list) => jumps.push(...list.getEntries().map((e) => e.value)))
+            .observe({type: 'layout-shift', buffered: true}); 0""")
+        ask(tab, "One")
+        ask(tab, "Two")
+        tab.js("new Promise((done) => setTimeout(done, 100))")
+        assert sum(tab.js("jumps")) < 0.1  # what web.dev/cls calls good; the row below an answer moves as it grows
+
+
 AXE = Path(axe_core_python.__file__).with_name("axe.min.js")
 EVERYTHING = "# Head\n\ntext *em* `code` [link](https://a.example)\n\n- item\n\n> quote\n\n| a |\n|---|\n| 1 |\n\n```py\nx\n```"
 
