@@ -30,7 +30,15 @@ from llamacli.text.sampler import Sampler
 REPLY = "first line\nsecond line"
 BOS, EOT, EOM, HEADER, RESERVED = 256, 257, 258, 259, 260
 N_VOCAB = 261
-CONFIG = SimpleNamespace(
+
+
+class Sizes(SimpleNamespace):
+    """Some fields of a Config; hashable, as that is."""
+
+    __hash__ = object.__hash__
+
+
+CONFIG = Sizes(
     **{
         "kv_type": "F16",
         "kv_row_bytes": 16,

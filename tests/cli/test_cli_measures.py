@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from fakes import FakeEngine, start, write_gguf
+from fakes import FakeEngine, Sizes, start, write_gguf
 
 from llamacli.cli import bench, imatrix, main, perplexity
 from llamacli.cpu import kvcache
@@ -52,7 +52,7 @@ def test_a_model_in_more_parts_than_files_may_be_open_at_first(tmp_path):
 
 def test_kv_memory_is_what_the_cache_takes():
     sizes = {"n_layers": 8, "n_kv_heads": 2, "head_dim": 16, "chunk_size": 512, "kv_type": "F16", "kv_row_bytes": 32}
-    config = SimpleNamespace(**sizes, uses_rope=lambda i: i % 4 != 3)
+    config = Sizes(**sizes, uses_rope=lambda i: i % 4 != 3)
     for ctx in (256, 300, 512, 2000):
         cache = KVCache(config, ctx)
         cache.reserve(ctx)
