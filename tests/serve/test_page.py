@@ -219,6 +219,11 @@ def test_pictures_are_attached_by_file_by_drop_and_by_paste_and_sent_as_data(pre
     ask(tab, "And now?")
     kinds = [part["type"] for part in tab.server.asked[1]["messages"][0]["content"]]
     assert kinds == ["image_url", "image_url", "text"]
+    tab.js("document.querySelector('article.user .below button:last-child').click()")
+    tab.click(".edit li:last-child button")
+    tab.click(".edit button.main")
+    tab.wait(f"document.querySelectorAll('article.user').length === 1 && {STILL}")
+    assert [part["type"] for part in tab.server.asked[2]["messages"][0]["content"]] == ["image_url", "text"]
 
 
 def test_a_key_is_asked_for_and_kept_until_the_tab_closes(opened):
