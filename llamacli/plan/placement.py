@@ -157,10 +157,12 @@ def place(
     name: str = "the model",
     slots: bool = False,
     kv_files: int = 0,
+    beside: int = 0,
 ) -> Placement:
     """Decide what is resident within `memory` bytes at a context of `ctx` tokens.
 
-    `slots`: even if everything would fit. `kv_files`: so many sequences may keep keys and values in files.
+    `slots`: even if everything would fit. `kv_files`: so many sequences may keep keys and values in files. `beside`: bytes
+    that are not in `memory` any more, such as a vision tower's; messages count them.
     MemoryLimitError if that cannot hold the always-used weights, keys and values, and the experts of one token.
     """
     batch = batch_within(config, memory, threads)
@@ -176,10 +178,12 @@ def place(
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots, kv_files=kv_files)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
+        if beside:
+            parts += f", beside the model {_gb(beside)}"
         other = f"--ctx {fits} or {'' if kv_files else '--kv-file DIR or '}" if fits else ""
         raise MemoryLimitError(
-            f"{name}: expected at least {_gb(least)} of memory ({parts}, the rest for experts), found {_gb(memory)}; use "
-            f"{other}--memory {-(-least // 10**8) / 10:.1f}G"
+            f"{name}: expected at least {_gb(least + beside)} of memory ({parts}, the rest for experts), found "
+            f"{_gb(memory + beside)}; use {other}--memory {-(-(least + beside) // 10**8) / 10:.1f}G"
         )
     if ctx > LONG_CTX and sizes.experts:
         larger = batch_within(config, memory, threads, LONG_BATCH)
@@ -369,7 +373,7 @@ def plan_residency(
     memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
     if offload.streams:
         memory, experts = min(memory, offload.budget - offload.working), "slots"
-    how = {"threads": threads, "name": str(gguf.path), "slots": experts == "slots", "kv_files": kv_files}
+    how = {"threads": threads, "name": str(gguf.path), "slots": experts == "slots", "kv_files": kv_files, "beside": beside}
     p = place(config, sizes, memory, ctx, **how)
     slots = p.n_slots if p.mode == "slots" else 0
     return Residency(slots, p.batch, p.window, p.resident + beside, memory - p.resident)

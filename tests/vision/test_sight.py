@@ -1,6 +1,7 @@
 """The tower beside a model: found, checked, its rows in prompts, nothing looked at twice."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -288,6 +289,14 @@ def test_a_tower_that_is_named_is_planned_for(beside):
             found.append(machine.reserved())
     assert found[1] - found[0] == needed
     assert machine.reserved() == others
+
+
+def test_the_memory_that_is_advised_holds_model_and_tower(beside):
+    with pytest.raises(MemoryLimitError, match=r"beside the model 0\.1. GB.* --memory") as caught:
+        Model.load(beside, threads=1, ctx=256, memory=machine.reserved() + 200_000_000, mmproj=True)
+    advised = float(re.search(r"--memory ([\d.]+)G", str(caught.value))[1]) * 1e9
+    with Model.load(beside, threads=1, ctx=256, memory=int(machine.reserved() + advised), mmproj=True):
+        pass
 
 
 def test_a_tower_that_is_opened_later_takes_slots_for_its_memory(beside, monkeypatch):
