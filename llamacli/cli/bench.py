@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+from llamacli.cli import signals
 from llamacli.cli.console import amount, rate
 from llamacli.cli.grammar import argument, option
 from llamacli.cli.nodes import OnCluster
@@ -231,11 +232,14 @@ def _random_file(name: str, layers: int, tests, keep: bool, console):
     if not path.exists():
         with console.progress(f"writing {path}") as update:
             write(shape, layers, path, progress=update)
-    try:
+    if keep:
         yield path
+        return
+    try:
+        with signals.last_words(lambda: path.unlink(missing_ok=True)):  # gigabytes, if the process must end in compiled code
+            yield path
     finally:
-        if not keep:
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _extrapolate(records: list[dict], name: str, layers: int, measure) -> None:

@@ -112,7 +112,7 @@ def obeyed() -> None:
 
 @contextmanager
 def at_once():
-    """While inside, the system itself ends the process on the first signal. No last words are said.
+    """While inside, the first signal ends the process: by the system itself, or, where there are last words, after these.
 
     A library that is called here may hold the interpreter's lock for a third of a second, in which no thread of ours hears
     anything. The compiler calls back into Python where an exception cannot travel on: it would be printed, and the interrupt
@@ -122,9 +122,10 @@ def at_once():
         yield
         return
     before = {number: signal.getsignal(number) for number in _NUMBERS}
+    ending = (lambda number, frame: _end(number)) if _State.last_words else signal.SIG_DFL
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, ending)
     try:
         yield
     finally:

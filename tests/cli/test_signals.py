@@ -51,8 +51,8 @@ enter()
 def deaf(after, *args, code=DEAF, **how):
     """A `llamacli` whose engine is deaf from its call number `after` on."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    env = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
-    process = subprocess.Popen([sys.executable, "-c", code, str(after), *args], env=env, **pipes)
+    pipes.setdefault("env", os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
+    process = subprocess.Popen([sys.executable, "-c", code, str(after), *args], **pipes)
     try:
         assert process.stderr.readline() == b"deaf\n"
         yield process
@@ -85,6 +85,27 @@ def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
+
+
+def test_a_signal_while_a_model_is_loaded_leaves_no_random_file(tmp_path):
+    """What `bench --shape` makes for itself is gigabytes."""
+    code = (
+        DEAF.replace("options.load_model = lambda *args, **more: model", "from llamacli.cli import bench, signals")
+        .replace("options.find_model = lambda name, console: name", "from quantize import shapes")
+        .replace(
+            "sys.argv[1:2] = []",
+            "def write(shape, layers, path, progress):\n    path.write_text('')\n"
+            "def load(*args, **more):\n    with signals.at_once():\n        Engine('').forward([], None)\n"
+            "shapes.write, bench.load_model = write, load\nsys.argv[1:2] = []",
+        )
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "LLAMACLI_CACHE": str(tmp_path)}
+    with deaf(0, "bench", "--shape", "scout", "-n", "1", "-p", "0", code=code, env=env) as process:
+        assert len([*tmp_path.rglob("*.gguf")]) == 1
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert [*tmp_path.rglob("*.gguf")] == []
 
 
 def test_an_interrupted_answer_keeps_what_it_has():
