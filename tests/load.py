@@ -56,12 +56,25 @@ class Failed(Exception):
 class Server:
     """What is asked, and how."""
 
-    def __init__(self, url: str, key: str | None):
+    def __init__(self, url: str, key: str | None, raw: bool = False):
+        """`raw`: texts are continued instead of chats, for a model without a chat template."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise Failed(f"expected an address such as http://127.0.0.1:8080, found {url}")
         self._host, self._port = parts.hostname, parts.port or 80
+        self._raw = raw
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+    def wait(self, until: float) -> None:
+        """Until the model is loaded, if the server tells so by /health."""
+        while True:
+            with closing(http.client.HTTPConnection(self._host, self._port, timeout=10)) as connection:
+                connection.request("GET", "/health", headers=self._headers)
+                if connection.getresponse().status != 503:
+                    return
+            if time.perf_counter() > until:
+                raise Failed("the server still loads its model")
+            time.sleep(0.2)
 
     def post(self, path: str, body: dict, until: float) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """An answer that has begun, and its connection."""
@@ -83,10 +96,12 @@ class Server:
 
     def chat(self, text: str, n: int, start: float, until: float) -> Chat:
         """Ask for an answer of `n` tokens."""
-        body = {"messages": [{"role": "user", "content": text}], "max_tokens": n, "temperature": 0, "ignore_eos": True}
+        path = "/v1/completions" if self._raw else "/v1/chat/completions"
+        body = {"prompt": text} if self._raw else {"messages": [{"role": "user", "content": text}]}
+        body |= {"max_tokens": n, "temperature": 0, "ignore_eos": True}
         body |= {"stream": True, "stream_options": {"include_usage": True}}
         began, first, usage = time.perf_counter(), None, None
-        connection, response = self.post("/v1/chat/completions", body, until)
+        connection, response = self.post(path, body, until)
         try:
             for line in response:
                 now = time.perf_counter()
@@ -97,7 +112,7 @@ class Server:
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise Failed(str(event["error"])[:400])
-                if first is None and any(choice["delta"].get("content") for choice in event["choices"]):
+                if first is None and any(c.get("text") or (c.get("delta") or {}).get("content") for c in event["choices"]):
                     first = now
                 usage = event.get("usage") or usage
         finally:
@@ -169,11 +184,13 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (64)")
     parser.add_argument("--chats", type=int, default=2, help="chats of each client, one after the other (2)")
     parser.add_argument("--limit", type=float, default=300, help="seconds of a row at most (300)")
+    parser.add_argument("--raw", action="store_true", help="continue texts, for a model without a chat template")
     parser.add_argument("--key", help="API key")
     parser.add_argument("--json", action="store_true", help="a record a line")
     asked = parser.parse_args()
     try:
-        server, until = Server(asked.url, asked.key), time.perf_counter() + asked.limit
+        server, until = Server(asked.url, asked.key, asked.raw), time.perf_counter() + asked.limit
+        server.wait(until)
         n_words = max(1, asked.prompt * 100 // max(1, server.tokens(next(texts(0, 100)), until)))
         server.chat(next(texts(1, n_words)), 8, 0.0, until)  # not counted: the first costs what later ones do not
         if not asked.json:

@@ -197,6 +197,9 @@ class Pictured:
 def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Sequence[int] | Pictured:
     """The tokens of a conversation with the tools that are offered, if there is room for an answer behind them."""
     found = Pictured(messages, offer.definitions if offer else ())
+    for message in messages:
+        parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
+        check_text("".join(part.get("text", "") for part in parts), model)
     if found.parts:
         check_count(count(model, messages, offer), model.ctx)
         return found
@@ -218,6 +221,18 @@ def count(model, messages: Sequence[dict], offer: Offer | None = None) -> int:
                 param="image_url",
             ) from None
     return model.count_tokens(messages, tools=found.tools)
+
+
+def check_text(text: str, model) -> None:
+    """Refusal for a text that does not fit whatever its tokens are, before it is cut into them, which takes long."""
+    size = len(text.encode())
+    if size > model.ctx * model.tokenizer.most_bytes:
+        raise Refusal(
+            f"the prompt has a text of {size} bytes and the context holds {model.ctx} tokens: shorten the messages, or start "
+            f"the server with a larger --ctx",
+            code="context_length_exceeded",
+            param="messages",
+        )
 
 
 def check_room(ids: Sequence[int], ctx: int) -> Sequence[int]:

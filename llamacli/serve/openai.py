@@ -120,6 +120,7 @@ def _prompts(fields: Fields, model) -> list[Sequence[int]]:
     found = []
     for each in several:
         if isinstance(each, str):
+            asking.check_text(each, model)
             ids = model.tokenizer.encode(each, bos=True, special=False)
         elif isinstance(each, list) and all(type(id) is int and 0 <= id < model.config.n_vocab for id in each):
             ids = each

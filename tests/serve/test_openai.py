@@ -182,6 +182,17 @@ def test_a_prompt_that_leaves_no_room_says_how_much_there_is(client):
     assert error["code"] == "context_length_exceeded" and "512" in error["message"]
 
 
+@pytest.mark.parametrize(
+    "long", [chat("x" * 4000), {"messages": [{"role": "user", "content": [{"type": "text", "text": "é" * 300}]}]}]
+)
+def test_a_text_that_cannot_fit_is_refused_before_it_is_cut_into_tokens(client, monkeypatch, long):
+    monkeypatch.setattr(client.server.model, "prompt_ids", None)
+    error = error_of(client.post("/v1/chat/completions", json=long), 400)
+    assert error["code"] == "context_length_exceeded" and "512" in error["message"]
+    monkeypatch.setattr(client.server.model.tokenizer, "encode", None, raising=False)
+    assert error_of(client.post("/v1/completions", json={"prompt": "x" * 600}), 400)["code"] == "context_length_exceeded"
+
+
 def test_a_full_context_is_a_length(client):
     body = client.post("/v1/completions", json={"prompt": [BOS, *[65] * 500, HEADER]}).json()
     assert body["choices"][0]["finish_reason"] == "length"
