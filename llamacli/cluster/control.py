@@ -10,6 +10,7 @@ import signal
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from llamacli.llama4.config import Config
 from llamacli.plan import nodes as planning
 
 PORT = 6479
+REACHED = 3.0  # seconds in which a node must take a connection
 STARTING, OPENING = 40.0, 600.0  # seconds in which a node's process must answer, and must have opened its layers
 TWICE = 2  # a node that was lost so often is not used again
 
@@ -112,10 +114,15 @@ class Cluster:
     def describe(self, path: str | None = None, threads: int | None = None, skip: Sequence[str] = ()) -> dict[str, dict]:
         """host.Host.describe of every node, {"error": words} for one that does not answer."""
         asked, found = {}, {}
-        for name, node in self.alive().items():
-            if name not in skip:
+        nodes = {name: node for name, node in self.alive().items() if name not in skip}
+        with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # Ray takes half a minute to notice a cable that was cut
+            reached = dict(zip(nodes, pool.map(_reached, nodes.values()), strict=True))
+        for name, node in nodes.items():
+            found[name] = {"address": node["NodeManagerAddress"]}
+            if reached[name]:
                 asked[name] = self._host(name, node).describe.remote(path, threads)
-                found[name] = {"address": node["NodeManagerAddress"]}
+            else:
+                found[name]["error"] = f"expected an answer from {node['NodeManagerAddress']}, found none; check its cable"
         for name, facts in self._gather(asked, STARTING).items():
             found[name] |= {"error": str(facts)} if isinstance(facts, Exception) else facts
         return found
@@ -307,6 +314,15 @@ def open_engine(
         raise
     stage.lost = told
     return Engine(gguf, config, threads, cluster=stage)
+
+
+def _reached(node: dict) -> bool:
+    """Whether Ray's process on a node takes connections."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACHED).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
