@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from llamacli import Model
 from llamacli.errors import OutputError
 from llamacli.files.gguf import open_gguf
+from quantize import journal
 from quantize.convert import convert
 from quantize.journal import MAGIC, File, Maker, write_files
 
@@ -666,3 +667,23 @@ def test_a_file_system_without_full_sync_is_synced_as_it_can_be(tmp_path, monkey
     files, data, _ = job(tmp_path, 3)
     attempt(files, data)
     assert len(synced) == 4
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_disk_that_fails_while_later_tensors_are_made_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch, failing):
+    monkeypatch.setattr(journal, "SYNC", 1)  # each tensor begins to be synced when it is finished
+    calls, real = [], os.fsync
+
+    def fsync(fd):
+        calls.append(fd)
+        if len(calls) == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files, data, expected = job(tmp_path, 3)
+    with pytest.raises(OutputError, match=r"Input/output error; . of 6 tensors are kept"):
+        attempt(files, data)
+    assert not any(file.path.exists() for file in files)
+    attempt(files, data)
+    assert [file.path.read_bytes() for file in files] == expected
