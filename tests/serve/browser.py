@@ -16,6 +16,7 @@ from contextlib import ExitStack, suppress
 
 from websockets.sync.client import connect
 
+LONGEST = 240  # seconds without a word of the browser: one core that others use, too, lays a hard page out for over a minute
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 KEYS = {  # name: code, the number of its virtual key, the text that it types
     "Enter": ("Enter", 13, "\r"),
@@ -67,7 +68,7 @@ class Browser:
         message = {"id": number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
         self._socket.send(json.dumps(message))
         while True:
-            found = json.loads(self._socket.recv(timeout=30))
+            found = json.loads(self._socket.recv(timeout=LONGEST))
             if found.get("id") == number:
                 assert "error" not in found, (method, found["error"])
                 return found["result"]
@@ -127,7 +128,7 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, condition, seconds=10):
+    def wait(self, condition, seconds=60):
         """Wait until an expression is true, and return it."""
         until = time.monotonic() + seconds
         while not (found := self._now(condition)):
