@@ -8,6 +8,10 @@ import signal
 from importlib import import_module
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a test times nothing
+settings.load_profile("any machine")
 
 # a run in the background of a script inherits an ignored SIGINT and would pass it on to every command under test
 signal.signal(signal.SIGINT, signal.default_int_handler)

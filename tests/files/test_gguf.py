@@ -461,7 +461,7 @@ class TestFuzz:
         assert Config.from_gguf(found).n_experts == 4
         assert Tokenizer.from_gguf(found).encode("ab") == [257, 256]
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     @given(
         changes=st.lists(st.tuples(st.integers(4, HEADER - 1), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4),
         length=st.just(len(LLAMA4)) | st.integers(0, len(LLAMA4)),
@@ -474,7 +474,7 @@ class TestFuzz:
         path.write_bytes(raw[:length])
         assert peak_of(path) < 3_000_000
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(junk=st.binary(max_size=400), counts=st.tuples(st.integers(0, 5), st.integers(0, 5)))
     def test_junk_behind_a_sound_start(self, tmp_path_factory, junk, counts):
         path = tmp_path_factory.getbasetemp() / "junk.gguf"

@@ -280,7 +280,7 @@ def test_a_dat_cut_anywhere_is_refused(tmp_path):
             read_imatrix(tmp_path / "cut.dat")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(tmp_path, raw):
     (tmp_path / "any").write_bytes(raw)

@@ -470,7 +470,7 @@ def attempt(files, data, made=None, skipped=None, chunks=None, force=False):
     write_files(files, "job", Maker(make, lambda name: f"note of {name}", skip), force)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 99), st.integers(0, 20), st.sampled_from(["part", "log", "cut part", "cut log", None]), st.floats(0, 0.999)
 )

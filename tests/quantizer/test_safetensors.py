@@ -161,7 +161,7 @@ def test_a_hostile_entry_is_refused_with_the_tensors_name(tmp_path, change, word
     assert word in message
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_header_opens_or_is_refused(tmp_path_factory, header):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
@@ -180,7 +180,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(json_values, json_values, json_values)
 @example("F32", "\n\x1b[2J", None)
 def test_any_entry_opens_or_is_refused(tmp_path_factory, dtype, shape, offsets):

@@ -118,7 +118,7 @@ def test_weights_that_never_mattered_do_no_harm(type_name):
 
 
 @pytest.mark.parametrize("type_name", (*SEARCHED, "Q4_0"))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), scale=st.floats(-12, 6), sparse=st.floats(0, 1), shift=st.floats(-2, 2))
 def test_any_finite_weights_stay_finite_and_within_a_step(type_name, seed, scale, sparse, shift):
     rng, limit = np.random.default_rng(seed), encoders.encoder(type_name).limit

@@ -117,7 +117,7 @@ def test_pieces_of_any_size_give_the_same(text, shown, calls):
         assert said([text[i : i + n] for i in range(0, len(text), n)]) == (shown, calls)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.sampled_from([c[0] for c in CALLS] + [t for t in TEXTS if len(t) < 80] + ["\n", " ", "x", ";", "{", "[", '"']),
@@ -140,7 +140,7 @@ def test_text_is_shown_at_once_where_it_can_be_no_call():
     assert [parser.push(piece) for piece in ("see [get_", "wea", "k]")] == ["see ", "", "[get_weak]"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.text(max_size=8),

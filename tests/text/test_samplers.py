@@ -148,7 +148,7 @@ def test_typical_among_many_tokens_is_its_definition(p, spread):
     assert len(found.ids) >= 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(0, 2**32),
     st.lists(st.sampled_from(sorted(set(ON) - {"dynamic temperature"})), unique=True, max_size=5),
