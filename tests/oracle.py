@@ -141,14 +141,20 @@ def rotate(x, angles):
 
 
 def attend(q, k, v, visible):
+    """`visible`: of which keys each query knows, bool [n, n], none of them later than the query; or True. Some queries at a
+    time, so that long texts take little memory.
+    """
     n, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]
     out = np.empty_like(q)
-    for head in range(n_heads):
-        scores = q[:, head] @ k[:, head // group].T / np.sqrt(head_dim)
-        scores = np.where(visible, scores, -np.inf)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        out[:, head] = p / p.sum(-1, keepdims=True) @ v[:, head // group]
+    for start in range(0, n, 256):
+        own = slice(start, min(n, start + 256))
+        seen, known = (slice(None), True) if visible is True else (slice(own.stop), visible[own, : own.stop])
+        for head in range(n_heads):
+            scores = q[own, head] @ k[seen, head // group].T / np.sqrt(head_dim)
+            scores = np.where(known, scores, -np.inf)
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            out[own, head] = p / p.sum(-1, keepdims=True) @ v[seen, head // group]
     return out.reshape(n, -1)
 
 
