@@ -153,6 +153,7 @@ def test_status_shows_both_nodes_with_their_copies(two):
     assert all(node["memory"] > 0 and node["bandwidth"] > 0 and node["version"] for node in nodes.values())
 
 
+@pytest.mark.slow
 def test_bench_measures_the_cluster(two):
     words = ("-p", "64", "-n", "8", "-r", "1", "--cluster", two.address, "--cluster-layers", "1,3", "--json")
     done = two.llamacli("bench", "-m", str(TINY), *words)
