@@ -106,6 +106,10 @@ class Terminal:
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(20)
+        self.hang_up()
+
+    def hang_up(self):
+        """Take the terminal away from what runs in it."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

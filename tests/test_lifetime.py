@@ -14,18 +14,23 @@ from llamacli import environment
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 
 LIVES = """
-import gc, json, os, sys
+import gc, json, os, sys, time
 from llamacli import Model
 from llamacli.plan.machine import resident
 
-path, experts, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+path, experts, count, first = sys.argv[1], sys.argv[2], int(sys.argv[3]), {}
 for _ in range(count):
     with Model.load(path, threads=4, ctx=256, experts=experts) as model:
         session = model.session()
         "".join(piece.text for piece in session.stream(list(range(5, 40)), model.sampler(temp=0), 8))
     del model, session
     gc.collect()
-    print(json.dumps([resident(), len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))]))
+    tasks = lambda: len(os.listdir("/proc/self/task"))
+    for _ in range(200):  # the system forgets a thread a moment after it was joined
+        if tasks() == first.setdefault("tasks", tasks()):
+            break
+        time.sleep(0.01)
+    print(json.dumps([resident(), tasks(), len(os.listdir("/proc/self/fd"))]))
 """
 
 

@@ -34,6 +34,7 @@ from llamacli.errors import (
 )
 
 WIDTH = 8  # lines at a time, where nobody says how many
+MOST_WAITING = 512  # lines that may be asked before the first of them is answered
 _KEYS = ("prompt", "messages", "images", "system", "id", "params")
 _LONGEST = 16 << 20  # bytes of a line
 _ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # ends of lines to some who read them
@@ -97,7 +98,7 @@ def answer_all(
                 folder = Path(name).parent if total else Path()
                 sights = Sights(model, pictures, folder, options.image_tiles, console)
                 pictures.clear()
-                width = parallel or (min(model.sessions, model.engine.alike) if options.server is None else 1)
+                width = parallel or (min(model.sessions, model.engine.alike))
                 crew = Crew(model, prompts, sights, options, extract, console, width)
             crew.begin(request, _messages(request, prompts, name))
             for done, found in crew.finished():
@@ -158,12 +159,16 @@ class Crew:
 
     def finished(self, wait: bool = False) -> Iterator[tuple[Request, dict]]:
         """What is found and next in order, once a session is free; with `wait` all that was asked."""
-        while self._answers and (wait or not self._free):
+        while self._answers and (wait or not self._free or self._held_up()):
             self._take(self._answers.step())
         while self._asked and (asked := next(iter(self._asked.values()))).found is not None:
             del self._asked[asked.request.line]
             self.failed += "error" in asked.found
             yield asked.request, asked.found
+
+    def _held_up(self) -> bool:
+        """Whether many results wait for the first line's."""
+        return len(self._asked) > MOST_WAITING and next(iter(self._asked.values())).found is None
 
     def _take(self, pieces) -> None:
         for line, piece in pieces:
@@ -178,6 +183,7 @@ class Crew:
                     asked.found = asked.whole(piece.finish_reason, self._extract)
             if asked.found is not None:
                 self._free.append(asked.session)
+                asked.session, asked.sampler, asked.views = None, None, ()  # results may wait long for a line before them
 
 
 @dataclass

@@ -36,10 +36,14 @@ def read_pictures(names: Sequence[str], console: Console, send: bool = False) ->
 def sent(source: bytes | str) -> str:
     """A file, or bytes of stdin, as a server takes a picture. PictureError for what could not be read here either."""
     from llamacli.client.remote import data_url
-    from llamacli.vision.pictures import read_picture
+    from llamacli.vision.pictures import file_bytes, read_picture, shown
 
-    read_picture(source, "stdin" if isinstance(source, bytes) else None)
-    return data_url(source if isinstance(source, bytes) else Path(source).read_bytes())
+    if isinstance(source, str) and source.startswith("data:"):
+        read_picture(source)
+        return source
+    data = source if isinstance(source, bytes) else file_bytes(Path(source))
+    read_picture(data, "stdin" if isinstance(source, bytes) else shown(source))
+    return data_url(data)
 
 
 def listed_picture(source: str, folder: Path) -> "Picture":

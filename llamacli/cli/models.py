@@ -211,6 +211,8 @@ def _check(names: list[str], console: Console) -> None:
     from llamacli.library.installed import installed
 
     models = [_found(name) for name in names] or [model for model in installed() if any(map(known, model.paths))]
+    if not models:
+        console.note("no checksum is known of any model here")
     damaged = []
     for model in models:
         for path in model.paths:

@@ -102,7 +102,8 @@ class Device(StrEnum):
 
 HERE = (  # parameters that concern a model in this process
     *("mmproj", "image_tiles", "ctx", "threads", "memory", "device", "gpu_layers", "experts", "kv", "cache", "cache_limit"),
-    *("speculate", "routing_log", "dry_sequence_breaker", "logprobs", "batch", "parallel", "tool_choice", "bind_tools"),
+    *("kv_file", "cluster", "cluster_layers", "speculate", "routing_log", "dry_sequence_breaker", "logprobs", "batch"),
+    *("parallel", "tool_choice", "bind_tools"),
 )
 ALL_LAYERS = 1 << 20  # more than any model has
 
@@ -347,8 +348,7 @@ class Generation(Sampling, Keeping, OnCluster):
     ] = None
 
     def __post_init__(self) -> None:
-        if self.server == "none":
-            self.server = None
+        self.server = None if self.server == "none" else self.server
         if self.server is not None and (here := typed(HERE)):
             raise UsageError(
                 f"{here[0]} and {getattr(self.server, 'where', '--server')} exclude each other: the first is for a model that "

@@ -413,7 +413,7 @@ def likely(tokenizer, piece) -> dict:
 def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     """The line about speed after an answer."""
     parts = [f"{stats.prompt_tokens} prompt tokens"] if stats.prompt_tokens else []  # a server counts at the end
-    if stats.cached_tokens:
+    if parts and stats.cached_tokens:
         parts[0] += f" ({stats.cached_tokens} kept from before)"
     if parts and stats.prefill_tps:
         parts[0] += f" at {stats.prefill_tps:.1f}/s"

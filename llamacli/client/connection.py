@@ -9,7 +9,6 @@ import http.client
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from urllib.parse import urlsplit
 
 from llamacli.errors import ContextFullError, LlamacliError, ServerError, UsageError
@@ -56,8 +55,14 @@ class Server:
         connection = self._connection()
         try:
             self._reach(connection)
-            with suppress(BrokenPipeError, ConnectionResetError):  # it may refuse a body before it has read it
+            try:
                 connection.request(method, self._path + path, data, {**headers, "Connection": "close"})
+            except (BrokenPipeError, ConnectionResetError):  # it may refuse a body before it has read it
+                pass
+            except OSError as error:
+                raise ServerError(
+                    f"{self.url}: the connection broke off ({_words(error)}); try again, or look after the server"
+                ) from None
             answer = Response(self, connection, self._waiting(connection.getresponse))
             answer.check()
             return answer

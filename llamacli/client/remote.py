@@ -33,7 +33,8 @@ def connect(address: str, key: str | None, name: str | None = None, stalled: flo
         found = server.json("GET", "/v1/models").get("data")
     except Missing:  # some have no list
         found = []
-    models = [each for each in found if isinstance(each, dict) and isinstance(each.get("id"), str)] if found else []
+    found = found if isinstance(found, list) else []
+    models = [each for each in found if isinstance(each, dict) and isinstance(each.get("id"), str)]
     names = [each["id"] for each in models]
     if name is not None and names and name not in names:
         shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
@@ -152,7 +153,8 @@ class RemoteSession:
                 if text:
                     yield Piece(text, None)
         self._count(usage if isinstance(usage, dict) else {})
-        if reason == "length" and stats.completion_tokens != max_tokens:
+        full = model.ctx and stats.prompt_tokens + stats.completion_tokens >= model.ctx - 1
+        if reason == "length" and full and stats.completion_tokens != max_tokens:
             reason = "context"
         yield Piece("\n".join(map(_call, calls.values())), None, "stop" if reason in (None, "tool_calls") else reason)
 

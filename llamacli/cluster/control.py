@@ -199,9 +199,8 @@ class Placing:
     def __call__(self, losses: Counter) -> list[Place]:
         """Places of all layers. MemoryLimitError or DeviceError if there are none."""
         skip = {name for name, n in losses.items() if n >= TWICE}
-        for name, n in losses.items():
-            if n < TWICE:
-                self._cluster.drop(name)
+        for name in losses:
+            self._cluster.drop(name)
         while True:
             usable = self._usable(skip)
             machines = [

@@ -34,6 +34,7 @@ class Host:
         from llamacli.environment import models_folder
         from llamacli.plan import machine
 
+        self.close()  # what an earlier opening holds is free for the next
         threads = threads or default_threads()
         copy = path and own_copy(path)
         return {

@@ -13,6 +13,7 @@ A frame of the stream has the head {"id", "runs": [[cache, ctx, pos, n], ...], "
 import queue
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -40,6 +41,7 @@ class Node:
         self._stopped = 0  # batches up to this number are not wanted any more
         self._kept: tuple[int, np.ndarray | None] = 0, None  # the last batch's number and rows, if they were not sent whole
         self._closed = False
+        self._linked = threading.Event()  # set once there is somebody to send to
         self._listener = socket.create_server((host, 0))
         self.address = self._listener.getsockname()[:2]
         for work in (self._accept, self._compute):
@@ -48,21 +50,30 @@ class Node:
     def close(self) -> None:
         """Stop listening and release the stage."""
         self._closed = True
+        with suppress(OSError):  # wakes who waits in accept
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._linked.set()
+        with suppress(queue.Full):
+            self._incoming.put_nowait(None)
         for link in (self._next, *self._controls):
             if link:
                 link.close()
         self._stage.interrupt()
         with self._busy:
+            self._caches.clear()
+            self._kept = 0, None
             self._stage.close()
 
     # links
 
     def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
+        while not self._closed:
+            try:
                 sock, _ = self._listener.accept()
                 threading.Thread(target=self._welcome, args=(sock,), daemon=True).start()
+            except (OSError, RuntimeError):  # no descriptors or threads for the moment
+                time.sleep(0.05)
 
     def _welcome(self, sock: socket.socket) -> None:
         with suppress(LinkClosed):
@@ -74,6 +85,7 @@ class Node:
                 self._answer(link)
             elif role == "sink":
                 self._next = link
+                self._linked.set()
             elif role == "stream":
                 while isinstance(frame := link.received.get(), Frame):
                     self._incoming.put(frame)
@@ -106,6 +118,7 @@ class Node:
 
     def _op_next(self, frame: Frame):
         self._next = connect(frame.head["address"], self._secret, "stream")
+        self._linked.set()
 
     def _op_free(self, frame: Frame):
         with self._busy:
@@ -157,6 +170,9 @@ class Node:
     def _compute(self) -> None:
         while not self._closed:
             frame = self._incoming.get()
+            self._linked.wait()
+            if frame is None or self._closed:
+                return
             number = frame.head["id"]
             if number <= self._stopped:
                 continue
@@ -169,7 +185,7 @@ class Node:
                 self._tell(f"its link to the next node: {error}")
             except Exception as error:  # whatever it is, the program must learn of it
                 head = {"id": number, "error": [type(error).__name__, str(error)]}
-                with suppress(LinkClosed, AttributeError):
+                with suppress(LinkClosed):
                     self._next.send(head)
 
     def _tell(self, words: str) -> None:

@@ -119,7 +119,8 @@ def _records() -> Iterator[tuple[Path, Running]]:
 
 def _check_host(host: str) -> None:
     try:
-        private = ipaddress.ip_address(host).is_private
+        at = ipaddress.ip_address(host)
+        private = at.is_private and not (at.is_unspecified or at.is_reserved or at.is_multicast)
     except ValueError:
         raise UsageError(f"--host: expected an address such as 10.0.0.5, found {host!r}") from None
     if not private:
@@ -152,13 +153,16 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
             start_new_session=True,
         )
     began = time.monotonic()
-    while STARTED not in (said := log.read_text(errors="replace")):
-        if process.poll() is not None or time.monotonic() - began > PATIENCE:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            reason = next((line for line in reversed(said.splitlines()) if "rror" in line), said.strip()[-200:])
-            raise DeviceError(f"{address}: expected Ray to start, found: {reason.strip()[:200]}; all of it is in {log}")
-        time.sleep(0.1)
-    node = Running(process.pid, address, host, head)
-    (_folder() / f"{process.pid}.json").write_text(json.dumps(node._asdict()))
+    try:
+        while STARTED not in (said := log.read_text(errors="replace")):
+            if process.poll() is not None or time.monotonic() - began > PATIENCE:
+                reason = next((line for line in reversed(said.splitlines()) if "rror" in line), said.strip()[-200:])
+                raise DeviceError(f"{address}: expected Ray to start, found: {reason.strip()[:200]}; all of it is in {log}")
+            time.sleep(0.1)
+        node = Running(process.pid, address, host, head)
+        (_folder() / f"{process.pid}.json").write_text(json.dumps(node._asdict()))
+    except BaseException:  # Ctrl-C, too, leaves nothing running
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
     return node

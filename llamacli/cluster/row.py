@@ -121,8 +121,12 @@ class Row:
 
     def _ping(self) -> None:
         while not self._closed:
+            asked = time.monotonic()
             self.tell("ping", {})
             time.sleep(PING_EVERY)
+            if time.monotonic() - asked > PING_EVERY + 1:  # this program was stopped, by Ctrl-Z say, not the nodes
+                self._heard = [time.monotonic()] * len(self.places)
+                continue
             for k, heard in enumerate(self._heard):
                 if time.monotonic() - heard > PATIENCE:
                     self._lose(k, f"no answer for {PATIENCE:.0f} s")

@@ -16,6 +16,7 @@ import queue
 import socket
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
@@ -67,12 +68,11 @@ class Link:
         self.received = queue.Queue(QUEUED) if received is None else received
         self._outgoing: queue.Queue = queue.Queue(QUEUED)
         self._closed = False
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE))
-        sock.settimeout(GREETING)
         try:
-            self._write_key, self._read_key = self._greet(secret, accepts)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE))
+            self._write_key, self._read_key = self._greet(secret, accepts, time.monotonic() + GREETING)
         except OSError as error:
             sock.close()
             raise LinkClosed(f"expected a node that knows the cluster's secret, found: {error}") from None
@@ -96,11 +96,12 @@ class Link:
         with suppress(queue.Full):
             self._outgoing.put_nowait(None)
 
-    def _greet(self, secret: bytes, accepts: bool) -> tuple[bytes, bytes]:
-        """Keys of both directions. ConnectionError if the other side does not know the secret."""
+    def _greet(self, secret: bytes, accepts: bool, until: float) -> tuple[bytes, bytes]:
+        """Keys of both directions. OSError if the other side does not know the secret, or is not done at `until`."""
         mine = os.urandom(NONCE)
+        self._sock.settimeout(GREETING)
         self._sock.sendall(mine)
-        theirs = bytes(self._exactly(NONCE))
+        theirs = bytes(self._exactly(NONCE, until=until))
         both = theirs + mine if accepts else mine + theirs  # the connecting side's first
         if mine == theirs:
             raise ConnectionError("an echo")
@@ -109,14 +110,16 @@ class Link:
             return blake2b(both + what + bytes([side]), key=blake2b(secret).digest(), digest_size=KEY).digest()
 
         self._sock.sendall(key(accepts, b"proof"))
-        if not hmac.compare_digest(self._exactly(KEY), key(not accepts, b"proof")):
+        if not hmac.compare_digest(self._exactly(KEY, until=until), key(not accepts, b"proof")):
             raise ConnectionError("another secret")
         return key(accepts, b"frames"), key(not accepts, b"frames")
 
-    def _exactly(self, n: int, into: memoryview | None = None) -> memoryview:
+    def _exactly(self, n: int, into: memoryview | None = None, until: float | None = None) -> memoryview:
         view = memoryview(bytearray(n)) if into is None else into
         done = 0
         while done < n:
+            if until is not None:
+                self._sock.settimeout(max(0.01, until - time.monotonic()))
             got = self._sock.recv_into(view[done:])
             if not got:
                 raise ConnectionError("the connection was closed")

@@ -22,9 +22,7 @@ from llamacli.plan.placement import COUNTED, OTHERS, Placement, Sizes, decode_se
 
 ASSUMED_DISK = 3e9  # bytes a second, of a disk that could not be measured
 EVEN = 0.05  # weight of the squares
-SECONDS_PER_HANDOVER = (
-    150e-6  # threads and system calls of a hand-over, beside the network's own time; measured, docs/cluster.md
-)
+SECONDS_PER_HANDOVER = 150e-6  # of threads and system calls, beside the network's own time; assumed, not measured
 
 
 class Machine(NamedTuple):

@@ -142,7 +142,13 @@ class Server:
 
     async def _prepared(self, request: Request, work: Callable[[], object]):
         """What `work` gives in a thread for such work. ClientDisconnect if the client leaves before."""
+        self._check_works()
         return await while_there(request.receive, asyncio.get_running_loop().run_in_executor(self._preparing, work))
+
+    def _check_works(self) -> None:
+        """Stopping if the threads for such work are ended, or soon will be."""
+        if not self.scheduler.works:
+            raise Stopping("the server is stopping; ask again later")
 
     async def _seen(self, request: Request, prompt: Sequence[int] | asking.Pictured) -> Sequence:
         """The tokens of a prompt, once its pictures were looked at. No more requests than are answered at a time have theirs
@@ -159,8 +165,14 @@ class Server:
     async def _looked_at(self, request: Request, picture):
         """What the tower makes of a picture, in the thread for these. If the client leaves, the tower stops."""
         gone = threading.Event()
+        self._check_works()
+
+        def follow(*_):  # an interrupt before the tower begins would be forgotten
+            if gone.is_set():
+                raise KeyboardInterrupt
 
         def look():
+            self.model.sight.follow = follow
             while not gone.is_set():
                 with suppress(KeyboardInterrupt):  # may have been meant for the picture before
                     return self.model.sight.look(picture)

@@ -59,7 +59,8 @@ def is_local(host: str) -> bool:
 def most_connections() -> int:
     """How many connections are served at a time: fewer where the process may not have so many files."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return MOST_CONNECTIONS if allowed == resource.RLIM_INFINITY else max(1, min(MOST_CONNECTIONS, allowed - 4 * SPARE))
+    most = MOST_CONNECTIONS if allowed == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, max(8, allowed - 4 * SPARE))
+    return 1 + most  # uvicorn counts the connection that asks, too
 
 
 class _Connection(H11Protocol):

@@ -92,7 +92,7 @@ def _unread(source, name: str | None) -> tuple[str, "Image", bool]:
     elif isinstance(source, str | os.PathLike):
         if re.match(r"https?://", os.fspath(source)):
             raise PictureError(f"{shown(source)}: expected a file, found an address; download it first")
-        name, data = name or shown(source), _file(Path(source))
+        name, data = name or shown(source), file_bytes(Path(source))
     else:
         raise PictureError(f"expected a picture as a path, bytes, a data: URL or Pillow's, found {type(source).__name__}")
     return name, _opened(name, data), True
@@ -103,7 +103,8 @@ def shown(name) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", os.fspath(name))[:200]
 
 
-def _file(path: Path) -> bytes:
+def file_bytes(path: Path) -> bytes:
+    """A file of at most `MOST_BYTES`, or the first byte more. PictureError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)

@@ -330,6 +330,13 @@ def test_a_suspended_answer_goes_on():
     t.close()
 
 
+def test_a_chat_whose_terminal_is_gone_ends():
+    t = Terminal(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *fake("chat", "--no-save")])
+    t.wait(READY)
+    t.hang_up()
+    t.process.wait(20)
+
+
 def test_what_the_model_says_is_shown_and_not_obeyed(begin):
     t = begin(reply="\x1b]0;owned\x07\x1b[2J\u202ecba")
     asked(t, "go", answer=r"\x1b]0;owned\x07\x1b[2J\u202ecba")

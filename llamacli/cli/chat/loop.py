@@ -129,13 +129,13 @@ def loop(commands: Commands, turns, console: Console, first: str) -> None:
                 raise
             console.fail(f"out of memory: {error or 'an allocation failed'}; /ctx with a smaller number needs less")
         except OSError as error:
-            if not typed:
+            if not typed or not is_terminal(sys.stdin):  # a terminal that is gone fails at every turn
                 raise
             console.fail(
                 f"{error.filename or 'reading or writing'}: expected it to work, found: {error.strerror or error}; try again"
             )
         except Exception as error:
-            if not typed or environment.debug():
+            if not typed or environment.debug() or not is_terminal(sys.stdin):
                 raise
             console.fail(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
 
