@@ -4,10 +4,12 @@ In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece
 notes, tables and progress. Tables on a terminal are drawn by rich; in a pipe they are plain aligned text of any width.
 """
 
+import errno
 import os
 import re
 import select
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -100,6 +102,17 @@ def is_terminal(stream) -> bool:
         return stream is not None and stream.isatty()
     except ValueError:
         return False
+
+
+def is_gone(terminal) -> bool:
+    """Whether what was a terminal was taken away."""
+    try:
+        termios.tcgetattr(terminal.fileno())
+    except termios.error as error:
+        return error.args[0] in (errno.EIO, errno.ENXIO)
+    except (AttributeError, OSError, ValueError):
+        pass
+    return False
 
 
 class Console:

@@ -324,6 +324,23 @@ def test_answers_are_made_again_and_questions_edited(opened):
         assert [m["content"] for m in tab.model.asked] == ["Fourth"]
 
 
+def test_a_question_edited_without_an_answer_loses_no_turn(pretended):
+    tab = pretended
+    tab.server.answer = (200, HALF + b"data: [DONE]\n\n"), STREAM
+    ask(tab, "One")
+    ask(tab, "Two")
+    tab.server.answer = (503, b'{"error": {"message": "the queue is full"}}'), {}
+    tab.js("document.querySelector('article.user button:last-child').click()")
+    tab.js("document.querySelector('.edit textarea').select()")
+    tab.type("Three")
+    tab.press("Enter")
+    tab.appears(".fault")
+    assert tab.js("document.querySelector('.edit textarea').value") == "Three"
+    assert tab.count("article.answer") == 2 and tab.count(".fault button") == 0
+    kept = tab.js("JSON.stringify(Object.values(localStorage))")
+    assert "Two" in kept and "Three" not in kept, kept
+
+
 def test_conversations_are_switched_renamed_exported_and_deleted(opened, tmp_path):
     with opened() as tab:
         tab.download_to(tmp_path)

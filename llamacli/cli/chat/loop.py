@@ -14,7 +14,7 @@ from llamacli.cli.chat.commands import ALIASES, COMMANDS, Commands
 from llamacli.cli.chat.lines import Lines
 from llamacli.cli.chat.show import Screen
 from llamacli.cli.chat.talk import Talk
-from llamacli.cli.console import Console, is_terminal
+from llamacli.cli.console import Console, is_gone, is_terminal
 from llamacli.cli.options import Generation, checked, find_model
 from llamacli.cli.tooling import Tooling
 from llamacli.conversation import Conversation
@@ -129,13 +129,13 @@ def loop(commands: Commands, turns, console: Console, first: str) -> None:
                 raise
             console.fail(f"out of memory: {error or 'an allocation failed'}; /ctx with a smaller number needs less")
         except OSError as error:
-            if not typed or not is_terminal(sys.stdin):  # a terminal that is gone fails at every turn
+            if not typed or is_gone(sys.stdin):  # a terminal that is gone fails at every turn
                 raise
             console.fail(
                 f"{error.filename or 'reading or writing'}: expected it to work, found: {error.strerror or error}; try again"
             )
         except Exception as error:
-            if not typed or environment.debug() or not is_terminal(sys.stdin):
+            if not typed or environment.debug() or is_gone(sys.stdin):
                 raise
             console.fail(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
 
