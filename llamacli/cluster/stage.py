@@ -24,8 +24,8 @@ from llamacli.device import IoStats, Run, Tokens
 from llamacli.errors import DeviceError, LlamacliError
 from llamacli.positions import Positions
 
-AGAIN = 8  # single tokens that are evaluated together when keys and values are made anew: few enough for the bits of one
-FEW = 4  # tokens below which a batch has the bits of single tokens (cpu/kernels/ops/matmul.py)
+FEW = 4  # tokens below which a batch has the bits of single tokens on every processor (cpu/kernels/ops/matmul.py)
+AGAIN = FEW - 1  # single tokens that are evaluated together when keys and values are made anew
 
 
 class Piece(NamedTuple):
