@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 from llamacli import DEFAULT_CTX, default_ctx
 from llamacli.cli import split
 from llamacli.cli.console import amount, count, rate
-from llamacli.cli.grammar import argument, option, token_count
+from llamacli.cli.grammar import argument, option, token_count, typed
 from llamacli.cli.images import cost_rows
 from llamacli.cli.options import (
     KV,
@@ -145,6 +145,8 @@ def plan(
     memories, disks, bandwidths = _memories(memory), split.numbers(disk, "--disk"), split.numbers(bandwidth, "--bandwidth")
     asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
     if nodes is not None:
+        if here := typed(("memory", "kv_file", "device", "gpu_layers", "gpu_memory", "plot")):
+            raise UsageError(f"{here[0]} and --nodes exclude each other: nodes have their own memory, and CPUs; leave one out")
         assumed = disks or [ASSUMED_DISK], bandwidths or [ASSUMED_BANDWIDTH]
         split.show(model, nodes, network, *assumed, asked, many["threads"], as_json, console)
         return

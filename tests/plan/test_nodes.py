@@ -103,6 +103,8 @@ def test_the_command_shows_who_gets_what(capfd):
         (["--nodes", "2G,x"], "--nodes: expected"),
         (["--nodes", "2G", "--network", "fast"], "--network: expected speeds in Gbit/s"),
         (["--network", "10"], "--network: expected --nodes with it"),
+        (["--nodes", "2G,1G", "--kv-file"], "--kv-file and --nodes exclude each other"),
+        (["--nodes", "2G,1G", "--memory", "4G"], "--memory and --nodes exclude each other"),
         (["--nodes", "50M,50M"], "on 2 nodes together"),
     ],
 )
