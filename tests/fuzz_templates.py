@@ -21,6 +21,7 @@ import small_vocab as vocab
 from jinja2.filters import FILTERS
 
 from llamacli.errors import PromptError
+from llamacli.plan.machine import resident_peak
 from llamacli.text.template import render
 from llamacli.text.tokenizer import Tokenizer
 
@@ -99,7 +100,7 @@ def check(tokenizer: Tokenizer, template: str, messages: list[dict]) -> str | No
         return "a message became a special token"
     if (took := time.process_time() - began) > 10:
         return f"{took:.1f} s"
-    if (peak := resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6) > 1:  # kilobytes on Linux
+    if (peak := resident_peak() / 1e9) > 1:
         return f"{peak:.1f} GB"
     return None
 
@@ -121,8 +122,7 @@ def main(n: int = 10_000, seed: int = 1) -> int:
             findings += 1
             print(f"{seed}/{i}: {wrong}\n  {template[:1000]!r}", flush=True)
     at_work.unlink()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(f"{n} templates, {findings} findings; the slowest took {slowest:.1f} s, {peak:.2f} GB at most")
+    print(f"{n} templates, {findings} findings; the slowest took {slowest:.1f} s, {resident_peak() / 1e9:.2f} GB at most")
     return bool(findings)
 
 

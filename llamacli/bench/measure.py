@@ -6,7 +6,6 @@ afterwards in the same process.
 """
 
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli.llama4.tensors import TOKEN_EMBD
+from llamacli.plan.machine import resident_peak
 
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
@@ -170,7 +170,7 @@ def _record(model, case: Case, rates: list[float]) -> dict:
         "runs": _rounded(rates),
         "gbytes_per_second": _rounded(nbytes / case.n * rate / 1e9),
         "gops_per_second": _rounded(2 * products / case.n * rate / 1e9),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "peak_memory_bytes": resident_peak(),
     }
 
 

@@ -7,6 +7,7 @@ above this process still allows; page cache that can be reclaimed counts as free
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -72,6 +73,17 @@ def resident_words() -> str:
     """`resident` in words."""
     nbytes = resident()
     return f"{nbytes / 1e9:.2f} GB resident" if nbytes else "resident memory unknown here"
+
+
+def resident_peak() -> int:
+    """Most bytes of memory that this process held at any time.
+
+    Linux reports it in /proc/self/status. Its getrusage is the larger of this and what the process that started this one held.
+    """
+    try:
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
+    except (OSError, TypeError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def private(root: Path = Path("/")) -> int:

@@ -166,3 +166,12 @@ def test_a_file_that_is_small_or_missing_says_nothing_about_the_disk(tmp_path):
     (tmp_path / "small").write_bytes(bytes(8 << 20))
     assert disk_read_speed(tmp_path / "small") is None
     assert disk_read_speed(tmp_path / "missing") is None
+
+
+def test_the_peak_is_this_process_s_own_not_that_of_the_one_which_started_it():
+    """getrusage of a process that was started by another counts what the other held."""
+    held = np.ones(60 << 20)
+    code = "from llamacli.plan.machine import resident_peak as f\na = f()\nx = b'x' * (200 << 20)\nprint(a, f())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, found.stdout.split())
+    assert before < held.nbytes / 2 and 200 << 20 < after - before < 210 << 20

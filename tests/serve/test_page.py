@@ -77,7 +77,7 @@ def test_another_host_s_name_gets_no_page():
 
 
 def test_a_question_is_answered_as_markdown_with_its_speed(opened):
-    with opened() as tab:
+    with opened(Scripted(REPLY, chunk=64, delay=0.005)) as tab:  # no speed stands below an answer of under 20 ms
         assert tab.focus() == "Your question"
         ask(tab, "What is the capital of France?")
         assert tab.text("article.user .said") == "What is the capital of France?"

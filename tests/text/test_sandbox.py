@@ -1,6 +1,5 @@
 """The sandbox: whatever a chat template asks for, rendering ends soon, within little memory, in text or one line of error."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamacli.errors import PromptError
+from llamacli.plan.machine import resident_peak
 from llamacli.text import sandbox
 from llamacli.text.budget import TooMuch
 from llamacli.text.marks import marks
@@ -92,10 +92,10 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_too_much_is_refused_before_it_is_done(name):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_peak()
     with pytest.raises(TooMuch, match="more work or text than a prompt needs"):
         render(TOO_MUCH[name])
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+    assert resident_peak() - before < 300e6
 
 
 @pytest.mark.parametrize(
