@@ -13,7 +13,7 @@ An error ends the answer that it concerns. After one that nobody expected, what 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import compress, count
 from operator import ne
@@ -85,6 +85,11 @@ class _Place:
 
     def __init__(self, session: Session | None):
         self.session, self.job, self.used = session, None, 0
+
+    @property
+    def ids(self) -> Sequence:
+        """The tokens that its session holds."""
+        return self.session.ids if self.session else ()
 
 
 class Scheduler:
@@ -213,7 +218,7 @@ class Scheduler:
     def _drop_cancelled(self) -> None:
         for number, place in enumerate(self._places):
             if place.job and place.job.cancelled:
-                self._answers.end(number)
+                self._give_up(number)
                 if self._prompt and self._prompt[0] is place.job:
                     self._prompt = None
                 place.job = None
@@ -224,6 +229,7 @@ class Scheduler:
         place, began, begun = self._place_for(job.prompt), perf_counter(), False
         place.job, number = job, self._places.index(place)
         try:
+            place.session = place.session or self._session()
             check_length(len(job.prompt), self._model.ctx)
             self._copy_from_another(place, job)
             held = cached = place.session.recall(job.prompt)
@@ -246,6 +252,7 @@ class Scheduler:
             if not job.cancelled:
                 raise
         except Exception as error:
+            self._give_up(number)
             self._tell(place, error)
 
     def _slice_end(self, held: int) -> int:
@@ -285,12 +292,10 @@ class Scheduler:
         A prompt goes on with a session if it shares most of it, and if the rest is less than what the other place would lose.
         """
         free = [place for place in self._places if place.job is None]
-        for place in free:
-            place.session = place.session or self._session()
         oldest = min(free, key=lambda place: place.used)
-        shared, place = max(((_common(place.session.ids, prompt), place) for place in free), key=lambda found: found[0])
-        rest = len(place.session.ids) - shared
-        if rest and not (rest <= shared and rest <= len(oldest.session.ids)):
+        shared, place = max(((_common(place.ids, prompt), place) for place in free), key=lambda found: found[0])
+        rest = len(place.ids) - shared
+        if rest and not (rest <= shared and rest <= len(oldest.ids)):
             place = oldest
         self._turn += 1
         place.used = self._turn
@@ -298,8 +303,8 @@ class Scheduler:
 
     def _copy_from_another(self, place: _Place, job: Job) -> None:
         """Let the place hold what another one shares with the prompt, if that is worth a copy."""
-        own = _common(place.session.ids, job.prompt)
-        shared = [(_common(other.session.ids, job.prompt), i) for i, other in enumerate(self._places) if other.session]
+        own = _common(place.ids, job.prompt)
+        shared = [(_common(other.ids, job.prompt), i) for i, other in enumerate(self._places)]
         most, source = max(shared)
         if most >= own + WORTH_COPYING:
             place.session = self._session()  # gives the memory back first
@@ -333,15 +338,27 @@ class Scheduler:
         try:
             job.emit(event)
         except Exception as error:  # nobody listens any more
-            self._report(error)
+            self._tell_server(error)
             job.cancelled = True
 
     def _told(self, error: Exception) -> LlamacliError:
         """What a job is told of an error; one that nobody expected is reported."""
         if isinstance(error, LlamacliError):
             return error
-        self._report(error)
+        self._tell_server(error)
         return Broken("an error that nobody expected; the server's stderr says which")
+
+    def _tell_server(self, error: Exception) -> None:
+        with suppress(Exception):  # whoever cannot report does not end the thread
+            self._report(error)
+
+    def _give_up(self, number: int) -> None:
+        """End a place's answer, if it has begun."""
+        try:
+            self._answers.end(number)
+        except Exception as error:
+            self._tell_server(error)
+            self._places[number].session = None
 
     def _fail(self, error: Exception) -> None:
         """End all jobs that have begun, and the one whose turn it is."""
@@ -350,7 +367,7 @@ class Scheduler:
             self._emit(self._prompt[0], error)
         self._prompt = None
         for number, place in enumerate(self._places):
-            self._answers.end(number)
+            self._give_up(number)
             if place.job:
                 self._tell(place, error)
 

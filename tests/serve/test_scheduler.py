@@ -9,7 +9,7 @@ import pytest
 from fakes import BOS, HEADER, FakeEngine, FakeModel, FakeTokenizer, Greedy, Scripted
 from serving import until
 
-from llamacli.errors import LlamacliError
+from llamacli.errors import LlamacliError, MemoryLimitError
 from llamacli.serve.scheduler import SLICE, Begun, Broken, Busy, Job, Scheduler, Stopping
 from llamacli.session import Session
 
@@ -323,6 +323,49 @@ def test_where_not_even_a_new_session_can_be_made_nobody_waits(make):
     scheduler._model.session = session
     scheduler.submit([last := Asked(prompt(10))])
     assert last.text() == alone(last.prompt)
+
+
+def test_a_session_that_cannot_be_made_anew_ends_the_answer_that_needs_it_alone(make):
+    scheduler = make(Faulty(), places=3)
+    going = [Asked(prompt(10, i), max_tokens=400) for i in range(2)]
+    scheduler.submit(going)
+    for job in going:
+        assert isinstance(job.events.get(timeout=20), Begun)
+    scheduler.submit([lost := Asked([BOS, POISON, HEADER])])
+    assert isinstance(lost.all()[-1], Broken)  # with it the session of its place
+
+    def refuse(**how):
+        raise MemoryLimitError("no room")
+
+    session, scheduler._model.session = scheduler._model.session, refuse
+    scheduler.submit([wrong := Asked(prompt(9, 7))])
+    assert isinstance(wrong.all()[-1], MemoryLimitError)
+    scheduler._model.session = session
+    scheduler.submit([again := Asked(prompt(9, 7))])
+    assert again.text() == alone(again.prompt)
+    assert ["".join(piece.text for piece in job.all()) for job in going] == [alone(job.prompt, 400) for job in going]
+
+
+def test_an_error_while_a_cancelled_answer_is_given_up_ends_no_other(make):
+    reports, engine = [], FakeEngine(delay=0.001)
+    scheduler = make(engine, report=reports.append)
+    other, left = Asked(prompt(10), max_tokens=300), Asked(prompt(10, 1), max_tokens=1000)
+    scheduler.submit([other, left])
+    until(lambda: left.events.qsize() > 3)
+    engine.take_io_stats = lambda: 1 / 0
+    scheduler.cancel(left)
+    until(lambda: reports)
+    del engine.take_io_stats
+    assert other.text() == alone(other.prompt, 300)
+    assert isinstance(reports[0], ZeroDivisionError)
+
+
+def test_an_error_that_cannot_be_reported_ends_only_what_it_concerns(make):
+    scheduler = make(Faulty(), report=lambda error: 1 / 0)
+    other, wrong = Asked(prompt(10), max_tokens=40), Asked([BOS, POISON, HEADER])
+    scheduler.submit([other, wrong])
+    assert isinstance(wrong.all()[-1], Broken)
+    assert other.text() == alone(other.prompt, 40)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
