@@ -46,11 +46,13 @@ class Guard:
                 "invalid_api_key",
             )
         if request.method == "POST" and self._rate is not None:
-            self._count(self.client(request), self._rate)
+            self._count(self.client(request) if self._keys else _address(request), self._rate)
 
     def client(self, request: Request) -> str:
-        """Whose turn a request takes: the address it comes from, with its key."""
-        return f"{request.client.host if request.client else ''} {_key(request).decode('latin-1')}"
+        """Whose turn a request takes: the address it comes from, with its key, which nobody has checked where none is asked
+        for.
+        """
+        return f"{_address(request)} {_key(request).decode('latin-1')}"
 
     def _knows(self, key: bytes) -> bool:
         """Whether it is one of the keys; the time it takes tells nothing of them but their lengths."""
@@ -72,6 +74,10 @@ class Guard:
                 retry=wait,
             )
         times.append(now)
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _key(request: Request) -> bytes:

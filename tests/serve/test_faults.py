@@ -259,6 +259,12 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_again():
         assert client.post("/v1/chat/completions", json=chat(), headers={"x-api-key": "b"}).status_code == 200
 
 
+def test_a_client_of_a_server_without_keys_is_counted_whatever_key_it_makes_up():
+    with serving(FakeModel(Scripted("ok", chunk=64), ctx=100), Limits(rate=3)) as client:
+        found = [client.post("/v1/chat/completions", json=chat(), headers={"x-api-key": f"{i}"}) for i in range(4)]
+        assert [answer.status_code for answer in found] == [200, 200, 200, 429]
+
+
 def test_web_pages_are_refused_unless_they_are_let_in(client):
     page = {"Origin": "https://evil.example"}
     refused = client.post("/v1/chat/completions", json=chat(max_tokens=1), headers=page)
