@@ -6,10 +6,10 @@ In: the options' words. Out: keywords for `Model.sampler`. What can be refused w
 import json
 
 from llamacli.cli.console import Console
-from llamacli.cli.inputs import read_file
+from llamacli.cli.inputs import Limit, read_file
 from llamacli.errors import CutAnswerError, UsageError
 
-LARGEST = 16 << 20  # bytes of a schema or a grammar
+LARGEST = Limit(16 << 20)  # a schema or a grammar
 
 
 def binding(schema: str | None, grammar: str | None, choice: str | None, stops: bool, ignore_eos: bool, here: bool) -> dict:

@@ -13,15 +13,31 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from llamacli import environment
 from llamacli.cli import settings, signals
 from llamacli.cli.console import Console, amount, is_terminal
 from llamacli.cli.grammar import meant
-from llamacli.errors import ContextFullError, ModelFileError, PromptError, UsageError
+from llamacli.errors import ModelFileError, PromptError, UsageError
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)  # USER/REPO[:QUANT]
 MOST_BYTES = 512  # of a token: the longest of Llama 4's have a quarter
+
+
+class Limit(NamedTuple):
+    """The most bytes of a text that are read, and what to do about more."""
+
+    nbytes: int
+    advice: str = "shorten it"
+
+
+SENT = Limit(64 << 20)  # to a server, which knows its context and says so
+
+
+def context_limit(ctx: int, larger: str = "use a larger -c") -> Limit:
+    """Bytes that fill a context of `ctx` tokens in any case. `larger`: how there is a larger one."""
+    return Limit(ctx * MOST_BYTES, f"so many fill a context of {ctx} tokens in any case: shorten it or {larger}")
 
 
 def model_names(start: str = "") -> list[str]:
@@ -167,23 +183,23 @@ def decoded(data: bytes, where: str) -> str:
         ) from None
 
 
-def read_stdin(console: Console, limit: int | None = None) -> str:
-    """All of stdin as text, exactly. ContextFullError for more than `limit` bytes, which are not read."""
+def read_stdin(console: Console, limit: Limit | None = None) -> str:
+    """All of stdin as text, exactly. PromptError for more than `limit`, which is not read."""
     return decoded(read_stdin_bytes(console, limit), "stdin")
 
 
-def read_stdin_bytes(console: Console, limit: int | None = None, more: int = 0, hint: str = "") -> bytes:
+def read_stdin_bytes(console: Console, limit: Limit | None = None, more: int = 0, hint: str = "") -> bytes:
     """All of stdin. A descriptor that cannot be read, as nohup leaves it, counts as empty.
 
-    ContextFullError for more than `limit` bytes, which are not read; a picture may have `more`. `hint` is added
-    to what is said where it takes long.
+    PromptError for more than `limit`, which is not read; a picture may have `more` bytes. `hint` is added to what
+    is said where it takes long.
     """
     if not _readable(sys.stdin):
         return b""
     with patience(console, f"reading stdin until it ends (Ctrl-D){hint}", 1.0):
         first = _some(sys.stdin.buffer)
         if limit is not None and more and may_be_picture(first):
-            limit = max(limit, more)
+            limit = limit._replace(nbytes=max(limit.nbytes, more))
         parts = chain([first], iter(lambda: _some(sys.stdin.buffer), b"")) if first else iter(())
         return _all(lambda: next(parts, b""), limit, "stdin")
 
@@ -193,16 +209,13 @@ def may_be_picture(data: bytes) -> bool:
     return data[:1] in (b"\x89", b"\xff", b"G", b"R", b"I", b"M") or data[4:8] == b"ftyp"
 
 
-def _all(read: Callable[[], bytes], limit: int | None, where: str) -> bytes:
+def _all(read: Callable[[], bytes], limit: Limit | None, where: str) -> bytes:
     """What `read` returns until it returns nothing."""
     parts, size = [], 0
     while part := read():
         size += len(part)
-        if limit is not None and size > limit:
-            raise ContextFullError(
-                f"{where}: expected at most {limit} bytes, which fill a context of {limit // MOST_BYTES} tokens in any case, "
-                f"found more; shorten it or use a larger -c"
-            )
+        if limit is not None and size > limit.nbytes:
+            raise PromptError(f"{where}: expected at most {limit.nbytes} bytes, found more; {limit.advice}")
         parts.append(part)
     return b"".join(parts)
 
@@ -253,8 +266,8 @@ def stdin_is_piped() -> bool:
     return not is_terminal(sys.stdin) and _readable(sys.stdin)
 
 
-def read_file(name: str, console: Console, limit: int | None = None) -> str:
-    """A file's text, exactly but for a byte order mark; "-" is stdin. ContextFullError for more than `limit` bytes."""
+def read_file(name: str, console: Console, limit: Limit | None = None) -> str:
+    """A file's text, exactly but for a byte order mark; "-" is stdin. PromptError for more than `limit`."""
     if name == "-":
         return read_stdin(console, limit)
     try:

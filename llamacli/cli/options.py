@@ -14,8 +14,10 @@ from llamacli.cli.binding import binding
 from llamacli.cli.console import Console
 from llamacli.cli.grammar import OTHER, Given, argument, byte_count, kind_of, option, size, token_count, typed
 from llamacli.cli.inputs import (
-    MOST_BYTES,
+    SENT,
+    Limit,
     checked,
+    context_limit,
     decoded,
     find_model,
     is_model,
@@ -36,7 +38,6 @@ from llamacli.errors import UsageError
 
 __all__ = [  # what commands take from here, wherever it is defined
     "KV",
-    "MOST_BYTES",
     "Context",
     "DeviceName",
     "Experts",
@@ -371,9 +372,9 @@ class Generation(Sampling, Keeping, OnCluster):
         self.bound = binding(self.schema, self.grammar, self.choice, bool(self.stop), self.ignore_eos, self.server is None)
 
     @property
-    def limit(self) -> int:
-        """Bytes of text that surely fill the context."""
-        return (self.ctx or DEFAULT_CTX) * MOST_BYTES
+    def limit(self) -> Limit:
+        """Bytes of text that surely fill the context, or that a server takes."""
+        return context_limit(self.ctx or DEFAULT_CTX) if self.server is None else SENT
 
     def load(self, console: Console, sessions: int = 1, pictured: bool = False, more_sessions: int = 0):
         """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.
@@ -381,12 +382,12 @@ class Generation(Sampling, Keeping, OnCluster):
         `sessions`, `more_sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names
         one. With --server the model is the server's (client/remote.py).
         """
+        if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):
+            console.note(f"the system prompt is the number {self.system}; --seed {self.system} sets the seed")
         if self.server is not None:
             return self._connect(console)
         from llamacli.bench.routing_log import RoutingLog, check_new
 
-        if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):
-            console.note(f"the system prompt is the number {self.system}; --seed {self.system} sets the seed")
         if self.routing_log is not None:
             check_new(self.routing_log)
         model = load_model(

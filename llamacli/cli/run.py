@@ -287,7 +287,8 @@ class Answer:
         if reason == "rounds":
             console.warn(f"the answer ends after {self._box.rounds} rounds of calls; --tool-rounds allows more")
         if reason == "context":
-            console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; use a larger -c")
+            larger = "use a larger -c" if options.server is None else "shorten the prompt, or ask a server with a larger one"
+            console.warn(f"the context of {model.ctx} tokens is full, the answer ends here; {larger}")
         if console.verbose or reason not in ("stop", "tool_calls", None):
             console.note(describe(session.stats, reason, self._load_s))
         if slow := slowness(sampler, session.stats):

@@ -9,6 +9,7 @@ from llamacli import environment
 from llamacli.cli import signals
 from llamacli.cli.console import one_line
 from llamacli.cli.grammar import byte_count, option, size
+from llamacli.cli.inputs import Limit
 from llamacli.cli.keeping import Storing
 from llamacli.cli.nodes import OnCluster
 from llamacli.cli.options import (
@@ -153,7 +154,7 @@ def _keys(given: list[str] | None, file: str | None, console) -> list[str]:
     """The keys of all sources; UsageError for one that no header could carry."""
     keys = [*(given or ())]
     if file is not None:
-        keys += [line.strip() for line in read_file(file, console, 1 << 20).splitlines() if line.strip()]
+        keys += [line.strip() for line in read_file(file, console, Limit(1 << 20)).splitlines() if line.strip()]
         if not keys:
             raise UsageError(f"--api-key-file: expected a key in {file}, found none; a line each")
     if (key := environment.api_key()) is not None:

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from llamacli import environment
 from llamacli.cli.grammar import meant
-from llamacli.cli.inputs import read_file
+from llamacli.cli.inputs import Limit, read_file
 from llamacli.errors import PromptError, UsageError
 
-LARGEST = 16 << 20  # bytes
+LARGEST = Limit(16 << 20)
 INPUT = "input"
 _PLACE = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from llamacli.cli.console import Console, is_terminal, one_line
 from llamacli.cli.grammar import option
-from llamacli.cli.inputs import read_file
+from llamacli.cli.inputs import Limit, read_file
 from llamacli.errors import UsageError
 
 if TYPE_CHECKING:
     from llamacli.text.calls import Call
     from llamacli.tools.loop import Toolbox
 
-LARGEST_FILE = 16 << 20  # bytes of definitions
+LARGEST_FILE = Limit(16 << 20)  # definitions
 SHOWN = 300  # characters of a call or of a result
 
 

@@ -11,10 +11,12 @@ import threading
 import time
 from contextlib import contextmanager
 
+import click
 import pytest
 from terminal import Terminal
 
-from llamacli.cli import main
+from llamacli.cli import main, parser
+from llamacli.text.settings import SETTINGS as SAMPLING
 
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
@@ -131,22 +133,93 @@ def test_a_chat_goes_on_after_ctrl_c_and_sends_its_turns(server, tmp_path):
     t.type("/undo\r")
     t.type("And of Japan?\r")
     t.wait("The capital of Japan is Tokyo.")
-    for command in ("/continue", "/ctx 2048", "/model other"):
+    for command in ("/continue", "/ctx 2048", "/model other", "/set dry_sequence_breaker x"):
         t.type(command + "\r")
-        t.wait(f"{command.split()[0]}: expected a model that is loaded here")
+        t.wait(f"{' '.join(command.split()[:-1]) or command}: expected a model that is loaded here")
+    t.type("/show\r")
+    t.wait(f"scout-tiny of {server}")
     t.type("\x04")
     t.close()
 
 
-@pytest.mark.parametrize(
-    "option",
-    [["-t", "2"], ["-c", "512"], ["--kv", "q8_0"], ["--memory", "4G"], ["--batch", "x"], ["--json", "--logprobs", "1"]],
-)
+REFUSED = {  # option: its value
+    **{"mmproj": "x", "image_tiles": "4", "ctx": "512", "threads": "2", "memory": "4G", "device": "cpu", "gpu_layers": "1"},
+    **{"experts": "slots", "kv": "q8_0", "cache": None, "cache_limit": "1G", "kv_file": "x", "cluster": "h:1"},
+    **{"cluster_layers": "1", "speculate": None, "routing_log": "x", "dry_sequence_breaker": "x", "logprobs": "1"},
+    **{"batch": "x", "parallel": "2", "tool_choice": "required", "bind_tools": None, "best_of": "2"},
+}
+SETTINGS = {name: default or (1 if isinstance(default, int) else 0.5) for name, (default, _, _) in SAMPLING.items()}
+AS_FIELDS = {  # option: its value, and the field that a server is sent
+    **{name: (str(value), name, value) for name, value in SETTINGS.items()},
+    "temp": ("0.25", "temperature", 0.25),
+    "mirostat": ("2", "mirostat", 2),
+    "samplers": ("top_k,temp", "samplers", ["top_k", "temperature"]),
+    "logit_bias": ("7+1.5", "logit_bias", {"7": 1.5}),
+    "ignore_eos": (None, "ignore_eos", True),
+    "seed": ("3", "seed", 3),
+    "max_tokens": ("9", "max_tokens", 9),
+    "stop": ("x", "stop", ["x"]),
+    "model": ("m", "model", "m"),
+    "grammar": (__file__, "grammar", None),
+    "choice": ("a", "grammar", 'root ::= "a"'),
+    "schema": ("{}", "response_format", None),
+}
+IN_MESSAGES = {"system", "system_file", "image", "template", "param", "file", "prompt", "prompt_option", "raw", "question"}
+DONE_HERE = {  # what becomes of text, answers and calls in this process
+    *("server", "no_stdin", "single_turn", "out", "no_stream", "extract", "as_json", "color", "verbose", "quiet"),
+    *("tools", "functions", "allow_tools", "tool_rounds", "tool_timeout", "go_on", "resume", "no_save", "plain"),
+}
+
+
+def named(command, option, value):
+    """An option on the command line."""
+    context = click.Context(parser())
+    found = next(each for each in parser().get_command(context, command).params if each.name == option)
+    return [max(found.opts, key=len), *([value] if value is not None else [])]
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_every_option_is_obeyed_with_a_server_or_refused_by_its_name(command):
+    options = {each.name for each in parser().get_command(click.Context(parser()), command).params} - {"help"}
+    assert options <= REFUSED.keys() | AS_FIELDS.keys() | IN_MESSAGES | DONE_HERE
+
+
+@pytest.mark.parametrize("option", REFUSED)
 def test_options_for_a_model_in_this_process_are_refused_by_name(option, capfd):
-    assert run("--server", "http://127.0.0.1:1", *option, "Hi") == 2
+    words = named("run", option, REFUSED[option])
+    more = {"logprobs": ["--json"], "tool_choice": ["--functions", __file__], "bind_tools": ["--functions", __file__]}
+    assert run("--server", "http://127.0.0.1:1", "--temp", "1", *more.get(option, ()), *words, "Hi") == 2
     out, err = capfd.readouterr()
-    name = next(word for word in option[-2:] if word.startswith("-"))
-    assert out == "" and err.count("\n") == 1 and f"{name} and --server exclude each other" in err
+    assert out == "" and err.count("\n") == 1 and f"{words[0]} and --server exclude each other" in err
+
+
+@pytest.mark.parametrize("option", AS_FIELDS)
+def test_options_about_the_answer_reach_a_server_as_fields(option, capfd):
+    value, field, sent = AS_FIELDS[option]
+    with pretending(stream(said("ok", "stop"))) as (url, asked):
+        assert main(["run", "--no-stdin", "--server", url, *named("run", option, value), "Hi"]) == 0, capfd.readouterr().err
+    found = asked[-1][1][field]
+    assert found == sent if sent is not None else found
+
+
+def test_a_text_too_long_for_any_server_is_refused_without_a_word_about_options_of_a_model_here(tmp_path, capfd):
+    (tmp_path / "huge.txt").write_bytes(b"x" * ((64 << 20) + 1))
+    (tmp_path / "large.txt").write_bytes(b"x" * (5 << 20))
+    with pretending(response(error("5 MB are too much", "context_length_exceeded"), "400 Bad Request")) as (url, asked):
+        assert run("--server", url, "-f", str(tmp_path / "huge.txt"), "Hi") == 1
+        assert (err := capfd.readouterr().err).endswith("huge.txt: expected at most 67108864 bytes, found more; shorten it\n")
+        assert not asked
+        assert run("--server", url, "-f", str(tmp_path / "large.txt"), "Hi") == 1
+    assert "5 MB are too much" in (err := capfd.readouterr().err) and "-c" not in err.split()
+
+
+def test_a_context_that_is_full_there_is_said_without_a_word_about_options_of_a_model_here(capfd):
+    full = {"choices": [], "usage": {"prompt_tokens": 500, "completion_tokens": 12}}
+    with pretending(stream(said("so far", "length"), full)) as (url, _):
+        assert run("--server", url, "Hi") == 0
+    out, err = capfd.readouterr()
+    assert out == "so far\n" and "the context of 512 tokens is full" in err and "server with a larger one" in err
+    assert "-c" not in err.split()
 
 
 def test_none_loads_a_model_here_in_spite_of_the_environment(model, capfd, monkeypatch):
@@ -380,6 +453,25 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server_and_the_chat_goes_on(tmp_path)
         t.wait("stopped by Ctrl-C")
         t.type("/regen\r")
         t.wait("Here I am.")
+        t.close()
+
+
+def test_a_chat_that_a_server_s_context_does_not_hold_is_told_what_makes_room(tmp_path):
+    words = error("the prompt has 600 tokens and the context holds 512", "context_length_exceeded")
+    answers = [stream(said("Half", None), end=b""), response(words, "400 Bad Request"), stream(said("Short enough.", "stop"))]
+    with pretending(lambda c: c.sendall(answers.pop(0))) as (url, _):
+        t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
+        t.wait("ctx 0", seconds=60)
+        t.type("Begin\r")
+        t.wait("broke off")
+        t.close()
+        t = Terminal([*RUN, "chat", "--server", url, "--continue"], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
+        t.wait("/regen answers anew", seconds=60)
+        t.type("A long question\r")
+        t.wait("/undo, /drop or /clear makes room")
+        t.type("/undo\r")
+        t.type("A short one\r")
+        t.wait("Short enough.")
         t.close()
 
 

@@ -18,7 +18,7 @@ from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.options import MOST_BYTES, Given, find_model, model_names, read_file, token_count
+from llamacli.cli.options import Given, find_model, model_names, read_file, token_count
 from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import OutputError, PromptError, UsageError
@@ -140,7 +140,7 @@ class Commands:
                 f"the context of {ctx} tokens is full, the answer ends here; {more}{more and ', then /continue goes on; '}"
                 f"/drop forgets the oldest turn, /clear begins anew"
             )
-        elif self.typed and self.talk.used > 0.9 * ctx:
+        elif self.typed and self.talk.nearly_full:
             self.console.note(f"the context is nearly full, {self.talk.room} tokens: {more or '/drop forgets the oldest turn'}")
         if self._conversation.trouble:
             self.console.fail(self._conversation.trouble)
@@ -204,7 +204,7 @@ class Commands:
 
     def attach(self, path: Path) -> None:
         """Put a text before the next question."""
-        text = read_file(str(path), self.console, self.talk.session.ctx * MOST_BYTES)
+        text = read_file(str(path), self.console, self.talk.limit)
         if not text.strip():
             raise PromptError(f"{path}: expected text, found none")
         tokens = self.talk.count(text)
@@ -233,7 +233,7 @@ class Commands:
         conversation = self._conversation
         on = {True: "on", False: "off"}
         rows = [
-            ("model", conversation.model),
+            ("model", f"{self.talk.model_name} of {self.talk.model.server.url}" if self.talk.served else conversation.model),
             ("conversation", f"{conversation.title or '(empty)'}, {conversation.id or 'not saved yet'}"),
             ("system", title(conversation.system) or "(none)"),
             ("ctx", f"{self.talk.room} tokens used"),
@@ -265,6 +265,8 @@ class Commands:
             loaded.messages = messages
         else:
             loaded = Conversation.resume(self._kept(), self._kept().find(rest))
+            if loaded.model != self._conversation.model:
+                loaded.use(self._conversation.model)
         self.talk.conversation = loaded
         self.recall()
 
@@ -281,7 +283,7 @@ class Commands:
         if conversation.unanswered:
             self.console.note("not answered; /regen answers it")
         elif conversation.messages and conversation.messages[-1].finish != "stop":
-            self.console.note("the answer broke off; /continue goes on")
+            self.console.note(f"the answer broke off; {'/regen answers anew' if self.talk.served else '/continue goes on'}")
 
     def list_(self, rest: str) -> None:
         for chat in self._kept().chats(LISTED):
@@ -301,8 +303,7 @@ class Commands:
         if path.suffix not in (".md", ".jsonl"):
             raise UsageError(f"/export: expected a file that ends in .md or .jsonl, found {rest!r}")
         if path.suffix == ".md":
-            model = Path(conversation.model).name
-            text = as_markdown(conversation.title, model, None, conversation.system, conversation.messages)
+            text = as_markdown(conversation.title, self.talk.model_name, None, conversation.system, conversation.messages)
         else:
             text = as_jsonl(conversation.system, conversation.messages)
         try:
@@ -330,7 +331,8 @@ class Commands:
 
     def stats_(self, rest: str) -> None:
         session = self.talk.session
-        latest = describe(session.stats, None)[1:-1] if session.stats.prompt_tokens else "(none yet)"
+        stats = session.stats
+        latest = describe(stats, None)[1:-1] if stats.prompt_tokens or stats.completion_tokens else "(none yet)"
         if self.talk.served:
             rows = [("context", f"{self.talk.room} tokens"), ("latest answer", latest), ("server", self.talk.model.server.url)]
         else:

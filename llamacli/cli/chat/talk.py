@@ -11,7 +11,8 @@ from pathlib import Path
 from llamacli.cli.chat.pictures import content, read_again, reference
 from llamacli.cli.grammar import kind_of, meant, read_value
 from llamacli.cli.images import look, sent
-from llamacli.cli.options import Generation
+from llamacli.cli.inputs import SENT, Limit, context_limit
+from llamacli.cli.options import HERE, Generation
 from llamacli.conversation import Answer, Conversation, title
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.text.settings import SETTINGS as SAMPLING
@@ -104,6 +105,21 @@ class Talk:
         """Tokens in the context, and how many it holds, where that is known."""
         return f"{self.used} of {self.session.ctx}" if self.model.ctx else f"{self.used}"
 
+    @property
+    def nearly_full(self) -> bool:
+        """Whether little room is left in the context, where that is known."""
+        return bool(self.model.ctx) and self.used > 0.9 * self.session.ctx
+
+    @property
+    def limit(self) -> Limit:
+        """Bytes of a text that surely fill the context, or that a server takes."""
+        return SENT if self.served else context_limit(self.session.ctx, "choose a larger one by -c or /ctx")
+
+    @property
+    def model_name(self) -> str:
+        """What answers."""
+        return self.model.name if self.served else Path(self.conversation.model).name
+
     def count(self, text: str) -> int | None:
         """Tokens of a text; None where a server does not tell."""
         return self.model.count(text) if self.served else len(self.model.tokenizer.encode(text, bos=False, special=False))
@@ -123,6 +139,8 @@ class Talk:
     def set(self, name: str, text: str) -> None:
         """Change a setting, checked as its option is; "default" gives the model's. UsageError if it makes no sense."""
         name = name.lstrip("-").replace("-", "_")
+        if name in HERE:
+            self.check_here(f"/set {name}")
         if name not in SETTINGS:
             near = meant(name, SETTINGS)
             known = "a setting" if near else f"one of {', '.join(SETTINGS)}, markdown or stats"
@@ -190,6 +208,10 @@ class Talk:
                 reason = piece.finish_reason
                 yield piece.text
             self.reason = reason
+        except ContextFullError as error:
+            if not self.served:
+                raise
+            raise ContextFullError(f"{error}; /undo, /drop or /clear makes room") from None
         finally:
             answer.close(reason)
             if self._box and self._box.turn and not said and answer.text:
