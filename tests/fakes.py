@@ -95,6 +95,8 @@ class FakeDecoder:
 class FakeCache:
     """A cache: a ring of `chunk` slots, which chunked layers see, and all tokens, which global layers see."""
 
+    nbytes = 1000
+
     def __init__(self, ctx, chunk):
         self.ctx, self.chunk, self.pos = ctx, chunk, 0
         self.ring, self.all = [-1] * chunk, [-1] * ctx

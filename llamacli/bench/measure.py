@@ -18,6 +18,7 @@ import numpy as np
 from llamacli.llama4.tensors import TOKEN_EMBD
 from llamacli.plan.machine import resident_peak
 
+COPIED = 512  # tokens that are evaluated where depths are filled with copies
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
 COMMAND = [sys.executable, "-c", "import sys; from llamacli.cli import main; sys.exit(main())"]
 
@@ -54,8 +55,11 @@ def speed(
     peers: Sequence = (),
     profile: bool = False,
     records: list[dict] | None = None,
+    fill: bool = False,
 ) -> list[dict]:
     """Run every case `repetitions` times after one run that is not counted; `peers` (peer.Peer) take turns with the model.
+
+    `fill`: what lies before a case is not evaluated but filled with keys and values of the first tokens, again and again.
 
     Returns a record for each case. They are added to `records`, if given, as cases are done: after an interrupt it holds the
     complete ones, without the limits of the machine. Fields of a record:
@@ -66,9 +70,10 @@ def speed(
       gops_per_second            two operations for each multiply-add
       bandwidth_limit, compute_limit    what the same threads reach at best
       share_of_limit             decode: of the bandwidth, prefill: of the arithmetic
+      kv_bytes                   of keys and values in memory
       peak_memory_bytes          of this process up to then
       kv_read_bytes_per_token    only if keys and values were read from a file
-      peers, ratio               only with peers: {name: {tokens_per_second, runs}}, and the ratio to the fastest of them
+      peers, ratio               only with peers: {name: {tokens_per_second, runs, peak_memory_bytes}}, the ratio to the fastest
       profile                    only with `profile`, see `_profile`
     """
     engine, most = model.engine, max(case.depth + case.n for case in cases)
@@ -79,6 +84,8 @@ def speed(
     for case in cases:
         if case.depth != depth:
             depth, cache = case.depth, engine.new_cache(most)
+            if fill:
+                _fill(engine, cache, ids, depth)
         runners = {"llamacli": lambda case, cache=cache: _seconds(engine, cache, ids, case)}
         runners |= {peer.name: peer.seconds for peer in peers}
         rates = {name: [] for name in runners}
@@ -87,12 +94,17 @@ def speed(
             for name, seconds in runners.items():
                 rates[name].append(case.n / seconds(case))
             done += 1
-        record = _record(model, case, rates.pop("llamacli")[1:])
+        record = _record(model, case, rates.pop("llamacli")[1:]) | {"kv_bytes": cache.nbytes}
         if (io := engine.take_io_stats()) and io.kv_bytes:
             record["kv_read_bytes_per_token"] = round(io.kv_bytes / case.n)
         if peers:
             others = {
-                name: {"tokens_per_second": _rounded(median(r[1:])), "runs": _rounded(r[1:])} for name, r in rates.items()
+                peer.name: {
+                    "tokens_per_second": _rounded(median(rates[peer.name][1:])),
+                    "runs": _rounded(rates[peer.name][1:]),
+                    "peak_memory_bytes": peer.peak,
+                }
+                for peer in peers
             }
             best = max(other["tokens_per_second"] for other in others.values())
             record |= {"peers": others, "ratio": _rounded(record["tokens_per_second"] / best)}
@@ -183,6 +195,25 @@ def _go_to(engine, cache, ids: list[int], depth: int) -> None:
     reached = cache.truncate(depth)
     if reached < depth:
         engine.forward(ids[reached:depth], cache)
+
+
+def _fill(engine, cache, ids: list[int], depth: int) -> None:
+    """Make an empty `cache` hold `depth` positions: those of the first tokens, and copies of them."""
+    n = min(COPIED, depth)
+    if not n:
+        return
+    engine.forward(ids[:n], cache)
+    first = {layer: cache.export(layer, 0, n) for layer in range(engine.config.n_layers)}
+    cache.reserve(depth - n)
+    chunk = engine.config.chunk_size
+    for layer, rows in first.items():
+        chunked = chunk and engine.config.uses_rope(layer)
+        at = max(n, (depth - 1) // chunk * chunk) if chunked else n
+        while at < depth:
+            end = min(at + n, depth, (at // chunk + 1) * chunk if chunked else depth)
+            cache.restore(layer, at, *(side[:, : end - at] for side in rows))
+            at = end
+    cache.pos = depth
 
 
 def _seconds(engine, cache, ids: list[int], case: Case) -> float:

@@ -79,6 +79,9 @@ def bench(
     compare: Annotated[
         bool, option("--compare", help="Take turns with llama.cpp, by llama-cpp-python if it is installed.")
     ] = False,
+    fill: Annotated[
+        bool, option("--fill", help="Fill -d with copies of the first 512 tokens' keys and values: as much work, and sooner.")
+    ] = False,
     against: Annotated[
         Path | None, option("--against", metavar="FILE", help="Show ratios to what --json printed earlier.")
     ] = None,
@@ -100,6 +103,7 @@ def bench(
     Examples:
     llamacli bench scout.gguf
     llamacli bench scout.gguf -p 512,4096 -d 0,8192 --json > before.json
+    llamacli bench scout.gguf -p 512 -n 16 -d 8192,65024 --fill --kv q8_0
     llamacli bench --shape maverick --layers 4
     """
     from llamacli.bench import measure
@@ -109,8 +113,8 @@ def bench(
     if not tests:
         raise UsageError("nothing to measure: expected -p or -n above 0")
     model = one_model(file, model)
-    if nodes.cluster and (shape or profile or startup):
-        other = "--shape" if shape else "--profile" if profile else "--startup"
+    if nodes.cluster and (shape or profile or startup or fill):
+        other = "--shape" if shape else "--profile" if profile else "--startup" if startup else "--fill"
         raise UsageError(f"--cluster and {other} exclude each other: expected a model on this machine for that; leave one out")
     if shape and model:
         raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
@@ -139,13 +143,13 @@ def bench(
         loaded = load_model(path, threads, longest + 1, console, kv=kv.value, kv_file=kv_file, **where)
         if kv_file is None and not nodes.cluster:
             _check_room(loaded.config, longest)
-        peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest)] if compare else []
+        peers = [stack.enter_context(closing(peer)) for peer in _peers(loaded, measure, longest, fill)] if compare else []
         on_gpu = f", {loaded.engine.gpu_layers} layers on the GPU" if loaded.engine.gpu_layers else ""
         title = f"{loaded.gguf.path.name}, {loaded.engine.threads} threads{on_gpu}"
         records: list[dict] = []
         try:
             with console.progress("bench") as update:
-                measure.speed(loaded, tests, repetitions, update, peers, profile or shape is not None, records)
+                measure.speed(loaded, tests, repetitions, update, peers, profile or shape is not None, records, fill)
         except (KeyboardInterrupt, SystemExit):
             if records and as_json:
                 console.result(json.dumps([*starts, *(record | {"interrupted": True} for record in records)]))
@@ -201,15 +205,17 @@ def _check_room(config, longest: int) -> None:
         )
 
 
-def _peers(model, measure, longest: int):
+def _peers(model, measure, longest: int, fill: bool):
     """llama.cpp as it is, which keeps a rearranged copy of the weights, where memory holds one; and without that."""
     from llamacli.bench.peer import Peer
     from llamacli.files.ggml import BY_NAME
     from llamacli.plan.machine import memory_free
 
-    ids = measure.tokens(model, longest)
+    ids, chunk = measure.tokens(model, longest), model.config.chunk_size or 0
     for repack in (True, False) if memory_free() > 2 * model.gguf.nbytes else (False,):
-        yield Peer(model.gguf.path, model.engine.threads, ids, repack, BY_NAME[model.config.kv_type].id)
+        yield Peer(
+            model.gguf.path, model.engine.threads, ids, repack, BY_NAME[model.config.kv_type].id, chunk if fill else None
+        )
 
 
 @contextmanager
@@ -259,7 +265,8 @@ def _extrapolate(records: list[dict], name: str, layers: int, measure) -> None:
 def _show(records: list[dict], title: str, console) -> None:
     speeds = [record for record in records if "depth" in record]
     peers, earlier = "peers" in speeds[0], any("ratio_to_earlier" in record for record in records)
-    head = ["test", "tokens/s", "range", "GB/s", "Gop/s", "limit", "share", "peak memory"]
+    deep = any(record["depth"] for record in speeds)
+    head = ["test", "tokens/s", "range", "GB/s", "Gop/s", "limit", "share", "peak memory", *["keys and values"] * deep]
     rows = []
     for r in speeds:
         rows.append([r["test"], rate(r["tokens_per_second"]), f"{rate(r['min'])} to {rate(r['max'])}"])
@@ -269,9 +276,9 @@ def _show(records: list[dict], title: str, console) -> None:
             rows[-1] += [limit, f"{100 * r['share_of_limit']:.0f} %"]
         else:  # interrupted before the limits were measured
             rows[-1] += ["", ""]
-        rows[-1].append(amount(r["peak_memory_bytes"]))
+        rows[-1] += [amount(r["peak_memory_bytes"]), *[amount(r["kv_bytes"])] * deep]
         if peers:
-            rows[-1] += [rate(peer["tokens_per_second"]) for peer in r["peers"].values()] + [f"{r['ratio']:.2f}"]
+            rows[-1] += [_speed_and_memory(peer) for peer in r["peers"].values()] + [f"{r['ratio']:.2f}"]
     if peers:
         head += [*speeds[0]["peers"], "ratio to the faster" if len(speeds[0]["peers"]) > 1 else "ratio"]
     for r in records:
@@ -287,6 +294,10 @@ def _show(records: list[dict], title: str, console) -> None:
         for row, r in zip(rows, records, strict=True):
             row.append(f"{r['ratio_to_earlier']:.2f}" if "ratio_to_earlier" in r else "")
     console.table(title, [tuple(row) for row in rows], tuple(head), spare=(7, 5, 4, 3, 2))
+
+
+def _speed_and_memory(peer: dict) -> str:
+    return f"{rate(peer['tokens_per_second'])} ({amount(peer['peak_memory_bytes'])})"
 
 
 def _show_profiles(records: list[dict], console) -> None:

@@ -1,6 +1,7 @@
 """Measurements: the work that is counted, the runs that are timed, the profile, random files of a shape, the picture."""
 
 import importlib.util
+import struct
 import sys
 from dataclasses import replace
 
@@ -69,7 +70,7 @@ def test_peers_take_turns_with_the_model_and_the_ratio_is_to_the_fastest():
 
     class Other:
         def __init__(self, name, seconds):
-            self.name, self.pace = name, seconds
+            self.name, self.pace, self.peak = name, seconds, 1000
 
         def seconds(self, test):
             turns.append((self.name, len(model.engine.calls)))
@@ -80,6 +81,36 @@ def test_peers_take_turns_with_the_model_and_the_ratio_is_to_the_fastest():
     assert turns == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert {name: found["tokens_per_second"] for name, found in record["peers"].items()} == {"a": 2.5, "b": 5.0}
     assert record["ratio"] == pytest.approx(record["tokens_per_second"] / 5, rel=1e-3)
+
+
+@pytest.mark.parametrize("depth", [3, 40, 64, 100])
+def test_a_depth_can_be_filled_with_copies_of_the_first_tokens(depth, tmp_path, monkeypatch):
+    """Every layer holds the positions that it would hold, and each a copy of an early one."""
+    monkeypatch.setattr(measure, "COPIED", 12)
+    engine = load(tmp_path, chunk=32)
+    ids = list(range(1, 141))
+    filled, evaluated = engine.new_cache(140), engine.new_cache(140)
+    measure._fill(engine, filled, ids, depth)
+    engine.forward(ids[:depth], evaluated)
+    assert filled.pos == depth
+    for layer in range(engine.config.n_layers):
+        held = filled.held(layer)
+        assert held == evaluated.held(layer)
+        first = [side[:, :12] for side in evaluated.export(layer, held.start, held.stop)] if not held.start else None
+        keys, values = filled.export(layer, held.start, held.stop)
+        for side, source in zip((keys, values), first or (keys, values), strict=True):
+            known = {row.tobytes() for row in source.swapaxes(0, 1)}
+            assert {row.tobytes() for row in side.swapaxes(0, 1)} <= known
+    before = filled.pos
+    engine.forward(ids[depth : depth + 20], filled)
+    assert filled.truncate(before) <= before
+
+
+def test_filled_depths_evaluate_only_the_first_tokens(monkeypatch):
+    model, filled = FakeModel(FakeEngine()), []
+    monkeypatch.setattr(measure, "_fill", lambda engine, cache, ids, depth: filled.append(depth))
+    measure.speed(model, [Case(4, 0, False), Case(4, 8, False), Case(4, 8, True)], 1, fill=True)
+    assert filled == [0, 8]
 
 
 # what is counted
@@ -233,6 +264,25 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, monkeypatch):
 # llama.cpp and the picture
 
 
+def test_a_saved_state_of_llama_cpp_is_repeated_to_a_depth():
+    """Two parts, for layers that see everything and for those that see a chunk of 8, of 2 and 1 layers."""
+
+    def part(first, rows, layers):
+        n = len(rows)
+        cells = b"".join(struct.pack("<iii", first + i, 1, 0) for i in range(n))
+        sides = b"".join(struct.pack("<iQ", 1, 4) + b"".join(rows) for _ in range(2 * layers))
+        return struct.pack("<II", 1, n) + cells + struct.pack("<II", 0, layers) + sides
+
+    rows = [b"abcd", b"efgh", b"ijkl"]
+    head = b"magic   "
+    state = head + part(0, rows, 2) + part(0, rows, 1)
+    assert peer.repeated(state, 3, 21, 8) == head + part(0, rows * 7, 2) + part(16, (rows * 2)[:5], 1)
+    assert peer.repeated(state, 3, 8, 8) == head + part(0, (rows * 3)[:8], 2) + part(0, (rows * 3)[:8], 1)
+    for wrong in (state[:-1], state + b"x", state[:8] + b"\2" + state[9:]):
+        with pytest.raises(SystemExit, match="another layout"):
+            peer.repeated(wrong, 3, 21, 8)
+
+
 def test_a_peer_that_dies_is_one_line_with_its_last_words(monkeypatch, tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise SystemExit('no such library')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -244,12 +294,14 @@ def test_a_peer_that_dies_is_one_line_with_its_last_words(monkeypatch, tmp_path)
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
 def test_llama_cpp_runs_the_same_tests(tmp_path):
     write(SMALL, 4, tmp_path / "random.gguf")
-    other = peer.Peer(tmp_path / "random.gguf", 1, [1, 2, 3, 4] * 5, repack=False)
-    try:
-        for test in plan([8], [4], [0, 10]) * 2:
-            assert 0 < other.seconds(test) < 60
-    finally:
-        other.close()
+    for fill in (None, SMALL.chunk_size):
+        other = peer.Peer(tmp_path / "random.gguf", 1, [1, 2, 3, 4] * 200, repack=False, fill=fill)
+        try:
+            for test in plan([8], [4], [0, 10, 700]) * 2:
+                assert 0 < other.seconds(test) < 60
+                assert other.peak > 10_000_000
+        finally:
+            other.close()
 
 
 def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch):

@@ -107,7 +107,7 @@ def test_bench_refuses_what_cannot_be_measured_in_one_line(measured, capfd, tmp_
 
 
 def test_bench_tables_show_depths_profile_peers_and_the_version_before(measured, capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_peers", lambda model, measure, longest: [SlowPeer()])
+    monkeypatch.setattr(bench, "_peers", lambda model, measure, longest, fill: [SlowPeer()])
     monkeypatch.setattr("llamacli.bench.peer.check", lambda: None)
     old = tmp_path / "old.json"
     old.write_text(json.dumps([{"test": "tg4@d8", "tokens_per_second": 1e-3}]))
@@ -116,6 +116,8 @@ def test_bench_tables_show_depths_profile_peers_and_the_version_before(measured,
     assert SlowPeer.closed
     head, *rows = [line for line in out.splitlines() if line.startswith("  ")]
     assert "llama.cpp" in head
+    assert "keys and values" in head
+    assert "(3.00 GB)" in rows[0]
     assert head.split()[-3:] == ["ratio", "to", "earlier"]
     assert [row.split()[0] for row in rows[:4]] == ["pp8", "tg4", "pp8@d8", "tg4@d8"]
     assert "layer 1" in out
@@ -124,7 +126,7 @@ def test_bench_tables_show_depths_profile_peers_and_the_version_before(measured,
 
 
 class SlowPeer:
-    name, closed = "llama.cpp", False
+    name, closed, peak = "llama.cpp", False, 3_000_000_000
 
     def seconds(self, test):
         return 100.0
