@@ -23,6 +23,7 @@ from llamacli.errors import ModelFileError, PromptError, UsageError
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)  # USER/REPO[:QUANT]
 MOST_BYTES = 512  # of a token: the longest of Llama 4's have a quarter
+MOST_SENT = 64 << 20  # bytes of a text for a server
 
 
 class Limit(NamedTuple):
@@ -32,11 +33,10 @@ class Limit(NamedTuple):
     advice: str = "shorten it"
 
 
-SENT = Limit(64 << 20)  # to a server, which knows its context and says so
-
-
-def context_limit(ctx: int, larger: str = "use a larger -c") -> Limit:
-    """Bytes that fill a context of `ctx` tokens in any case. `larger`: how there is a larger one."""
+def context_limit(ctx: int, served: bool, larger: str = "use a larger -c") -> Limit:
+    """Bytes that fill a context of `ctx` tokens in any case; a server knows its own. `larger`: how there is a larger one."""
+    if served:
+        return Limit(MOST_SENT)
     return Limit(ctx * MOST_BYTES, f"so many fill a context of {ctx} tokens in any case: shorten it or {larger}")
 
 

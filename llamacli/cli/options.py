@@ -14,7 +14,6 @@ from llamacli.cli.binding import binding
 from llamacli.cli.console import Console
 from llamacli.cli.grammar import OTHER, Given, argument, byte_count, kind_of, option, size, token_count, typed
 from llamacli.cli.inputs import (
-    SENT,
     Limit,
     checked,
     context_limit,
@@ -374,7 +373,7 @@ class Generation(Sampling, Keeping, OnCluster):
     @property
     def limit(self) -> Limit:
         """Bytes of text that surely fill the context, or that a server takes."""
-        return context_limit(self.ctx or DEFAULT_CTX) if self.server is None else SENT
+        return context_limit(self.ctx or DEFAULT_CTX, self.server is not None)
 
     def load(self, console: Console, sessions: int = 1, pictured: bool = False, more_sessions: int = 0):
         """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.

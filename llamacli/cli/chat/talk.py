@@ -11,7 +11,7 @@ from pathlib import Path
 from llamacli.cli.chat.pictures import content, read_again, reference
 from llamacli.cli.grammar import kind_of, meant, read_value
 from llamacli.cli.images import look, sent
-from llamacli.cli.inputs import SENT, Limit, context_limit
+from llamacli.cli.inputs import Limit, context_limit
 from llamacli.cli.options import HERE, Generation
 from llamacli.conversation import Answer, Conversation, title
 from llamacli.errors import ContextFullError, PromptError, UsageError
@@ -113,7 +113,7 @@ class Talk:
     @property
     def limit(self) -> Limit:
         """Bytes of a text that surely fill the context, or that a server takes."""
-        return SENT if self.served else context_limit(self.session.ctx, "choose a larger one by -c or /ctx")
+        return context_limit(self.session.ctx, self.served, "choose a larger one by -c or /ctx")
 
     @property
     def model_name(self) -> str:
