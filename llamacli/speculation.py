@@ -2,13 +2,15 @@
 
 In: the ids so far. Out: ids that may come next: those that followed the last place with the same latest ids. The decode loop
 evaluates them with the token before in one call, and takes as many as it would have said anyway, so the text stays what it is.
-Where that takes longer than it saves, nothing is proposed for a while.
+After wrong guesses fewer are proposed, after right ones more: where a text repeats itself by chance, a try costs one token.
+Where guessing takes longer than it saves, nothing is proposed for a while.
 """
 
 from collections.abc import Sequence
 
 LENGTHS = (4, 3, 2)  # ids that must have come before in the same order, the longest first
 MOST = 7  # ids proposed at a time
+FIRST, GROWTH = 3, 3  # ids proposed at first; after a try, GROWTH times those that were right, and one
 MEASURED = 8  # evaluations over which the time of a token is averaged
 PAUSE = 16  # single evaluations after guesses that did not pay; twice as many each time
 
@@ -22,11 +24,8 @@ class Guesses:
         self._settles, self._pause, self._next_pause = settles, 0, PAUSE
         self._seconds: list[float | None] = [None, None]  # a token's, on average, without and with guesses
         self._tried = 0  # evaluations with guesses since the last pause
-        self._spent, self._guessed, self._given = (
-            0.0,
-            False,
-            0,
-        )  # the latest evaluation: its time, whether it had guesses, its tokens
+        self._most = FIRST
+        self._spent, self._guessed, self._given = 0.0, False, 0  # the latest evaluation: time, whether with guesses, tokens
         for id in ids:
             self.said(id)
         self._given = 0
@@ -52,7 +51,7 @@ class Guesses:
             at = self._places.get(tuple(self._ids[-n:])) if len(self._ids) >= n else None
             if at is not None:
                 found = self._ids[at : at + MOST]
-                return (found * MOST)[: max(0, min(most, MOST))]  # at the text's end, what repeats itself goes on
+                return (found * MOST)[: max(0, min(most, self._most))]  # at the text's end, what repeats itself goes on
         return []
 
     def spent(self, seconds: float, guessed: bool) -> None:
@@ -64,6 +63,8 @@ class Guesses:
             return
         each, before = self._spent / self._given, self._seconds[self._guessed]
         self._seconds[self._guessed] = each if before is None else before + (each - before) / MEASURED
-        self._tried += self._guessed
+        if self._guessed:
+            self._tried += 1
+            self._most = min(MOST, GROWTH * (self._given - 1) + 1)
         if self._settles and self._tried >= MEASURED and self._seconds[True] > self._seconds[False]:
             self._pause, self._next_pause, self._tried, self._seconds[True] = self._next_pause, 2 * self._next_pause, 0, None

@@ -9,7 +9,7 @@ from llamacli.engine import Engine
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.session import Session
-from llamacli.speculation import MEASURED, MOST, PAUSE, Guesses
+from llamacli.speculation import FIRST, MEASURED, MOST, PAUSE, Guesses
 from llamacli.text.sampler import Sampler
 
 REPLY = "the cat saw the cat saw the cat and the cat saw the dog"
@@ -79,7 +79,7 @@ def test_what_followed_the_last_place_is_proposed():
     guesses = Guesses([1, 2, 3, 4, 5, 1, 2, 3, 9, 9, 8, 1, 2], settles=False)
     assert guesses.propose(3) == [3, 9, 9]
     guesses.said(3)
-    assert guesses.propose(100) == [9, 9, 8, 1, 2, 3, 9][:MOST]
+    assert guesses.propose(100) == [9, 9, 8, 1, 2, 3, 9][:FIRST]
     assert guesses.propose(0) == []
     guesses.said(77)
     assert guesses.propose(5) == []
@@ -109,6 +109,34 @@ def test_where_it_saves_it_goes_on():
             guesses.said([1, 2, 3, 4][at % 4])
             at += 1
     assert len(found) == MOST
+
+
+def test_right_guesses_make_more_and_wrong_ones_fewer():
+    guesses, lengths, at = Guesses([1, 2, 3, 4] * 4, settles=False), [], 0
+    for right in (True, True, False, True, True, True):
+        found = guesses.propose(100)
+        lengths.append(len(found))
+        guesses.spent(1.0, True)
+        for _ in range(len(found) + 1 if right else 1):
+            guesses.said([1, 2, 3, 4][at % 4])
+            at += 1
+    assert lengths == [FIRST, MOST, MOST, 1, 4, MOST]
+
+
+@pytest.mark.parametrize("words", [256, 30])
+def test_random_words_cost_little(words):
+    """A token of a batch as dear as one alone: the most that a wrong guess can cost."""
+    text = np.random.default_rng(0).integers(0, words, 4000).tolist()
+    guesses, drafted, at = Guesses(text[:1000]), 0, 1000
+    while at < len(text):
+        found = guesses.propose(100)
+        drafted += len(found)
+        guesses.spent(1.0 + len(found), bool(found))
+        right = next((n for n, id in enumerate(found) if id != text[at + n]), len(found)) if found else 0
+        for id in text[at : at + right + 1]:
+            guesses.said(id)
+        at += right + 1
+    assert drafted < 0.03 * 3000
 
 
 # the engine
