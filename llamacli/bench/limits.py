@@ -1,23 +1,26 @@
-"""What this machine can do at best: reading memory, the yardstick for decode, and multiplying bytes, the one for prefill.
+"""What this machine can do at best: reading memory, the yardstick for decode, and multiplying, the one for prefill: bytes, as
+products with weights do, and float32, as attention does.
 
 Out: numbers in GB/s (1e9 bytes) and Gop/s (1e9 operations; a multiply-add is two).
 """
 
 import time
+from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 from llvmlite import ir
 
 from llamacli.cpu.kernels.jit.intrinsics import Address, Count, Microkernel, call, kernel
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
-from llamacli.cpu.kernels.jit.simd import Simd, i8, i16, i32, i64, vec
+from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i16, i32, i64, vec
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kernels.runtime.program import Program
 from llamacli.plan.machine import memory_free
 
 STREAMS = 8  # vectors read at a time, enough to keep the core's line-fill buffers busy
-SYMBOLS = ("read", "multiply")
+SYMBOLS = ("read", "multiply", "multiply_floats")
 LEAST_BUFFER = 48  # megabytes
 LINES = 16  # vectors of first-level cache that `multiply` takes its left sides from
 
@@ -33,10 +36,11 @@ def run(target) -> int:
 
 
 def build(target):
-    """The module of both microkernels."""
+    """The module of all microkernels."""
     module = ir.Module("limits")
     _read(module, target)
     _multiply(module, target)
+    _multiply_floats(module, target)
     return module
 
 
@@ -80,6 +84,21 @@ def _multiply(module, target):
 
     step = step_in_16_bits if run(target) > 1 else step
     _finish(s, s.loop(rounds, [s.zeros(i32)] * n, step), out)
+
+
+def _multiply_floats(module, target):
+    """multiply_floats(x, rounds, out): in each round one vector of x times every one of as many right sides as sums."""
+    s = Simd(module, target, "multiply_floats", 3)
+    x, rounds, out = s.args
+    n, floats = sums(target), vec(f32, target.width // 4)
+    right = [s.load(floats, x, (LINES + k) * s.width) for k in range(n)]
+
+    def step(i, totals):
+        left = s.load(floats, s.add(x, s.mul(s.b.and_(i, i64(LINES - 1)), s.width)))
+        return [s.fma(left, r, total) for total, r in zip(totals, right, strict=True)]
+
+    totals = s.loop(rounds, [s.zeros()] * n, step)
+    _finish(s, [s.bits(total, i32) for total in totals], out)
 
 
 def _finish(s, totals, out):
@@ -135,12 +154,25 @@ def read_gbps(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
 def multiply_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> float:
     """Operations per second, in Gop/s, of int8 products (by the sequence that `tile` uses) from registers; the median round."""
     target = chosen_target()
+    return _gops("multiply", threads, steps // run(target), rounds, target.width * target.step // 4 * run(target))
+
+
+def multiply_floats_gops(threads: int, steps: int = 4_000_000, rounds: int = 5) -> float:
+    """Operations per second, in Gop/s, of float32 products from registers; the median round."""
+    return _gops("multiply_floats", threads, steps, rounds, chosen_target().width // 4)
+
+
+def _gops(name: str, threads: int, steps: int, rounds: int, products: int) -> float:
+    """`products`: multiply-adds of one sum in one step."""
+    target = chosen_target()
     data = np.ones(((LINES + sums(target)) * target.width,), np.uint8)
-    steps //= run(target)
-    seconds = _median_seconds(threads, rounds, microkernels()["multiply"], data, 0, steps)
-    return 2 * target.width * target.step // 4 * sums(target) * run(target) * steps * threads / seconds / 1e9
+    seconds = _median_seconds(threads, rounds, microkernels()[name], data, 0, steps)
+    return 2 * products * sums(target) * steps * threads / seconds / 1e9
 
 
 def microkernels() -> dict[str, int]:
-    """Addresses of both microkernels, compiled or read from the cache on first use."""
-    return load("limits", build, SYMBOLS)
+    """Addresses of the microkernels, compiled or read from the cache on first use.
+
+    The cache's folder is named by the sources of cpu/kernels, so a change of this file must change the name.
+    """
+    return load(f"limits-{crc32(Path(__file__).read_bytes()):08x}", build, SYMBOLS)

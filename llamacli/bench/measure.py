@@ -68,7 +68,9 @@ def speed(
       gbytes_per_second          bytes that must be read, over time. Decode: weights of the active experts, keys and values.
                                  Prefill: every weight once
       gops_per_second            two operations for each multiply-add
-      bandwidth_limit, compute_limit    what the same threads reach at best
+      attention_share            how many of those are attention's
+      bandwidth_limit            what the same threads read at best
+      compute_limit              what they multiply at best: bytes for weights, float32 for attention, by their shares
       share_of_limit             decode: of the bandwidth, prefill: of the arithmetic
       kv_bytes                   of keys and values in memory
       peak_memory_bytes          of this process up to then
@@ -111,18 +113,24 @@ def speed(
         if profile:
             record["profile"] = _profile(engine, cache, ids, case)
         records.append(record)
-    read, multiply = limits(engine.threads)  # last, or its buffer would count as the model's peak memory
+    read, *multiplied = limits(engine.threads)  # last, or its buffer would count as the model's peak memory
     for case, record in zip(cases, records, strict=True):
+        multiply = _together(*multiplied, record["attention_share"])
         share = record["gbytes_per_second"] / read if case.decode else record["gops_per_second"] / multiply
         record |= {"bandwidth_limit": _rounded(read), "compute_limit": _rounded(multiply), "share_of_limit": _rounded(share)}
     return records
 
 
-def limits(threads: int) -> tuple[float, float]:
-    """GB/s that `threads` threads read from memory, and Gop/s of their int8 dot products."""
-    from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
+def limits(threads: int) -> tuple[float, float, float]:
+    """GB/s that `threads` threads read from memory, and Gop/s of their int8 products and of their float32 products."""
+    from llamacli.bench.limits import buffer_megabytes, multiply_floats_gops, multiply_gops, read_gbps
 
-    return read_gbps(threads, buffer_megabytes(threads)), multiply_gops(threads)
+    return read_gbps(threads, buffer_megabytes(threads)), multiply_gops(threads), multiply_floats_gops(threads)
+
+
+def _together(bytes_: float, floats: float, share: float) -> float:
+    """Operations a second of which `share` are done at the rate `floats`, the others at the rate `bytes_`."""
+    return 1 / ((1 - share) / bytes_ + share / floats)
 
 
 def startup(path: os.PathLike, threads: int | None, repetitions: int) -> dict:
@@ -167,7 +175,8 @@ def _record(model, case: Case, rates: list[float]) -> dict:
     config, engine, rate = model.config, model.engine, median(rates)
     pairs, last = attended(config, case), config.n_vocab * config.n_embd
     products = engine.products_per_token * case.n + last * (case.n if case.decode else 1)
-    products += 2 * config.n_heads * config.head_dim * pairs
+    attention = 2 * config.n_heads * config.head_dim * pairs
+    products += attention
     if case.decode:
         nbytes = engine.bytes_per_token * case.n + 2 * config.n_kv_heads * config.kv_row_bytes * pairs
     else:
@@ -182,6 +191,7 @@ def _record(model, case: Case, rates: list[float]) -> dict:
         "runs": _rounded(rates),
         "gbytes_per_second": _rounded(nbytes / case.n * rate / 1e9),
         "gops_per_second": _rounded(2 * products / case.n * rate / 1e9),
+        "attention_share": _rounded(attention / products),
         "peak_memory_bytes": resident_peak(),
     }
 

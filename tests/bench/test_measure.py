@@ -14,7 +14,7 @@ from fakes import CONFIG, FakeEngine, FakeModel
 from llamacli import LlamacliError, Model
 from llamacli.bench import limits as bench_limits
 from llamacli.bench import measure, peer, plot
-from llamacli.bench.limits import multiply_gops, read_gbps
+from llamacli.bench.limits import multiply_floats_gops, multiply_gops, read_gbps
 from llamacli.bench.measure import Case, plan
 from llamacli.engine import Engine
 from llamacli.errors import OutputError, UsageError
@@ -31,7 +31,7 @@ SMALL = replace(
 
 @pytest.fixture(autouse=True)
 def known_limits(monkeypatch):
-    monkeypatch.setattr(measure, "limits", lambda threads: (10.0, 1000.0))
+    monkeypatch.setattr(measure, "limits", lambda threads: (10.0, 1000.0, 250.0))
 
 
 # what is run
@@ -121,6 +121,15 @@ def test_attention_sees_its_chunk_in_rotary_layers_and_everything_in_others():
     assert measure.attended(CONFIG, Case(20, 5, False)) == by_hand
 
 
+def test_the_arithmetic_limit_is_that_of_bytes_for_weights_and_of_floats_for_attention():
+    (near,), (far,) = (measure.speed(FakeModel(FakeEngine()), [Case(8, depth, False)], 1) for depth in (0, 600))
+    for record in (near, far):
+        share = record["attention_share"]
+        assert record["compute_limit"] == pytest.approx(1 / ((1 - share) / 1000 + share / 250), rel=1e-3)
+    assert 0 < near["attention_share"] < far["attention_share"] < 1
+    assert 250 < far["compute_limit"] < near["compute_limit"] < 1000
+
+
 @pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}], ids=["scout", "maverick", "top-2"])
 def test_work_is_every_weight_that_a_token_meets(shape, tmp_path):
     engine = load(tmp_path, **shape)
@@ -163,6 +172,7 @@ def test_the_buffer_grows_with_the_threads_as_far_as_memory_allows(threads, usua
 def test_the_limits_are_measured_and_more_than_nothing():
     assert 0.1 < read_gbps(1, megabytes=16, rounds=1) < 10_000
     assert 0.1 < multiply_gops(1, steps=10_000, rounds=1) < 100_000
+    assert 0.1 < multiply_floats_gops(1, steps=10_000, rounds=1) < 100_000
 
 
 # profile

@@ -63,7 +63,7 @@ def test_kv_memory_is_what_the_cache_takes():
 @pytest.fixture
 def measured(model, monkeypatch):
     """`bench` measures the miniature model; the machine's limits are given."""
-    monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0))
+    monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0, 100.0))
     monkeypatch.setattr(bench, "find_model", lambda name, console: name)
     monkeypatch.setattr(bench, "load_model", lambda path, threads, ctx, console, **more: model)
     return model
@@ -149,7 +149,7 @@ def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(
     )
     monkeypatch.setitem(shapes.SHAPES, "scout", small)
     monkeypatch.setattr("llamacli.cpu.kernels.cache_folder", lambda: tmp_path / "kernels")
-    monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0))
+    monkeypatch.setattr("llamacli.bench.measure.limits", lambda threads: (12.5, 100.0, 100.0))
     args = ["bench", "--shape", "scout", "-p", "8", "-n", "4", "-r", "1", "-t", "1"]
     assert main([*args, "--json"]) == 0
     assert list(tmp_path.iterdir()) == []
