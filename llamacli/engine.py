@@ -34,7 +34,7 @@ from llamacli.plan.machine import memory_short
 from llamacli.prompt import FeatureRow
 
 COPIED = 4096  # positions of a layer that are copied at a time
-PARTS = 4  # of a batch that goes through the nodes of a cluster
+PARTS = 4  # of a batch that goes through the nodes of a cluster: equal ones, that follow each other and change no bit
 _engines: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -142,7 +142,7 @@ class Engine:
         """
         self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
-        self._max_batch = buffers.tokens(config, max_batch)
+        self._most, self._cluster = buffers.tokens(config, max_batch), cluster
         # tokens of a batch from which on its length changes no bit: all products take panels
         mixture = any(map(config.is_moe, range(config.n_layers)))
         all_groups = -(-matmul.FEW * config.n_experts // max(1, config.n_experts_used)) if mixture else 0
@@ -161,8 +161,9 @@ class Engine:
             routed = [i for i in range(config.n_layers) if config.is_moe(i)]
             own = dict(zip(routed, slots_per_layer(slots, len(routed)), strict=True)) if slots and routed and not on_cpu else {}
             self.stages.append(MlxStage(gguf, config, range(on_cpu, config.n_layers), slots=own))
-        self._fetches = (slots > 0 or getattr(cluster, "fetches", False)) and mixture
-        self._parts = PARTS if cluster and not self._fetches else 1
+        # Whether experts are read from the file while it computes.
+        self.fetches = (slots > 0 or getattr(cluster, "fetches", False)) and mixture
+        self._parts = PARTS if cluster and not self.fetches else 1
         self.alike = 1 if gpu_layers or cluster else matmul.few_tokens() - 1  # sequences that together keep their bits
         self._lock = threading.RLock()
         _engines.add(self)
@@ -206,9 +207,9 @@ class Engine:
         return sum(found[1:], start=found[0]) if found else None
 
     @property
-    def fetches(self) -> bool:
-        """Whether experts are read from the file while it computes."""
-        return self._fetches
+    def _max_batch(self) -> int:
+        """Tokens of a batch; of a cluster, whose nodes may change, no more than all of them have planned memory for."""
+        return min(self._most, self._cluster.most) if self._cluster else self._most
 
     @property
     def notices(self) -> list[str]:
@@ -307,15 +308,17 @@ class Engine:
         return Tokens(ids, rows)
 
     def _forward(self, tokens: Tokens, cache: Cache, all_logits: bool, first: int) -> np.ndarray:
-        ids, done, batch, result = tokens.ids, 0, 0, None
+        ids, done, batch, parts, result = tokens.ids, 0, 0, 0, None
         self._begin([cache], len(ids) > 1 or cache.pos % CHECK_EVERY == 0)
         cache.reserve(len(ids))
         if self.follow_progress:
             self.follow_progress(0, len(ids))
         while done < len(ids):
-            batch = batch or self._batch_size(cache.pos, len(ids) - done)
-            n = self._part(batch)
-            batch -= n
+            if not batch:
+                batch = self._batch_size(cache.pos, len(ids) - done)
+                parts = max(1, min(self._parts, batch // self._steady))
+            n = batch // parts
+            batch, parts = batch - n, parts - 1
             if self.follow_progress:
                 self._follow_batch(done, n, len(ids))
             x = tokens
@@ -415,7 +418,7 @@ class Engine:
 
     def _make_room(self) -> None:
         """Give slots back if the limit of memory has been lowered."""
-        if not self._fetches or not (short := memory_short()):
+        if not self.fetches or not (short := memory_short()):
             return
         if (short := short - self.shrink(short)) > 0:
             raise MemoryLimitError(
@@ -439,10 +442,6 @@ class Engine:
                 for stage in self.stages:
                     stage.timings = None
             return [(*label, seconds) for label, seconds in total.items()]
-
-    def _part(self, n: int) -> int:
-        """Of a batch of `n` tokens the first part, of several that follow each other through the nodes and change no bit."""
-        return n // max(1, min(self._parts, n // self._steady))
 
     def _batch_size(self, pos: int, left: int) -> int:
         chunk = self.config.chunk_size

@@ -2,5 +2,5 @@
 
 `quantize.convert.convert` is the entry point. Of llamacli it imports only errors, files, llama4 and cpu.kernels.
 
-    folder, safetensors -> names, hf_config, vocab, general -> recipe, imatrix -> plan -> sources, encoders -> journal
+    folder, safetensors -> names, hf_config, vocab, general -> recipe, imatrix -> plan -> pieces, sources, encoders -> journal
 """

@@ -6,51 +6,31 @@ model. Nothing is printed.
 """
 
 import math
-import mmap
 import os
 import re
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypedDict
-
-import numpy as np
+from typing import TypedDict
 
 from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import usable_cpus
-from llamacli.cpu.kernels.runtime.faults import Guard
-from llamacli.errors import CheckpointError, ModelFileError, OutputError, UnsupportedModelError, UsageError
-from llamacli.files.ggml import BY_NAME
-from llamacli.files.gguf import GGUF, Tensor, open_gguf, text_of
-from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import ROPE_FREQS, TOKEN_EMBD, Role, check, role_of, tensors
-from llamacli.llama4.vision import has_ollama_tower
-from llamacli.text.tokenizer import Tokenizer
-from quantize import names, sources, tower
-from quantize.encoders import encoder, widen
-from quantize.general import printable, read_general
-from quantize.hf_config import read_config
+from llamacli.errors import OutputError, UsageError
+from llamacli.files.gguf import text_of
+from quantize import sources, tower
+from quantize.general import printable
 from quantize.imatrix import Imatrix, read_imatrix
 from quantize.journal import File, Maker, left_over, log_of, part_of, write_files
+from quantize.opening import open_source
+from quantize.pieces import Elsewhere, PieceEncoder, Threads, pieces
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
-from quantize.safetensors import INDEX, open_checkpoint, shard_paths
-from quantize.vocab import read_vocab
 from quantize.writer import check_not_input, check_output
 
-CHUNK = 1 << 19  # weights per task: its floats fit a core's L2 cache
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
 FIELDS = 20  # bytes in memory per byte of metadata, measured
-LARGEST = float(np.finfo(np.float32).max)
-DESCRIPTIONS = (  # files of a folder that are read beside the weights
-    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "README.md"),
-    *("chat_template.jinja", "chat_template.json", INDEX, "preprocessor_config.json", "processor_config.json"),
-)
 
 Progress = Callable[[int, int, str], None]
 
@@ -84,6 +64,7 @@ class Report(TypedDict):
     resumed_bytes: int  # of tensors that an earlier run had finished
     memory: int  # bytes that the conversion takes at most, beside the mapped pages of source and file
     mmproj: str | None  # the file of the vision tower, one of `files`
+    nodes: dict[str, int]  # bytes that each node of a cluster made
 
 
 def convert(
@@ -100,6 +81,7 @@ def convert(
     progress: Progress | None = None,
     planned: Callable[[Report], None] | None = None,
     dry_run: bool = False,
+    elsewhere: Elsewhere | None = None,
 ) -> Report:
     """Make `out` by the recipe `type_name`; `tensor_types` are (regular expression, type), as `choose_types` takes them.
 
@@ -107,7 +89,7 @@ def convert(
     that is a tower alone becomes `out`.
 
     `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
-    every core this process may use.
+    every core this process may use. `elsewhere`: other machines, which encode what is more than a copy.
 
     CheckpointError or ModelFileError: the source cannot be converted. OutputError: `out` exists without `force`, or cannot be
     written. UsageError: an unknown type, a bad regular expression, another model's importance matrix. Whatever stops it,
@@ -116,7 +98,8 @@ def convert(
     start, src, out = time.perf_counter(), Path(src), Path(out)
     importance = None if imatrix is None else read_imatrix(imatrix)
     recipe = find_recipe(type_name)
-    metadata, rows, notices, inputs, maps, sight = _open_folder(src) if src.is_dir() else _open_gguf(src)
+    source = open_source(src)
+    metadata, rows, notices, inputs, maps, sight, _ = source
     for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
         del metadata[key]  # of another conversion
     metadata |= recipe.metadata | {"general.quantization_version": 2}
@@ -153,6 +136,7 @@ def convert(
         files=[str(file.path) for file in files],
         resumed_bytes=0,
         mmproj=mmproj and str(mmproj),
+        nodes={},
     )
     if dry_run:
         return report | {"seconds": round(time.perf_counter() - start, 3)}
@@ -162,12 +146,16 @@ def convert(
     notices += _orphans(out, files)
     if planned:
         planned(report)
-    maker = _TensorMaker(plan, importance, threads, progress, maps)
+    encode = PieceEncoder(maps)
+    if elsewhere:
+        report["memory"] += elsewhere.begin(src, source, encode)
+    maker = _TensorMaker(plan, importance, encode, threads, elsewhere, progress)
     maker.write(files, job, force)
     for tensor in report["tensors"]:
         tensor["rmse"], tensor["energy"] = maker.rmse(tensor["name"]), maker.errors[tensor["name"]][1]
     seconds = round(time.perf_counter() - start, 3)
-    return report | {"written": True, "seconds": seconds, "resumed_bytes": maker.resumed}
+    nodes = dict(elsewhere.done) if elsewhere else {}
+    return report | {"written": True, "seconds": seconds, "resumed_bytes": maker.resumed, "nodes": nodes}
 
 
 def _target(path: Path) -> Path:
@@ -229,102 +217,36 @@ def _row(t: Planned) -> TensorReport:
 
 def _memory(plan: Plan, threads: int) -> int:
     """The program, the vocabulary as Python objects, and for each thread the floats of a piece and its encoded pieces."""
-    piece = max(count * t.shape[-1] for t in plan.tensors for _, _, count in islice(_pieces(t), 1))
+    piece = max(piece.count * t.shape[-1] for t in plan.tensors for piece in islice(pieces(t.source), 1))
     encoded = max(t.type.nbytes / t.type.block for t in plan.tensors)  # bytes a weight
     return PROGRAM + FIELDS * sum(len(part.head) for part in plan.parts) + threads * int(piece * (8 + 2 * encoded))
-
-
-class _Source(NamedTuple):
-    """An open source. `rows` by GGUF name; `inputs`: every file that it is read from; `maps`: those that are mapped."""
-
-    metadata: dict[str, object]
-    rows: dict[str, sources.Rows]
-    notices: list[str]
-    inputs: list[Path]
-    maps: dict[Path, mmap.mmap]
-    tower: tower.Tower | None
-
-
-def _open_folder(folder: Path) -> _Source:
-    config, checkpoint = read_config(folder), open_checkpoint(folder)
-    rows, vision = names.match(folder, checkpoint, config)
-    sight = tower.of_folder(folder, vision, config.model.n_embd)
-    notices = []
-    if vision and not sight:
-        notices.append(f"{len(vision)} vision tensors left out: config.json has no vision_config")
-    if config.rope_freqs is not None:
-        rows[ROPE_FREQS] = sources.InMemory(config.rope_freqs)
-    fields, more = read_vocab(folder, config.model.n_vocab, config.raw)
-    _check_vocab(folder, fields, rows[TOKEN_EMBD].shape)
-    general, licence = read_general(folder, rows)
-    inputs = [*shard_paths(folder), *(path for name in DESCRIPTIONS if (path := folder / name).is_file())]
-    metadata, notices = general | config.model.metadata | fields, config.notices + notices + more + licence
-    return _Source(metadata, rows, notices, inputs, checkpoint.maps, sight)
-
-
-def _open_gguf(path: Path) -> _Source:
-    """Of the metadata everything but what describes this one file (its parts, its alignment)."""
-    gguf = open_gguf(path)
-    architecture, maps = text_of(gguf.metadata, "general.architecture"), dict(zip(gguf.paths, gguf.maps, strict=True))
-    if architecture == "clip":
-        name = {key: value for key, value in gguf.metadata.items() if key == "general.name"}
-        return _Source(name, {}, [], gguf.paths, maps, tower.of_gguf(gguf))
-    if architecture != "llama4":
-        found = str(architecture)[:40]
-        raise UnsupportedModelError(f"{path}: expected architecture llama4, found {found!r}; only Llama 4 can be converted")
-    if "tokenizer.ggml.tokens" in gguf.metadata:
-        Tokenizer.from_gguf(gguf)  # an unsound vocabulary is an error now rather than when the new file is run
-    kept = (k for k in gguf.metadata if not k.startswith(("split.", "llama4.vision.")) and k != "general.alignment")
-    metadata = {key: gguf.metadata.typed(key) for key in kept}
-    rows = {name: sources.Dequantized(tensor) for name, tensor in gguf.tensors.items() if role_of(name) is not Role.VISION}
-    shapes = {name: source.shape for name, source in rows.items()}
-    check(path, shapes, tensors(Config.from_gguf(gguf)), complete=True)
-    notices, sight = [], tower.of_gguf(gguf) if has_ollama_tower(gguf) else None
-    if len(rows) < len(gguf.tensors) and not sight:
-        notices.append(f"{len(gguf.tensors) - len(rows)} vision tensors left out: the text model alone is converted")
-    if any(tensor.type.block > 1 for tensor in gguf.tensors.values()):
-        notices.append("the source is quantized already: quantizing twice loses more than quantizing the original once")
-    return _Source(metadata, rows, notices, gguf.paths, maps, sight)
-
-
-def _check_vocab(folder: Path, metadata: dict[str, object], shape: tuple[int, ...]) -> None:
-    """Build the tokenizer that a reader of the file will build: CheckpointError before anything is written if it is unsound."""
-    embedding = Tensor(TOKEN_EMBD, BY_NAME["F32"], shape, np.empty(0, np.uint8), folder, 0)
-    try:
-        Tokenizer.from_gguf(GGUF(folder / "tokenizer.json", 3, metadata, {embedding.name: embedding}, 0, [], []))
-    except ModelFileError as error:
-        raise CheckpointError(str(error)) from None
 
 
 class _TensorMaker:
     """Encodes tensors for journal.write_files and records each one's error: sums of (x - q)^2 and of x^2."""
 
     def __init__(
-        self, plan: Plan, imatrix: Imatrix | None, threads: int, progress: Progress | None, maps: dict[Path, mmap.mmap]
+        self, plan: Plan, imatrix: Imatrix | None, encode: PieceEncoder, threads: int, elsewhere: Elsewhere | None, progress
     ):
-        self._paths, self._guard, self._stamps = list(maps), Guard(list(maps.values())), {}
-        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
-        self._nbytes, self._imatrix, self._threads, self._progress = plan.nbytes, imatrix, threads, progress
+        self._tensors, self._stamps = {tensor.name: tensor for tensor in plan.tensors}, {}
+        self._nbytes, self._imatrix, self._progress = plan.nbytes, imatrix, progress
+        self._here, self._elsewhere = Threads(encode, threads), elsewhere
         self._done = sum(len(part.head) for part in plan.parts)
         self.errors: dict[str, tuple[float, float]] = {}
         self.resumed = 0
 
     def write(self, files: list[File], job: str, force: bool) -> None:
-        with ThreadPoolExecutor(self._threads, "encode") as self._pool:
-            try:
-                write_files(files, job, Maker(self._make, self._note, self._skip, self._source), force)
-            finally:
-                self._pool.shutdown(wait=True, cancel_futures=True)
+        try:
+            write_files(files, job, Maker(self._make, self._note, self._skip, self._source), force)
+        finally:
+            self._here.close()
         self._tell(self._nbytes - self._done, files[0].path.name)
 
     def _make(self, name: str) -> Iterator[memoryview]:
         tensor = self._tensors[name]
+        where = self._elsewhere if self._elsewhere and _shrinks(tensor) else self._here
         wrong, whole = 0.0, 0.0
-        for chunk, errors in _encoded(tensor, self._imatrix, self._pool, self._threads):
-            if (part := self._guard.broken) is not None:
-                raise ModelFileError(
-                    f"{self._paths[part]}: expected to read all of {name}, found the file cut or its disk failing; restore it"
-                )
+        for chunk, errors in where.encoded(tensor, self._imatrix and self._imatrix.weights(name, tensor.shape)):
             yield memoryview(chunk).cast("B")
             wrong, whole = wrong + errors[0], whole + errors[1]
             self._tell(chunk.nbytes, name)
@@ -358,6 +280,11 @@ class _TensorMaker:
         return math.sqrt(wrong / whole) if whole > 0 else None
 
 
+def _shrinks(tensor: Planned) -> bool:
+    """Whether it is encoded rather than copied: a copy comes faster from this machine's disk than over a network."""
+    return tensor.source.raw(tensor.type.name) is None and 8 * tensor.nbytes < 16 * tensor.n_weights
+
+
 def _job(plan: Plan, inputs: list[Path]) -> str:
     """What must be the same for a conversion to be continued: the program, the plan and the files other than weights.
 
@@ -377,52 +304,3 @@ def _stamp(path: Path) -> bytes:
     """Name, size and time of a file."""
     status = path.stat()
     return os.fsencode(path.name) + b" %d %d\n" % (status.st_size, status.st_mtime_ns)
-
-
-def _encoded(
-    tensor: Planned, imatrix: Imatrix | None, pool: ThreadPoolExecutor, threads: int
-) -> Iterator[tuple[np.ndarray, tuple[float, float]]]:
-    """The tensor's pieces in order, each with its error; encoding runs ahead of writing by up to two pieces a thread."""
-    encode, waiting = _Task(tensor, imatrix.weights(tensor.name, tensor.shape) if imatrix else None), deque()
-    for piece in _pieces(tensor):
-        waiting.append(pool.submit(encode, *piece))
-        if len(waiting) > 2 * threads:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _pieces(tensor: Planned) -> Iterator[tuple[int, int, int]]:
-    """(group, first row, rows) of about CHUNK weights, in file order."""
-    n_groups, n_rows = sources.groups_and_rows(tensor.shape)
-    unit = tensor.source.unit
-    step = max(1, CHUNK // tensor.shape[-1] // unit) * unit
-    for group in range(n_groups):
-        for first in range(0, n_rows, step):
-            yield group, first, min(step, n_rows - first)
-
-
-_scratch = threading.local()
-
-
-class _Task:
-    """Read, check and encode one piece; runs in a thread of the pool."""
-
-    def __init__(self, tensor: Planned, weights: np.ndarray | None):
-        self._tensor, self._weights = tensor, weights
-        self._raw = tensor.source.raw(tensor.type.name)  # bytes to be copied, once their values are checked
-        self._encoder = encoder(tensor.type.name) if self._raw is None else None
-
-    def __call__(self, group: int, first: int, count: int) -> tuple[np.ndarray, tuple[float, float]]:
-        tensor, size = self._tensor, count * self._tensor.shape[-1]
-        if getattr(_scratch, "floats", np.empty((2, 0))).shape[1] < size:
-            _scratch.floats = np.empty((2, size), np.float32)
-        values, back = (floats[:size].reshape(count, -1) for floats in _scratch.floats)
-        tensor.source.read(group, first, values)
-        sources.check(values, self._encoder.limit if self._encoder else LARGEST, tensor.name, tensor.type.name)
-        if self._encoder is None:
-            row, n_rows = tensor.type.row_bytes(tensor.shape[-1]), sources.groups_and_rows(tensor.shape)[1]
-            start = (group * n_rows + first) * row
-            return self._raw[start : start + count * row].copy(), widen.squares(values, values)  # no view: the file may be cut
-        encoded = self._encoder.encode(values, None if self._weights is None else self._weights[group])
-        return encoded, widen.error(tensor.type.name, encoded, values, back)

@@ -157,11 +157,11 @@ def test_sequences_together_are_each_alone_but_for_rounding(engine, lengths):
     _, caches = sequences(engine, len(lengths))
     _, alone = sequences(engine, len(lengths))
     ids = [np.random.RandomState(50 + n).randint(0, 250, length).tolist() for n, length in enumerate(lengths)]
-    engine._max_batch, before = 64, engine._max_batch
+    engine._most, before = 64, engine._most
     try:
         found = engine.forward_each(ids, caches)
     finally:
-        engine._max_batch = before
+        engine._most = before
     expected = np.array([engine.forward(some, cache) for some, cache in zip(ids, alone, strict=True)])
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
     assert [cache.pos for cache in caches] == [cache.pos for cache in alone]

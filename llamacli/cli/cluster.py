@@ -56,6 +56,12 @@ def cluster(
         raise UsageError(f"cluster {action}: expected no address after it, found {address}; --host names this machine's")
     if port is not None and action is not Action.start:
         raise UsageError(f"--port: expected cluster start with it, found {action}; write the address as HOST:PORT")
+    if host is not None and action not in (Action.start, Action.join):
+        raise UsageError(f"--host: expected cluster start or join with it, found {action}; leave it out")
+    if model is not None and action is not Action.status:
+        raise UsageError(f"-m: expected cluster status with it, found {action}; leave it out")
+    if as_json and action is not Action.status:
+        raise UsageError(f"--json: expected cluster status with it, found {action}; leave it out")
     if action is Action.start:
         node = processes.start(host or "127.0.0.1", port or processes.PORT)
         from llamacli.environment import cluster_secret_file

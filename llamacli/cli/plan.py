@@ -142,7 +142,9 @@ def plan(
     model = model._replace(config=dataclasses.replace(model.config, kv_type=kv.value.upper()))
     for notice in model.notices:
         console.note(notice)
-    memories, disks, bandwidths = _memories(memory), split.numbers(disk, "--disk"), split.numbers(bandwidth, "--bandwidth")
+    most = split.MOST_VALUES if nodes is None else split.MOST
+    disks, bandwidths = split.numbers(disk, "--disk", most), split.numbers(bandwidth, "--bandwidth", most)
+    memories = _memories(memory)
     asked = min(token_count(ctx, "--ctx"), LONGEST) if ctx else default_ctx(model.config)
     if nodes is not None:
         if here := typed(("memory", "kv_file", "device", "gpu_layers", "gpu_memory", "plot")):

@@ -7,7 +7,7 @@ In: paths, a recipe, options. Out: the file; progress and a table of what it hol
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +34,7 @@ _GROUPS = {  # of the table at the end, by kind or role of their tensors
 }
 _OTHERS = "norms, routers"
 GROUPS = (*_GROUPS.values(), _OTHERS)
+MOST_NAMED = 4  # nodes beside the name of a tensor
 
 
 def _type_name(text: str, where: str) -> str:
@@ -87,6 +88,14 @@ def quantize(
             help="Type of the vision tower, which becomes mmproj-OUT: Q8_0 (default), F16, BF16, F32; none leaves it out.",
         ),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        option(
+            "--cluster",
+            metavar="ADDRESS",
+            help="Encode on the nodes of the cluster at HOST[:PORT] that have SRC, too; see docs/cluster.md.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
     threads: Threads = None,
@@ -112,11 +121,13 @@ def quantize(
         source, out, type_word = model, source, out
     if source is None:
         raise UsageError("expected SRC, found none (see llamacli quantize --help)")
+    if cluster is not None and dry_run:
+        raise UsageError("--dry-run: expected no --cluster with it, as nothing is encoded; leave one of them out")
     out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
-        with signals.unhurried(), console.progress("quantize") as update:
-            follow = Follow(update, console.warn)
+        with signals.unhurried(), _nodes(cluster, threads, console) as nodes, console.progress("quantize") as update:
+            follow = Follow(update, console.warn, nodes)
             report = convert(
                 Path(source),
                 path,
@@ -130,6 +141,7 @@ def quantize(
                 progress=follow,
                 planned=follow.plan,
                 dry_run=dry_run,
+                elsewhere=nodes,
             )
     except KeyboardInterrupt:
         console.note("stopped; the same command goes on where this one did")
@@ -141,6 +153,15 @@ quantize.notes = "\n".join(
     ["Types, bits per weight in a Scout, and what for:"]
     + [f"{r.name:<10} {r.bits:>5.2f}  {r.purpose}" for r in RECIPES.values()]
 )
+
+
+def _nodes(cluster: str | None, threads: int | None, console):
+    """Those of a cluster, if there is one."""
+    if cluster is None:
+        return nullcontext()
+    from llamacli.cluster.control import encoders
+
+    return encoders(cluster, threads, console.warn)
 
 
 def _out_and_type(out: str | None, word: str | None, type_name: str | None) -> tuple[str | None, str]:
@@ -175,11 +196,12 @@ def _override(text: str) -> tuple[str, str]:
 class Follow:
     """Passes on how far the file is, and how many weights that is; before the work it says what the user should know.
 
-    `told` are the notices that were said.
+    `told` are the notices that were said. With `nodes` of a cluster it says what share each has made.
     """
 
-    def __init__(self, update: Callable[[int, int, str, int], None], warn: Callable[[str], None]):
+    def __init__(self, update: Callable[[int, int, str, int], None], warn: Callable[[str], None], nodes=None):
         self._update, self._warn, self._tensors, self.told = update, warn, {}, []
+        self._nodes = nodes
 
     def plan(self, report) -> None:
         """What will be written, in order."""
@@ -195,7 +217,16 @@ class Follow:
         first, weights, t = self._tensors.get(tensor, (0, 0, None))
         if t:
             share = min(1.0, max(0.0, (done - first) / max(1, t["nbytes"])))
-            self._update(done, total, tensor.removesuffix(".weight"), weights + int(share * t["weights"]))
+            label = tensor.removesuffix(".weight")
+            if self._nodes and self._nodes.done:
+                label += f" ({', '.join(f'{name} {part}' for name, part, _ in shares(self._nodes.done)[:MOST_NAMED])})"
+            self._update(done, total, label, weights + int(share * t["weights"]))
+
+
+def shares(done: dict[str, int]) -> list[tuple[str, str, int]]:
+    """Name, share and bytes of each node, the largest first."""
+    total = max(1, sum(done.values()))
+    return [(name, f"{n / total:.0%}".replace("%", " %"), n) for name, n in sorted(done.items(), key=lambda one: -one[1])]
 
 
 def _show(report, told: list[str], as_json: bool, console) -> None:
@@ -216,6 +247,9 @@ def _show(report, told: list[str], as_json: bool, console) -> None:
         groups.append(everything)
         rows = [(g["name"], ", ".join(g["types"]), amount(g["nbytes"]), _bits(g), _error(g["rmse"])) for g in groups]
         console.table("", rows, ("tensors", "type", "size", "bits", "error"), (2, 3, 4), spare=(1,), to_stderr=True)
+        if report["nodes"]:
+            rows = [(name, amount(nbytes), share) for name, share, nbytes in shares(report["nodes"])]
+            console.table("", rows, ("node", "encoded", "share"), (1, 2), to_stderr=True)
         earlier = f", {amount(report['resumed_bytes'])} of it were there already" if report["resumed_bytes"] else ""
         words = f"wrote {_written(report)}: {amount(report['nbytes'])} in {clock_time(report['seconds'])}{earlier}"
         console.say(console.dim(one_line(words)))

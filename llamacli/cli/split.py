@@ -14,7 +14,7 @@ from llamacli.errors import UsageError
 LATENCY = 100e-6  # seconds one way, of a wired network
 NETWORKS = (1.0, 10.0, 40.0)  # Gbit/s
 MOST = 64  # nodes
-MOST_VALUES = 16  # values in a list
+MOST_VALUES = 16  # values in a list each of which makes a plan
 
 Nodes = Annotated[
     str | None,
@@ -62,20 +62,20 @@ def show(model, nodes: str, network: str | None, disks, bandwidths, ctx: int, th
     console.table("\nExpected, every expert being equally likely", rows, ("network", "hand-overs, ms a token", "tokens/s"))
 
 
-def listed(text: str, where: str) -> list[str]:
+def listed(text: str, where: str, most: int = MOST_VALUES) -> list[str]:
     """The parts of a list such as 1,3,7."""
     parts = text.split(",")
-    if len(parts) > MOST_VALUES:
-        raise UsageError(f"{where}: expected at most {MOST_VALUES} values, found {len(parts)}")
+    if len(parts) > most:
+        raise UsageError(f"{where}: expected at most {most} values, found {len(parts)}")
     return parts
 
 
-def numbers(text: str | None, where: str) -> list[float] | None:
+def numbers(text: str | None, where: str, most: int = MOST_VALUES) -> list[float] | None:
     """Speeds such as 1,3.5,7; None if none are given."""
     if not text:
         return None
     try:
-        values = [float(part) for part in listed(text, where)]
+        values = [float(part) for part in listed(text, where, most)]
     except ValueError:
         values = []
     if not values or not all(1e-3 <= value <= 1e6 for value in values):

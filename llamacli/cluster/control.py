@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -19,6 +19,7 @@ from llamacli.cluster import copies, host
 from llamacli.cluster.launch import keep_loopback
 from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
+from llamacli.cluster.tasks import Tasks
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.stage import cpu_part
 from llamacli.engine import Engine
@@ -30,7 +31,7 @@ from llamacli.plan import nodes as planning
 PORT = 6479
 REACHED = 3.0  # seconds in which a node must take a connection
 STARTING, OPENING = 40.0, 600.0  # seconds in which a node's process must answer, and must have opened its layers
-TWICE = 2  # a node that was lost so often is not used again
+TWICE = 2  # a node that was lost so often is not used for a while (stage.FORGET)
 
 
 def environ(secret: str) -> dict[str, str]:
@@ -111,18 +112,22 @@ class Cluster:
             for node in found
         }
 
-    def describe(self, path: str | None = None, threads: int | None = None, skip: Sequence[str] = ()) -> dict[str, dict]:
-        """host.Host.describe of every node, {"error": words} for one that does not answer."""
-        asked, found = {}, {}
+    def reached(self, skip: Sequence[str] = ()) -> tuple[dict[str, dict], dict[str, dict]]:
+        """Ray's facts about the nodes that take connections; {"address", "error": words} of each that does not."""
         nodes = {name: node for name, node in self.alive().items() if name not in skip}
         with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # Ray takes half a minute to notice a cable that was cut
             reached = dict(zip(nodes, pool.map(_reached, nodes.values()), strict=True))
-        for name, node in nodes.items():
-            found[name] = {"address": node["NodeManagerAddress"]}
-            if reached[name]:
-                asked[name] = self._host(name, node).describe.remote(path, threads)
-            else:
-                found[name]["error"] = f"expected an answer from {node['NodeManagerAddress']}, found none; check its cable"
+        silent = {name: nodes.pop(name)["NodeManagerAddress"] for name, answers in reached.items() if not answers}
+        return nodes, {
+            name: {"address": at, "error": f"expected an answer from {at}, found none; check its cable"}
+            for name, at in silent.items()
+        }
+
+    def describe(self, path: str | None = None, threads: int | None = None, skip: Sequence[str] = ()) -> dict[str, dict]:
+        """host.Host.describe of every node, {"error": words} for one that does not answer."""
+        nodes, found = self.reached(skip)
+        found |= {name: {"address": node["NodeManagerAddress"]} for name, node in nodes.items()}
+        asked = {name: self._host(name, node).describe.remote(path, threads) for name, node in nodes.items()}
         for name, facts in self._gather(asked, STARTING).items():
             found[name] |= {"error": str(facts)} if isinstance(facts, Exception) else facts
         return found
@@ -130,6 +135,17 @@ class Cluster:
     def open(self, name: str, **how) -> object:
         """A reference to host.Host.open on a node."""
         return self._hosts[name].open.remote(**how)
+
+    def encode(self, names: Sequence[str] | None = None, **how) -> dict[str, dict | Exception]:
+        """host.Host.encode on these nodes, or all; {} for those that are gone."""
+        nodes, silent = self.reached()
+        asked = {
+            name: self._host(name, node).encode.remote(host=node["NodeManagerAddress"], **how)
+            for name, node in nodes.items()
+            if names is None or name in names
+        }
+        errors = {name: DeviceError(found["error"]) for name, found in silent.items() if names is None or name in names}
+        return self._gather(asked, OPENING) | errors
 
     def gather(self, asked: dict[str, object]) -> dict[str, dict | Exception]:
         """What the references came to."""
@@ -195,10 +211,12 @@ class Placing:
         self._digest = lambda layers: copies.digest(gguf, plain, layers)
         self._model = planning.model(config, [(t.name, t.nbytes) for t in gguf.tensors.values()])
         self.left_out: Callable[[str], None] = lambda words: None  # told why a node is not used
+        self._opened = False
+        self._answered: set[str] = set()  # nodes that had an answer when the layers were placed
 
     def __call__(self, losses: Counter) -> list[Place]:
         """Places of all layers. MemoryLimitError or DeviceError if there are none."""
-        skip = {name for name, n in losses.items() if n >= TWICE}
+        skip, self._answered = _distrusted(losses), set()
         for name in losses:
             self._cluster.drop(name)
         while True:
@@ -213,7 +231,8 @@ class Placing:
                 )
                 for name, facts in usable.items()
             ]
-            layers = () if skip else self._layers  # of nodes that are left: chosen anew
+            others = skip or (self._opened and len(machines) != len(self._layers))
+            layers = () if others else self._layers  # of nodes that are left: chosen anew
             split = planning.split(
                 self._model, machines, self._ctx, slots=self._slots, layers=layers, name=str(self._gguf.path)
             )
@@ -235,16 +254,23 @@ class Placing:
             opened = self._cluster.gather(asked)
             failed = {name: found for name, found in opened.items() if isinstance(found, Exception)}
             if not failed:
+                self._opened = True
                 return [_place(part, opened[part.machine.name]) for part in split.parts]
             for name, error in failed.items():
                 self._leave_out(name, str(error))
                 self._cluster.drop(name)
                 skip.add(name)
 
+    def there_again(self, losses: Counter) -> list[str]:
+        """Nodes that take connections and had no answer when the layers were placed."""
+        return sorted(set(self._cluster.reached()[0]) - self._answered - _distrusted(losses))
+
     def _usable(self, skip: set[str]) -> dict[str, dict]:
         """Facts about nodes that have the file and the same version. DeviceError if there are none."""
         found, why = {}, []
         for name, facts in self._cluster.describe(str(self._gguf.path.absolute()), self._threads, tuple(skip)).items():
+            if "error" not in facts:
+                self._answered.add(name)
             if "error" in facts:
                 problem = facts["error"]
             elif facts["version"] != host.version():
@@ -269,6 +295,10 @@ class Placing:
         self.left_out(f"node {name} is left out: {why}")
 
 
+def _distrusted(losses: Counter) -> set[str]:
+    return {name for name, n in losses.items() if n >= TWICE}
+
+
 def _place(part: planning.Part, opened: dict) -> Place:
     placed = part.placement
     return Place(
@@ -280,6 +310,7 @@ def _place(part: planning.Part, opened: dict) -> Place:
         placed.mode == "slots",
         tuple(opened["notices"]),
         opened["pid"],
+        opened["batch"],
     )
 
 
@@ -304,7 +335,7 @@ def open_engine(
     placing.left_out = told
     local = cpu_part(gguf, config, range(0), threads or default_threads(), ends=True)
     try:
-        stage = ClusterStage(local, config, placing, cluster.secret.encode(), cluster.close)
+        stage = ClusterStage(local, config, placing, cluster.secret.encode(), cluster.close, placing.there_again)
     except NodeLost as error:
         cluster.close()
         raise DeviceError(f"{error}; start it again, `llamacli cluster status` shows the nodes") from None
@@ -313,6 +344,24 @@ def open_engine(
         raise
     stage.lost = told
     return Engine(gguf, config, threads, cluster=stage)
+
+
+@contextmanager
+def encoders(address: str, threads: int | None, told: Callable[[str], None]) -> Iterator[Tasks]:
+    """The nodes of a cluster, for a conversion. `threads`: of each node. `told`: hears of nodes that are left out or lost."""
+    cluster = Cluster(address)
+
+    def open_nodes(names: Sequence[str] | None, **how) -> dict[str, dict | Exception]:
+        for name in names or ():
+            cluster.drop(name)
+        return cluster.encode(names, threads=threads, **how)
+
+    tasks = Tasks(open_nodes, cluster.secret.encode(), told)
+    try:
+        yield tasks
+    finally:
+        tasks.close()
+        cluster.close()
 
 
 def _reached(node: dict) -> bool:

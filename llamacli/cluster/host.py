@@ -1,4 +1,5 @@
-"""What runs on a node of a cluster: an actor of Ray that describes its machine and opens layers there (node.py serves them).
+"""What runs on a node of a cluster: an actor of Ray that describes its machine, and opens layers (node.py) or the source of a
+conversion (encoding.py) there.
 
 In: calls of control.py. Out: plain dicts. Errors of llamacli go back as they are.
 """
@@ -9,13 +10,15 @@ import shutil
 import socket
 from pathlib import Path
 
+import quantize
 from llamacli import __version__
 from llamacli.cpu.kernels import sources_digest
 
 
 def version() -> str:
     """What must be equal on all nodes: the program, by a digest of its modules."""
-    return f"{__version__} ({sources_digest(Path(__file__).parents[1])[:8]})"
+    rooms = (Path(__file__).parents[1], Path(quantize.__file__).parent)
+    return f"{__version__} ({''.join(sources_digest(room)[:6] for room in rooms)})"
 
 
 class Host:
@@ -61,6 +64,7 @@ class Host:
 
         from llamacli.cluster import copies
         from llamacli.cluster.node import Node
+        from llamacli.cpu import buffers
         from llamacli.cpu.stage import cpu_part
         from llamacli.errors import ModelFileError
         from llamacli.files.gguf import open_gguf
@@ -75,15 +79,44 @@ class Host:
                 f"{copy} on {socket.gethostname()}: expected the same file as here, found another in layers {first} to "
                 f"{end - 1}; copy it anew"
             )
-        stage = cpu_part(gguf, replace(config, kv_type=kv), layers, threads, slots, batch)
-        self._node = Node(stage, self._secret, host, last=end == config.n_layers)
+        most = buffers.tokens(config, batch)
+        stage = cpu_part(gguf, replace(config, kv_type=kv), layers, threads, slots, most)
+        self._node = Node(stage, self._secret, host, end == config.n_layers, most)
         return {
             "address": self._node.address,
             "bytes_per_token": stage.bytes_per_token,
             "products_per_token": stage.products_per_token,
             "notices": stage.notices,
             "pid": os.getpid(),
+            "batch": most,
         }
+
+    def encode(self, path: str, made_by: str, digest: str, threads: int | None, host: str) -> dict:
+        """Open this machine's copy of a conversion's source and encode pieces of it.
+
+        DeviceError: another version than `made_by`, or no copy. ModelFileError: the copy has another digest.
+        """
+        from llamacli.cluster import copies
+        from llamacli.cluster.encoding import EncodingNode
+        from llamacli.cpu.kernels.cores import usable_cpus
+        from llamacli.environment import models_folder
+        from llamacli.errors import DeviceError, ModelFileError
+        from quantize.opening import open_source
+
+        self.close()
+        if version() != made_by:
+            raise DeviceError(f"expected llamacli {made_by}, found {version()}; install the same version")
+        copy = copies.own_copy(path)
+        if copy is None:
+            where = f"{models_folder()} or at the same path as here"
+            raise DeviceError(f"expected a copy of {Path(path).name} in {where}, found none; copy it there")
+        source = open_source(copy)
+        if copies.source_digest(source) != digest:
+            raise ModelFileError(
+                f"{copy} on {socket.gethostname()}: expected the same weights as here, found others; copy it anew"
+            )
+        self._node = EncodingNode(source, self._secret, host, threads or usable_cpus())
+        return {"address": self._node.address, "pid": os.getpid()}
 
     def close(self) -> None:
         """Release what is open."""

@@ -11,15 +11,14 @@ A frame of the stream has the head {"id", "runs": [[cache, ctx, pos, n], ...], "
 """
 
 import queue
-import socket
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from llamacli.cluster.wire import QUEUED, Frame, Link, LinkClosed, connect
+from llamacli.cluster.wire import QUEUED, Frame, Link, LinkClosed, Listener, connect
+from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.device import Run
 
 WHOLE = 32  # rows up to which the last node sends all of a batch; of longer ones each run's last row, the others on demand
@@ -28,11 +27,12 @@ WHOLE = 32  # rows up to which the last node sends all of a batch; of longer one
 class Node:
     """Serves a stage until `close`."""
 
-    def __init__(self, stage, secret: bytes, host: str, last: bool):
+    def __init__(self, stage, secret: bytes, host: str, last: bool, most: int = MAX_BATCH):
         """`stage`: a device.Stage without embedding and head. `host`: the only address that is listened on. `last`: whether no
-        layers follow.
+        layers follow. `most`: tokens for which this node's memory is planned; longer batches are evaluated in parts.
         """
-        self._stage, self._secret, self._last = stage, secret, last
+        self._stage, self._secret, self._last, self._most = stage, secret, last, most
+        self._chosen: list[np.ndarray] = []  # experts of the parts of the last batch, if it had parts
         self._caches: dict[int, object] = {}
         self._busy = threading.Lock()  # held while the stage or its caches are used
         self._incoming: queue.Queue = queue.Queue(QUEUED)
@@ -42,16 +42,13 @@ class Node:
         self._kept: tuple[int, np.ndarray | None] = 0, None  # the last batch's number and rows, if they were not sent whole
         self._closed = False
         self._linked = threading.Event()  # set once there is somebody to send to
-        self._listener = socket.create_server((host, 0))
-        self.address = self._listener.getsockname()[:2]
-        for work in (self._accept, self._compute):
-            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+        self._listener = Listener(host, secret, self._welcome)
+        self.address = self._listener.address
+        threading.Thread(target=self._compute, daemon=True, name="compute").start()
 
     def close(self) -> None:
         """Stop listening and release the stage."""
         self._closed = True
-        with suppress(OSError):  # wakes who waits in accept
-            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._linked.set()
         with suppress(queue.Full):
@@ -67,30 +64,18 @@ class Node:
 
     # links
 
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                sock, _ = self._listener.accept()
-                threading.Thread(target=self._welcome, args=(sock,), daemon=True).start()
-            except (OSError, RuntimeError):  # no descriptors or threads for the moment
-                time.sleep(0.05)
-
-    def _welcome(self, sock: socket.socket) -> None:
-        with suppress(LinkClosed):
-            link = Link(sock, self._secret, accepts=True)
-            first = link.received.get()
-            role = first.head.get("role") if isinstance(first, Frame) else None
-            if role == "control":
-                self._controls.append(link)
-                self._answer(link)
-            elif role == "sink":
-                self._next = link
-                self._linked.set()
-            elif role == "stream":
-                while isinstance(frame := link.received.get(), Frame):
-                    self._incoming.put(frame)
-            else:
-                link.close()
+    def _welcome(self, link: Link, role: str | None) -> None:
+        if role == "control":
+            self._controls.append(link)
+            self._answer(link)
+        elif role == "sink":
+            self._next = link
+            self._linked.set()
+        elif role == "stream":
+            while isinstance(frame := link.received.get(), Frame):
+                self._incoming.put(frame)
+        else:
+            link.close()
 
     def _answer(self, link: Link) -> None:
         """Questions of the program, until it is gone."""
@@ -116,9 +101,14 @@ class Node:
             except Exception as error:  # whatever it is, it belongs to who asked
                 link.send({"call": call, "error": [type(error).__name__, str(error)]})
 
-    def _op_next(self, frame: Frame):
-        self._next = connect(frame.head["address"], self._secret, "stream")
+    def _op_next(self, frame: Frame) -> str | None:
+        """Link to the node that follows; why that fails, if it does."""
+        try:
+            self._next = connect(frame.head["address"], self._secret, "stream")
+        except LinkClosed as error:
+            return str(error)
         self._linked.set()
+        return None
 
     def _op_free(self, frame: Frame):
         with self._busy:
@@ -134,7 +124,8 @@ class Node:
 
     def _op_chosen(self, frame: Frame):
         with self._busy:
-            return None, [np.array(self._stage.chosen(int(frame.head["n"])))]
+            found = self._chosen or [self._stage.chosen(int(frame.head["n"]))]
+            return None, [np.concatenate(found, axis=1)]
 
     def _op_io(self, frame: Frame):
         with self._busy:
@@ -195,24 +186,37 @@ class Node:
 
     def _through(self, frame: Frame) -> Frame | None:
         """The frame with the stream after this node's layers, None if it is not wanted any more."""
-        head = frame.head
+        head, (x, *_) = frame.head, frame.arrays
         with self._busy:
-            while head["id"] > self._stopped and not self._closed:
-                self._stage.resume()
-                self._stage.alone = bool(head["alone"])
-                runs = []
-                for number, ctx, pos, n in head["runs"]:
-                    cache = self._cache(number, ctx)
-                    cache.pos = pos
-                    cache.reserve(n)
-                    runs.append(Run(cache, n))
-                try:
-                    rows = np.array(self._stage.forward(frame.arrays[0], runs))
-                except KeyboardInterrupt:  # an interrupt that may have been meant for a batch before this one
-                    continue
-                for run in runs:
-                    run.cache.pos += run.n
-                return Frame(head, self._ends(head, rows))
+            self._chosen, found, done = [], [], 0
+            for runs in _parts(head["runs"], self._most):
+                n = sum(n for *_, n in runs)
+                rows = self._forward(head, x[done : done + n], runs)
+                if rows is None:
+                    return None
+                done += n
+                if n < len(x):
+                    self._chosen.append(np.array(self._stage.chosen(n)))
+                found.append(rows)
+            return Frame(head, self._ends(head, found[0] if len(found) == 1 else np.concatenate(found)))
+
+    def _forward(self, head: dict, x: np.ndarray, given: Sequence) -> np.ndarray | None:
+        while head["id"] > self._stopped and not self._closed:
+            self._stage.resume()
+            self._stage.alone = bool(head["alone"])
+            runs = []
+            for number, ctx, pos, n in given:
+                cache = self._cache(number, ctx)
+                cache.pos = pos
+                cache.reserve(n)
+                runs.append(Run(cache, n))
+            try:
+                rows = np.array(self._stage.forward(x, runs))
+            except KeyboardInterrupt:  # an interrupt that may have been meant for a batch before this one
+                continue
+            for run in runs:
+                run.cache.pos += run.n
+            return rows
         return None
 
     def _ends(self, head: dict, rows: np.ndarray) -> Sequence[np.ndarray]:
@@ -221,3 +225,20 @@ class Node:
             return [rows]
         self._kept = head["id"], rows
         return [rows[np.cumsum([n for *_, n in head["runs"]]) - 1]]
+
+
+def _parts(runs: Sequence, most: int) -> Iterator[list]:
+    """Runs (cache, ctx, pos, n) in batches of at most `most` tokens, of equal lengths."""
+    left = sum(n for *_, n in runs)
+    size = -(-left // -(-left // most))
+    part, room = [], size
+    for number, ctx, pos, n in runs:
+        while n:
+            some = min(n, room)
+            part.append((number, ctx, pos, some))
+            pos, n, room = pos + some, n - some, room - some
+            if not room:
+                yield part
+                part, room = [], size
+    if part:
+        yield part

@@ -16,6 +16,7 @@ import numpy as np
 
 from llamacli import errors
 from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
+from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.errors import DeviceError, LlamacliError
 
 PING_EVERY, PATIENCE = 1.0, 5.0  # seconds between pings; seconds without an answer after which a node counts as lost
@@ -32,6 +33,7 @@ class Place(NamedTuple):
     fetches: bool = False
     notices: tuple[str, ...] = ()
     pid: int = 0
+    batch: int = MAX_BATCH  # tokens that its memory is planned for
 
 
 class NodeLost(DeviceError):
@@ -53,17 +55,29 @@ class Row:
         self.lost: NodeLost | None = None  # the first that was
         self._heard = [time.monotonic()] * len(places)
         self._controls: list[Link] = []
-        for k, place in enumerate(places):
-            try:
-                self._controls.append(connect(place.address, secret, "control"))
-            except LinkClosed as error:
-                raise NodeLost(place.name, str(error)) from None
-            threading.Thread(target=self._listen, args=(k,), daemon=True).start()
-        for k, following in enumerate(places[1:]):
-            self.ask(k, "next", {"address": following.address})
-        self.links = [connect(places[0].address, secret, "stream"), connect(places[-1].address, secret, "sink")]
+        try:
+            self._connect(secret)
+        except BaseException:
+            self.close()
+            raise
         threading.Thread(target=self._collect, daemon=True).start()
         threading.Thread(target=self._ping, daemon=True).start()
+
+    def _connect(self, secret: bytes) -> None:
+        def link(place: Place, role: str) -> Link:
+            try:
+                return connect(place.address, secret, role)
+            except LinkClosed as error:
+                raise NodeLost(place.name, str(error)) from None
+
+        for k, place in enumerate(self.places):
+            self._controls.append(link(place, "control"))
+            threading.Thread(target=self._listen, args=(k,), daemon=True).start()
+        for k, following in enumerate(self.places[1:]):
+            broken = self.ask(k, "next", {"address": following.address}).head["answer"]
+            if broken:
+                raise NodeLost(following.name, f"node {self.places[k].name} does not reach it: {broken}")
+        self.links = [link(self.places[0], "stream"), link(self.places[-1], "sink")]
 
     def ask(self, k: int, op: str, head: dict | None = None, arrays: Sequence[np.ndarray] = ()) -> Frame:
         """A question to node k and its answer. NodeLost if none comes; the node's own error else."""
@@ -77,9 +91,9 @@ class Row:
                     break
                 except queue.Empty:
                     if self._closed or time.monotonic() - self._heard[k] > PATIENCE:
-                        raise NodeLost(self.places[k].name, f"no answer for {PATIENCE:.0f} s") from None
-        except LinkClosed as error:
-            raise NodeLost(self.places[k].name, str(error)) from None
+                        raise self.lost or NodeLost(self.places[k].name, f"no answer for {PATIENCE:.0f} s") from None
+        except LinkClosed as error:  # of all nodes, when one is lost
+            raise self.lost or NodeLost(self.places[k].name, str(error)) from None
         finally:
             self._answers.pop((k, call), None)
         if isinstance(found, NodeLost):
@@ -137,9 +151,8 @@ class Row:
         lost = self.lost = NodeLost(self.places[k].name, why)
         self.inbox.put(None)
         self.close()  # who waits until a link takes a frame, waits no longer
-        for (node, _), answer in list(self._answers.items()):
-            if node == k:
-                answer.put(lost)
+        for answer in list(self._answers.values()):
+            answer.put(lost)
 
 
 def node_error(kind: str, words: str) -> Exception:

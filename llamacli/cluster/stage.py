@@ -8,90 +8,24 @@ the same batches, which gives the same bits. `Link`s and nodes: wire.py, node.py
 
 import itertools
 import queue
+import threading
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 import numpy as np
 
 from llamacli import errors
+from llamacli.cluster.cache import FEW, ClusterCache, Piece, parts
 from llamacli.cluster.row import PING_EVERY, NodeLost, Place, Row, node_error
 from llamacli.cluster.wire import Frame, LinkClosed
+from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.device import IoStats, Run, Tokens
 from llamacli.errors import DeviceError, LlamacliError
-from llamacli.positions import Positions
 
-FEW = 4  # tokens below which a batch has the bits of single tokens on every processor (cpu/kernels/ops/matmul.py)
-AGAIN = FEW - 1  # single tokens that are evaluated together when keys and values are made anew
-
-
-class Piece(NamedTuple):
-    """Tokens of one batch, from `start` on: ids, rows in place of embeddings, whether the bits are those of single tokens."""
-
-    start: int
-    tokens: Tokens
-    alone: bool
-
-
-class ClusterCache(Positions):
-    """The positions of a sequence whose keys and values the nodes hold (device.Cache)."""
-
-    numbers = itertools.count(1)
-
-    def __init__(self, stage: "ClusterStage", ctx: int):
-        super().__init__(stage.config, ctx)
-        self.number, self._stage = next(self.numbers), stage
-        self.pieces: list[Piece] = []  # what was evaluated, in order
-        self.opened = 0  # the row of nodes (ClusterStage.opened) that holds the keys and values
-        self._reserved = 0
-        weakref.finalize(self, stage.free, self.number)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the nodes hold of all sequences."""
-        return self._stage.held_bytes()
-
-    def reserve(self, n: int) -> None:
-        """Count `n` more positions; the nodes make room when they are written. ContextFullError past ctx."""
-        self._reserved = self._claim(n)
-
-    def truncate(self, pos: int) -> int:
-        """Forget tokens from `pos` on, and what was evaluated at them (device.Cache)."""
-        pos = super().truncate(pos)
-        while self.pieces and self.pieces[-1].start >= pos:
-            self.pieces.pop()
-        return pos
-
-    def take(self, piece: Piece) -> None:
-        """Remember what was evaluated. Single tokens join those before them."""
-        while self.pieces and self.pieces[-1].start >= piece.start:
-            self.pieces.pop()
-        if self.pieces and piece.alone and (last := self.pieces[-1]).alone:
-            held = piece.start - last.start
-            if len(last.tokens.ids) >= held and not last.tokens.rows and not piece.tokens.rows:
-                del last.tokens.ids[held:]
-                last.tokens.ids.extend(map(int, piece.tokens.ids))
-                return
-        self.pieces.append(piece._replace(tokens=Tokens([int(id) for id in piece.tokens.ids], piece.tokens.rows)))
-
-    def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a layer, from its node."""
-        where = {"cache": self.number, "ctx": self.ctx, "pos": self.pos, "layer": layer, "start": start, "end": end}
-        keys, values = self._stage.ask_for(layer, "export", where).arrays
-        return keys, values
-
-    def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """Write what `export` returned to the layer's node."""
-        where = {"cache": self.number, "ctx": self.ctx, "pos": self.pos, "layer": layer, "start": start}
-        self._stage.ask_for(layer, "restore", where | {"reserved": self._reserved - self.pos}, (keys, values))
-
-    def copied_from(self, other: "ClusterCache") -> None:
-        """Know what `other` knows, whose keys and values this one has been given."""
-        self.opened = other.opened
-        self.pieces = [piece._replace(tokens=Tokens([*piece.tokens.ids], piece.tokens.rows)) for piece in other.pieces]
+FORGET = 300.0  # seconds after which a loss speaks no more against a node
+LOOK_EVERY = 10.0  # seconds between looks for nodes that are there again
 
 
 class Batch:
@@ -128,10 +62,18 @@ class ClusterStage:
 
     follow = timings = None
 
-    def __init__(self, local, config, open_row: Callable[[Counter], Sequence[Place]], secret: bytes, on_close=None):
+    def __init__(
+        self,
+        local,
+        config,
+        open_row: Callable[[Counter], Sequence[Place]],
+        secret: bytes,
+        on_close: Callable[[], None] | None = None,
+        there_again: Callable[[Counter], Sequence[str]] = lambda losses: (),
+    ):
         """`local`: a stage of no layers with embedding and head. `open_row`: opens the layers, in order, on nodes; it is
-        told how often each node was lost. DeviceError or MemoryLimitError if no nodes can hold them. `on_close`: called by
-        `close`.
+        told how often each node was lost within FORGET seconds. DeviceError or MemoryLimitError if no nodes can hold them.
+        `on_close`: called by `close`. `there_again`: names of nodes that the last opening could not use and the next can.
         """
         self.config, self.layers = config, range(config.n_layers)
         self.lost: Callable[[str], None] = lambda words: None  # told when a node is lost, and when its layers are elsewhere
@@ -142,7 +84,8 @@ class ClusterStage:
         self._under_way: dict[int, Batch] = {}
         self._free: list[int] = []
         self._row: Row | None = None
-        self._losses: Counter = Counter()  # by the node's name
+        self._losses: list[tuple[float, str]] = []  # when, and the node's name
+        self._there_again, self._returned, self._looking, self._closed = there_again, (), False, False
         self._open()
 
     # device.Stage
@@ -160,6 +103,11 @@ class ClusterStage:
     def fetches(self) -> bool:
         """Whether a node reads experts while it computes."""
         return any(place.fetches for place in self.places)
+
+    @property
+    def most(self) -> int:
+        """Tokens of a batch that all nodes have the memory for."""
+        return min((place.batch for place in self.places), default=MAX_BATCH)
 
     @property
     def places(self) -> Sequence[Place]:
@@ -184,6 +132,8 @@ class ClusterStage:
 
     def forward(self, x: Tokens, runs: Sequence[Run]) -> Rows:
         """Send the batch on its way. Waits only while as many batches as there are nodes, and one more, are under way."""
+        if self._returned and not self._under_way and not self.alone and max(run.n for run in runs) >= FEW:
+            self._divide_anew()  # a prompt begins: the moment when evaluating a conversation again costs least
         batch = Batch(next(self._numbers), x, [(run.cache, run.cache.pos, run.n) for run in runs], self.alone)
         self._under_way[batch.number] = batch
         self._guarded(self._make_way)
@@ -212,9 +162,12 @@ class ClusterStage:
         """Forget what is under way. Its caches go back to before it: the nodes may or may not have written there."""
         if not self._under_way:
             return
+        back: dict[ClusterCache, int] = {}
         for batch in self._under_way.values():
             for cache, pos, _ in batch.runs if not batch.repeats else ():
-                cache.pos = min(cache.pos, pos)
+                back[cache] = min(back.get(cache, pos), pos)
+        for cache, pos in back.items():
+            cache.truncate(pos)  # further back if a later batch may have overwritten a ring
         last = max(self._under_way)
         self._under_way.clear()
         if row := self._row:
@@ -248,6 +201,7 @@ class ClusterStage:
 
     def close(self) -> None:
         """Close the links."""
+        self._closed = True
         if self._row:
             self._row.close()
         self._row = None
@@ -343,8 +297,25 @@ class ClusterStage:
     # a node is lost
 
     def _open(self) -> None:
-        self._row = Row(self._open_row(self._losses), self._secret)
+        self._row = Row(self._open_row(self._recent_losses()), self._secret)
         self.opened += 1
+
+    def _recent_losses(self) -> Counter:
+        return Counter(name for at, name in self._losses if time.monotonic() - at < FORGET)
+
+    def _look_out(self) -> None:
+        """After a loss: see whether nodes are there again."""
+        while not self._closed:
+            time.sleep(LOOK_EVERY)
+            with suppress(Exception):  # a control plane that ends
+                self._returned = tuple(self._there_again(self._recent_losses()))
+
+    def _divide_anew(self) -> None:
+        self.lost(f"node {', '.join(self._returned)} is there again; the layers are divided anew")
+        self._returned = ()
+        if self._row:
+            self._row.close()
+        self._row = None
 
     def _guarded(self, work: Callable, *args):
         """work(*args), again after each lost node, while the layers find a place."""
@@ -358,12 +329,15 @@ class ClusterStage:
                         words = ", ".join(f"{p.layers.start}-{p.layers.stop - 1} on {p.name}" for p in self.places)
                         self.lost(f"goes on after {time.monotonic() - began:.1f} s: layers {words}")
                         lost = None
+                        if not self._looking:
+                            self._looking = True
+                            threading.Thread(target=self._look_out, daemon=True).start()
                 self._send_waiting()
                 return work(*args)
             except NodeLost as error:
                 lost, began = error, began or time.monotonic()
                 self.lost(f"{lost}; its layers are opened anew")
-                self._losses[lost.name] += 1
+                self._losses.append((time.monotonic(), lost.name))
                 if self._row:
                     self._row.close()
                 self._row = None
@@ -378,7 +352,7 @@ class ClusterStage:
         """Have the nodes make a cache's keys and values below `end` anew, in the batches of the first time."""
         pieces, cache.pieces, cache.opened = cache.pieces, [], self.opened
         try:
-            for part, start, alone in _parts(pieces, end, self.config.chunk_size):
+            for part, start, alone in parts(pieces, end, self.config.chunk_size):
                 self._send(Batch(next(self._numbers), part, [(cache, start, len(part.ids))], alone, repeats=True))
                 self._make_way()
             while any(batch.repeats for batch in self._under_way.values()):
@@ -389,15 +363,3 @@ class ClusterStage:
         if end and (not cache.pieces or cache.pieces[-1].start + len(cache.pieces[-1].tokens.ids) < end):
             cache.pieces, cache.opened = pieces, 0
             raise DeviceError("a conversation whose beginning was read from a snapshot is lost with its node; ask again")
-
-
-def _parts(pieces: Sequence[Piece], end: int, chunk: int) -> Iterator[tuple[Tokens, int, bool]]:
-    """The batches of pieces below `end`: tokens, first position, whether the bits are those of single tokens."""
-    for start, tokens, alone in pieces:
-        at, n = 0, len(tokens.ids)
-        while at < n and start + at < end:
-            step = n - at
-            if alone and not tokens.rows:
-                step = min(step, AGAIN, end - start - at, chunk - (start + at) % chunk if chunk else AGAIN)
-            yield Tokens(tokens.ids[at : at + step], tokens.rows), start + at, alone
-            at += step

@@ -1,7 +1,7 @@
 """Frames between two processes that share a secret: a small JSON object and arrays, authenticated, never unpickled.
 
 In: a connected socket and the secret. Out: `Link`, which sends and receives frames in threads of its own, so that an interrupt
-of the caller cannot cut a frame in two.
+of the caller cannot cut a frame in two. `Listener` is the side that accepts.
 
 On connecting each side sends 32 random bytes and proves that it knows the secret (HMAC by keyed BLAKE2b over both). A frame is:
 bytes of the head (uint32), bytes of the payload (uint64), a MAC (16 bytes), the head, the payload. The MAC is keyed per
@@ -17,7 +17,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from math import prod
@@ -33,6 +34,7 @@ TYPES = {"f4": np.dtype("<f4"), "f2": np.dtype("<f2"), "u1": np.dtype("u1"), "i8
 GREETING = 5.0  # seconds in which the other side must have proved itself
 SILENCE = 5.0  # seconds after which sent bytes that nobody confirms end a connection (Linux: TCP_USER_TIMEOUT)
 QUEUED = 4  # frames that wait on each side: beyond that the sender waits
+STRANGERS = 64  # connections that have not proved themselves yet
 
 
 class LinkClosed(DeviceError):
@@ -175,6 +177,62 @@ class Link:
             self._closed = True
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the reading thread says so
+
+
+class Listener:
+    """Accepts links until `close`. `welcome(link, role)` runs in a thread of its own for each that proved itself.
+
+    Who has not may hold at most STRANGERS connections. One more ends the oldest of the address that has most of them, so that
+    nobody is locked out by others' connections.
+    """
+
+    def __init__(self, host: str, secret: bytes, welcome: Callable[[Link, str | None], None]):
+        self._secret, self._welcome = secret, welcome
+        self._greeting: dict[socket.socket, str] = {}  # who has not proved itself, oldest first, and its address
+        self._closed = False
+        self._socket = socket.create_server((host, 0))
+        self.address = self._socket.getsockname()[:2]
+        threading.Thread(target=self._accept, daemon=True, name="accept").start()
+
+    def close(self) -> None:
+        """Accept no more."""
+        self._closed = True
+        with suppress(OSError):  # wakes who waits in accept
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            sock = None
+            try:
+                sock, (address, *_) = self._socket.accept()
+                self._make_room()
+                self._greeting[sock] = address
+                threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
+            except (OSError, RuntimeError):  # no descriptors or threads for the moment
+                if sock:
+                    self._greeting.pop(sock, None)
+                    sock.close()
+                time.sleep(0.05)
+
+    def _make_room(self) -> None:
+        greeting = dict(self._greeting)
+        if len(greeting) >= STRANGERS:
+            most = Counter(greeting.values()).most_common(1)[0][0]
+            oldest = next(sock for sock, address in greeting.items() if address == most)
+            self._greeting.pop(oldest, None)
+            with suppress(OSError):  # its thread closes it
+                oldest.shutdown(socket.SHUT_RDWR)
+
+    def _greet(self, sock: socket.socket) -> None:
+        with suppress(LinkClosed):
+            try:
+                link = Link(sock, self._secret, accepts=True)
+            finally:
+                self._greeting.pop(sock, None)
+            first = link.received.get()
+            if isinstance(first, Frame):
+                self._welcome(link, first.head.get("role"))
 
 
 def _name(dtype: np.dtype) -> str:

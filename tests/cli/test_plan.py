@@ -173,6 +173,21 @@ def test_what_is_no_number_is_said_in_one_line(folder, capfd, args, words):
     assert said.err.count("\n") == 1
 
 
+def test_each_of_many_nodes_may_have_its_own_speeds(folder, capfd):
+    said = record(capfd, folder(), "--nodes", ",".join(["8G"] * 20), "--disk", ",".join("3" * 20), "--bandwidth", "50")
+    assert len(said["plans"]) == 3
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["stop", "--host", "10.0.0.5"], ["status", "--host", "10.0.0.5"], ["start", "-m", "x"], ["join", "10.0.0.5", "--json"]],
+)
+def test_what_a_command_of_the_cluster_does_not_use_is_refused(capfd, args):
+    assert main(["cluster", *args]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and f"found {args[0]}" in err
+
+
 def test_a_type_is_for_folders(tmp_path, capfd):
     said = run(capfd, str(tiny_gguf(tmp_path / "tiny.gguf")), "--type", "Q8_0", code=2)
     assert "--type" in said.err

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from llamacli.files.gguf import open_gguf
+from quantize.convert import convert
 
 pytest.importorskip("ray", reason="expected the package ray, which has no wheel for every Python")
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "scout-tiny" / "scout-tiny.gguf"
+SOURCE = ROOT / "models" / "scout-tiny" / "hf"
 QUESTION = ["--temp", "0", "-n", "60", "--raw", "--no-stdin", "-p", "The capital of France is Paris, and the capital of"]
 
 
@@ -46,9 +48,9 @@ class Two:
             [sys.executable, "-m", "llamacli", *args], env=self.env | more, capture_output=True, text=True, timeout=120
         )
 
-    def python(self, code: str) -> dict:
+    def python(self, code: str, **more: str) -> dict:
         """What a program prints, which finds the address and the file in `ADDRESS` and `FILE`."""
-        words = {"ADDRESS": self.address, "FILE": str(TINY)}
+        words = {"ADDRESS": self.address, "FILE": str(TINY)} | more
         done = subprocess.run(
             [sys.executable, "-c", code], env=self.env | words, capture_output=True, text=True, timeout=120, cwd=ROOT
         )
@@ -151,6 +153,74 @@ def test_status_shows_both_nodes_with_their_copies(two):
     assert len(nodes) == 2
     assert {node["copy"] for node in nodes.values()} == {str(two.models(k) / TINY.name) for k in (0, 1)}
     assert all(node["memory"] > 0 and node["bandwidth"] > 0 and node["version"] for node in nodes.values())
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """What one machine makes of the source."""
+    out = tmp_path_factory.mktemp("converted") / "one.gguf"
+    convert(SOURCE, out, "Q4_K_M")
+    return out.read_bytes()
+
+
+def test_quantize_makes_the_file_of_one_machine_and_says_what_each_node_made(two, converted, tmp_path):
+    words = ("--type", "Q4_K_M", "--cluster", two.address, "--json")
+    done = two.llamacli("quantize", str(SOURCE), str(tmp_path / "out.gguf"), *words)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.gguf").read_bytes() == converted
+    nodes = json.loads(done.stdout)["nodes"]
+    assert len(nodes) == 2 and min(nodes.values()) > 0
+
+
+ENCODED = """
+import json, os, signal, time
+from llamacli.cluster.control import encoders
+from quantize.convert import convert
+said, hurt = [], []
+with encoders(os.environ["ADDRESS"], 1, said.append) as nodes:
+    def follow(done, total, name):
+        time.sleep(0.01)
+        if done > total // 3 and not hurt:
+            worker = next(iter(nodes.workers.values()))
+            hurt.append(worker.name)
+            os.kill(worker.pid if os.environ["KILL"] == "node" else os.getpid(), signal.SIGKILL)
+    convert(os.environ["SOURCE"], os.environ["OUT"], "Q4_K_M", elsewhere=nodes, progress=follow)
+print(json.dumps([said, hurt]))
+"""
+
+
+def test_a_node_killed_in_the_middle_of_a_conversion_changes_no_byte(two, converted, tmp_path):
+    said, (hurt,) = two.python(ENCODED, KILL="node", SOURCE=str(SOURCE), OUT=str(tmp_path / "out.gguf"))
+    assert (tmp_path / "out.gguf").read_bytes() == converted
+    assert f"node {hurt}: it died; others do its part" in said
+
+
+def test_a_conversion_that_was_killed_goes_on_where_it_stopped(two, converted, tmp_path):
+    out = tmp_path / "out.gguf"
+    words = {"KILL": "program", "SOURCE": str(SOURCE), "OUT": str(out)}
+    with pytest.raises(AssertionError):
+        two.python(ENCODED, **words)
+    assert not out.exists()
+    done = two.llamacli("quantize", str(SOURCE), str(out), "--type", "Q4_K_M", "--cluster", two.address, "--json")
+    assert json.loads(done.stdout)["resumed_bytes"] > 0, done.stderr
+    assert out.read_bytes() == converted
+
+
+def test_a_node_with_other_weights_encodes_nothing_and_is_named(two, converted, tmp_path):
+    folder = two.models(1) / SOURCE.name
+    shutil.copytree(SOURCE, folder)
+    try:
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(bytes(64))
+        words = ("--type", "Q4_K_M", "--cluster", two.address, "--json")
+        done = two.llamacli("quantize", str(SOURCE), str(tmp_path / "out.gguf"), *words)
+    finally:
+        shutil.rmtree(folder)
+    assert (tmp_path / "out.gguf").read_bytes() == converted
+    (refused,) = [line for line in done.stderr.splitlines() if "expected the same weights as here, found others" in line]
+    (only,) = json.loads(done.stdout)["nodes"]
+    assert f"node {only}" not in refused and "it is left out" in refused
 
 
 @pytest.mark.slow

@@ -3,14 +3,17 @@
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llamacli.cluster.node import Node
-from llamacli.cluster.row import Place
+from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
+from llamacli.cluster.wire import LinkClosed
+from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.stage import cpu_part
 from llamacli.engine import Engine
 from llamacli.errors import DeviceError
@@ -25,14 +28,19 @@ IDS = np.random.default_rng(0).integers(0, 200, 700).tolist()
 class Nodes:
     """Two nodes in this process, opened anew whenever they are asked for; and the same model without them."""
 
-    def __init__(self):
+    def __init__(self, **changes):
         self.gguf = open_gguf(TINY)
-        self.config = Config.from_gguf(self.gguf)
+        self.config = replace(Config.from_gguf(self.gguf), **changes)
         self.made: list[Node] = []
         self.said: list[str] = []
         self.losses = Counter()
         self.fail = False
-        stage = ClusterStage(cpu_part(self.gguf, self.config, range(0), 1, ends=True), self.config, self.open, SECRET)
+        self.most = MAX_BATCH  # tokens that nodes which are opened now have the memory for
+        self.cuts = (self.config.n_layers // 2,)  # where those are divided
+        self.waiting = []  # nodes that could be used and are not
+        self.batches: list[int] = []  # tokens of each call of a stage
+        local = cpu_part(self.gguf, self.config, range(0), 1, ends=True)
+        stage = ClusterStage(local, self.config, self.open, SECRET, there_again=lambda losses: self.waiting)
         stage.lost = self.said.append
         self.engine, self.one = Engine(self.gguf, self.config, 1, cluster=stage), Engine(self.gguf, self.config, 1)
         self.caches = self.new_caches()
@@ -41,11 +49,13 @@ class Nodes:
         self.losses = Counter(losses)
         if self.fail:
             raise DeviceError("no memory on any node")
-        half, places = self.config.n_layers // 2, []
-        for layers in (range(half), range(half, self.config.n_layers)):
+        places = []
+        for layers in map(range, (0, *self.cuts), (*self.cuts, self.config.n_layers)):
             stage = cpu_part(self.gguf, self.config, layers, 1)
-            self.made.append(Node(stage, SECRET, "127.0.0.1", last=layers.stop == self.config.n_layers))
-            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers))
+            true = stage.forward
+            stage.forward = lambda x, runs, true=true: (self.batches.append(len(x)), true(x, runs))[1]
+            self.made.append(Node(stage, SECRET, "127.0.0.1", layers.stop == self.config.n_layers, self.most))
+            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers, batch=self.most))
         return places
 
     def new_caches(self):
@@ -162,3 +172,107 @@ def test_keys_and_values_of_forgotten_sequences_are_released(nodes):
     assert nodes.same(IDS[:50])
     assert nodes.same(IDS[:1])
     assert nodes.caches[0].nbytes <= before
+
+
+def test_a_batch_goes_through_the_nodes_in_equal_parts(nodes):
+    assert nodes.same((IDS * 3)[:2048])
+    assert nodes.batches == [512] * 8  # four parts, through two nodes
+
+
+def test_no_batch_is_longer_than_what_a_nodes_memory_is_planned_for(nodes):
+    assert nodes.same(IDS[:400])
+    nodes.most = 128
+    nodes.made[-1].close()
+    nodes.batches.clear()
+    assert nodes.same(IDS) and nodes.same(IDS[:90], all_logits=True)  # what was evaluated before the loss, too, in less memory
+    assert max(nodes.batches) <= 128
+
+
+def test_experts_of_a_batch_that_a_node_evaluates_in_parts_are_those_of_all_of_it(nodes):
+    found = []
+    for engine, cache in zip((nodes.engine, nodes.one), nodes.caches, strict=True):
+        chosen = []
+        engine.follow_routing = lambda pos, ids, chosen=chosen: chosen.append(ids.copy())
+        for node in nodes.made:
+            node._most = 50
+        engine.forward(IDS[:120], cache)
+        found.append(np.concatenate(chosen, axis=1))
+    assert np.array_equal(*found)
+
+
+def test_the_node_that_is_lost_is_named_and_not_the_one_that_was_asked(nodes, monkeypatch):
+    monkeypatch.setattr(Node, "_op_held", lambda self, frame: time.sleep(3) or 7)
+    assert nodes.same(IDS[:50])
+    row = nodes.engine.stages[0]._row
+    threading.Timer(0.2, nodes.made[0].close).start()
+    with pytest.raises(NodeLost) as caught:
+        row.ask(1, "held")
+    assert caught.value.name == "n1"
+    with pytest.raises(NodeLost) as caught:
+        row.ask(1, "held")
+    assert caught.value.name == "n1"
+
+
+def test_a_node_that_its_neighbour_does_not_reach_is_lost(nodes, monkeypatch):
+    from llamacli.cluster import node
+
+    true, times = node.connect, []
+
+    def connect(*where):
+        times.append(where)
+        if len(times) == 1:
+            raise LinkClosed("no route to host")
+        return true(*where)
+
+    assert nodes.same(IDS[:50])
+    monkeypatch.setattr(node, "connect", connect)
+    nodes.made[-1].close()
+    assert nodes.same(IDS[:20])
+    assert nodes.losses == {"n2": 1, "n4": 1}
+    assert any("node n4: node n3 does not reach it: no route to host" in words for words in nodes.said)
+
+
+def test_a_loss_is_forgotten_and_a_node_that_is_there_again_gets_layers_when_a_prompt_begins(nodes, monkeypatch):
+    from llamacli.cluster import stage
+
+    monkeypatch.setattr(stage, "LOOK_EVERY", 0.05)
+    assert nodes.same(IDS[:50])
+    both, nodes.cuts = nodes.cuts, ()
+    nodes.made[-1].close()
+    assert nodes.same(IDS[:20]) and len(nodes.engine.stages[0].places) == 1
+    nodes.cuts, nodes.waiting = both, ["n2"]
+    until = time.monotonic() + 10
+    while not nodes.engine.stages[0]._returned and time.monotonic() < until:
+        time.sleep(0.05)
+    assert nodes.same([5]) and len(nodes.engine.stages[0].places) == 1  # not in the middle of an answer
+    monkeypatch.setattr(stage, "FORGET", 0.0)
+    nodes.waiting = []
+    assert nodes.same(IDS[:20]) and len(nodes.engine.stages[0].places) == 2
+    assert nodes.losses == {}
+    assert any(words.startswith("node n2 is there again") for words in nodes.said)
+    assert nodes.same([7])
+
+
+@pytest.fixture
+def short_chunks():
+    found = Nodes(chunk_size=256)
+    yield found
+    found.close()
+
+
+def test_an_interrupt_after_a_ring_was_overwritten_goes_back_to_the_start_of_its_chunk(short_chunks):
+    nodes, engine = short_chunks, short_chunks.engine
+    assert nodes.same(IDS[:200])
+
+    def follow(done, total):
+        if done > 56:  # a batch of the next chunk is under way, and none of this one is taken yet
+            time.sleep(0.5)
+            engine.interrupt()
+
+    engine.follow_progress = follow
+    with pytest.raises(KeyboardInterrupt):
+        engine.forward(IDS[:200], nodes.caches[0])
+    engine.follow_progress = None
+    assert nodes.caches[0].pos == 0
+    nodes.caches[1].truncate(0)
+    assert nodes.same(IDS[:230]) and nodes.same(IDS[:40])

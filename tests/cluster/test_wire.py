@@ -1,5 +1,6 @@
 """Frames between nodes: what comes is what was sent; nothing is taken from who does not know the secret."""
 
+import queue
 import socket
 import struct
 import threading
@@ -132,3 +133,29 @@ def test_a_stranger_that_says_nothing_or_rubbish_gets_no_link(listener, monkeypa
             stranger.sendall(words)
             thread.join(5)
         assert isinstance(found[0], LinkClosed)
+
+
+def test_strangers_that_hold_connections_lock_nobody_out(monkeypatch):
+    from llamacli.cluster import wire
+
+    monkeypatch.setattr(wire, "STRANGERS", 8)
+    monkeypatch.setattr(wire, "GREETING", 30.0)  # they would hold them for long
+    welcomed = queue.Queue()
+    listener = wire.Listener("127.0.0.1", SECRET, lambda link, role: welcomed.put(link))
+    strangers = [socket.create_connection(listener.address) for _ in range(40)]
+    links = [connect(listener.address, SECRET, "control") for _ in range(3)]
+    strangers += [socket.create_connection(listener.address) for _ in range(20)]  # who proved itself is no stranger
+    for link in links:
+        link.send({"hello": 1})
+        assert welcomed.get(timeout=5).received.get(timeout=5).head == {"hello": 1}
+    ended = 0
+    for sock in strangers:
+        sock.settimeout(0.2)
+        with suppress(OSError):
+            sock.recv(wire.NONCE)  # the greeting
+            ended += sock.recv(1) == b""
+        sock.close()
+    assert ended >= len(strangers) - 8
+    for link in links:
+        link.close()
+    listener.close()

@@ -23,7 +23,7 @@ from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.text.tokenizer import Tokenizer
-from quantize import convert as convert_module
+from quantize import pieces
 from quantize.convert import convert
 from quantize.hf_config import read_config, rope_divisors
 from quantize.imatrix import Imatrix, checked, write_imatrix
@@ -175,7 +175,7 @@ def test_rows_that_are_no_whole_blocks_stay_f16_and_are_told(tmp_path):
 
 
 def test_tensors_larger_than_a_piece_are_put_together_rightly(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "CHUNK", 1 << 11)
+    monkeypatch.setattr(pieces, "CHUNK", 1 << 11)
     gguf, _ = made(tmp_path / "hf", checkpoint.write(tmp_path / "hf"), "Q8_0")
     copy = tmp_path / "copy.gguf"
     convert(gguf.path, copy, "Q8_0")

@@ -1,0 +1,260 @@
+"""A conversion's tensors as tasks over the nodes of a cluster: who does what, and what happens when one is lost.
+
+In: planned tensors; nodes that have opened their copies of the source (encoding.py). Out: encoded pieces in file order, as if
+they had been encoded here. Rows of each tensor are cut into tasks, which nodes take as they get ready, two at a time, so that
+each does as much as it can. At most WINDOW results a node wait here for those before them. A node that died or is silent is
+named and opened again, while others do its tasks. Where a node reports an error, the task is done here: if that succeeds, the
+node is at fault and gets no more.
+"""
+
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from llamacli.cluster import copies, host
+from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
+from llamacli.errors import DeviceError
+from quantize.opening import Source
+from quantize.pieces import Encoded, Piece, PieceEncoder, pieces
+from quantize.plan import Planned
+from quantize.sources import groups_and_rows
+
+RESULT = 4 << 20  # bytes of a task's result, about
+HELD = 2  # tasks that a node holds: one is encoded, one is on its way
+WINDOW = 12  # tasks a node between the first that is not done and the last that was given out
+PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; without a word, after which a node counts as lost: results are large
+AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
+
+Open = Callable[[list[str] | None], dict[str, dict | Exception]]  # opens the source on these nodes, or all: control.encode
+
+
+class Task:
+    """Rows of a tensor to encode. `result`: the pieces, or the words of a node that could not."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, tensor: Planned, part: Piece, weights: np.ndarray | None):
+        self.tensor, self.part, self.weights = tensor, part, weights
+        self.number, self.result, self.by = next(self.numbers), None, ""
+
+    @property
+    def frame(self) -> tuple[dict, list[np.ndarray]]:
+        """What a node is sent."""
+        head = {"call": self.number, "name": self.tensor.name, "type": self.tensor.type.name, "rows": list(self.part)}
+        return head, [] if self.weights is None else [self.weights]
+
+
+class Worker:
+    """A node that is ready, and what it holds."""
+
+    def __init__(self, name: str, link: Link, pid: int):
+        self.name, self.link, self.pid = name, link, pid
+        self.held: dict[int, Task] = {}
+        self.heard = time.monotonic()
+
+
+class Tasks:
+    """Encodes on the nodes of a cluster (pieces.Elsewhere)."""
+
+    def __init__(self, open_nodes: Open, secret: bytes, told: Callable[[str], None]):
+        """`told`: hears of nodes that are left out, lost, and there again."""
+        self._open_nodes, self._secret, self._told = open_nodes, secret, told
+        self.done: dict[str, int] = {}
+        self.workers: dict[str, Worker] = {}
+        self._todo: deque[Task] = deque()
+        self._changed = threading.Condition()  # held while any of this changes
+        self._opening: set[str] = set()  # lost nodes that are tried for the first time again
+        self._refused: set[str] = set()
+        self._closed = False
+
+    def begin(self, path: Path, source: Source, encode: PieceEncoder) -> int:
+        """Open the source on all nodes that have the same (pieces.Elsewhere). DeviceError if none has."""
+        self._encode = encode
+        self._how = {"path": os.path.abspath(path), "made_by": host.version(), "digest": copies.source_digest(source)}
+        why = self._open(None)
+        if not self.workers:
+            raise DeviceError("; ".join(why) or "expected a node that encodes, found none; see `llamacli cluster status`")
+        for words in why:
+            self._told(f"{words}; it is left out")
+        threading.Thread(target=self._ping, daemon=True).start()
+        return (WINDOW + HELD) * RESULT * len(self.workers)
+
+    def close(self) -> None:
+        """End all links."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for worker in self.workers.values():
+                worker.link.close()
+
+    def encoded(self, tensor: Planned, weights: np.ndarray | None) -> Iterator[Encoded]:
+        """As pieces.Threads.encoded."""
+        waiting: deque[Task] = deque()
+        try:
+            for part in parts(tensor):
+                task = Task(tensor, part, None if weights is None else np.ascontiguousarray(weights[part.group]))
+                waiting.append(task)
+                with self._changed:
+                    self._todo.append(task)
+                    self._changed.notify_all()
+                if len(waiting) >= WINDOW * max(1, len(self.workers)):
+                    yield from self._result(waiting.popleft())
+            while waiting:
+                yield from self._result(waiting.popleft())
+        finally:
+            with self._changed:
+                self._todo.clear()
+
+    def _result(self, task: Task) -> list[Encoded]:
+        """A task's pieces, when they are there."""
+        with self._changed:
+            while task.result is None:
+                if not self.workers and not self._opening:
+                    raise DeviceError("expected a node that encodes, found none left; see `llamacli cluster status`")
+                self._changed.wait(1.0)
+        if isinstance(task.result, str):
+            words, task.result = task.result, self._made_here(task)
+            self._refuse(task.by, words)
+        else:
+            made = sum(encoded.nbytes for encoded, _ in task.result)
+            self.done[task.by] = self.done.get(task.by, 0) + made
+        return task.result
+
+    def _made_here(self, task: Task) -> list[Encoded]:
+        """The same by this machine's copy; its errors are the source's own."""
+        tensor = task.tensor
+        return [
+            self._encode(tensor.name, tensor.type, tensor.source, piece, task.weights)
+            for piece in pieces(tensor.source, task.part)
+        ]
+
+    # nodes
+
+    def _open(self, names: list[str] | None) -> list[str]:
+        """Open the source on nodes, and give them tasks; why some cannot."""
+        why = []
+        for name, facts in self._open_nodes(names, **self._how).items():
+            try:
+                if isinstance(facts, Exception):
+                    raise facts
+                worker = Worker(name, connect(facts["address"], self._secret, "encode"), facts["pid"])
+            except Exception as error:
+                why.append(f"node {name}: {error}")
+                continue
+            with self._changed:
+                if self._closed:
+                    worker.link.close()
+                    return why
+                self.workers[name] = worker
+            for work in (self._give, self._take):
+                threading.Thread(target=work, args=(worker,), daemon=True).start()
+        return why
+
+    def _give(self, worker: Worker) -> None:
+        """Send tasks to a node, as it gets ready."""
+        while True:
+            with self._changed:
+                while not self._gone(worker) and not (self._todo and len(worker.held) < HELD):
+                    self._changed.wait()
+                if self._gone(worker):
+                    return
+                task = self._todo.popleft()
+                worker.held[task.number] = task
+            with suppress(LinkClosed):  # who listens to it says so
+                worker.link.send(*task.frame)
+
+    def _take(self, worker: Worker) -> None:
+        """Take what a node answers."""
+        while isinstance(frame := worker.link.received.get(), Frame):
+            worker.heard = time.monotonic()
+            if (task := worker.held.get(frame.head.get("call"))) is None:
+                continue
+            result = "{}: {}".format(*frame.head["error"]) if "error" in frame.head else _fits(task, frame)
+            with self._changed:
+                worker.held.pop(task.number, None)
+                task.result, task.by = result, worker.name
+                self._changed.notify_all()
+        died = "closed" in str(frame) or "reset" in str(frame)
+        self._lose(worker, "it died" if died else str(frame))
+
+    def _gone(self, worker: Worker) -> bool:
+        return self._closed or self.workers.get(worker.name) is not worker
+
+    def _lose(self, worker: Worker, why: str, again: bool = True) -> None:
+        """A node gets no more tasks, others those that it held; try to open it anew."""
+        with self._changed:
+            if self._gone(worker):
+                return
+            del self.workers[worker.name]
+            self._todo.extendleft(sorted(worker.held.values(), key=lambda task: -task.number))
+            if again:
+                self._opening.add(worker.name)
+            self._changed.notify_all()
+        worker.link.close()
+        if again:
+            self._told(f"node {worker.name}: {why}; others do its part")
+            threading.Thread(target=self._open_again, args=(worker.name,), daemon=True).start()
+
+    def _refuse(self, name: str, words: str) -> None:
+        if name not in self._refused:
+            self._refused.add(name)
+            self._told(f"node {name} is left out: what it could not encode was no problem here: {words}")
+        if worker := self.workers.get(name):
+            self._lose(worker, words, again=False)
+
+    def _open_again(self, name: str) -> None:
+        """Until the node is there again, or the end. Only the first attempt is waited for where no other node is left."""
+        while not self._closed and name not in self._refused:
+            began = time.monotonic()
+            with suppress(Exception):  # a control plane that ends
+                self._open([name])
+            with self._changed:
+                self._opening.discard(name)
+                back = name in self.workers
+                self._changed.notify_all()
+            if back:
+                self._told(f"node {name} is there again")
+                return
+            time.sleep(max(0.0, began + AGAIN - time.monotonic()))
+
+    def _ping(self) -> None:
+        while not self._closed:
+            asked = time.monotonic()
+            for worker in list(self.workers.values()):
+                with suppress(LinkClosed):
+                    worker.link.send({"ping": 1})
+            time.sleep(PING_EVERY)
+            now = time.monotonic()
+            for worker in list(self.workers.values()):
+                if now - asked > PING_EVERY + 1:  # this program was stopped, by Ctrl-Z say, not the nodes
+                    worker.heard = now
+                elif now - worker.heard > PATIENCE:
+                    self._lose(worker, f"no answer for {PATIENCE:.0f} s")
+
+
+def parts(tensor: Planned) -> Iterator[Piece]:
+    """The rows of each task: pieces of a group, of about RESULT bytes encoded."""
+    n_groups, n_rows = groups_and_rows(tensor.shape)
+    piece = next(pieces(tensor.source))
+    nbytes = tensor.type.row_bytes(tensor.shape[-1]) * piece.count
+    step = piece.count * max(1, RESULT // nbytes)
+    for group in range(n_groups):
+        for first in range(0, n_rows, step):
+            yield Piece(group, first, min(step, n_rows - first))
+
+
+def _fits(task: Task, frame: Frame) -> list[Encoded] | str:
+    """An answer's pieces; words if they are not what was asked for."""
+    row = task.tensor.type.row_bytes(task.tensor.shape[-1])
+    asked = [piece.count * row for piece in pieces(task.tensor.source, task.part)]
+    errors = frame.head.get("errors")
+    if [array.nbytes for array in frame.arrays] != asked or len(errors or ()) != len(asked):
+        return "an answer of another size than was asked for"
+    return [(array, (float(wrong), float(whole))) for array, (wrong, whole) in zip(frame.arrays, errors, strict=True)]

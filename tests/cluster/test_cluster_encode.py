@@ -1,0 +1,222 @@
+"""A conversion on nodes: every byte is that of one machine, whatever happens to the nodes."""
+
+import re
+
+import checkpoint
+import numpy as np
+import pytest
+
+from llamacli.cluster import host, tasks
+from llamacli.cluster.encoding import EncodingNode
+from llamacli.errors import CheckpointError, DeviceError, ModelFileError
+from llamacli.files.gguf import open_gguf
+from quantize import pieces
+from quantize.convert import convert
+from quantize.imatrix import Entry, Imatrix, write_imatrix
+from quantize.opening import open_source
+
+SECRET = b"of this test"
+SIZES = {"hidden_size": 256, "intermediate_size": 256, "intermediate_size_mlp": 256, "num_attention_heads": 8}
+
+
+class Nodes:
+    """Two nodes in this process, opened anew whenever they are asked for."""
+
+    def __init__(self, folder):
+        self.folder, self.said, self.made = folder, [], {}
+        self.gone = set()  # nodes that cannot be opened
+        self.tasks = tasks.Tasks(self.open, SECRET, self.said.append)
+
+    def open(self, names, **how):
+        found = {}
+        for name in names or ("a", "b"):
+            if name in self.gone:
+                found[name] = DeviceError("it is gone")
+                continue
+            self.made[name] = EncodingNode(open_source(self.folder), SECRET, "127.0.0.1", 1)
+            found[name] = {"address": self.made[name].address, "pid": 0}
+        return found
+
+    def close(self):
+        self.tasks.close()
+        for node in self.made.values():
+            node.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "hf"
+    checkpoint.write(path, **SIZES)
+    return path
+
+
+@pytest.fixture
+def nodes(folder, monkeypatch):
+    monkeypatch.setattr(pieces, "CHUNK", 1 << 12)  # so that a tensor has several pieces, and several tasks
+    monkeypatch.setattr(tasks, "RESULT", 1 << 13)
+    found = Nodes(folder)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """What one machine makes: the file, and each tensor's error."""
+    out = tmp_path_factory.mktemp("whole") / "out.gguf"
+    report = convert(folder, out, "Q4_K_M", threads=1)
+    return out.read_bytes(), {t["name"]: t["energy"] for t in report["tensors"]}
+
+
+def on_nodes(nodes, out, after=None, do=lambda: None, **more):
+    """Convert; when `after` tensors are told of, do something."""
+    seen = set()
+
+    def follow(done, total, name):
+        if name not in seen and len(seen) == after:
+            do()
+        seen.add(name)
+
+    return convert(nodes.folder, out, "Q4_K_M", elsewhere=nodes.tasks, threads=1, progress=follow, **more)
+
+
+def test_the_file_is_that_of_one_machine_and_both_nodes_made_some_of_it(nodes, whole, tmp_path):
+    report = on_nodes(nodes, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert set(report["nodes"]) == {"a", "b"} and min(report["nodes"].values()) > 0
+    copied = sum(t["nbytes"] for t in report["tensors"] if t["type"] in ("F32", "F16"))
+    assert sum(report["nodes"].values()) == sum(t["nbytes"] for t in report["tensors"]) - copied
+    assert {t["name"]: t["energy"] for t in report["tensors"]}.keys() == whole[1].keys()
+    assert nodes.said == []
+
+
+def test_the_reported_errors_are_those_of_one_machine(nodes, tmp_path):
+    one = convert(nodes.folder, tmp_path / "one.gguf", "Q4_K_M", threads=1)  # in the same pieces
+    two = on_nodes(nodes, tmp_path / "two.gguf")
+    assert two["tensors"] == one["tensors"]
+
+
+def test_an_importance_matrix_weighs_on_nodes_too(nodes, tmp_path):
+    rng, entries = np.random.default_rng(1), {}
+    for name, rows in open_source(nodes.folder).rows.items():
+        if len(rows.shape) > 1:
+            n = rows.shape[0] if len(rows.shape) == 3 else 1
+            sums = rng.exponential(size=(n, rows.shape[-1])).astype(np.float32)
+            entries[name] = Entry(sums, np.ones(n, np.float32))
+    path = tmp_path / "some.imatrix.gguf"
+    write_imatrix(Imatrix(path, entries, ["text"], 1, 512))
+    convert(nodes.folder, tmp_path / "one.gguf", "Q4_K_M", imatrix=path)
+    on_nodes(nodes, tmp_path / "two.gguf", imatrix=path)
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+def test_a_gguf_in_parts_and_its_tower_come_from_nodes_as_from_one_machine(nodes, tmp_path):
+    convert(nodes.folder, tmp_path / "f16.gguf", "F16")
+    nodes.folder = tmp_path / "f16.gguf"
+    convert(nodes.folder, tmp_path / "one.gguf", "Q4_K_M", split_max_size=300_000)
+    on_nodes(nodes, tmp_path / "two.gguf", split_max_size=300_000)
+    ones, twos = (sorted(tmp_path.glob(f"{name}-*.gguf")) for name in ("one", "two"))
+    assert len(ones) > 2 and [a.read_bytes() for a in ones] == [b.read_bytes() for b in twos]
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_what_a_lost_node_held_is_done_by_others(nodes, whole, tmp_path, comes_back):
+    def lose():
+        nodes.gone = set() if comes_back else {"a"}
+        nodes.made["a"].close()
+
+    on_nodes(nodes, tmp_path / "out.gguf", after=5, do=lose)
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert any(words.startswith("node a: it died") for words in nodes.said)
+
+
+def test_a_node_that_is_silent_is_lost(nodes, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "PATIENCE", 1.0)
+    monkeypatch.setattr(tasks, "PING_EVERY", 0.1)
+
+    def stop():
+        nodes.gone = {"a"}
+        for link in nodes.made["a"]._links:
+            link.send = lambda *_: None  # it hears and says nothing
+
+    on_nodes(nodes, tmp_path / "out.gguf", after=5, do=stop)
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert [words for words in nodes.said if words.startswith("node a: no answer")]
+
+
+def test_where_no_node_is_left_the_conversion_ends_and_one_machine_goes_on_with_it(nodes, whole, tmp_path):
+    def lose():
+        nodes.gone = {"a", "b"}
+        for node in nodes.made.values():
+            node.close()
+
+    with pytest.raises(DeviceError, match=r"found none left.*the same command continues there"):
+        on_nodes(nodes, tmp_path / "out.gguf", after=9, do=lose)
+    report = convert(nodes.folder, tmp_path / "out.gguf", "Q4_K_M")
+    assert report["resumed_bytes"] > 0
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+
+
+def test_a_node_that_cannot_encode_what_this_machine_can_gets_no_more(nodes, whole, tmp_path, monkeypatch):
+    def hurt():
+        def fail(*_):
+            raise ModelFileError("its disk fails")
+
+        nodes.made["a"]._encode = fail
+
+    on_nodes(nodes, tmp_path / "out.gguf", after=5, do=hurt)
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert len(nodes.said) == 1 and re.match("node a is left out: .*its disk fails", nodes.said[0])
+
+
+def test_an_answer_of_another_size_is_not_written(nodes, whole, tmp_path):
+    def lie():
+        true = nodes.made["a"]._encode
+        nodes.made["a"]._encode = lambda *how: (true(*how)[0][:-1], (0.0, 0.0))
+
+    on_nodes(nodes, tmp_path / "out.gguf", after=5, do=lie)
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert "node a is left out" in nodes.said[0]
+
+
+def test_a_damaged_source_is_named_as_on_one_machine(nodes, tmp_path):
+    nodes.folder = tmp_path / "hf"
+    checkpoint.write(nodes.folder, **SIZES)
+    shard = next(nodes.folder.glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    at = len(raw) - 256 * 256
+    raw[at : at + 64] = b"\xff\x7f" * 32  # NaN in BF16
+    shard.write_bytes(raw)
+    said = []
+    for elsewhere in (None, nodes.tasks):
+        with pytest.raises(CheckpointError) as caught:
+            convert(nodes.folder, tmp_path / f"{len(said)}.gguf", "Q4_K_M", elsewhere=elsewhere)
+        said.append(str(caught.value).replace("1.gguf", "0.gguf"))
+    assert "expected finite weights" in said[0] and said[0] == said[1]
+
+
+def test_other_weights_another_version_and_no_copy_are_refused(folder, tmp_path, monkeypatch):
+    from llamacli.cluster.copies import source_digest
+
+    monkeypatch.setenv("LLAMACLI_MODELS", str(tmp_path))
+    other = tmp_path / folder.name
+    checkpoint.write(other, **SIZES)
+    shard = next(other.glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[-64:] = bytes(64)
+    shard.write_bytes(raw)
+    node, right = host.Host(SECRET.decode()), source_digest(open_source(folder))
+    asked = {"path": str(folder), "made_by": host.version(), "digest": right, "threads": 1, "host": "127.0.0.1"}
+    with pytest.raises(ModelFileError, match="expected the same weights as here, found others"):
+        node.encode(**asked)
+    with pytest.raises(DeviceError, match="install the same version"):
+        node.encode(**asked | {"made_by": "0.0"})
+    with pytest.raises(DeviceError, match="expected a copy of nothing"):
+        node.encode(**asked | {"path": "/nowhere/nothing"})
+    monkeypatch.setenv("LLAMACLI_MODELS", str(tmp_path / "none"))
+    assert node.encode(**asked)["address"]  # the one at the same path
+    node.close()
+
+
+def test_a_model_made_on_nodes_is_a_model(nodes, tmp_path):
+    on_nodes(nodes, tmp_path / "out.gguf")
+    assert open_gguf(tmp_path / "out.gguf").tensors["blk.0.ffn_up_exps.weight"].type.name == "Q4_K"
