@@ -12,7 +12,7 @@ from time import process_time, thread_time
 import numpy as np
 
 from llamacli import sampling_defaults
-from llamacli.files.gguf import open_gguf
+from llamacli.files.gguf import open_gguf, zero_ended
 from llamacli.llama4.vocabulary import CONTROL
 from llamacli.text.constraint import Grammars
 from llamacli.text.sampler import Sampler
@@ -80,7 +80,7 @@ def vocabulary(path, n_vocab):
             known.add(pair)
             texts.append(pair)
             types.append(1)
-    merges = [tuple(merge.split(" ")) for merge in gguf.metadata["tokenizer.ggml.merges"]]
+    merges = zero_ended(gguf.metadata, "tokenizer.ggml.merges")
     tokenizer = Tokenizer(texts, merges, [id for id, kind in enumerate(types) if kind == CONTROL])
     tokenizer.eos = gguf.metadata["tokenizer.ggml.eos_token_id"]
     tokenizer.stop_ids = frozenset({tokenizer.eos})

@@ -86,6 +86,14 @@ def text_of(metadata: Mapping[str, object], key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def zero_ended(metadata: Mapping[str, object], key: str) -> bytes:
+    """A list of strings, a zero byte after each, undecoded if it comes from a file; nothing if there is no such list."""
+    value = metadata.stored(key) if isinstance(metadata, _Metadata) else metadata.get(key)
+    if isinstance(value, _Strings):
+        return value.joined()
+    return "\0".join([*value, ""]).encode() if isinstance(value, list) else b""
+
+
 def open_gguf(path: str | Path) -> GGUF:
     """Map the file and the further parts of a split model.
 
@@ -129,20 +137,20 @@ class _Strings(NamedTuple):
             found.append(raw[start:pos])
         return found
 
+    def joined(self) -> bytes:
+        """The strings, undecoded, a zero byte after each."""
+        if _COMPILED not in sys.modules:
+            return b"\0".join([*self.split(), b""])
+        from llamacli.cpu.kernels.ops.strings import join  # three times as fast
+
+        return join(np.frombuffer(self.raw, np.uint8), 0)
+
     def decode(self) -> list[str]:
         """The strings; UnicodeDecodeError if one of them is not UTF-8."""
-        joined = _joined(self.raw) if _COMPILED in sys.modules else b"\0".join([*self.split(), b""])
-        found = joined.decode().split("\0")
+        found = self.joined().decode().split("\0")
         if len(found) == self.count + 1:
             return found[: self.count]
         return [text.decode() for text in self.split()]  # a string holds a zero byte
-
-
-def _joined(raw: bytes) -> bytes:
-    """The strings with a zero byte after each, by compiled code: three times as fast."""
-    from llamacli.cpu.kernels.ops.strings import join
-
-    return join(np.frombuffer(raw, np.uint8), 0)
 
 
 class _Values(dict):
@@ -158,6 +166,10 @@ class _Metadata(Mapping):
 
     def __init__(self, path: Path, values: "_Values"):
         self._path, self._values = path, values
+
+    def stored(self, key: str) -> object:
+        """The value, a list of strings as it lies in the file if nobody has asked for it yet; None if there is none."""
+        return self._values.get(key)
 
     def typed(self, key: str) -> object:
         """The value, fit to be written again: a number as the NumPy scalar of its type in the file, text that is not UTF-8 as
@@ -264,22 +276,34 @@ class _Cursor:
         return _Strings(bytes(self._read[start : self.pos]), count)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """Move behind `count` strings. Plain Python: as fast for a real vocabulary as loading the compiled scan would be."""
-        pos, length, left = self.pos, _LENGTH.unpack_from, count
+        """Move behind `count` strings."""
+        pos, left = self.pos, count
         while True:
-            read, rest = self._read, range(left, 0, -1)
-            try:
-                for left in rest:  # noqa: B007 - the strings that are left when a block ends
-                    pos += _LENGTH.size + length(read, pos)[0]
+            left, pos = _skipped(self._read, left, pos)
+            if not left:
                 break
-            except (struct.error, OverflowError):  # beyond what has been read
-                if pos + _LENGTH.size > self.size:
-                    raise _wrong(self.path, f"{count} strings for {_show(key)} at byte {self.pos}", "fewer") from None
-                self._fill(pos + _LENGTH.size)
+            if pos + _LENGTH.size > self.size:
+                raise _wrong(self.path, f"{count} strings for {_show(key)} at byte {self.pos}", "fewer")
+            self._fill(pos + _LENGTH.size)
         if pos > self.size:
             raise _wrong(self.path, f"{count} strings for {_show(key)} at byte {self.pos}", "fewer")
         self._fill(pos)
         self.pos = pos
+
+
+def _skipped(read: bytearray, left: int, pos: int) -> tuple[int, int]:
+    """Move behind strings from `pos` on whose lengths lie in `read`: how many are left, and where the next begins."""
+    if _COMPILED in sys.modules:
+        from llamacli.cpu.kernels.ops.strings import skip
+
+        return skip(np.frombuffer(read, np.uint8), left, pos)
+    length, rest, left = _LENGTH.unpack_from, range(left, 0, -1), 0
+    try:
+        for left in rest:  # noqa: B007 - the strings that are left when a block ends
+            pos += _LENGTH.size + length(read, pos)[0]
+    except (struct.error, OverflowError):  # beyond what has been read
+        return left, pos
+    return 0, pos
 
 
 def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:

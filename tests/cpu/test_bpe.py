@@ -1,0 +1,73 @@
+"""Byte-pair encoding in kernels: the ids of `tokenizers` for any merges, and errors for vocabularies that are unsound."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+
+from llamacli.cpu.kernels.ops import bpe
+
+LETTERS = "abĠé"
+
+
+def zero_ended(texts):
+    return "".join(text + "\0" for text in texts).encode()
+
+
+@st.composite
+def vocabularies(draw):
+    """Tokens and merges that fit together: each merge joins two tokens that are there by then; some merges come twice."""
+    tokens, merges = list(LETTERS), []
+    for _ in range(draw(st.integers(0, 20))):
+        left, right = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
+        merges.append((left, right))
+        if left + right not in tokens:
+            tokens.append(left + right)
+    if merges:
+        merges += draw(st.lists(st.sampled_from(merges), max_size=3))
+    whole = [text for text in ("bbbbb", "aĠbéa", "ééé") if text not in tokens]  # that no merge makes
+    return tokens + whole[: draw(st.integers(0, len(whole)))], merges
+
+
+@given(vocabularies(), st.lists(st.text(LETTERS, min_size=1, max_size=40), max_size=5))
+def test_words_get_the_ids_of_the_library(vocabulary, words):
+    tokens, merges = vocabulary
+    library = Tokenizer(models.BPE({text: id for id, text in enumerate(tokens)}, merges, ignore_merges=True))
+    ours = bpe.Merges(zero_ended(tokens), zero_ended(map(" ".join, merges)))
+    assert ours.encode(words) == [id for word in words for id in library.encode(word).ids]
+
+
+def test_a_word_of_the_longest_length_is_merged_whole():
+    ours = bpe.Merges(zero_ended(["a", "aa", "aaaa"]), zero_ended(["a a", "aa aa"]))
+    assert ours.encode(["a" * bpe.LONGEST, "a" * 5]) == [2] * (bpe.LONGEST // 4) + [2, 0]
+
+
+def test_an_empty_text_is_no_token():
+    ours = bpe.Merges(zero_ended(["a", "", "b", ""]), b"")
+    assert ours.encode(["ab"]) == [0, 2]
+
+
+@pytest.mark.parametrize("merge", ["a", "a b c", "a  b", " a", "a ", "", "a x", "x a", "b a"], ids=ascii)
+def test_a_merge_that_does_not_fit_is_named(merge):
+    with pytest.raises(ValueError, match="merge 1 does not fit"):
+        bpe.Merges(zero_ended(["a", "b", "ab"]), zero_ended(["a b", merge]))
+
+
+def test_a_letter_that_is_no_token_is_refused():
+    with pytest.raises(ValueError, match="letter"):
+        bpe.Merges(zero_ended(["a"]), b"").encode(["aé"])
+
+
+def test_texts_made_to_share_a_hash_are_refused_instead_of_taking_time_squared():
+    """1,100 texts, chosen among some millions, that all belong into one place of a table of 4,096: FNV-1a, spread."""
+    letters = np.random.default_rng(0).integers(1, 256, (6_000_000, 8), np.uint8)
+    hashes = np.full(len(letters), 0xCBF29CE484222325, np.uint64)
+    for column in letters.T:
+        hashes = (hashes ^ column) * np.uint64(0x100000001B3)
+    spread = (hashes * np.uint64(0x9E3779B97F4A7C15)).view(np.int64) >> 20
+    chosen = letters[spread & 4095 == 7][:1100]
+    assert len(chosen) == 1100
+    with pytest.raises(ValueError, match="hashes"):
+        bpe.Merges(b"".join(row.tobytes() + b"\0" for row in chosen), b"")
+    bpe.Merges(b"".join(row.tobytes() + b"\0" for row in letters[:1100]), b"")
