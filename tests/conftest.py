@@ -1,7 +1,7 @@
 """Fixtures. Every test: signal handlers are restored; what the user has in LLAMACLI_MODEL, LLAMACLI_SERVER, LLAMACLI_DEBUG and
 NO_COLOR is removed.
 
-On request: commands over a miniature model, a browser.
+On request: commands over a miniature model, a browser, a checkpoint of Scout's shape.
 """
 
 import signal
@@ -62,3 +62,12 @@ def chromium():
     made = Browser()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def scout(tmp_path_factory):
+    """A checkpoint's folder, of Scout's shape, and its weights."""
+    from checkpoint import write
+
+    folder = tmp_path_factory.mktemp("scout") / "hf"
+    return folder, write(folder)
