@@ -297,7 +297,7 @@ class Preloaded:
 
     def close(self):
         self._socket.close()
-        self._server.wait(20)
+        self._server.wait(60)
 
 
 class Fork:

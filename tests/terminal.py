@@ -3,6 +3,7 @@
 import codecs
 import fcntl
 import os
+import re
 import select
 import signal
 import struct
@@ -10,10 +11,11 @@ import subprocess
 import termios
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pyte
 
-SETTLED = 0.02  # seconds of silence after which what was waited for counts as drawn
+SETTLED = 0.02  # seconds of silence of a process that rests, after which what was waited for counts as drawn
 
 
 class Screen(pyte.HistoryScreen):
@@ -33,7 +35,7 @@ class Terminal:
 
     def __init__(self, command, columns=80, rows=24, start=None, **environment):
         self.screen = Screen(columns, rows, history=20_000, ratio=0.5)
-        self.raw = ""
+        self.raw, self._coming = "", []
         self._stream, self._decoder = pyte.Stream(self.screen), codecs.getincrementaldecoder("utf-8")("replace")
         plain = {
             name: value for name, value in os.environ.items() if name not in ("TMUX", "NO_COLOR", "LC_ALL", "VISUAL", "EDITOR")
@@ -59,25 +61,41 @@ class Terminal:
         return "\n".join(self.lines)
 
     def _read(self, seconds):
-        """Take what comes within `seconds`; None for nothing, False at the end of the process's output."""
-        if not select.select([self._fd], [], [], seconds)[0]:
-            return None
-        try:
-            data = os.read(self._fd, 1 << 16)
-        except OSError:  # nobody holds the other side any more
-            return False
-        text = self._decoder.decode(data)
+        """Take what comes within `seconds`, but stop where a line is drawn anew: however late this process is, it sees every
+        state of the screen. None for nothing, False at the end of the process's output.
+        """
+        if not self._coming:
+            if not select.select([self._fd], [], [], seconds)[0]:
+                return None
+            try:
+                data = os.read(self._fd, 1 << 16)
+            except OSError:  # nobody holds the other side any more
+                return False
+            self._coming = re.split(r"(?=\r(?!\n))", self._decoder.decode(data))
+            if not data:
+                return False
+        text = self._coming.pop(0)
         self.raw += text
         self._stream.feed(text)
-        return bool(data)
+        return True
 
     def pump(self, seconds=SETTLED):
         """Read for so many seconds, and until nothing has come for a moment; False at the end of the process's output."""
         began = time.monotonic()
-        while (came := self._read(SETTLED)) or (came is None and time.monotonic() < began + seconds):
+        while (came := self._read(SETTLED)) or (came is None and (time.monotonic() < began + seconds or self._at_work())):
             if time.monotonic() > began + seconds + 60:
                 raise AssertionError(f"expected a screen that comes to rest, found\n{self.text}")
         return came is None
+
+    def _at_work(self):
+        """Whether a thread of the process runs, or would if others left it a processor: then its silence means nothing."""
+        try:
+            for stat in Path(f"/proc/{self.process.pid}/task").glob("*/stat"):
+                if stat.read_text().rpartition(")")[2].split()[0] == "R":
+                    return True
+        except OSError:  # it ended, or this system tells nothing
+            pass
+        return False
 
     def wait(self, *texts, times=1, seconds=60):
         """Until every one of `texts` is on the screen or above it, `times` times."""
@@ -105,7 +123,7 @@ class Terminal:
         """Leave without a word."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
-        self.process.wait(20)
+        self.process.wait(60)
         self.hang_up()
 
     def hang_up(self):

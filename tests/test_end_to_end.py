@@ -65,10 +65,12 @@ def test_the_readme_can_be_summarized_into_a_pipe_that_closes_early():
 
 @pytest.mark.parametrize("seconds", [0.7, 1.5, 3.0])
 def test_ctrl_c_at_any_moment_ends_the_process_and_no_traceback(seconds):
-    """While it starts, loads or evaluates a long prompt."""
-    command = [sys.executable, "-c", "from llamacli.cli import enter; enter()"]
+    """While it starts, loads or evaluates a long prompt; not while the interpreter itself starts."""
+    begin = "import _signal, os; _signal.signal(2, _signal.SIG_DFL); os.write(1, b'.')\n"
+    command = [sys.executable, "-c", begin + "from llamacli.__main__ import start; start()"]
     args = ["run", "-m", str(SMALL), "--raw", "-n", "4000", "one two three four five six " * 1000]
     with subprocess.Popen(command + args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1) == b"."
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == b""

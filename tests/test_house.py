@@ -3,6 +3,7 @@
 import ast
 import fnmatch
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,16 @@ def floor(module):
     return next((FLOOR[name] for n in range(len(parts), 0, -1) if (name := ".".join(parts[:n])) in FLOOR), None)
 
 
+@cache
 def imports(path):
     """Names of all modules imported anywhere in a file."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
 def name(path):

@@ -26,7 +26,7 @@ for _ in range(count):
     del model, session
     gc.collect()
     tasks = lambda: len(os.listdir("/proc/self/task"))
-    for _ in range(200):  # the system forgets a thread a moment after it was joined
+    for _ in range(1000):  # the system forgets a thread a moment after it was joined
         if tasks() == first.setdefault("tasks", tasks()):
             break
         time.sleep(0.01)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
 INTERRUPTED, TERMINATED = 130, 143
-GRACE = 0.3  # seconds for the main thread to run a handler
+GRACE, TURN = 0.3, 0.005  # seconds for the main thread to run a handler; after which it is looked at again
 UNWINDING = 3.0  # seconds for it to end then: an exception raised in a callback is lost
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
@@ -156,9 +156,10 @@ def _watch(reader: int) -> None:
         survives = _State.survives
         for engine in list(_State.engines):
             engine.interrupt()
-        until = time.monotonic() + GRACE
-        while _State.answers == seen and time.monotonic() < until:
-            time.sleep(0.005)
+        for _ in range(round(GRACE / TURN)):  # where others leave this process little of the processor, each turn lasts longer
+            if _State.answers != seen:
+                break
+            time.sleep(TURN)
         if _State.answers != seen:
             seen = _State.answers
             if not (_State.survived or _State.unhurried):

@@ -185,14 +185,13 @@ def test_a_batch_that_is_killed_goes_on_where_it_stopped(tmp_path):
         process.kill()
         assert process.stderr.read() == b""
         process.wait()
-        if process.returncode == 0:
+        if process.returncode == 0 and kills >= 3:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert process.returncode in (-signal.SIGKILL, 0)  # 0: on a busy machine it may be through before it is killed
         kills, before = kills + 1, out.stat().st_size
-        if kills == 2:  # as a full disk or a lost machine would leave it
+        if kills == 2 or process.returncode == 0:  # as a full disk or a lost machine would leave it
             os.truncate(out, before - 20)
     found = records(out.read_text())
-    assert kills >= 3
     assert [(r["line"], r["id"], r["text"]) for r in found] == [(i + 1, i, "line\nother") for i in range(60)]
     done = subprocess.run(command, capture_output=True)
     assert (done.returncode, done.stdout, records(out.read_text())) == (0, b"", found)
@@ -260,7 +259,7 @@ def test_half_of_a_pair_in_an_id_comes_back(model, tmp_path, capfd):
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path):
-    questions, out = write(tmp_path / "in", *["hi"] * 50), tmp_path / "out"
+    questions, out = write(tmp_path / "in", *["hi"] * 1000), tmp_path / "out"
     with start("run", "--batch", questions, "-o", str(out), delay="0.01") as first:
         while not out.exists() or not out.stat().st_size:
             time.sleep(0.01)
@@ -484,16 +483,19 @@ def test_an_answer_that_is_whole_is_better_than_a_likelier_one_that_is_cut():
     assert (done.returncode, found["finish_reason"]) == ((0, "stop") if whole else (1, "length"))
 
 
-def test_ctrl_c_leaves_the_best_of_what_there_is(tmp_path):
-    process = start("run", "--best-of", "4", "--json", "-v", "hi", reply="x" * 2000, delay="0.002")
-    while b"seed" not in process.stderr.readline():
-        pass
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
-    found = json.loads(out)
-    assert found["finish_reason"] == "interrupt" and set(found["text"]) == {"x"}
-    assert len(found["answers"]) == 4 and b"Traceback" not in err
+def test_ctrl_c_leaves_the_best_of_what_there_is(model, capfd, monkeypatch):
+    steps, forward_each = [], model.engine.forward_each
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return forward_each(*args)
+
+    monkeypatch.setattr(model.engine, "forward_each", interrupted)
+    assert main(["run", "--best-of", "4", "--json", "hi"]) == 130
+    found = json.loads(capfd.readouterr().out)
+    assert (found["finish_reason"], found["text"], len(found["answers"])) == ("interrupt", REPLY[:5], 4)
 
 
 @pytest.mark.parametrize(

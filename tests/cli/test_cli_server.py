@@ -102,10 +102,10 @@ def test_ctrl_c_ends_the_request_and_the_server_is_free(server):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    assert process.wait(60) == -signal.SIGINT
     assert b"Traceback" not in process.stderr.read()
     process.stdout.close(), process.stderr.close()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while active(server):
         assert time.monotonic() < until, "the server still answers"
         time.sleep(0.02)
@@ -337,11 +337,11 @@ def test_nobody_there_is_said_with_what_to_do(capfd):
 def test_a_server_that_falls_silent_is_not_waited_for_without_end(capfd, monkeypatch):
     from llamacli.client import remote
 
-    monkeypatch.setattr(remote.connect, "__defaults__", (None, 0.3))
-    with pretending(lambda c: (c.sendall(stream(said("Paris"), end=b"")), time.sleep(2))) as (url, _):
+    monkeypatch.setattr(remote.connect, "__defaults__", (None, 1.5))
+    with pretending(lambda c: (c.sendall(stream(said("Paris"), end=b"")), c.recv(1))) as (url, _):
         assert run("--server", url, "Hi") == 1
     out, err = capfd.readouterr()
-    assert out == "Paris\n" and "sent nothing for 0.3 s" in err
+    assert out == "Paris\n" and "sent nothing for 1.5 s" in err
 
 
 def test_a_line_without_end_is_not_kept_for_ever(capfd, monkeypatch):
@@ -449,7 +449,7 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server_and_the_chat_goes_on(tmp_path)
         t.type("Are you there?\r")
         t.wait("reading the prompt")
         t.type("\x03")
-        assert left.wait(10), "the connection is still open"
+        assert left.wait(60), "the connection is still open"
         t.wait("stopped by Ctrl-C")
         t.type("/regen\r")
         t.wait("Here I am.")
@@ -481,7 +481,7 @@ def test_how_far_the_server_is_with_the_prompt_is_shown(tmp_path):
 
     def slow(connection):
         connection.sendall(head + b"\r\n\r\n: 256 of 1024 tokens of the prompt\n\n")
-        seen.wait(20)
+        seen.wait(60)
         connection.sendall(events)
 
     with pretending(slow) as (url, _):

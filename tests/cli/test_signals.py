@@ -70,6 +70,14 @@ def test_a_signal_in_compiled_code_ends_the_process_soon(number):
     # the call alone would wait for ever
 
 
+def test_ctrl_c_before_the_first_token_leaves_no_output():
+    """In a call that hears it."""
+    with deaf(0, "run", "hi", code=DEAF.replace("lock = ctypes", "import time; time.sleep(1000); lock = ctypes")) as process:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
+
+
 def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
     """There is nothing to keep yet: the process ends although the main thread is deaf, would have a thousand seconds, and holds
     the interpreter's lock, as the library does that builds the tokenizer.
@@ -156,8 +164,8 @@ def test_a_second_signal_ends_a_command_that_cannot_stop():
     code = (
         "import time\nfrom llamacli.cli import enter, run\n"
         "def stuck(*args, **more):\n"
-        "    try:\n        print('ready', flush=True); time.sleep(20)\n"
-        "    finally:\n        print('stopping', flush=True); time.sleep(20)\n"
+        "    try:\n        print('ready', flush=True); time.sleep(1000)\n"
+        "    finally:\n        print('stopping', flush=True); time.sleep(1000)\n"
         "run._text = stuck\nenter()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "run", "hi"], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)

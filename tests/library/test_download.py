@@ -36,7 +36,7 @@ def pauses():
 def get(server, tmp_path, pauses):
     """Fetch the file; returns the Download."""
 
-    def fetch(token=None, timeout=5.0):
+    def fetch(token=None, timeout=60.0):
         asked = Hub(server.url, token, sleep=pauses.append, timeout=timeout)
         (variant,) = hub.variants(asked, "me/model")
         with Download(asked, variant.files[0], tmp_path / "model.gguf") as made:
@@ -71,7 +71,7 @@ def test_ten_processes_that_are_killed_leave_what_came(server, tmp_path):
         from pathlib import Path
         from llamacli.library import download, hub
         download.BLOCK = 4096
-        asked = hub.Hub(sys.argv[1], timeout=5.0)
+        asked = hub.Hub(sys.argv[1], timeout=60.0)
         (variant,) = hub.variants(asked, "me/model")
         stop = int(sys.argv[3])
         def follow(done, total):
@@ -100,8 +100,8 @@ def _size(path):
 
 
 def test_a_connection_that_stalls_is_given_up_and_taken_up_again(get, server):
-    server.faults = [("stall", 1_000_000), ("stall", 0), ("stall", 1_000_000)]
-    get(timeout=0.3)
+    server.faults = [("stall", 1_000_000), ("stall", 0)]
+    get(timeout=1.0)
     assert get.target.read_bytes() == DATA
     assert server.sent == SIZE
 

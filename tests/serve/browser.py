@@ -89,7 +89,7 @@ class Browser:
             self.call("Browser.close")
         self._ends.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
+            self._process.wait(60)
         self._process.kill()
         self._process.wait()
         self._folder.cleanup()

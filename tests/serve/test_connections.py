@@ -76,19 +76,19 @@ def test_a_refused_body_is_given_back():
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea"])
 def test_who_does_not_send_the_head_of_a_request_is_cut_off(monkeypatch, sent):
-    monkeypatch.setattr(listen, "HEAD", 0.2)
     monkeypatch.setattr(listen, "IDLE", 0.2)
     with served() as client:
+        monkeypatch.setattr(listen, "HEAD", 0.2)
         made = raw(client, sent)
         assert all_of(made).startswith(b"HTTP/1.1 200" if b"\r\n\r\n" in sent else b"")
         made.close()
 
 
 def test_a_connection_between_requests_is_not_cut_off(monkeypatch):
-    monkeypatch.setattr(listen, "HEAD", 0.05)
-    with served(delay=0.01) as client:
+    with served(delay=0.03) as client:
+        monkeypatch.setattr(listen, "HEAD", 0.4)
         made = raw(client)
-        for _ in range(3):
+        for _ in range(2):
             made.sendall(post(chat("a question", stream=True)))  # takes longer than the head of one may
             received = b""
             while not received.endswith(b"0\r\n\r\n"):
@@ -99,7 +99,7 @@ def test_a_connection_between_requests_is_not_cut_off(monkeypatch):
 
 
 def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch):
-    monkeypatch.setattr(listen, "MOST_WAIT", 0.3)
+    monkeypatch.setattr(listen, "MOST_WAIT", 1.0)
     with served("x" * 2900) as client:
         made = socket.socket()
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -107,7 +107,7 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch):
         made.sendall(post(chat(stream=True, logprobs=True, top_logprobs=20)))  # some megabytes, more than all buffers hold
         until(lambda: client.server._bodies.held)
         until(lambda: not client.server._bodies.held)
-        made.settimeout(20)
+        made.settimeout(60)
         assert b"[DONE]" not in all_of(made)
         made.close()
         assert client.server.scheduler.active == 0
