@@ -90,7 +90,7 @@ class FakeHub:
         request.wfile.write(body)
         request.wfile.flush()
         if kind == "stall":
-            self.over.wait(60)
+            self.over.wait(300)
         request.close_connection = True
         return None
 

@@ -280,7 +280,7 @@ class Preloaded:
 
     def __init__(self):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(60)
+        self._socket.settimeout(300)
         command = [sys.executable, __file__, "--serve", str(theirs.fileno())]
         self._server = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()
@@ -297,7 +297,7 @@ class Preloaded:
 
     def close(self):
         self._socket.close()
-        self._server.wait(60)
+        self._server.wait(300)
 
 
 class Fork:

@@ -97,7 +97,7 @@ class Terminal:
             pass
         return False
 
-    def wait(self, *texts, times=1, seconds=60):
+    def wait(self, *texts, times=1, seconds=300):
         """Until every one of `texts` is on the screen or above it, `times` times."""
         until = time.monotonic() + seconds
         while not all(self.text.count(text) >= times for text in texts):
@@ -112,7 +112,7 @@ class Terminal:
             while data:
                 data = data[os.write(self._fd, data) :]
 
-    def ends(self, seconds=60):
+    def ends(self, seconds=300):
         """Wait for the process; returns its exit status, or minus the signal that ended it."""
         until = time.monotonic() + seconds
         while self._read(0.1) is not False and time.monotonic() < until:
@@ -123,7 +123,7 @@ class Terminal:
         """Leave without a word."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
-        self.process.wait(60)
+        self.process.wait(300)
         self.hang_up()
 
     def hang_up(self):

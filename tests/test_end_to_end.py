@@ -134,7 +134,7 @@ def test_chat_with_the_small_model_at_a_terminal(answer, tmp_path):
         "-n",
         "48",
     ]
-    child = pexpect.spawn(sys.executable, command, env=env, timeout=60, encoding="utf-8", dimensions=(40, 400))
+    child = pexpect.spawn(sys.executable, command, env=env, timeout=300, encoding="utf-8", dimensions=(40, 400))
     child.expect("> ")
     child.sendline(ASK)
     child.expect_exact(answer.decode().strip().splitlines()[0])

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory):
     """Built by the backend that pyproject.toml names, without a network."""
     folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True, timeout=300)
     (found,) = folder.iterdir()
     return found
 

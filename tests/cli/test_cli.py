@@ -332,14 +332,14 @@ def test_a_text_too_long_is_refused_before_it_becomes_tokens(model, capfd, monke
 def test_a_stdin_that_cannot_be_read_counts_as_none():
     """As GNU nohup leaves it: /dev/null, open for writing only."""
     with open(os.devnull, "wb") as void:
-        out, err = start("run", "hi", stdin=void).communicate(timeout=60)
+        out, err = start("run", "hi", stdin=void).communicate(timeout=300)
     assert (out.decode(), err) == (REPLY + "\n", b"")
 
 
 def test_no_stdin_leaves_stdin_to_the_loop_around():
     reader, writer = os.pipe()  # open, never written: reading it would hang
     with start("run", "--no-stdin", "hi", stdin=reader) as process:
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=300)
     os.close(reader)
     os.close(writer)
     assert out.decode() == REPLY + "\n"

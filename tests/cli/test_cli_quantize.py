@@ -209,7 +209,7 @@ def at_a_terminal(folder, out, columns, **env):
     script = "import sys; from llamacli.cli import console, main; console.DRAW_EVERY = 0; sys.exit(main())"
     args = ["-c", script, "quantize", str(folder), str(out), "--type", "F32"]
     env = {**os.environ, "TERM": "xterm", "NO_COLOR": "", "PYTHONPATH": str(TESTS.parent), "PYTHONUTF8": "1", **env}
-    child = pexpect.spawn(sys.executable, args, env=env, timeout=60, encoding="utf-8", dimensions=(24, columns))
+    child = pexpect.spawn(sys.executable, args, env=env, timeout=300, encoding="utf-8", dimensions=(24, columns))
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0

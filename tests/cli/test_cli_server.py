@@ -93,7 +93,7 @@ def test_the_client_starts_without_numpy_and_numba(server):
         f"main(['run', '--server', {server!r}, '--temp', '0', '--no-stdin', {QUESTION!r}])\n"
         "print(sorted({'numpy', 'numba', 'llvmlite', 'tokenizers', 'PIL', 'asyncio', 'rich', 'ssl'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == [ANSWER, "[]"] or done.stdout.splitlines() == [ANSWER, "['ssl']"], done.stderr
 
 
@@ -102,7 +102,7 @@ def test_ctrl_c_ends_the_request_and_the_server_is_free(server):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == -signal.SIGINT
+    assert process.wait(300) == -signal.SIGINT
     assert b"Traceback" not in process.stderr.read()
     process.stdout.close(), process.stderr.close()
     until = time.monotonic() + 60
@@ -121,7 +121,7 @@ def active(server):
 
 def test_a_chat_goes_on_after_ctrl_c_and_sends_its_turns(server, tmp_path):
     t = Terminal([*RUN, "chat", "--server", server, "--temp", "0"], XDG_STATE_HOME=str(tmp_path))
-    t.wait("ctx 0 of 8192", seconds=60)
+    t.wait("ctx 0 of 8192", seconds=300)
     t.type(QUESTION + "\r")
     t.wait(ANSWER)
     t.type("/set ignore_eos on\r")
@@ -425,7 +425,7 @@ def test_a_chat_survives_a_server_that_goes_away(tmp_path):
     answers = [stream(said("Fine.", "stop")), stream(said("Half"), end=b""), stream(said("Whole again.", "stop"))]
     with pretending(lambda c: c.sendall(answers.pop(0))) as (url, _):
         t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
-        t.wait("ctx 0", seconds=60)
+        t.wait("ctx 0", seconds=300)
         t.type("How are you?\r")
         t.wait("Fine.")
         t.type("And now?\r")
@@ -445,11 +445,11 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server_and_the_chat_goes_on(tmp_path)
     answers = [silent, lambda c: c.sendall(stream(said("Here I am.", "stop")))]
     with pretending(lambda c: answers.pop(0)(c)) as (url, _):
         t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
-        t.wait("ctx 0", seconds=60)
+        t.wait("ctx 0", seconds=300)
         t.type("Are you there?\r")
         t.wait("reading the prompt")
         t.type("\x03")
-        assert left.wait(60), "the connection is still open"
+        assert left.wait(300), "the connection is still open"
         t.wait("stopped by Ctrl-C")
         t.type("/regen\r")
         t.wait("Here I am.")
@@ -481,7 +481,7 @@ def test_how_far_the_server_is_with_the_prompt_is_shown(tmp_path):
 
     def slow(connection):
         connection.sendall(head + b"\r\n\r\n: 256 of 1024 tokens of the prompt\n\n")
-        seen.wait(60)
+        seen.wait(300)
         connection.sendall(events)
 
     with pretending(slow) as (url, _):
@@ -495,7 +495,7 @@ def test_how_far_the_server_is_with_the_prompt_is_shown(tmp_path):
 def test_a_pipe_of_turns_is_answered_by_the_server(server):
     turns = f"{QUESTION}\nAnd of Japan?\n"
     done = subprocess.run(
-        [*RUN, "chat", "--server", server, "--temp", "0"], input=turns, capture_output=True, text=True, timeout=60
+        [*RUN, "chat", "--server", server, "--temp", "0"], input=turns, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.split("\n")[0] == ANSWER and "Tokyo" in done.stdout and done.returncode == 0
 
@@ -516,7 +516,7 @@ def test_a_chat_sends_its_pictures_with_every_turn(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     with pretending(stream(said("red", "stop"))) as (url, asked):
         command = [*RUN, "chat", "--server", url, "--image", str(tmp_path / "red.png")]
-        done = subprocess.run(command, input="What is it?\nSure?\n", capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, input="What is it?\nSure?\n", capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (body["messages"] for _, body in asked if body)
     kinds = [part["type"] for part in first[0]["content"]]

@@ -66,7 +66,7 @@ def test_a_model_that_fetches_experts_says_that_it_reads_them():
 
 def test_quiet_waits_without_a_word_and_so_does_a_pipe(preloaded):
     quiet = Terminal(fake("run", "-q", "x" * 45, delay="0.04"), start=preloaded.start)
-    piped = subprocess.run(fake("run", "x" * 45, delay="0.04"), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    piped = subprocess.run(fake("run", "x" * 45, delay="0.04"), stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
     assert (piped.stdout, piped.stderr) == (b"first line\nsecond line\n", b"")
     assert quiet.ends() == 0
     assert "reading" not in quiet.raw

@@ -363,7 +363,7 @@ def test_blocks_of_code(text, blocks):
     "reply, out", [("Here:\n```\nx = 1\n```\n\n```\ny\n```", "x = 1\n"), ("no code", "no code\n")], ids=["code", "none"]
 )
 def test_extract_writes_the_first_block_of_code_or_the_answer(reply, out):
-    assert start("run", "-x", "hi", reply=reply).communicate(timeout=60)[0].decode() == out
+    assert start("run", "-x", "hi", reply=reply).communicate(timeout=300)[0].decode() == out
 
 
 # input

@@ -244,7 +244,7 @@ def test_two_first_starts_at_once_leave_one_whole_file(tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", FIRST_START], cwd=ROOT, env=env, stdin=subprocess.PIPE) for _ in "12"]
     for process in started:
         process.stdin.close()
-    assert [process.wait(60) for process in started] == [0, 0]
+    assert [process.wait(300) for process in started] == [0, 0]
     (folder,) = (tmp_path / "cache").iterdir()
     (file,) = folder.iterdir()
     assert loader._read(file) is not None

@@ -391,7 +391,7 @@ def test_threads_that_load_the_same_microkernels_get_the_same_code(tmp_path, mon
     start, build = Barrier(8), vectors.build(HEAD_DIM)
 
     def address(_):
-        start.wait(60)
+        start.wait(300)
         return load("shared", build, vectors.SYMBOLS)[vectors.SYMBOLS[0]]
 
     with ThreadPoolExecutor(8) as pool:

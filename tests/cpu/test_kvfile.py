@@ -292,7 +292,7 @@ def test_a_killed_process_leaves_no_file(path, tmp_path):
         for n in range(100, 400)
         if placement.fit_ctx(config, sizes, n << 20, 1 << 15, threads=2, slots=True, kv_files=1) == 1 << 15
     )
-    done = subprocess.run([sys.executable, "-c", KILLED, path, tmp_path, str(least)], timeout=120, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", KILLED, path, tmp_path, str(least)], timeout=300, stderr=subprocess.PIPE)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert list(tmp_path.iterdir()) == []
 

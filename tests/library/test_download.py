@@ -36,7 +36,7 @@ def pauses():
 def get(server, tmp_path, pauses):
     """Fetch the file; returns the Download."""
 
-    def fetch(token=None, timeout=60.0):
+    def fetch(token=None, timeout=300.0):
         asked = Hub(server.url, token, sleep=pauses.append, timeout=timeout)
         (variant,) = hub.variants(asked, "me/model")
         with Download(asked, variant.files[0], tmp_path / "model.gguf") as made:
@@ -71,7 +71,7 @@ def test_ten_processes_that_are_killed_leave_what_came(server, tmp_path):
         from pathlib import Path
         from llamacli.library import download, hub
         download.BLOCK = 4096
-        asked = hub.Hub(sys.argv[1], timeout=60.0)
+        asked = hub.Hub(sys.argv[1], timeout=300.0)
         (variant,) = hub.variants(asked, "me/model")
         stop = int(sys.argv[3])
         def follow(done, total):
@@ -85,12 +85,12 @@ def test_ten_processes_that_are_killed_leave_what_came(server, tmp_path):
         server.faults = [
             ("cut", stop + 2000 - _size(tmp_path / "model.gguf.part"))
         ]  # what the network had in flight is bounded
-        done = subprocess.run([sys.executable, "-c", code, server.url, str(target), str(stop)], timeout=60)
+        done = subprocess.run([sys.executable, "-c", code, server.url, str(target), str(stop)], timeout=300)
         assert done.returncode == -9
         assert not target.exists()
         assert _size(tmp_path / "model.gguf.part") >= stop
     server.faults = []
-    subprocess.run([sys.executable, "-c", code, server.url, str(target), str(SIZE + 1)], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", code, server.url, str(target), str(SIZE + 1)], timeout=300, check=True)
     assert target.read_bytes() == DATA
     assert server.sent < 1.01 * SIZE
 

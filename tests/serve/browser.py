@@ -89,7 +89,7 @@ class Browser:
             self.call("Browser.close")
         self._ends.close()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(60)
+            self._process.wait(300)
         self._process.kill()
         self._process.wait()
         self._folder.cleanup()
@@ -128,7 +128,7 @@ class Tab:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, condition, seconds=60):
+    def wait(self, condition, seconds=300):
         """Wait until an expression is true, and return it."""
         until = time.monotonic() + seconds
         while not (found := self._now(condition)):

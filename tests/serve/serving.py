@@ -16,7 +16,7 @@ def serving(model, limits=Limits(), **how):  # noqa: B008
     """Yields a client; `client.server` is the server."""
     server = Server(model, "miniature", limits, **how)
     listener = Listener(server.app, bind("127.0.0.1", 0))
-    with httpx.Client(base_url=listener.url, timeout=60, verify=False) as client:
+    with httpx.Client(base_url=listener.url, timeout=300, verify=False) as client:
         client.server = server
         until(lambda: client.get("/health").status_code == 200)
         try:
@@ -26,7 +26,7 @@ def serving(model, limits=Limits(), **how):  # noqa: B008
             listener.close()
 
 
-def until(true, seconds=60):
+def until(true, seconds=300):
     """Wait until something is true."""
     end = time.monotonic() + seconds
     while not true():
@@ -48,7 +48,7 @@ def events(response):
 
 def raw(client, data=b""):
     """A socket on which `data` was sent."""
-    made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=60)
+    made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=300)
     made.sendall(data)
     return made
 

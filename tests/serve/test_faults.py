@@ -313,13 +313,13 @@ def test_the_end_of_the_server_ends_streams_with_an_error(client):
         found = []
         asking = threading.Thread(
             target=lambda: found.append(
-                httpx.post(f"{other.base_url}/v1/chat/completions", json=chat(stream=True), timeout=60).text
+                httpx.post(f"{other.base_url}/v1/chat/completions", json=chat(stream=True), timeout=300).text
             )
         )
         asking.start()
         until(lambda: other.server.scheduler.active)
         other.server.close()
-        asking.join(60)
+        asking.join(300)
     assert '"code": "stopping"' in found[0] and "[DONE]" not in found[0]
 
 
@@ -328,7 +328,7 @@ def test_many_clients_at_once_each_get_their_own_answer():
         found = {}
 
         def ask(i):
-            with httpx.Client(base_url=client.base_url, timeout=60, verify=False) as own:
+            with httpx.Client(base_url=client.base_url, timeout=300, verify=False) as own:
                 found[i] = "".join(
                     e["choices"][0]["delta"].get("content", "")
                     for e in events(own.post("/v1/chat/completions", json=chat(f"{i}", stream=True)))
@@ -338,5 +338,5 @@ def test_many_clients_at_once_each_get_their_own_answer():
         for each in asking:
             each.start()
         for each in asking:
-            each.join(60)
+            each.join(300)
     assert found == dict.fromkeys(range(16), "fine")

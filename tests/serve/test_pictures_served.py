@@ -66,7 +66,7 @@ def slow(client, monkeypatch):
 
 
 def ask(client, body, key="none"):
-    return httpx.post(f"{client.base_url}/v1/chat/completions", json=body, timeout=60, headers={"x-api-key": key})
+    return httpx.post(f"{client.base_url}/v1/chat/completions", json=body, timeout=300, headers={"x-api-key": key})
 
 
 def test_the_answer_to_a_picture_is_that_of_a_fresh_model(client):

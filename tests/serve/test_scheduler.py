@@ -53,9 +53,9 @@ class Asked(Job):
 
     def all(self):
         """All events, to the last."""
-        found = [self.events.get(timeout=60)]
+        found = [self.events.get(timeout=300)]
         while not (isinstance(found[-1], Exception) or getattr(found[-1], "finish_reason", None)):
-            found.append(self.events.get(timeout=60))
+            found.append(self.events.get(timeout=300))
         return found
 
     def text(self):
@@ -273,7 +273,7 @@ def test_an_error_that_nobody_expected_ends_only_what_it_concerns(make, where, a
     others = [Asked(prompt(10, i), max_tokens=40) for i in range(at_once)]
     scheduler.submit(others)
     for other in others:
-        assert isinstance(other.events.get(timeout=60), Begun)
+        assert isinstance(other.events.get(timeout=300), Begun)
     wrong = Asked(prompt(SLICE + 30, 9), max_tokens=50)
     wrong.sampler = Unsound()
     FAULTS[where](wrong)
@@ -416,7 +416,7 @@ def test_a_client_that_leaves_in_a_long_slice_ends_it():
     scheduler = Scheduler(FakeModel(engine, ctx=4096))
     first, long = Asked(prompt(5, 1), max_tokens=4000), Asked(prompt(1800, 2))
     scheduler.submit([first])
-    assert isinstance(first.events.get(timeout=60), Begun)
+    assert isinstance(first.events.get(timeout=300), Begun)
     scheduler.submit([long])
     until(lambda: long.evaluated > 20)
     assert scheduler._places[1].session.cache.pos == 0  # in the first slice
@@ -438,7 +438,7 @@ def test_the_end_of_the_server_ends_all_jobs(make):
     closing.start()
     until(lambda: scheduler._closed)
     engine.gate.release(10**4)
-    closing.join(60)
+    closing.join(300)
     assert all(isinstance(job.all()[-1], Stopping) for job in jobs)
     with pytest.raises(Stopping):
         scheduler.submit([Asked(prompt(5))])

@@ -35,7 +35,7 @@ def serve(*args, python=("-m", "llamacli"), **how):
     try:
         url = process.stdout.readline().strip()
         assert url.startswith("http://127.0.0.1:"), process.stderr.read()
-        with httpx.Client(base_url=url, timeout=60, verify=False) as client:
+        with httpx.Client(base_url=url, timeout=300, verify=False) as client:
             yield process, client
     finally:
         process.kill()
@@ -192,7 +192,7 @@ def test_a_line_a_request_with_v():
         client.post("/v1/chat/completions", json=chat("my words", max_tokens=3)).raise_for_status()
         client.get("/v1/models")
         process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=60)[1]
+        err = process.communicate(timeout=300)[1]
     lines = [line for line in err.splitlines() if re.match(r"\d{4}-\d\d-\d\d ", line)]
     assert re.search(r" /v1/chat/completions 200, \d+ tokens in \(0 reused\), 3 out, [\d.]+ s, [\d.]+ tok/s$", lines[0])
     assert re.search(r" /v1/models 200, [\d.]+ s$", lines[1]) and len(lines) == 2
@@ -278,7 +278,7 @@ def test_a_signal_ends_it_soon_amid_an_answer(number):
             text = first + "".join(texts)  # raises RemoteProtocolError unless the stream comes to its proper end
         last = text.rstrip().rsplit("\n\n", 1)[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping" and "[DONE]" not in text
-        assert process.wait(60) == -number
+        assert process.wait(300) == -number
         assert "Traceback" not in process.stderr.read()
 
 
