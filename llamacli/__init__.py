@@ -162,7 +162,7 @@ class Model:
                     "kv_file: expected none with a cluster, whose nodes keep keys and values in memory; leave it out"
                 )
             where = cluster, tuple(cluster_layers)
-            return cls._load_on_cluster(gguf, config, ctx, where, threads, memory, experts, device, told, mmproj)
+            return cls._load_on_cluster(gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, sessions)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.cpu import kvcache, kvfile
@@ -190,15 +190,18 @@ class Model:
             return model
 
     @classmethod
-    def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj) -> Model:
+    def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, sessions) -> Model:
         if device == "mlx":
             raise UsageError("device: expected cpu with a cluster, found mlx; leave one of them out")
         from llamacli.cluster.control import open_engine
 
         tower, nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
         address, layers = where
-        engine = open_engine(gguf, config, address, ctx, threads, memory, experts, told or (lambda words: None), layers)
-        return cls(gguf, config, _tokenizer(gguf), engine, ctx, nbytes, tower)
+        told = told or (lambda words: None)
+        engine = open_engine(gguf, config, address, ctx, threads, memory, experts, told, layers, sessions)
+        model = cls(gguf, config, _tokenizer(gguf), engine, ctx, nbytes, tower)
+        model.sessions = sessions
+        return model
 
     def close(self) -> None:
         """Give back threads and memory; the model and its sessions cannot be used afterwards. `with` does it by itself."""

@@ -12,6 +12,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from llamacli.errors import DeviceError
+
+
+class Abandoned(DeviceError):
+    """A batch was given up because another call failed: evaluate it again."""
+
 
 class Tokens(NamedTuple):
     """Input of the first stage: ids, int64 [n], and for some of them a row that is used in place of the embedding."""

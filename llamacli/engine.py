@@ -286,9 +286,27 @@ class Engine:
         """
         if len(ids) == 1:
             return self.forward(ids[0], caches[0])[None]
+        return self.begin_each(ids, caches)()
+
+    def begin_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> Callable[[], np.ndarray]:
+        """`forward_each` in two halves: what this returns waits for the logits.
+
+        Up to `depth` such calls may be under way together, with other caches each. Abandoned if a call in between failed.
+        """
         tokens = [self._tokens(some) for some in ids]
         with self._calling():
-            return self._forward_each(tokens, caches)
+            finish = self._begin_each(tokens, caches)
+
+        def wait() -> np.ndarray:
+            with self._calling():
+                return finish()
+
+        return wait
+
+    @property
+    def depth(self) -> int:
+        """How many calls of `begin_each` keep all stages busy: several if these are on several machines."""
+        return getattr(self.stages[0], "depth", 1)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -344,14 +362,26 @@ class Engine:
                 self.follow_progress(done, len(ids))
         return result
 
-    def _forward_each(self, tokens: Sequence[Tokens], caches: Sequence[Cache]) -> np.ndarray:
+    def _begin_each(self, tokens: Sequence[Tokens], caches: Sequence[Cache]) -> Callable[[], np.ndarray]:
         found = np.empty((len(tokens), self.config.n_vocab), np.float32)
+        begun: list[tuple] = []  # the stream after a batch, its runs that end a sequence, these sequences, the runs' last rows
+
+        def finish() -> np.ndarray:
+            for x, ending, sequences, ends in begun:
+                if hasattr(x, "ends"):  # of a cluster, which sends no others
+                    x = x.ends()[ending]
+                elif len(ending) < len(x):
+                    x = np.array(x)[ends[ending]]
+                found[sequences] = self.stages[-1].logits(x)
+            begun.clear()
+            return found
+
         self._begin(caches, True)
         for some, cache in zip(tokens, caches, strict=True):
             cache.reserve(len(some.ids))
         done = [0] * len(tokens)
         while left := [i for i, some in enumerate(tokens) if done[i] < len(some.ids)]:
-            ids, rows, runs, last = [], {}, [], {}  # last: sequences that end in this batch, by the row of their last token
+            ids, rows, runs, last = [], {}, [], {}  # last: sequences that end in this batch, by the number of their run
             for i in left:
                 n = min(self._batch_size(caches[i].pos, len(tokens[i].ids) - done[i]), self._max_batch - len(ids))
                 if n == 0:
@@ -361,17 +391,17 @@ class Engine:
                 runs.append((caches[i], n))
                 done[i] += n
                 if done[i] == len(tokens[i].ids):
-                    last[len(ids) - 1] = i
+                    last[len(runs) - 1] = i
             x = self._run_stages(Tokens(np.array(ids, np.int64), rows), runs)
             if last:
-                ends = list(last)
-                x = x if len(ends) == len(ids) else np.array(x)[ends]
-                found[list(last.values())] = self.stages[-1].logits(x)
+                begun.append((x, list(last), list(last.values()), np.cumsum([n for _, n in runs]) - 1))
+            if self.depth == 1:  # `x` lasts until the next call
+                finish()
             if self._interrupted:
                 raise KeyboardInterrupt
             for cache, n in runs:
                 cache.pos += n
-        return found
+        return finish
 
     def _begin(self, caches: Sequence[Cache], make_room: bool) -> None:
         """Before a call: forget earlier interrupts and their traces."""

@@ -5,12 +5,14 @@ what the cache has in common with the new prompt. An interrupt (Ctrl-C) at any p
 only tokens whose evaluation succeeded, and whatever a broken-off call may have written is forgotten before the next one.
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
+from llamacli.device import Abandoned
 from llamacli.errors import ContextFullError, PromptError, UsageError
 from llamacli.piece import Piece, Stats
 from llamacli.prompt import Token, tokens
@@ -351,18 +353,30 @@ class Pending(NamedTuple):
     ids: list[Token]
 
 
-def evaluate_together(pending: Sequence[Pending]) -> Sequence[np.ndarray | Exception]:
-    """Evaluate what some sessions of one engine are waiting for; the last token's logits of each, float32 [n_vocab].
+def begin_together(pending: Sequence[Pending]) -> Callable[[], Sequence[np.ndarray | Exception]]:
+    """Begin to evaluate what some sessions of one engine wait for. What it returns waits for the last token's logits of each,
+    float32 [n_vocab]; nobody may use the sessions until then. `Engine.depth` says how often this can be under way.
 
     If that fails, each is evaluated alone, and an error stands in the place of what it concerns.
     """
     held = [len(session.ids) for session, _ in pending]
+    begun = failed = None
     try:
-        return _evaluate_each(pending) if pending else []
+        begun = _begin_each(pending)
     except Exception as error:
-        if len(pending) == 1:
-            return [error]
-    return [_evaluate_alone(session, n, ids) for n, (session, ids) in zip(held, pending, strict=True)]
+        failed = error
+
+    def wait() -> Sequence[np.ndarray | Exception]:
+        try:
+            if failed:
+                raise failed
+            return begun()
+        except Exception as error:
+            if len(pending) == 1 and not isinstance(error, Abandoned):
+                return [error]
+        return [_evaluate_alone(session, n, ids) for n, (session, ids) in zip(held, pending, strict=True)]
+
+    return wait
 
 
 def _evaluate_alone(session: Session, held: int, ids: list[Token]) -> np.ndarray | Exception:
@@ -373,13 +387,27 @@ def _evaluate_alone(session: Session, held: int, ids: list[Token]) -> np.ndarray
         return error
 
 
-def _evaluate_each(pending: Sequence[Pending]) -> np.ndarray:
+def _begin_each(pending: Sequence[Pending]) -> Callable[[], np.ndarray]:
     claimed = [session._claim(ids) for session, ids in pending]
-    try:
-        return pending[0].session.engine.forward_each(claimed, [session.cache for session, _ in pending])
-    finally:
+    engine, caches = pending[0].session.engine, [session.cache for session, _ in pending]
+
+    def take() -> None:
         for (session, _), ids in zip(pending, claimed, strict=True):
             session._take(ids)
+
+    try:
+        finish = engine.begin_each(claimed, caches) if engine.depth > 1 else partial(engine.forward_each, claimed, caches)
+    except BaseException:
+        take()
+        raise
+
+    def wait() -> np.ndarray:
+        try:
+            return finish()
+        finally:
+            take()
+
+    return wait
 
 
 def _common(held: Sequence[Token], ids: Sequence[Token]) -> int:

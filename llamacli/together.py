@@ -4,12 +4,13 @@ In: requests. Out: pieces, each with the number of its request. Every session ru
 the loops side by side.
 """
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.session import Pending, Piece, Session, evaluate_together
+from llamacli.session import Pending, Piece, Session, begin_together
 
 WIDTH = 8  # sessions that answer at a time
 WORTH_COPYING = 64  # tokens of a prompt that another session holds, from which on a copy of it is cheaper
@@ -28,12 +29,15 @@ class Request(NamedTuple):
 class Answers:
     """Answers under way, each under a number of its caller's choice. Their pieces come with these numbers.
 
-    An error ends the answer that it concerns, and comes in a piece's place.
+    An error ends the answer that it concerns, and comes in a piece's place. Where the layers are on several machines, the
+    answers are evaluated in as many groups, which follow each other, so that all machines work.
     """
 
     def __init__(self):
         self._loops: dict[int, Generator] = {}
         self._pending: dict[int, Pending] = {}
+        self._groups: deque[tuple[list[int], Callable]] = deque()  # under way: numbers, what waits for what they found
+        self._found: list[tuple[int, np.ndarray | Exception]] = []  # by groups that are through
 
     def __len__(self) -> int:
         return len(self._loops)
@@ -44,22 +48,48 @@ class Answers:
         return self._advance(number, None)
 
     def step(self) -> Iterator[tuple[int, Piece | Exception]]:
-        """Evaluate what all answers wait for, a token each as a rule."""
-        numbers, asked = list(self._pending), list(self._pending.values())
-        self._pending.clear()
-        for number, found in zip(numbers, evaluate_together(asked), strict=True):
-            yield from self._advance(number, found)
+        """Evaluate what the answers wait for, a token each as a rule; of several groups the one that was begun first."""
+        self._begin_groups()
+        if self._groups and not self._found:
+            self._wait()
+        found, self._found = self._found, []
+        for number, logits in found:
+            yield from self._advance(number, logits)
+
+    def _begin_groups(self) -> None:
+        depth = next((asked.session.engine.depth for asked in self._pending.values()), 1)
+        while self._pending and len(self._groups) < depth:
+            numbers = list(self._pending)[: -(-len(self._loops) // depth)]
+            self._groups.append((numbers, begin_together([self._pending.pop(number) for number in numbers])))
+
+    def _wait(self) -> None:
+        numbers, wait = self._groups.popleft()
+        self._found.extend(zip(numbers, wait(), strict=True))
+
+    def settle(self) -> None:
+        """Wait for what is under way: a session may be copied then."""
+        while self._groups:
+            self._wait()
 
     def end(self, number: int) -> None:
         """Forget an answer, if it is under way; its session stays usable."""
+        if any(number in numbers for numbers, _ in self._groups):
+            self.settle()
+        self._found = [found for found in self._found if found[0] != number]
         self._pending.pop(number, None)
         if loop := self._loops.pop(number, None):
             loop.close()
+
+    def abandon(self) -> None:
+        """Forget what is under way, after an error that ends all answers."""
+        self._groups.clear()
+        self._found.clear()
 
     def interrupt(self, interrupt: KeyboardInterrupt) -> Iterator[tuple[int, Piece]]:
         """The last pieces of all answers after a KeyboardInterrupt, which has ended the one that it met. One whose prompt was
         not looked at yet has none.
         """
+        self.abandon()
         for number, loop in self._loops.items():
             if loop.gi_suspended:
                 yield number, loop.throw(interrupt)

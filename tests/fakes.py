@@ -113,7 +113,7 @@ class FakeCache:
 
 
 class FakeEngine:
-    threads, bytes_per_token, products_per_token, gpu_layers, fetches, alike = 1, 1000, 2000, 0, False, 16
+    threads, bytes_per_token, products_per_token, gpu_layers, fetches, alike, depth = 1, 1000, 2000, 0, False, 16, 1
 
     def take_io_stats(self):
         return None

@@ -155,7 +155,10 @@ class Crew:
         self._free.remove(free)
         busy = [asked.session for asked in self._asked.values() if asked.session and not asked.found]
         busy = max(busy, key=lambda session: session.shares(ids), default=free)
-        return busy.fork() if busy.shares(ids) >= free.shares(ids) + WORTH_COPYING else free
+        if busy.shares(ids) < free.shares(ids) + WORTH_COPYING:
+            return free
+        self._answers.settle()
+        return busy.fork()
 
     def finished(self, wait: bool = False) -> Iterator[tuple[Request, dict]]:
         """What is found and next in order, once a session is free; with `wait` all that was asked."""

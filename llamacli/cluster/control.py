@@ -8,6 +8,7 @@ through Ray (wire.py). Ray and the links ask for the same secret.
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from llamacli.plan import nodes as planning
 PORT = 6479
 REACHED = 3.0  # seconds in which a node must take a connection
 STARTING, OPENING = 40.0, 600.0  # seconds in which a node's process must answer, and must have opened its layers
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5)  # a greeting that a server answers: RFC 9113, 3.4
 TWICE = 2  # a node that was lost so often is not used for a while (stage.FORGET)
 
 
@@ -101,6 +103,7 @@ class Cluster:
                 with suppress(ValueError):  # not the main thread
                     signal.signal(number, handler)
         self._hosts: dict[str, object] = {}
+        self.latency = 0.0  # seconds one way to the farthest node, as `describe` found it
 
     def alive(self) -> dict[str, dict]:
         """Ray's facts about the nodes that are alive, by name; this machine's first."""
@@ -117,7 +120,8 @@ class Cluster:
         nodes = {name: node for name, node in self.alive().items() if name not in skip}
         with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # Ray takes half a minute to notice a cable that was cut
             reached = dict(zip(nodes, pool.map(_reached, nodes.values()), strict=True))
-        silent = {name: nodes.pop(name)["NodeManagerAddress"] for name, answers in reached.items() if not answers}
+        self.latency = max((seconds for seconds in reached.values() if seconds), default=0.0) / 2
+        silent = {name: nodes.pop(name)["NodeManagerAddress"] for name, answers in reached.items() if answers is None}
         return nodes, {
             name: {"address": at, "error": f"expected an answer from {at}, found none; check its cable"}
             for name, at in silent.items()
@@ -204,9 +208,10 @@ class Placing:
         memory: int | None,
         slots: bool,
         layers: Sequence[int] = (),
+        sessions: int = 1,
     ):
         self._cluster, self._gguf, self._config, self._ctx = cluster, gguf, config, ctx
-        self._threads, self._memory, self._slots, self._layers = threads, memory, slots, layers
+        self._threads, self._memory, self._slots, self._layers, self._sessions = threads, memory, slots, layers, sessions
         plain = replace(config, kv_type="F16")
         self._digest = lambda layers: copies.digest(gguf, plain, layers)
         self._model = planning.model(config, [(t.name, t.nbytes) for t in gguf.tensors.values()])
@@ -234,7 +239,14 @@ class Placing:
             others = skip or (self._opened and len(machines) != len(self._layers))
             layers = () if others else self._layers  # of nodes that are left: chosen anew
             split = planning.split(
-                self._model, machines, self._ctx, slots=self._slots, layers=layers, name=str(self._gguf.path)
+                self._model,
+                machines,
+                self._ctx,
+                latency=self._cluster.latency,
+                slots=self._slots,
+                layers=layers,
+                sessions=self._sessions,
+                name=str(self._gguf.path),
             )
             asked = {}
             for part in split.parts:
@@ -311,6 +323,7 @@ def _place(part: planning.Part, opened: dict) -> Place:
         tuple(opened["notices"]),
         opened["pid"],
         opened["batch"],
+        part.seconds,
     )
 
 
@@ -324,14 +337,16 @@ def open_engine(
     experts: str = "auto",
     told: Callable[[str], None] = lambda words: None,
     layers: Sequence[int] = (),
+    sessions: int = 1,
 ) -> Engine:
     """An Engine whose layers are on the nodes of a cluster. `memory`: of each node. `told`: hears of nodes that are left out
     or lost. `layers`: how many each node gets, none: chosen by speed and memory.
+    `sessions`: how many will hold `ctx` tokens at a time.
 
     Closing the engine ends this program's processes on the nodes.
     """
     cluster = Cluster(address)
-    placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers)
+    placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers, sessions)
     placing.left_out = told
     local = cpu_part(gguf, config, range(0), threads or default_threads(), ends=True)
     try:
@@ -364,13 +379,17 @@ def encoders(address: str, threads: int | None, told: Callable[[str], None]) -> 
         cluster.close()
 
 
-def _reached(node: dict) -> bool:
-    """Whether Ray's process on a node takes connections."""
+def _reached(node: dict) -> float | None:
+    """Seconds to Ray's process on a node and back, None if it does not answer: one that stands still takes connections."""
     try:
-        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACHED).close()
+        began = time.monotonic()
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACHED) as there:
+            took = time.monotonic() - began
+            there.settimeout(REACHED)
+            there.sendall(HTTP2)
+            return took if there.recv(1) else None
     except OSError:
-        return False
-    return True
+        return None
 
 
 @contextmanager

@@ -1,10 +1,24 @@
-"""Runs Ray's own command `ray start` in this process: `python -m llamacli.cluster.launch start ...` (control.py).
+"""Runs Ray's own command `ray start` in this process: `python -m llamacli.cluster.launch start ...` (processes.py).
 
 Ray replaces a loopback address by one that others can reach and then listens on all interfaces. If the address asked for is on
 the loopback, it is kept here, and Ray listens there alone.
+
+A node whose cable was cut, or that stood still, is forgotten by Ray, and its processes end when they learn of it. A node that
+had joined joins again then, as soon as the cluster takes connections.
 """
 
+import os
+import signal
+import socket
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from llamacli import environment
+
+AGAIN = 3.0  # seconds between two attempts to join again
+ADDRESS = "--address="
 
 
 def keep_loopback() -> None:
@@ -16,11 +30,54 @@ def keep_loopback() -> None:
 
 def main() -> None:
     """The arguments are those of `ray`."""
+    address = next((word.removeprefix(ADDRESS) for word in sys.argv if word.startswith(ADDRESS)), None)
+    if address:
+        _stay(address)  # returns in children
     from ray.scripts.scripts import main as ray
 
     if "--node-ip-address=127.0.0.1" in sys.argv:
         keep_loopback()
     ray()
+
+
+def record(pid: int) -> Path:
+    """The file that says that a node was started and has joined (processes.py)."""
+    return environment.state_folder() / "cluster" / f"{pid}.json"
+
+
+def _stay(address: str) -> None:
+    """Return in a child process, and in another whenever that ended though nobody stopped it and it had joined before."""
+    child, stopped = 0, False
+
+    def stop(number: int, _) -> None:
+        nonlocal stopped
+        stopped = True
+        with suppress(ProcessLookupError):
+            if child:
+                os.kill(child, number)
+
+    signal.signal(signal.SIGTERM, stop)
+    while True:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            return
+        _, status = os.waitpid(child, 0)
+        while not stopped and record(os.getpid()).exists():
+            time.sleep(AGAIN)
+            if _answers(address):
+                break
+        else:
+            os._exit(max(1, os.waitstatus_to_exitcode(status)))
+
+
+def _answers(address: str) -> bool:
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), AGAIN).close()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

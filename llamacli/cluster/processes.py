@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from llamacli import environment
 from llamacli.cluster.control import PORT, environ, library, parse_address
+from llamacli.cluster.launch import record
 from llamacli.errors import DeviceError, OutputError, UsageError
 
 STARTED = "Ray runtime started"
@@ -160,7 +161,7 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
                 raise DeviceError(f"{address}: expected Ray to start, found: {reason.strip()[:200]}; all of it is in {log}")
             time.sleep(0.1)
         node = Running(process.pid, address, host, head)
-        (_folder() / f"{process.pid}.json").write_text(json.dumps(node._asdict()))
+        record(process.pid).write_text(json.dumps(node._asdict()))
     except BaseException:  # Ctrl-C, too, leaves nothing running
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

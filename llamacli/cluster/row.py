@@ -34,6 +34,7 @@ class Place(NamedTuple):
     notices: tuple[str, ...] = ()
     pid: int = 0
     batch: int = MAX_BATCH  # tokens that its memory is planned for
+    seconds: float = 0.0  # of a token in these layers, as planned
 
 
 class NodeLost(DeviceError):

@@ -21,7 +21,7 @@ from llamacli.cluster.cache import FEW, ClusterCache, Piece, parts
 from llamacli.cluster.row import PING_EVERY, NodeLost, Place, Row, node_error
 from llamacli.cluster.wire import Frame, LinkClosed
 from llamacli.cpu.buffers import MAX_BATCH
-from llamacli.device import IoStats, Run, Tokens
+from llamacli.device import Abandoned, IoStats, Run, Tokens
 from llamacli.errors import DeviceError, LlamacliError
 
 FORGET = 300.0  # seconds after which a loss speaks no more against a node
@@ -55,6 +55,11 @@ class Rows:
     def last(self) -> np.ndarray:
         """The last row, [1, n_embd]."""
         return self._stage.rows(self._batch, whole=False)[-1:]
+
+    def ends(self) -> np.ndarray:
+        """The last row of each run, [n_runs, n_embd]."""
+        found, runs = self._stage.rows(self._batch, whole=False), self._batch.runs
+        return found if len(found) == len(runs) else found[np.cumsum([n for *_, n in runs]) - 1]
 
 
 class ClusterStage:
@@ -110,6 +115,12 @@ class ClusterStage:
         return min((place.batch for place in self.places), default=MAX_BATCH)
 
     @property
+    def depth(self) -> int:
+        """Batches that keep all nodes busy while each waits for the one before."""
+        seconds = [place.seconds for place in self.places]
+        return max(1, round(sum(seconds) / max(seconds))) if any(seconds) else 1
+
+    @property
     def places(self) -> Sequence[Place]:
         """The nodes in use, in the order of their layers."""
         return self._row.places if self._row else ()
@@ -153,10 +164,9 @@ class ClusterStage:
             row.inbox.put(None)  # wakes who waits
 
     def resume(self) -> None:
-        """Forget an interrupt, and batches that nobody waited for."""
+        """Forget an interrupt."""
         self._interrupted = False
         self._local.resume()
-        self.abandon()
 
     def abandon(self) -> None:
         """Forget what is under way. Its caches go back to before it: the nodes may or may not have written there."""
@@ -233,7 +243,7 @@ class ClusterStage:
     def _rows(self, batch: Batch, whole: bool) -> np.ndarray:
         while batch.result is None:
             if batch.number not in self._under_way:
-                raise KeyboardInterrupt
+                raise Abandoned("given up with another answer; ask again")
             self._receive()
         if whole and len(batch.result) < len(batch.tokens.ids):
             try:
@@ -300,6 +310,15 @@ class ClusterStage:
         self._row = Row(self._open_row(self._recent_losses()), self._secret)
         self.opened += 1
 
+    def _leave_row(self) -> None:
+        """Close the row; what is under way is sent to the next one."""
+        if self._row:
+            self._row.close()
+        self._row = None
+        self._under_way = {number: batch for number, batch in self._under_way.items() if not batch.repeats}
+        for batch in self._under_way.values():
+            batch.sent = False
+
     def _recent_losses(self) -> Counter:
         return Counter(name for at, name in self._losses if time.monotonic() - at < FORGET)
 
@@ -313,9 +332,7 @@ class ClusterStage:
     def _divide_anew(self) -> None:
         self.lost(f"node {', '.join(self._returned)} is there again; the layers are divided anew")
         self._returned = ()
-        if self._row:
-            self._row.close()
-        self._row = None
+        self._leave_row()
 
     def _guarded(self, work: Callable, *args):
         """work(*args), again after each lost node, while the layers find a place."""
@@ -338,12 +355,7 @@ class ClusterStage:
                 lost, began = error, began or time.monotonic()
                 self.lost(f"{lost}; its layers are opened anew")
                 self._losses.append((time.monotonic(), lost.name))
-                if self._row:
-                    self._row.close()
-                self._row = None
-                self._under_way = {number: batch for number, batch in self._under_way.items() if not batch.repeats}
-                for batch in self._under_way.values():
-                    batch.sent = False
+                self._leave_row()
             except BaseException:
                 self.abandon()
                 raise

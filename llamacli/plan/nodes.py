@@ -91,12 +91,14 @@ def split(
     latency: float = 100e-6,
     slots: bool = False,
     layers: Sequence[int] = (),
+    sessions: int = 1,
     name: str = "the model",
 ) -> Split:
     """The best way to give each machine some consecutive layers, in the order of the machines.
 
     Embedding and head stay with the first machine, whose memory holds them. `network`: bytes a second; `latency`: seconds one
     way. `slots`: experts are read even if they would fit. `layers`: how many each machine gets, in place of the best way.
+    `sessions`: how many hold `ctx` tokens at a time.
     MemoryLimitError if the machines together do not hold what every token needs.
     """
     n, c = model.config.n_layers, model.config
@@ -104,35 +106,39 @@ def split(
 
     def part(k: int, first: int, end: int) -> Part | None:
         machine, layers = machines[k], range(first, end)
-        key, shorter = (*machine[1:], first, end, ctx, slots), (*machine[1:], first, end - 1, ctx, slots)
+        how = ctx, slots, sessions
+        key, shorter = (*machine[1:], first, end, *how), (*machine[1:], first, end - 1, *how)
         if key not in model.planned and model.planned.get(shorter, 0) is None:
             model.planned[key] = None  # what does not fit does not fit with a layer more
         if key not in model.planned:
             try:
-                placement = _place(model, machine, layers, ctx, slots)
+                placement = _place(model, machine, layers, *how)
                 model.planned[key] = placement, decode_seconds(placement, machine.disk, machine.bandwidth)
             except MemoryLimitError:
                 model.planned[key] = None
         found = model.planned[key]
         return found and Part(machine, layers, *found)
 
-    hop = latency + SECONDS_PER_HANDOVER + 4 * c.n_embd / network
+    def hop(k: int) -> float:
+        """Seconds to a machine, and back to the first, which runs the program."""
+        return SECONDS_PER_HANDOVER + (latency + 4 * c.n_embd / network if k else 0)
+
+    def cost(k: int, first: int, end: int) -> float | None:
+        if (found := part(k, first, end)) is None:
+            return None
+        return hop(k) + (hop(k) if end == n else 0) + found.seconds + EVEN * found.seconds**2 / scale
+
     scale = sum(s.always + s.routed for s in model.layers) / sum(machine.bandwidth for machine in machines)
-    best = (
-        _given(layers, n, len(machines), part)
-        if layers
-        else _shortest(
-            n, len(machines), lambda *at: (found := part(*at)) and hop + found.seconds + EVEN * found.seconds**2 / scale
-        )
-    )
+    best = _given(layers, n, len(machines), part) if layers else _shortest(n, len(machines), cost)
     if best is None:
-        least = sum(s.always + c.n_experts_used * s.one_per_layer for s in model.layers) + kvcache.nbytes(c, ctx) + model.head
+        least = sum(s.always + c.n_experts_used * s.one_per_layer for s in model.layers) + sessions * kvcache.nbytes(c, ctx)
+        least += model.head
         raise MemoryLimitError(
             f"{name}: expected at least {least / 1e9:.2f} GB on {len(machines)} nodes together, beside what each works in, "
             f"found {sum(machine.memory for machine in machines) / 1e9:.2f} GB; use a smaller -c or add a node"
         )
     parts = tuple(part(k, first, end) for k, first, end in best)
-    return Split(parts, model.head / machines[0].bandwidth, (len(parts) + 1) * hop)
+    return Split(parts, model.head / machines[0].bandwidth, sum(hop(k) for k, _, _ in best) + hop(best[-1][0]))
 
 
 def _given(layers: Sequence[int], n: int, machines: int, part: Callable) -> list[tuple[int, int, int]] | None:
@@ -162,12 +168,12 @@ def _shortest(n: int, machines: int, cost: Callable[[int, int, int], float | Non
     return None if best[n] is None else list(best[n][1])
 
 
-def _place(model: Model, machine: Machine, layers: range, ctx: int, slots: bool) -> Placement:
+def _place(model: Model, machine: Machine, layers: range, ctx: int, slots: bool, sessions: int) -> Placement:
     """Plan some layers as a model of so many layers; keys and values are those of the true ones."""
     c = replace(model.config, n_layers=len(layers))
     kv = kvcache.nbytes(replace(model.config, n_layers=layers.stop), ctx)
     kv -= kvcache.nbytes(replace(model.config, n_layers=layers.start), ctx)
-    memory = machine.memory - kv + kvcache.nbytes(c, ctx)
+    memory = machine.memory - sessions * kv + kvcache.nbytes(c, ctx)
     return place(c, _added(model.layers[layers.start : layers.stop]), memory, ctx, threads=machine.threads, slots=slots)
 
 

@@ -307,6 +307,7 @@ class Scheduler:
         shared = [(_common(other.ids, job.prompt), i) for i, other in enumerate(self._places)]
         most, source = max(shared)
         if most >= own + WORTH_COPYING:
+            self._answers.settle()
             place.session = self._session()  # gives the memory back first
             with self._interruptible(job, 0):
                 place.session = self._places[source].session.fork()
@@ -366,6 +367,7 @@ class Scheduler:
         if self._prompt and self._prompt[0] not in jobs:
             self._emit(self._prompt[0], error)
         self._prompt = None
+        self._answers.abandon()
         for number, place in enumerate(self._places):
             self._give_up(number)
             if place.job:

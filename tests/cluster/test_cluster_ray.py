@@ -18,7 +18,16 @@ pytest.importorskip("ray", reason="expected the package ray, which has no wheel 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "scout-tiny" / "scout-tiny.gguf"
 SOURCE = ROOT / "models" / "scout-tiny" / "hf"
-QUESTION = ["--temp", "0", "-n", "60", "--raw", "--no-stdin", "-p", "The capital of France is Paris, and the capital of"]
+QUESTION = [
+    "--temp",
+    "0",
+    "-n",
+    "60",
+    "--raw",
+    "--no-stdin",
+    "-p",
+    "Once upon a time there was a king who had three rivers and",
+]
 
 
 class Two:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from llamacli.engine import Engine
 from llamacli.errors import DeviceError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
+from llamacli.session import Session
+from llamacli.text.sampler import Sampler
+from llamacli.text.tokenizer import Tokenizer
+from llamacli.together import Request, answer_together
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf"
 SECRET = b"of this test"
@@ -55,7 +60,7 @@ class Nodes:
             true = stage.forward
             stage.forward = lambda x, runs, true=true: (self.batches.append(len(x)), true(x, runs))[1]
             self.made.append(Node(stage, SECRET, "127.0.0.1", layers.stop == self.config.n_layers, self.most))
-            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers, batch=self.most))
+            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers, batch=self.most, seconds=1.0))
         return places
 
     def new_caches(self):
@@ -172,6 +177,57 @@ def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):
     assert nodes.same([9])
     assert "no answer" in nodes.said[0]
     stuck._busy.release()
+
+
+class Together:
+    """Five answers, of which four at a time are under way, in two groups."""
+
+    def __init__(self, engine, nodes, width=4):
+        self.tokenizer = Tokenizer.from_gguf(nodes.gguf)
+        self._engine, self._width = engine, width
+        beginnings = ("Once upon a time", "A young horse is", "The river goes to", "In the morning the", "She said that")
+        self._asked = [
+            Request(Session(engine, self.tokenizer, 512), self.tokenizer.encode(text), Sampler(temp=0), 20 + 3 * k)
+            for k, text in enumerate(beginnings)
+        ]
+
+    def texts(self, hurt=lambda n: None):
+        """All answers; `hurt` is called after each piece."""
+        texts = [""] * len(self._asked)
+        for n, (number, piece) in enumerate(answer_together(self._asked, self._width)):
+            assert not isinstance(piece, Exception), piece
+            texts[number] += piece.text
+            hurt(n)
+        return texts
+
+
+def test_answers_together_go_through_the_nodes_in_groups_and_have_the_text_of_one_at_a_time(nodes):
+    alone = Together(nodes.one, nodes, width=1).texts()
+    assert len("".join(alone)) > 200
+    under_way = []
+    many = Together(nodes.engine, nodes)
+    assert many.texts(lambda n: under_way.append(len(nodes.engine.stages[0]._under_way))) == alone
+    assert nodes.engine.depth == 2 and max(under_way) == 1  # one group is waited for, another is on its way
+
+
+@pytest.mark.parametrize("which", [-2, -1], ids=["first", "last"])
+def test_a_loss_while_several_answer(nodes, which):
+    alone = Together(nodes.one, nodes, width=1).texts()
+    assert Together(nodes.engine, nodes).texts(lambda n: n == 30 and nodes.made[which].close()) == alone
+
+
+def test_another_call_that_fails_disturbs_no_answer(nodes):
+    alone, other = Together(nodes.one, nodes, width=1).texts(), nodes.new_caches()[0]
+
+    def fail(n):
+        if n % 7 == 0:
+            threading.Timer(0.002, nodes.engine.interrupt).start()
+            with suppress(KeyboardInterrupt):
+                while True:
+                    nodes.engine.forward(IDS[:100], other)
+                    other.truncate(0)
+
+    assert Together(nodes.engine, nodes).texts(fail) == alone
 
 
 def test_keys_and_values_of_forgotten_sequences_are_released(nodes):
