@@ -1,6 +1,5 @@
 """Keys and values in blocks: microkernels in every variant against gguf-py and NumPy, models against the oracle."""
 
-import json
 from dataclasses import replace
 from functools import cache
 
@@ -10,6 +9,7 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from kv_quality import divergences
 from test_kernels import VARIANTS, microkernels, run
 
 from llamacli import Model, environment
@@ -188,40 +188,13 @@ def test_heads_that_are_no_multiple_of_a_block_are_refused(tmp_path):
         Model.load(path, kv="q5_1")
 
 
-WINDOW = 400  # tokens: the small model learned short conversations
-
-
-def divergences(path, n_chunks, n_windows):
-    """Mean KL divergence from half precision by type, over windows at the start of each chunk: there chunked layers see a short
-    conversation, whatever lies before it in the other layer.
-    """
-    found, ctx = {}, 8192 * (n_chunks - 1) + WINDOW
-    questions = (environment.SMALL_MODEL.parent / "questions.jsonl").read_text().splitlines()
-    for name in ("f16", "q8_0", "q4_0"):
-        with Model.load(path, ctx=ctx, kv=name) as model:
-            ids, rows = [], []
-            for question in map(json.loads, questions):
-                answer = {"role": "assistant", "content": question["accept"][0]}
-                ids += model.prompt_ids([*question["messages"], answer])
-            windows = [ids[start : start + WINDOW] for start in range(0, n_windows * WINDOW, WINDOW)]
-            cache = model.engine.new_cache(ctx)
-            for start in range(0, ctx, 8192):
-                for window in windows:
-                    assert cache.truncate(start) == start
-                    rows.append(model.engine.forward(window, cache, all_logits=True).astype(np.float64))
-                if cache.pos < ctx:
-                    model.engine.forward((ids * 2)[WINDOW:8192], cache)
-        logits = np.concatenate(rows)
-        logits -= logits.max(-1, keepdims=True)
-        found[name] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    exact = found["f16"]
-    kl = {name: (np.exp(exact) * (exact - other)).sum(-1).reshape(n_chunks, -1).mean(1) for name, other in found.items()}
-    print(kl)
-    return {name: values.mean() for name, values in kl.items()}
+def means(path, n_chunks, n_windows):
+    """Mean KL divergence from half precision by type."""
+    return {name: kl.mean() for name, (kl, _) in divergences(path, n_chunks, n_windows).items()}
 
 
 def test_the_small_model_answers_nearly_alike_with_quantized_keys_and_values():
-    kl = divergences(environment.SMALL_MODEL, 1, 1)
+    kl = means(environment.SMALL_MODEL, 1, 1)
     assert kl["q8_0"] <= 1e-3
     assert kl["q4_0"] <= 1e-2
 
@@ -230,6 +203,6 @@ def test_the_small_model_answers_nearly_alike_with_quantized_keys_and_values():
 def test_so_it_does_at_depths_of_several_chunks(tmp_path):
     """With weights in F16: in 4 bits, products of int8 activations turn a rounding into another choice of experts."""
     convert(environment.SMALL_MODEL.parent / "hf", tmp_path / "f16.gguf", "F16")
-    kl = divergences(tmp_path / "f16.gguf", 4, 12)
+    kl = means(tmp_path / "f16.gguf", 4, 12)
     assert kl["q8_0"] <= 1e-3
     assert kl["q4_0"] <= 2e-2  # in the lengths that the model learned 2.5e-3, at depths that it never saw up to 2.2e-2
