@@ -193,7 +193,7 @@ class Model:
     def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, sessions) -> Model:
         if device == "mlx":
             raise UsageError("device: expected cpu with a cluster, found mlx; leave one of them out")
-        from llamacli.cluster.control import open_engine
+        from llamacli.cluster.placing import open_engine
 
         tower, nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
         address, layers = where

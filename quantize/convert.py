@@ -18,15 +18,18 @@ from typing import TypedDict
 from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import usable_cpus
 from llamacli.errors import OutputError, UsageError
+from llamacli.files.ggml import BY_NAME, TensorType
 from llamacli.files.gguf import text_of
+from llamacli.llama4.tensors import layer_of
 from quantize import sources, tower
 from quantize.general import printable
 from quantize.imatrix import Imatrix, read_imatrix
 from quantize.journal import File, Maker, left_over, log_of, part_of, write_files
-from quantize.opening import open_source
+from quantize.opening import Source, open_source
 from quantize.pieces import Elsewhere, PieceEncoder, Threads, pieces
 from quantize.plan import Plan, Planned, make_plan
 from quantize.recipe import RECIPE_KEY, choose_types, find_recipe
+from quantize.sources import Rows
 from quantize.writer import check_not_input, check_output
 
 PROGRAM = 200 << 20  # bytes of Python, NumPy and compiled code, measured
@@ -82,6 +85,7 @@ def convert(
     planned: Callable[[Report], None] | None = None,
     dry_run: bool = False,
     elsewhere: Elsewhere | None = None,
+    layers: range | None = None,
 ) -> Report:
     """Make `out` by the recipe `type_name`; `tensor_types` are (regular expression, type), as `choose_types` takes them.
 
@@ -89,7 +93,8 @@ def convert(
     that is a tower alone becomes `out`.
 
     `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
-    every core this process may use. `elsewhere`: other machines, which encode what is more than a copy.
+    every core this process may use. `elsewhere`: other machines, which encode what is more than a copy. `layers`: instead of
+    a recipe, these layers of a GGUF and what belongs to no layer, in the types that they have: what a node of a cluster needs.
 
     CheckpointError or ModelFileError: the source cannot be converted. OutputError: `out` exists without `force`, or cannot be
     written. UsageError: an unknown type, a bad regular expression, another model's importance matrix. Whatever stops it,
@@ -100,11 +105,16 @@ def convert(
     recipe = find_recipe(type_name)
     source = open_source(src)
     metadata, rows, notices, inputs, maps, sight, _ = source
-    for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
-        del metadata[key]  # of another conversion
-    metadata |= recipe.metadata | {"general.quantization_version": 2}
-    types, more = choose_types(recipe, {name: source.shape for name, source in rows.items()}, tensor_types, imatrix is not None)
-    notices += more
+    if layers is None:
+        for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
+            del metadata[key]  # of another conversion
+        metadata |= recipe.metadata | {"general.quantization_version": 2}
+        shapes = {name: source.shape for name, source in rows.items()}
+        types, more = choose_types(recipe, shapes, tensor_types, imatrix is not None)
+        notices += more
+    else:
+        rows, types = _layers_of(src, source, layers)
+        notices, sight = [], None
     if importance:
         notices += _check_imatrix(importance, rows, metadata)
     plan, mmproj = make_plan(metadata, rows, types, split_max_size) if rows else Plan([]), None
@@ -124,7 +134,7 @@ def convert(
     report = Report(
         source=str(src),
         out=str(out),
-        type=recipe.name,
+        type=recipe.name if layers is None else f"layers {layers.start} to {layers.stop - 1}",
         tensors=[_row(tensor) for tensor in plan.tensors],
         n_weights=n_weights,
         nbytes=plan.nbytes,
@@ -156,6 +166,18 @@ def convert(
     seconds = round(time.perf_counter() - start, 3)
     nodes = dict(elsewhere.done) if elsewhere else {}
     return report | {"written": True, "seconds": seconds, "resumed_bytes": maker.resumed, "nodes": nodes}
+
+
+def _layers_of(src: Path, source: Source, layers: range) -> tuple[dict[str, Rows], dict[str, TensorType]]:
+    """Rows and types of these layers and of what belongs to no layer."""
+    n_layers = source.metadata.get("llama4.block_count")
+    if src.is_dir() or not source.rows:
+        raise UsageError(f"--layers: expected the GGUF of a model, found {src}; convert it first")
+    if not 0 <= layers.start < layers.stop <= n_layers:
+        asked = f"{layers.start}-{layers.stop - 1}"
+        raise UsageError(f"--layers: expected layers from 0 to {n_layers - 1}, found {asked}; choose from these")
+    rows = {name: rows for name, rows in source.rows.items() if (at := layer_of(name)) is None or at in layers}
+    return rows, {name: BY_NAME[source.stored[name][0]] for name in rows}
 
 
 def _target(path: Path) -> Path:

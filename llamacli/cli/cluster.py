@@ -105,7 +105,8 @@ def _status(address: str | None, model: str | None, as_json: bool, console) -> N
         if "error" in node:
             rows.append((name, node["address"], node["error"], "", "", "", ""))
             continue
-        copy = "" if path is None else "no copy" if not node["copy"] else f"{_speed(node['disk'])}, {node['copy']}"
+        layers = f"layers {node['layers'][0]}-{node['layers'][1] - 1}, " if node["layers"] else ""
+        copy = "" if path is None else "no copy" if not node["copy"] else f"{_speed(node['disk'])}, {layers}{node['copy']}"
         memory = f"{amount(node['memory'])} of {amount(node['memory_total'])}"
         disk = copy or f"{amount(node['disk_free'])} free"
         rows.append((name, node["address"], memory, _speed(node["bandwidth"]), disk, node["device"], node["version"]))

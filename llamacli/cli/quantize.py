@@ -6,6 +6,7 @@ In: paths, a recipe, options. Out: the file; progress and a table of what it hol
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated
 
 from llamacli.cli import signals
 from llamacli.cli.console import amount, count, one_line
-from llamacli.cli.grammar import argument, meant, option
+from llamacli.cli.grammar import argument, meant, option, typed
 from llamacli.cli.inputs import show_kernel_notices
 from llamacli.cli.options import Json, Output, Threads, byte_count
 from llamacli.cli.progress import clock_time
@@ -96,6 +97,14 @@ def quantize(
             help="Encode on the nodes of the cluster at HOST[:PORT] that have SRC, too; see docs/cluster.md.",
         ),
     ] = None,
+    layers: Annotated[
+        str | None,
+        option(
+            "--layers",
+            metavar="A-B",
+            help="Copy these layers of a GGUF, as they are: what a node of a cluster needs (OUT: NAME-layers-A-B.gguf).",
+        ),
+    ] = None,
     dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.")] = False,
     force: Annotated[bool, option("--force", help="Replace OUT if it exists.")] = False,
     threads: Threads = None,
@@ -123,6 +132,12 @@ def quantize(
         raise UsageError("expected SRC, found none (see llamacli quantize --help)")
     if cluster is not None and dry_run:
         raise UsageError("--dry-run: expected no --cluster with it, as nothing is encoded; leave one of them out")
+    if layers is not None:
+        if others := typed(("type_name", "type_word", "tensor_types", "imatrix", "mmproj_type", "cluster")):
+            raise UsageError(f"{others[0]} and --layers exclude each other: expected a copy as it is; leave one of them out")
+        some, out = _range(layers), out or f"{Path(source).stem}-layers-{layers}.gguf"
+    else:
+        some = None
     out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
@@ -142,6 +157,7 @@ def quantize(
                 planned=follow.plan,
                 dry_run=dry_run,
                 elsewhere=nodes,
+                layers=some,
             )
     except KeyboardInterrupt:
         console.note("stopped; the same command goes on where this one did")
@@ -178,6 +194,13 @@ def default_out(source: Path, type_name: str) -> Path:
     resolved = source.resolve()
     name = resolved.stem if resolved.suffix == ".gguf" else resolved.name
     return Path(f"{name or 'model'}-{find_recipe(type_name).name}.gguf")
+
+
+def _range(text: str) -> range:
+    found = re.fullmatch(r"(\d{1,4})-(\d{1,4})", text)
+    if not found or int(found[1]) > int(found[2]):
+        raise UsageError(f"--layers: expected a first and a last layer such as 24-47, found {text!r}")
+    return range(int(found[1]), int(found[2]) + 1)
 
 
 def _mmproj_type(text: str | None) -> str | None:

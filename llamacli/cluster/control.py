@@ -1,8 +1,8 @@
-"""Ray as the cluster's control plane: starts and joins nodes, places layers on them, notices which are alive.
+"""Ray as the cluster's control plane: which nodes are alive, facts about them, and processes on them.
 
-In: the address of a cluster, a model's file. Out: an Engine whose layers are on the nodes; facts about the nodes. Ray is
-imported here, in host.py's processes and in launch.py only, and only when a cluster is asked for. Hidden states do not go
-through Ray (wire.py). Ray and the links ask for the same secret.
+In: the address of a cluster. Out: what host.py answers on each node; nodes that encode for a conversion. Ray is imported here,
+in host.py's processes and in launch.py only, and only when a cluster is asked for. Hidden states do not go through Ray
+(wire.py). Ray and the links ask for the same secret.
 """
 
 import os
@@ -13,27 +13,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 
 from llamacli import environment
-from llamacli.cluster import copies, host
+from llamacli.cluster import host
 from llamacli.cluster.launch import keep_loopback
-from llamacli.cluster.row import NodeLost, Place
-from llamacli.cluster.stage import ClusterStage
 from llamacli.cluster.tasks import Tasks
-from llamacli.cpu.kernels.cores import default_threads
-from llamacli.cpu.stage import cpu_part
-from llamacli.engine import Engine
 from llamacli.errors import DeviceError, LlamacliError, UsageError
-from llamacli.files.gguf import GGUF
-from llamacli.llama4.config import Config
-from llamacli.plan import nodes as planning
 
 PORT = 6479
 REACHED = 3.0  # seconds in which a node must take a connection
 STARTING, OPENING = 40.0, 600.0  # seconds in which a node's process must answer, and must have opened its layers
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5)  # a greeting that a server answers: RFC 9113, 3.4
-TWICE = 2  # a node that was lost so often is not used for a while (stage.FORGET)
 
 
 def environ(secret: str) -> dict[str, str]:
@@ -193,172 +183,6 @@ class Cluster:
             except ray.exceptions.RayError as error:
                 found[name] = DeviceError(f"its process ended: {_line(error)}")
         return found
-
-
-class Placing:
-    """Opens a model's layers on a cluster's nodes, and again when one is lost (stage.ClusterStage's `open_row`)."""
-
-    def __init__(
-        self,
-        cluster: Cluster,
-        gguf: GGUF,
-        config: Config,
-        ctx: int,
-        threads: int | None,
-        memory: int | None,
-        slots: bool,
-        layers: Sequence[int] = (),
-        sessions: int = 1,
-    ):
-        self._cluster, self._gguf, self._config, self._ctx = cluster, gguf, config, ctx
-        self._threads, self._memory, self._slots, self._layers, self._sessions = threads, memory, slots, layers, sessions
-        plain = replace(config, kv_type="F16")
-        self._digest = lambda layers: copies.digest(gguf, plain, layers)
-        self._model = planning.model(config, [(t.name, t.nbytes) for t in gguf.tensors.values()])
-        self.left_out: Callable[[str], None] = lambda words: None  # told why a node is not used
-        self._opened = False
-        self._answered: set[str] = set()  # nodes that had an answer when the layers were placed
-
-    def __call__(self, losses: Counter) -> list[Place]:
-        """Places of all layers. MemoryLimitError or DeviceError if there are none."""
-        skip, self._answered = _distrusted(losses), set()
-        for name in losses:
-            self._cluster.drop(name)
-        while True:
-            usable = self._usable(skip)
-            machines = [
-                planning.Machine(
-                    name,
-                    self._memory or facts["memory"],
-                    facts["bandwidth"],
-                    facts["disk"] or planning.ASSUMED_DISK,
-                    facts["threads"],
-                )
-                for name, facts in usable.items()
-            ]
-            others = skip or (self._opened and len(machines) != len(self._layers))
-            layers = () if others else self._layers  # of nodes that are left: chosen anew
-            split = planning.split(
-                self._model,
-                machines,
-                self._ctx,
-                latency=self._cluster.latency,
-                slots=self._slots,
-                layers=layers,
-                sessions=self._sessions,
-                name=str(self._gguf.path),
-            )
-            asked = {}
-            for part in split.parts:
-                facts, placed = usable[part.machine.name], part.placement
-                asked[part.machine.name] = self._cluster.open(
-                    part.machine.name,
-                    copy=facts["copy"],
-                    first=part.layers.start,
-                    end=part.layers.stop,
-                    digest=self._digest(part.layers),
-                    kv=self._config.kv_type,
-                    threads=facts["threads"],
-                    slots=placed.n_slots if placed.mode == "slots" else 0,
-                    batch=placed.batch,
-                    host=facts["address"],
-                )
-            opened = self._cluster.gather(asked)
-            failed = {name: found for name, found in opened.items() if isinstance(found, Exception)}
-            if not failed:
-                self._opened = True
-                return [_place(part, opened[part.machine.name]) for part in split.parts]
-            for name, error in failed.items():
-                self._leave_out(name, str(error))
-                self._cluster.drop(name)
-                skip.add(name)
-
-    def there_again(self, losses: Counter) -> list[str]:
-        """Nodes that take connections and had no answer when the layers were placed."""
-        return sorted(set(self._cluster.reached()[0]) - self._answered - _distrusted(losses))
-
-    def _usable(self, skip: set[str]) -> dict[str, dict]:
-        """Facts about nodes that have the file and the same version. DeviceError if there are none."""
-        found, why = {}, []
-        for name, facts in self._cluster.describe(str(self._gguf.path.absolute()), self._threads, tuple(skip)).items():
-            if "error" not in facts:
-                self._answered.add(name)
-            if "error" in facts:
-                problem = facts["error"]
-            elif facts["version"] != host.version():
-                problem = f"expected llamacli {host.version()}, found {facts['version']}; install the same version"
-            elif not facts["copy"]:
-                problem = (
-                    f"expected a copy of {self._gguf.path.name} in {facts['models']} or at the same path as here, found none; "
-                    f"copy the file there"
-                )
-            else:
-                found[name] = facts
-                continue
-            why.append(f"node {name}: {problem}")
-            self._leave_out(name, problem)
-            self._cluster.drop(name)
-            skip.add(name)
-        if not found:
-            raise DeviceError("; ".join(why) or "expected a node for the layers, found none; see `llamacli cluster status`")
-        return found
-
-    def _leave_out(self, name: str, why: str) -> None:
-        self.left_out(f"node {name} is left out: {why}")
-
-
-def _distrusted(losses: Counter) -> set[str]:
-    return {name for name, n in losses.items() if n >= TWICE}
-
-
-def _place(part: planning.Part, opened: dict) -> Place:
-    placed = part.placement
-    return Place(
-        part.machine.name,
-        tuple(opened["address"]),
-        part.layers,
-        opened["bytes_per_token"],
-        opened["products_per_token"],
-        placed.mode == "slots",
-        tuple(opened["notices"]),
-        opened["pid"],
-        opened["batch"],
-        part.seconds,
-    )
-
-
-def open_engine(
-    gguf: GGUF,
-    config: Config,
-    address: str,
-    ctx: int,
-    threads: int | None = None,
-    memory: int | None = None,
-    experts: str = "auto",
-    told: Callable[[str], None] = lambda words: None,
-    layers: Sequence[int] = (),
-    sessions: int = 1,
-) -> Engine:
-    """An Engine whose layers are on the nodes of a cluster. `memory`: of each node. `told`: hears of nodes that are left out
-    or lost. `layers`: how many each node gets, none: chosen by speed and memory.
-    `sessions`: how many will hold `ctx` tokens at a time.
-
-    Closing the engine ends this program's processes on the nodes.
-    """
-    cluster = Cluster(address)
-    placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers, sessions)
-    placing.left_out = told
-    local = cpu_part(gguf, config, range(0), threads or default_threads(), ends=True)
-    try:
-        stage = ClusterStage(local, config, placing, cluster.secret.encode(), cluster.close, placing.there_again)
-    except NodeLost as error:
-        cluster.close()
-        raise DeviceError(f"{error}; start it again, `llamacli cluster status` shows the nodes") from None
-    except BaseException:
-        cluster.close()
-        raise
-    stage.lost = told
-    return Engine(gguf, config, threads, cluster=stage)
 
 
 @contextmanager

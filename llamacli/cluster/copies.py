@@ -1,20 +1,22 @@
 """Whether a node's copy of a model is the same as another's.
 
 In: an open GGUF and layers, or the source of a conversion. Out: a digest, the same for equal copies. It covers the model's
-sizes, the table of tensors (names, types, shapes, places in the file) and of each tensor, or each of these layers, four pieces
-of 4 KiB: another model, another quantization or a fine-tuned one differ in every piece. Reading all of a 229 GB file would take
-minutes; a single flipped bit is not found.
+sizes and of each tensor, or each of these layers, name, type, shape and four pieces of 4 KiB: another model, another
+quantization or a fine-tuned one differ in every piece. Reading all of a 229 GB file would take minutes; a single flipped bit is
+not found. A copy may hold some layers only (`llamacli quantize --layers`).
 """
 
+from glob import escape
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from llamacli import environment
-from llamacli.files.gguf import GGUF
+from llamacli.errors import LlamacliError
+from llamacli.files.gguf import GGUF, open_gguf
 from llamacli.llama4.config import Config
-from llamacli.llama4.tensors import find
+from llamacli.llama4.tensors import ROPE_FREQS, layer_of
 from quantize.opening import Source
 
 PIECES, PIECE = 4, 4096
@@ -24,10 +26,9 @@ def digest(gguf: GGUF, config: Config, layers: range) -> str:
     """The digest of the parts of a file that these layers need."""
     total = blake2b(repr(config).encode(), digest_size=16)
     for name, tensor in sorted(gguf.tensors.items()):
-        total.update(repr((name, tensor.type.name, tensor.shape, tensor.offset)).encode())
-        found = find(name)
-        if found is None or (found[1] not in layers and found[0].kind != "rope_freqs"):
+        if layer_of(name) not in layers and name != ROPE_FREQS:
             continue
+        total.update(repr((name, tensor.type.name, tensor.shape)).encode())
         _sample(total, tensor.data)
     return total.hexdigest()
 
@@ -51,6 +52,18 @@ def _sample(total, values: np.ndarray) -> None:
 
 
 def own_copy(path: str) -> Path | None:
-    """This machine's copy of what another machine calls `path`: of that name in the models folder, else at that path."""
-    named = Path(path)
-    return next((p for p in (environment.models_folder() / named.name, named) if p.exists()), None)
+    """This machine's copy of what another machine calls `path`: of that name in the models folder, or some layers of it (the
+    name that `quantize --layers` gives), else at that path.
+    """
+    named, folder = Path(path), environment.models_folder()
+    some = sorted(folder.glob(escape(named.stem) + "-layers-*.gguf")) if named.suffix == ".gguf" else []
+    return next((p for p in (folder / named.name, *some, named) if p.exists()), None)
+
+
+def held_layers(path: Path) -> range | None:
+    """The layers that a GGUF has; None if it cannot be read, which is told when it is opened."""
+    try:
+        found = {layer for name in open_gguf(path).tensors if (layer := layer_of(name)) is not None}
+    except LlamacliError:
+        return None
+    return range(min(found), max(found) + 1) if found else range(0)

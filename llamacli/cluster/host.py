@@ -31,7 +31,7 @@ class Host:
     def describe(self, path: str | None, threads: int | None) -> dict:
         """Memory, speeds, version; with `path` also the machine's copy of that file, None if it has none."""
         from llamacli.bench.limits import buffer_megabytes, read_gbps
-        from llamacli.cluster.copies import own_copy
+        from llamacli.cluster.copies import held_layers, own_copy
         from llamacli.cpu.kernels.cores import default_threads
         from llamacli.cpu.kernels.jit.loader import chosen_target
         from llamacli.environment import models_folder
@@ -40,6 +40,7 @@ class Host:
         self.close()  # what an earlier opening holds is free for the next
         threads = threads or default_threads()
         copy = path and own_copy(path)
+        layers = held_layers(copy) if copy else None
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -53,6 +54,7 @@ class Host:
             "disk": copy and machine.disk_read_speed(copy, 0.2),
             "disk_free": _free(models_folder()),
             "copy": copy and str(copy),
+            "layers": layers and [layers.start, layers.stop],
             "models": str(models_folder()),
         }
 

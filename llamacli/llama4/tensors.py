@@ -207,6 +207,12 @@ def check(where: object, shapes: Mapping[str, tuple[int, ...]], specs: Iterable[
     return found
 
 
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor of the text model; None if it belongs to none."""
+    found = find(name)
+    return found[1] if found else None
+
+
 def needed(
     gguf: "GGUF", config: "Config", layers: range | None = None, embedding: bool = True, head: bool = True
 ) -> dict[str, Spec]:

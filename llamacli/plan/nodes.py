@@ -26,13 +26,16 @@ SECONDS_PER_HANDOVER = 150e-6  # of threads and system calls, beside the network
 
 
 class Machine(NamedTuple):
-    """A machine: bytes that a model may take, bytes a second of its memory and of its disk, threads."""
+    """A machine: bytes that a model may take, bytes a second of its memory and of its disk, threads; the layers that its file
+    has, None: all.
+    """
 
     name: str
     memory: int
     bandwidth: float
     disk: float
     threads: int = 1
+    held: range | None = None
 
 
 class Part(NamedTuple):
@@ -94,7 +97,7 @@ def split(
     sessions: int = 1,
     name: str = "the model",
 ) -> Split:
-    """The best way to give each machine some consecutive layers, in the order of the machines.
+    """The best way to give each machine some consecutive layers, in the order of the machines, or of the layers that they have.
 
     Embedding and head stay with the first machine, whose memory holds them. `network`: bytes a second; `latency`: seconds one
     way. `slots`: experts are read even if they would fit. `layers`: how many each machine gets, in place of the best way.
@@ -103,9 +106,15 @@ def split(
     """
     n, c = model.config.n_layers, model.config
     machines = [machines[0]._replace(memory=machines[0].memory - model.head), *machines[1:]]
+    head, order = model.head / machines[0].bandwidth, list(range(len(machines)))
+    if not layers:
+        order.sort(key=lambda k: n if (held := machines[k].held) is None else held.start + held.stop)
+    machines, home = [machines[k] for k in order], order.index(0)
 
     def part(k: int, first: int, end: int) -> Part | None:
         machine, layers = machines[k], range(first, end)
+        if machine.held is not None and not (machine.held.start <= first and end <= machine.held.stop):
+            return None
         how = ctx, slots, sessions
         key, shorter = (*machine[1:], first, end, *how), (*machine[1:], first, end - 1, *how)
         if key not in model.planned and model.planned.get(shorter, 0) is None:
@@ -121,7 +130,7 @@ def split(
 
     def hop(k: int) -> float:
         """Seconds to a machine, and back to the first, which runs the program."""
-        return SECONDS_PER_HANDOVER + (latency + 4 * c.n_embd / network if k else 0)
+        return SECONDS_PER_HANDOVER + (latency + 4 * c.n_embd / network if k != home else 0)
 
     def cost(k: int, first: int, end: int) -> float | None:
         if (found := part(k, first, end)) is None:
@@ -130,6 +139,12 @@ def split(
 
     scale = sum(s.always + s.routed for s in model.layers) / sum(machine.bandwidth for machine in machines)
     best = _given(layers, n, len(machines), part) if layers else _shortest(n, len(machines), cost)
+    if best is None and any(machine.held is not None for machine in machines):
+        have = ", ".join(f"{m.held.start}-{m.held.stop - 1}" if m.held else "all" for m in machines)
+        raise MemoryLimitError(
+            f"{name}: expected nodes that together have files of all layers, and memory for them, found layers {have}; "
+            f"copy the file, or other layers of it, to a node"
+        )
     if best is None:
         least = sum(s.always + c.n_experts_used * s.one_per_layer for s in model.layers) + sessions * kvcache.nbytes(c, ctx)
         least += model.head
@@ -138,7 +153,7 @@ def split(
             f"found {sum(machine.memory for machine in machines) / 1e9:.2f} GB; use a smaller -c or add a node"
         )
     parts = tuple(part(k, first, end) for k, first, end in best)
-    return Split(parts, model.head / machines[0].bandwidth, sum(hop(k) for k, _, _ in best) + hop(best[-1][0]))
+    return Split(parts, head, sum(hop(k) for k, _, _ in best) + hop(best[-1][0]))
 
 
 def _given(layers: Sequence[int], n: int, machines: int, part: Callable) -> list[tuple[int, int, int]] | None:

@@ -232,6 +232,21 @@ def test_a_node_with_other_weights_encodes_nothing_and_is_named(two, converted, 
     assert f"node {only}" not in refused and "it is left out" in refused
 
 
+def test_a_node_that_has_some_layers_only_runs_these(two):
+    nodes = json.loads(two.llamacli("cluster", "status", two.address, "-m", str(TINY), "--json").stdout)
+    folder = Path([*nodes.values()][1]["copy"]).parent  # of the node that gets the last layers
+    whole, some = folder / TINY.name, folder / "scout-tiny-layers-2-3.gguf"
+    convert(TINY, some, "F32", layers=range(2, 4))
+    whole.unlink()
+    try:
+        both = two.llamacli("run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2", *QUESTION)
+    finally:
+        some.unlink()
+        shutil.copy(TINY, whole)
+    assert (both.returncode, both.stderr) == (0, "")
+    assert both.stdout == two.llamacli("run", "-m", str(TINY), *QUESTION).stdout
+
+
 @pytest.mark.slow
 def test_bench_measures_the_cluster(two):
     words = ("-p", "64", "-n", "8", "-r", "1", "--cluster", two.address, "--cluster-layers", "1,3", "--json")

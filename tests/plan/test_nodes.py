@@ -104,6 +104,16 @@ def test_layers_that_are_asked_for_are_checked():
             split(MAVERICK, [machine(200), machine(200)], 8192, layers=wrong)
 
 
+def test_a_machine_gets_only_layers_that_its_file_has():
+    whole, first, last = machine(128), machine(128)._replace(held=range(30)), machine(128)._replace(held=range(20, 48))
+    found = layers(split(MAVERICK, [last, first], 8192))  # in the order of the layers, not of the machines
+    assert found[0].start == 0 and 20 <= found[0].stop <= 30 and found[1].stop == 48
+    assert layers(split(MAVERICK, [whole, last], 8192))[-1].start >= 20
+    assert layers(split(MAVERICK, [whole, first], 8192))[0].stop <= 30
+    with pytest.raises(MemoryLimitError, match=r"found layers 0-29, 0-29; copy the file, or other layers of it, to a node"):
+        split(MAVERICK, [first, first], 8192)
+
+
 def test_the_command_shows_who_gets_what(capfd):
     file = str(Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf")
     assert main(["plan", file, "--nodes", "2G,1G", "--network", "1,10", "--bandwidth", "20,10", "--disk", "2", "--json"]) == 0

@@ -6,6 +6,7 @@ import pytest
 from conversions import TYPES, made
 from gguf import GGUFReader
 
+from llamacli.errors import UsageError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from quantize import pieces
@@ -95,6 +96,23 @@ def test_tensors_larger_than_a_piece_are_put_together_rightly(tmp_path, monkeypa
     copy = tmp_path / "copy.gguf"
     convert(gguf.path, copy, "Q8_0")
     assert copy.read_bytes() == gguf.path.read_bytes()
+
+
+def test_some_layers_of_a_gguf_are_copied_as_they_are(scout, tmp_path):
+    convert(scout[0], tmp_path / "whole.gguf", "Q8_0", split_max_size=200_000)
+    whole = next(tmp_path.glob("whole-00001-*.gguf"))
+    report = convert(whole, tmp_path / "part.gguf", "F32", layers=range(1, 3))
+    a, b = open_gguf(whole), open_gguf(tmp_path / "part.gguf")
+    assert set(b.tensors) == {name for name in a.tensors if not name.startswith(("blk.0.", "blk.3."))}
+    for name, tensor in b.tensors.items():
+        assert tensor.type == a.tensors[name].type and np.array_equal(tensor.data, a.tensors[name].data)
+    described = [{k: v for k, v in f.metadata.items() if not k.startswith("split.")} for f in (a, b)]
+    assert str(described[0]) == str(described[1])
+    assert Config.from_gguf(b) == Config.from_gguf(a)
+    assert report["notices"] == []
+    for source, layers in ((whole, range(2, 5)), (scout[0], range(2))):
+        with pytest.raises(UsageError, match="--layers: expected"):
+            convert(source, tmp_path / "no.gguf", "F32", layers=layers)
 
 
 def test_gguf_py_reads_the_same(scout):

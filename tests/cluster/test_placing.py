@@ -1,0 +1,96 @@
+"""What a node holds of a file: all of it, some layers, nothing; and what it is told then."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llamacli.cluster import copies, host
+from llamacli.cluster.placing import Placing
+from llamacli.errors import DeviceError, ModelFileError
+from llamacli.files.gguf import open_gguf
+from llamacli.llama4.config import Config
+from quantize.convert import convert
+
+TINY = Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf"
+SECRET = "of this test"
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A node's models folder."""
+    monkeypatch.setenv("LLAMACLI_MODELS", str(tmp_path))
+    return tmp_path
+
+
+def test_a_node_finds_the_file_or_some_layers_of_it_by_its_name(models):
+    elsewhere = "/of/another/machine/scout-tiny.gguf"
+    assert copies.own_copy(elsewhere) is None
+    some = models / "scout-tiny-layers-2-3.gguf"
+    convert(TINY, some, "F32", layers=range(2, 4))
+    assert copies.own_copy(elsewhere) == some and copies.held_layers(some) == range(2, 4)
+    shutil.copy(TINY, models)
+    whole = models / TINY.name
+    assert copies.own_copy(elsewhere) == whole and copies.held_layers(whole) == range(4)
+    some.write_bytes(b"no GGUF")
+    assert copies.held_layers(some) is None
+
+
+def test_layers_alone_are_opened_where_they_are_the_same_and_no_others(models):
+    some, node = models / "scout-tiny-layers-2-3.gguf", host.Host(SECRET)
+    convert(TINY, some, "F32", layers=range(2, 4))
+    gguf = open_gguf(TINY)
+    config = Config.from_gguf(gguf)
+    asked = {"copy": str(some), "kv": "F16", "threads": 1, "slots": 0, "batch": 64, "host": "127.0.0.1"}
+    opened = node.open(first=2, end=4, digest=copies.digest(gguf, config, range(2, 4)), **asked)
+    assert opened["batch"] == 64
+    for first, end, right in ((1, 3, range(1, 3)), (2, 4, range(2, 3))):
+        with pytest.raises(ModelFileError, match="expected the same file as here, found another"):
+            node.open(first=first, end=end, digest=copies.digest(gguf, config, right), **asked)
+    node.close()
+
+
+class Facts:
+    """A cluster of two nodes, of which it is only told what they have."""
+
+    latency = 0.0
+
+    def __init__(self, **second):
+        known = {"version": host.version(), "memory": 8 << 30, "threads": 1, "bandwidth": 1e9, "disk": 1e9, "models": "/m"} | {
+            "address": "127.0.0.1"
+        }
+        self.nodes = {"a": known | {"copy": "/m/x.gguf", "layers": [0, 4]}, "b": known | second}
+        self.dropped = []
+
+    def describe(self, path, threads, skip):
+        return {name: facts for name, facts in self.nodes.items() if name not in skip}
+
+    def drop(self, name):
+        self.dropped.append(name)
+
+    def open(self, name, **how):
+        return how
+
+    def gather(self, asked):
+        return {name: DeviceError("enough of this test") for name in asked}
+
+
+def told(**second):
+    """Lines about nodes that are left out."""
+    gguf, said = open_gguf(TINY), []
+    placing = Placing(Facts(**second), gguf, Config.from_gguf(gguf), 512, 1, None, False)
+    placing.left_out = said.append
+    with pytest.raises(DeviceError):
+        placing(losses={})
+    return said
+
+
+def test_a_node_without_the_file_is_told_how_to_get_the_layers_that_it_would_have():
+    (without, _) = told(copy=None, layers=None, bandwidth=1e14)
+    assert "node b is left out: expected a copy of scout-tiny.gguf in /m or at the same path as here, found none" in without
+    assert without.endswith("or what `llamacli quantize scout-tiny.gguf --layers 0-3` makes here")
+
+
+def test_a_node_that_would_have_no_layers_is_told_to_copy_the_file():
+    (without, _) = told(copy=None, layers=None, bandwidth=1.0)
+    assert without.endswith("found none; copy the file there")
