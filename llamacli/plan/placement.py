@@ -370,10 +370,11 @@ def plan_residency(
         free = machine.budget() + machine.private() - machine.reserved() if kv_files else 0
         window = _window(config, ctx, MAX_BATCH, kv_files, free - needed - kv)
         return Residency(0, MAX_BATCH, window, needed + _kv(config, ctx, MAX_BATCH, kv_files, window), None)
-    memory = max(0, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
+    gone = machine.reserved() + beside
+    memory = max(0, (memory or machine.budget() + machine.private()) - gone)
     if offload.streams:
         memory, experts = min(memory, offload.budget - offload.working), "slots"
-    how = {"threads": threads, "name": str(gguf.path), "slots": experts == "slots", "kv_files": kv_files, "beside": beside}
+    how = {"threads": threads, "name": str(gguf.path), "slots": experts == "slots", "kv_files": kv_files, "beside": gone}
     p = place(config, sizes, memory, ctx, **how)
     slots = p.n_slots if p.mode == "slots" else 0
     return Residency(slots, p.batch, p.window, p.resident + beside, memory - p.resident)
