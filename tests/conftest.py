@@ -1,7 +1,7 @@
 """Fixtures. Every test: signal handlers are restored; what the user has in LLAMACLI_MODEL, LLAMACLI_SERVER, LLAMACLI_DEBUG and
 NO_COLOR is removed.
 
-On request: commands over a miniature model, a browser, a checkpoint of Scout's shape.
+On request: no other model, commands over a miniature model, a browser, a checkpoint of Scout's shape.
 """
 
 import signal
@@ -26,6 +26,14 @@ def untouched_surroundings(monkeypatch):
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_other_model(monkeypatch):
+    """Memory is counted as in a process of its own: models of earlier tests may be given back at any moment."""
+    from llamacli.plan import machine
+
+    monkeypatch.setattr(machine, "_reserved", {})
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ def test_llama_cpp_runs_the_same_tests(tmp_path):
         other = peer.Peer(tmp_path / "random.gguf", 1, [1, 2, 3, 4] * 200, repack=False, fill=fill)
         try:
             for test in plan([8], [4], [0, 10, 700]) * 2:
-                assert 0 < other.seconds(test) < 60
+                assert other.seconds(test) > 0
                 assert other.peak > 10_000_000
         finally:
             other.close()

@@ -167,7 +167,7 @@ def test_logits_that_are_kept_are_in_memory_once(tmp_path):
         tracemalloc.stop()
 
 
-def test_what_is_held_beside_a_model_leaves_less_to_it(tmp_path, monkeypatch):
+def test_what_is_held_beside_a_model_leaves_less_to_it(tmp_path, monkeypatch, no_other_model):
     """By so much as the logits take, which perplexity holds."""
     path, seen = tiny.tiny_gguf(tmp_path / "tiny.gguf"), []
     real = placement.place

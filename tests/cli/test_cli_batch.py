@@ -132,7 +132,7 @@ def test_what_all_prompts_begin_with_is_evaluated_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("contexts, sessions", [(20, 8), (3.5, 3)])
-def test_contexts_that_nobody_asked_for_take_no_memory_from_the_weights(contexts, sessions, tmp_path):
+def test_contexts_that_nobody_asked_for_take_no_memory_from_the_weights(contexts, sessions, tmp_path, no_other_model):
     path, ctx = tiny.tiny_gguf(tmp_path / "m.gguf"), 1 << 22
     with Model.load(path, ctx=ctx) as model:
         one = kvcache.nbytes(model.config, ctx)

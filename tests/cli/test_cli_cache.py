@@ -81,7 +81,7 @@ def test_a_conversation_is_resumed_from_what_was_kept(tmp_path):
     assert evaluated - later.session.stats.cached_tokens < 256
 
 
-def test_keys_and_values_in_a_file_change_no_answer_and_leave_nothing(capfd, tmp_path):
+def test_keys_and_values_in_a_file_change_no_answer_and_leave_nothing(capfd, tmp_path, no_other_model):
     """The least memory that is accepted for a context of 32768 tokens holds some 3000 positions; the text has more."""
     book = tmp_path / "book.txt"
     book.write_text(TEXT * 2)
@@ -90,7 +90,7 @@ def test_keys_and_values_in_a_file_change_no_answer_and_leave_nothing(capfd, tmp
     plain = capfd.readouterr().out
     args += ["--experts", "slots", "--kv-file", str(tmp_path / "kv"), "--memory"]
     assert main([*args, "1M"]) == 1
-    least = float(re.search(r"expected at least ([\d.]+) GB", capfd.readouterr().err)[1])  # other models of this process count
+    least = float(re.search(r"expected at least ([\d.]+) GB", capfd.readouterr().err)[1])
     assert main([*args, f"{1000 * least + 5:.0f}M"]) == 0
     out, err = capfd.readouterr()
     assert out == plain

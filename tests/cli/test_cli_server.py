@@ -105,7 +105,7 @@ def test_ctrl_c_ends_the_request_and_the_server_is_free(server):
     assert process.wait(300) == -signal.SIGINT
     assert b"Traceback" not in process.stderr.read()
     process.stdout.close(), process.stderr.close()
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while active(server):
         assert time.monotonic() < until, "the server still answers"
         time.sleep(0.02)
@@ -115,13 +115,13 @@ def active(server):
     """Answers under way, by the server's own counters."""
     from urllib.request import ProxyHandler, build_opener
 
-    text = build_opener(ProxyHandler({})).open(server + "/metrics", timeout=10).read().decode()
+    text = build_opener(ProxyHandler({})).open(server + "/metrics", timeout=300).read().decode()
     return float(re.search(r"^\S*answers_active (\S+)$", text, re.M)[1])
 
 
 def test_a_chat_goes_on_after_ctrl_c_and_sends_its_turns(server, tmp_path):
     t = Terminal([*RUN, "chat", "--server", server, "--temp", "0"], XDG_STATE_HOME=str(tmp_path))
-    t.wait("ctx 0 of 8192", seconds=300)
+    t.wait("ctx 0 of 8192")
     t.type(QUESTION + "\r")
     t.wait(ANSWER)
     t.type("/set ignore_eos on\r")
@@ -425,7 +425,7 @@ def test_a_chat_survives_a_server_that_goes_away(tmp_path):
     answers = [stream(said("Fine.", "stop")), stream(said("Half"), end=b""), stream(said("Whole again.", "stop"))]
     with pretending(lambda c: c.sendall(answers.pop(0))) as (url, _):
         t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
-        t.wait("ctx 0", seconds=300)
+        t.wait("ctx 0")
         t.type("How are you?\r")
         t.wait("Fine.")
         t.type("And now?\r")
@@ -445,7 +445,7 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server_and_the_chat_goes_on(tmp_path)
     answers = [silent, lambda c: c.sendall(stream(said("Here I am.", "stop")))]
     with pretending(lambda c: answers.pop(0)(c)) as (url, _):
         t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
-        t.wait("ctx 0", seconds=300)
+        t.wait("ctx 0")
         t.type("Are you there?\r")
         t.wait("reading the prompt")
         t.type("\x03")
@@ -461,12 +461,12 @@ def test_a_chat_that_a_server_s_context_does_not_hold_is_told_what_makes_room(tm
     answers = [stream(said("Half", None), end=b""), response(words, "400 Bad Request"), stream(said("Short enough.", "stop"))]
     with pretending(lambda c: c.sendall(answers.pop(0))) as (url, _):
         t = Terminal([*RUN, "chat", "--server", url], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
-        t.wait("ctx 0", seconds=60)
+        t.wait("ctx 0")
         t.type("Begin\r")
         t.wait("broke off")
         t.close()
         t = Terminal([*RUN, "chat", "--server", url, "--continue"], XDG_STATE_HOME=str(tmp_path), HOME=str(tmp_path))
-        t.wait("/regen answers anew", seconds=60)
+        t.wait("/regen answers anew")
         t.type("A long question\r")
         t.wait("/undo, /drop or /clear makes room")
         t.type("/undo\r")

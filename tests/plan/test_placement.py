@@ -260,7 +260,7 @@ class Owner:
 
 
 @pytest.mark.parametrize("memory", [None, 40 * GB])
-def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeypatch, memory):
+def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeypatch, memory, no_other_model):
     """Whether the first holds it already or not; with a limit of the user's, too."""
     gguf, free, held = open_gguf(tiny_gguf(tmp_path / "tiny.gguf")), 40 * GB, [0]
     config = Config.from_gguf(gguf)
@@ -285,8 +285,7 @@ def test_a_second_model_counts_what_the_first_may_come_to_hold(tmp_path, monkeyp
     assert machine.reserved() < free
 
 
-def test_a_loaded_model_reserves_until_it_is_closed(tmp_path):
-    gc.collect()  # models of earlier tests, which would be given back meanwhile
+def test_a_loaded_model_reserves_until_it_is_closed(tmp_path, no_other_model):
     before = machine.reserved()
     model = llamacli.Model.load(tiny_gguf(tmp_path / "tiny.gguf"), threads=1, ctx=16)
     assert machine.reserved() > before + model.gguf.nbytes

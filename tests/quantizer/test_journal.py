@@ -74,7 +74,7 @@ def stopped(folder, out, recipe="Q8_0", sent=signal.SIGKILL, after=0.1):
     child = start(folder, out, recipe)
     time.sleep(after)
     child.send_signal(sent)
-    child.communicate(timeout=60)
+    child.communicate(timeout=300)
     return child.returncode
 
 

@@ -330,7 +330,7 @@ def test_a_session_that_cannot_be_made_anew_ends_the_answer_that_needs_it_alone(
     going = [Asked(prompt(10, i), max_tokens=400) for i in range(2)]
     scheduler.submit(going)
     for job in going:
-        assert isinstance(job.events.get(timeout=20), Begun)
+        assert isinstance(job.events.get(timeout=300), Begun)
     scheduler.submit([lost := Asked([BOS, POISON, HEADER])])
     assert isinstance(lost.all()[-1], Broken)  # with it the session of its place
 

@@ -1,6 +1,5 @@
 """The tower beside a model: found, checked, its rows in prompts, nothing looked at twice."""
 
-import gc
 import json
 import re
 import subprocess
@@ -283,8 +282,7 @@ def beside(tmp_path_factory):
     return folder / "m.gguf"
 
 
-def test_a_tower_that_is_named_is_planned_for(beside):
-    gc.collect()  # models of earlier tests, which would be given back meanwhile
+def test_a_tower_that_is_named_is_planned_for(beside, no_other_model):
     needed, others, found = tower_bytes(open_gguf(beside.with_name("mmproj-m.gguf")), 1), machine.reserved(), []
     for mmproj in (False, True):
         with Model.load(beside, threads=1, ctx=256, mmproj=mmproj):
@@ -293,15 +291,15 @@ def test_a_tower_that_is_named_is_planned_for(beside):
     assert machine.reserved() == others
 
 
-def test_the_memory_that_is_advised_holds_model_and_tower(beside):
-    with pytest.raises(MemoryLimitError, match=r"beside the model \d+\.\d+ GB.* --memory") as caught:
-        Model.load(beside, threads=1, ctx=256, memory=machine.reserved() + 200_000_000, mmproj=True)
+def test_the_memory_that_is_advised_holds_model_and_tower(beside, no_other_model):
+    with pytest.raises(MemoryLimitError, match=r"beside the model 0\.1. GB.* --memory") as caught:
+        Model.load(beside, threads=1, ctx=256, memory=200_000_000, mmproj=True)
     advised = float(re.search(r"--memory ([\d.]+)G", str(caught.value))[1]) * 1e9
     with Model.load(beside, threads=1, ctx=256, memory=int(advised), mmproj=True):
         pass
 
 
-def test_a_tower_that_is_opened_later_takes_slots_for_its_memory(beside, monkeypatch):
+def test_a_tower_that_is_opened_later_takes_slots_for_its_memory(beside, monkeypatch, no_other_model):
     monkeypatch.setattr(sight, "tower_bytes", lambda *_: 3_000_000)
     others, left = machine.reserved(), []
     whole = 1 << 40
@@ -318,8 +316,8 @@ def test_a_tower_that_is_opened_later_takes_slots_for_its_memory(beside, monkeyp
     assert machine.reserved() == others
 
 
-def test_without_room_a_picture_is_refused_and_the_model_goes_on(beside):
-    with Model.load(beside, threads=1, ctx=256, memory=machine.reserved() + 210_000_000) as model:
+def test_without_room_a_picture_is_refused_and_the_model_goes_on(beside, no_other_model):
+    with Model.load(beside, threads=1, ctx=256, memory=210_000_000) as model:
         for _ in range(2):
             with pytest.raises(MemoryLimitError, match=r"mmproj-m\.gguf: expected 0\.1. GB of memory to see pictures"):
                 model.prompt_ids(asked(image(picture(1)), text("a")))
