@@ -23,7 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.engine import Cache, Engine
+from llamacli.caches import Cache
+from llamacli.engine import Engine
 from llamacli.files.gguf import GGUF
 from llamacli.prompt import Token
 

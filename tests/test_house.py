@@ -32,7 +32,7 @@ FLOORS = [  # a module may import from its own floor and those above it in this 
     "cpu.kernels",
     "files",
     "llama4 plan.machine mlx.runtime",
-    "text device prompt positions piece client cpu.weights cpu.kvcache cpu.kvfile cpu.experts cpu.buffers",
+    "text device prompt positions caches piece client cpu.weights cpu.kvcache cpu.kvfile cpu.experts cpu.buffers",
     "plan.offload",
     "plan.placement plan.nodes library",
     "cpu mlx",

@@ -1,0 +1,80 @@
+"""What the engine keeps of one sequence: a device.Cache for each stage, moved together.
+
+In: the stages' caches. Out: `Cache`, which truncates, exports, restores and copies keys and values of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+COPIED = 4096  # positions of a layer that are copied at a time
+
+
+class Cache:
+    """One sequence's keys and values: a device.Cache for each stage, which move together."""
+
+    def __init__(self, parts: Sequence, ctx: int):
+        self.parts, self.ctx = parts, ctx
+
+    @property
+    def pos(self) -> int:
+        """Tokens held by all parts."""
+        return min(part.pos for part in self.parts)
+
+    @pos.setter
+    def pos(self, pos: int) -> None:
+        for part in self.parts:
+            part.pos = pos
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(part.nbytes for part in self.parts)
+
+    def reserve(self, n: int) -> None:
+        """Make room for `n` more tokens; ContextFullError past ctx."""
+        for part in self.parts:
+            part.reserve(n)
+
+    def truncate(self, pos: int) -> int:
+        """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there."""
+        reached = min(part.truncate(pos) for part in self.parts)
+        if any(part.pos > reached for part in self.parts):
+            return self.truncate(reached)
+        return reached
+
+    def copy_to(self, other: Cache) -> None:
+        """Fill an empty cache with what this one holds."""
+        layers = [layer for part in self.parts for layer in part.layers]
+        held = {layer: self.held(layer) for layer in layers}
+        empty = any(len(within) == 0 for within in held.values())  # a ring without a token of the last chunk: at its edge
+        other.reserve(min(self.pos + empty, other.ctx))
+        for layer, within in held.items():
+            for start in range(within.start, within.stop, COPIED):
+                other.restore(layer, start, *self.export(layer, start, min(start + COPIED, within.stop)))
+        other.pos = self.pos
+        for copy, part in zip(other.parts, self.parts, strict=True):
+            copy.copied_from(part)
+
+    def agree(self) -> None:
+        """After an interrupt that moved some parts only: all go back to the first position."""
+        if any(part.pos != self.pos for part in self.parts):
+            lowest, self.pos = self.pos, max(part.pos for part in self.parts)
+            self.truncate(lowest)
+
+    def held(self, layer: int) -> range:
+        """Positions of which a layer's keys and values can be exported."""
+        return self._part(layer).held(layer)
+
+    def export(self, layer: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of positions start to end - 1 (device.Cache)."""
+        return self._part(layer).export(layer, start, end)
+
+    def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Write what `export` returned; after all layers, set `pos`."""
+        self._part(layer).restore(layer, start, keys, values)
+
+    def _part(self, layer: int):
+        return next(part for part in self.parts if layer in part.layers)
