@@ -47,6 +47,19 @@ def opened(chromium):
     return open_
 
 
+class Held(Scripted):
+    """Says as many tokens as a test lets it: what is done meanwhile may take long or short."""
+
+    def __init__(self, text, tokens):
+        super().__init__(text, chunk=64)
+        self.may = threading.Semaphore(tokens)
+
+    def forward(self, ids, cache, **more):
+        if len(ids) == 1:
+            assert self.may.acquire(timeout=120), "nobody let it go on"
+        return super().forward(ids, cache, **more)
+
+
 def ask(tab, text, wait=True):
     tab.click("#question")
     tab.type(text)
@@ -90,34 +103,45 @@ def test_a_question_is_answered_as_markdown_with_its_speed(opened):
 
 
 def test_an_answer_grows_as_it_comes_and_stops_when_asked(opened):
-    with opened(Scripted("word " * 400, chunk=64, delay=0.005)) as tab:
+    engine = Held("word " * 400, 50)
+    with opened(engine) as tab:
         ask(tab, "Talk.", wait=False)
         tab.wait("document.querySelector('.markdown').innerText.split('word').length > 5")
         assert tab.count("[aria-busy=true]") == 1
         tab.click("#stop")
         tab.wait(STILL)
         assert "stopped" in tab.text("article.answer .below")
+        until(lambda: tab.server._bodies.held == 0)  # the server has seen it
+        engine.may.release()  # the token that the engine is at
         until(lambda: tab.server.scheduler.active == 0)
         said = tab.text(".markdown")
+        engine.may.release(50)
         ask(tab, "More.", wait=False)
         tab.wait("document.querySelectorAll('.markdown')[1]?.innerText.split('word').length > 5")
         tab.press("Escape")
         tab.wait(STILL)
         assert tab.text(".markdown") == said
+        engine.may.release(10**4)
 
 
 def test_another_conversation_ends_an_answer_and_a_deleted_one_stays_deleted(opened):
-    with opened(Scripted("word " * 400, chunk=64, delay=0.005)) as tab:
+    engine = Held("word " * 400, 50)
+    with opened(engine) as tab:
         ask(tab, "First", wait=False)
         tab.wait("document.querySelector('.markdown').innerText.split('word').length > 3")
         tab.click("#new")
+        until(lambda: tab.server._bodies.held == 0)  # the server has seen that it left
+        engine.may.release()
         until(lambda: tab.server.scheduler.active == 0)
         assert tab.count("article") == 0
+        engine.may.release(50)
         ask(tab, "Second", wait=False)
         tab.wait("document.querySelector('.markdown').innerText.split('word').length > 3")
         tab.click("#settings")
         tab.click("#delete")
         tab.click("#delete")
+        until(lambda: tab.server._bodies.held == 0)
+        engine.may.release()
         until(lambda: tab.server.scheduler.active == 0)
         tab.reload()
         tab.appears("#server.there")
@@ -402,16 +426,22 @@ def test_a_full_or_damaged_storage_is_said_and_the_conversation_goes_on(opened):
 
 
 def test_what_is_read_above_stays_where_it_is_while_an_answer_grows(opened):
-    with opened(Scripted("word and word\n\n" * 80, chunk=64, delay=0.001)) as tab:
+    engine = Held("word and word\n\n" * 80, 600)
+    with opened(engine) as tab:
         ask(tab, "Talk.", wait=False)
-        tab.wait("document.querySelector('#scroll').scrollTop > 300")
+        tab.wait("document.querySelectorAll('.markdown p').length > 39")
+        top = tab.js("document.querySelector('#scroll').scrollTop")
         tab.wheel("#scroll", -200)
+        tab.wait(f"document.querySelector('#scroll').scrollTop < {top - 100}")
+        grows = tab.js("document.querySelector('#scroll').scrollHeight")
+        engine.may.release(150)
         tab.wait("!document.querySelector('#newest').hidden")
         at = tab.js("document.querySelector('#scroll').scrollTop")
-        grows = tab.js("document.querySelector('#scroll').scrollHeight")
-        tab.wait(f"document.querySelector('#scroll').scrollHeight > {grows + 100}")
+        engine.may.release(150)
+        tab.wait(f"document.querySelector('#scroll').scrollHeight > {grows + 600}")
         assert tab.js("document.querySelector('#scroll').scrollTop") == at
         tab.click("#newest")
+        engine.may.release(10**4)
         end = "document.querySelector('#scroll').scrollHeight - document.querySelector('#scroll').clientHeight"
         tab.wait(f"{STILL} && {end} - document.querySelector('#scroll').scrollTop < 2")
 
