@@ -236,7 +236,12 @@ class _Cursor:
         n = self.number("Q", what)
         self.need(n, what)
         self.pos += n
-        return bytes(self._read[self.pos - n : self.pos])
+        return self._copied(self.pos - n)
+
+    def _copied(self, start: int) -> bytes:
+        """The bytes from `start` to here, copied once: a slice of the array would be another copy."""
+        with memoryview(self._read) as read:
+            return bytes(read[start : self.pos])
 
     def name(self, what: str) -> str:
         """A string that must be short and UTF-8."""
@@ -273,7 +278,7 @@ class _Cursor:
             raise _wrong(self.path, f"at most {_MAX_STRINGS} strings in the list {_show(key)}", f"{count}")
         start = self.pos
         self._skip_strings(count, key)
-        return _Strings(bytes(self._read[start : self.pos]), count)
+        return _Strings(self._copied(start), count)
 
     def _skip_strings(self, count: int, key: str) -> None:
         """Move behind `count` strings."""

@@ -65,7 +65,7 @@ def test_texts_made_to_share_a_hash_are_refused_instead_of_taking_time_squared()
     hashes = np.full(len(letters), 0xCBF29CE484222325, np.uint64)
     for column in letters.T:
         hashes = (hashes ^ column) * np.uint64(0x100000001B3)
-    spread = (hashes * np.uint64(0x9E3779B97F4A7C15)).view(np.int64) >> 20
+    spread = (hashes * np.uint64(0x9E3779B97F4A7C15)).view(np.int64) >> 40
     chosen = letters[spread & 4095 == 7][:1100]
     assert len(chosen) == 1100
     with pytest.raises(ValueError, match="hashes"):

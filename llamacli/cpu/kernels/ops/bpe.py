@@ -4,16 +4,16 @@ In: the texts of tokens and the merges, each followed by a zero byte; words like
 Words are merged as `tokenizers` does it: of all neighbours that merges name, those of the earliest merge first, from the left;
 a word that is a token is taken whole. Building takes a fifth of that library's time, and not the interpreter's lock.
 
-A vocabulary is four tables: the texts; `starts`, int32 [n + 1], where each begins; `slots`, int32 [mask + 1], ids plus 1;
-`pairs`, int64 [pair_mask + 1, 2], left << 32 | right, plus 1, and what they become, rank << 32 | id. The last two are hashed,
-at most half full. MOST_PROBES taken places in a row, which only texts made for it have, are an error: the time of every call
-grows with its input.
+A vocabulary is three tables: the texts; `slots`, int64 [mask + 1], each some bits of a hash, where the text begins, and its id
+plus 1; `pairs`, int64 [pair_mask + 1, 2], left << 32 | right, plus 1, and what they become, rank << 32 | id. The last two are
+hashed, at most two thirds full. MOST_PROBES taken places in a row, which only texts made for it have, are an error: the time of
+every call grows with its input.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numpy import int32, int64, uint8
+from numpy import int64, uint8
 
 from llamacli.cpu.kernels.jit.intrinsics import Address, Count, Kernel, device_function, kernel, pointer
 
@@ -21,13 +21,14 @@ LONGEST = 512  # letters of a word that `encode` takes; its time grows with thei
 MOST_PROBES = 1024
 _START, _PRIME = -3750763034362895579, 1099511628211  # of the hash FNV-1a, as int64
 _SPREAD = -7046029254386353131  # odd: its multiples fill the upper bits evenly (Knuth)
+_ID, _BEGIN, _TAG = 23, 28, 13  # bits of a slot, the lowest first
 _NOTHING = (1 << 63) - 1  # a pair that no merge names
 _FINE, _TAKEN, _UNFIT = range(3)  # results: too many places in a row are taken; a text is none of the vocabulary's
 
 
 @device_function
 def _place(hash, mask):
-    return ((hash * _SPREAD) >> 20) & mask
+    return ((hash * _SPREAD) >> 40) & mask  # these bits depend on all of a pair's
 
 
 @device_function
@@ -40,29 +41,31 @@ def _hash(hash, at, end):
 
 
 @device_function
-def _find(texts, starts, slots, mask, hash, at, middle, end):
+def _tag(hash):
+    return (hash >> (64 - _TAG)) & ((1 << _TAG) - 1)
+
+
+@device_function
+def _find(texts, slots, mask, hash, at, middle, end):
     """The id of the text between two addresses, without the byte at `middle` if that lies there; -1 if there is none."""
-    begin, slot = pointer(starts, int32), pointer(slots, int32)
-    size = end - at
+    slot, place, tag, size = pointer(slots, int64), _place(hash, mask), _tag(hash), end - at
     if middle < end:
         size -= 1
-    place = _place(hash, mask)
+    other = pointer(at, uint8)
     for _ in range(MOST_PROBES + 1):
-        id = int64(slot[place]) - 1
-        if id < 0:
-            return id
-        start = int64(begin[id])
-        if int64(begin[id + 1]) - start - 1 == size:
-            own, same, skipped = pointer(texts + start, uint8), True, int64(0)
-            other = pointer(at, uint8)
+        found = slot[place]
+        if found == 0:
+            break
+        if (found >> (_ID + _BEGIN)) & ((1 << _TAG) - 1) == tag:
+            own, same, skipped = pointer(texts + ((found >> _ID) & ((1 << _BEGIN) - 1)), uint8), True, int64(0)
             for i in range(size):
                 if at + i == middle:
                     skipped = int64(1)
-                if own[i] != other[i + skipped]:
+                if own[i] != other[i + skipped]:  # so the end of a shorter text is never passed
                     same = False
                     break
-            if same:
-                return id
+            if same and own[size] == 0:
+                return (found & ((1 << _ID) - 1)) - 1
         place = (place + 1) & mask
     return int64(-1)
 
@@ -92,7 +95,6 @@ def _merged(pairs, mask, left, right):
 class _IndexArguments(NamedTuple):
     n: Count
     texts: Address
-    starts: Address
     slots: Address
     mask: Count
     result: Address
@@ -102,10 +104,9 @@ class _IndexArguments(NamedTuple):
 def _index(a, thread, threads):
     """Enter the texts that are not empty; result = (a result, the id where it ended)."""
     n, mask, result = a.n, a.mask, pointer(a.result, int64)
-    byte, starts, slots, at = pointer(a.texts, uint8), pointer(a.starts, int32), pointer(a.slots, int32), int64(0)
+    byte, slots, at = pointer(a.texts, uint8), pointer(a.slots, int64), int64(0)
     for id in range(n):
         begin, hash = at, int64(_START)
-        starts[id] = int32(at)
         while byte[at] != 0:
             hash = (hash ^ int64(byte[at])) * _PRIME
             at += 1
@@ -117,16 +118,14 @@ def _index(a, thread, threads):
                 if probes == MOST_PROBES:
                     result[0], result[1] = _TAKEN, id
                     return
-            slots[place] = int32(id + 1)
+            slots[place] = (_tag(hash) << (_ID + _BEGIN)) | (begin << _ID) | (id + 1)
         at += 1
-    starts[n] = int32(at)
 
 
 class _RankArguments(NamedTuple):
     n: Count
     merges: Address
     texts: Address
-    starts: Address
     slots: Address
     mask: Count
     pairs: Address
@@ -137,7 +136,7 @@ class _RankArguments(NamedTuple):
 @kernel(_RankArguments)
 def _rank(a, thread, threads):
     """Enter the merges in order, of equal ones the last; result = (a result, the merge where it ended)."""
-    n, texts, starts, slots, mask, result = a.n, a.texts, a.starts, a.slots, a.mask, pointer(a.result, int64)
+    n, texts, slots, mask, result = a.n, a.texts, a.slots, a.mask, pointer(a.result, int64)
     pairs, pair_mask, table, at = a.pairs, a.pair_mask, pointer(a.pairs, int64), a.merges
     for rank in range(n):
         begin, middle, spaces = at, at, int64(0)
@@ -149,9 +148,9 @@ def _rank(a, thread, threads):
                 middle, spaces = at, spaces + 1
             at += 1
         left_hash = _hash(int64(_START), begin, middle)
-        left = _find(texts, starts, slots, mask, left_hash, begin, middle, middle)
-        right = _find(texts, starts, slots, mask, _hash(int64(_START), middle + 1, at), middle + 1, at, at)
-        whole = _find(texts, starts, slots, mask, _hash(left_hash, middle + 1, at), begin, middle, at)
+        left = _find(texts, slots, mask, left_hash, begin, middle, middle)
+        right = _find(texts, slots, mask, _hash(int64(_START), middle + 1, at), middle + 1, at, at)
+        whole = _find(texts, slots, mask, _hash(left_hash, middle + 1, at), begin, middle, at)
         result[1] = rank
         if spaces != 1 or left < 0 or right < 0 or whole < 0:
             result[0] = _UNFIT
@@ -169,7 +168,6 @@ class _EncodeArguments(NamedTuple):
     n: Count
     words: Address
     texts: Address
-    starts: Address
     slots: Address
     mask: Count
     pairs: Address
@@ -182,14 +180,14 @@ class _EncodeArguments(NamedTuple):
 @kernel(_EncodeArguments)
 def _encode(a, thread, threads):
     """ids = those of all words; result = (a result, their number)."""
-    n, texts, starts, slots, mask, pairs, pair_mask = a.n, a.texts, a.starts, a.slots, a.mask, a.pairs, a.pair_mask
+    n, texts, slots, mask, pairs, pair_mask = a.n, a.texts, a.slots, a.mask, a.pairs, a.pair_mask
     ids, result, at, count = pointer(a.ids, int64), pointer(a.result, int64), a.words, int64(0)
     part, pair = pointer(a.scratch, int64), pointer(a.scratch + 8 * LONGEST, int64)
     for _ in range(n):
         begin, size = at, int64(0)
         while pointer(at, uint8)[0] != 0:
             at += 1
-        whole = _find(texts, starts, slots, mask, _hash(int64(_START), begin, at), begin, at, at)
+        whole = _find(texts, slots, mask, _hash(int64(_START), begin, at), begin, at, at)
         if whole >= 0:
             ids[count] = whole
             count += 1
@@ -200,7 +198,7 @@ def _encode(a, thread, threads):
             end = letter + 1
             while end < at and (pointer(end, uint8)[0] & 0xC0) == 0x80:
                 end += 1
-            id = _find(texts, starts, slots, mask, _hash(int64(_START), letter, end), letter, end, end)
+            id = _find(texts, slots, mask, _hash(int64(_START), letter, end), letter, end, end)
             if id < 0 or size == LONGEST:
                 result[0] = _UNFIT
                 return
@@ -242,13 +240,13 @@ class Merges:
         ValueError if they do not fit together.
         """
         n, n_merges = texts.count(0), merges.count(0)
-        self._texts, self._starts = np.frombuffer(texts, np.uint8), np.empty(n + 1, np.int32)
-        self._slots = np.zeros(1 << max(4, (2 * n).bit_length()), np.int32)
-        self._pairs = np.zeros((1 << max(4, (2 * n_merges).bit_length()), 2), np.int64)
-        tables = self._texts, self._starts, self._slots
-        addresses = [array.ctypes.data for array in tables]
-        self._tables = *addresses, len(self._slots) - 1, self._pairs.ctypes.data, len(self._pairs) - 1
-        _run(_index, n, *self._tables[:4])
+        if n >= 1 << (_ID - 1) or len(texts) >= 1 << _BEGIN:
+            raise ValueError(f"{n} tokens of {len(texts)} bytes are too many")
+        self._texts = np.frombuffer(texts, np.uint8)
+        self._slots, self._pairs = np.zeros(_room(n), np.int64), np.zeros((_room(n_merges), 2), np.int64)
+        vocabulary = self._texts.ctypes.data, self._slots.ctypes.data, len(self._slots) - 1
+        self._tables = *vocabulary, self._pairs.ctypes.data, len(self._pairs) - 1
+        _run(_index, n, *vocabulary)
         kept = np.frombuffer(merges, np.uint8)
         try:
             _run(_rank, n_merges, kept.ctypes.data, *self._tables)
@@ -264,6 +262,11 @@ class Merges:
         ids, scratch = np.empty(len(text), np.int64), np.empty((2, LONGEST), np.int64)
         count = _run(_encode, len(words), text.ctypes.data, *self._tables, scratch.ctypes.data, ids.ctypes.data)
         return ids[:count].tolist()
+
+
+def _room(n: int) -> int:
+    """Places of a table for `n` entries: a power of two."""
+    return 1 << max(4, (n * 3 // 2).bit_length())
 
 
 class _UnfitError(ValueError):
