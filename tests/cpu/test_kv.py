@@ -71,9 +71,9 @@ class TestVariants:
     def test_a_rotation_is_hadamards_and_its_own_inverse(self, head_dim, target):
         x = np.random.default_rng(2).standard_normal(head_dim).astype(np.float32)
         got, part = x.copy(), head_dim & -head_dim
-        run(leaves("Q8_0", target, head_dim)["rotate"], got)
+        run(leaves("F16", target, head_dim, unit=1)["rotate"], got)
         np.testing.assert_allclose(got.reshape(-1, part), x.reshape(-1, part) @ hadamard(part), atol=1e-5)
-        run(leaves("Q8_0", target, head_dim)["rotate"], got)
+        run(leaves("F16", target, head_dim, unit=1)["rotate"], got)
         np.testing.assert_allclose(got, x, atol=1e-5)
 
     @pytest.mark.parametrize(

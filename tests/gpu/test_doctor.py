@@ -96,6 +96,9 @@ def test_the_pages_that_a_gpu_would_read_are_compared_with_the_file(small, monke
 
 
 def test_a_wrong_kernel_and_a_wrong_model_fail(as_cpp, small, monkeypatch, capfd):
+    from llamacli.mlx import checks
+
+    monkeypatch.setattr(checks, "FORMATS", ["Q4_K"])
     right = "even[1] += q[i + 16]"
     assert right in as_cpp.BODIES["matvec"]
     monkeypatch.setitem(as_cpp.BODIES, "matvec", as_cpp.BODIES["matvec"].replace(right, "even[1] += q[i]"))
