@@ -18,7 +18,6 @@ import pytest
 from link import PREFIX, Network
 from test_cluster_ray import ROOT, TINY, Two
 
-PORT = 6399
 ROOT_ONLY = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("ip") or not os.path.exists("/dev/net/tun"),
     reason="needs root, ip and TUN devices",
@@ -30,7 +29,9 @@ class Far(Two):
 
     def __init__(self, folder: Path, n: int):
         super().__init__(folder)
-        self.address, self.spaces = f"{PREFIX}1:{PORT}", [f"llamacli-{k}" for k in range(1, n + 1)]
+        self.port = 20000 + os.getpid() % 10000
+        self.address, self.spaces = f"{PREFIX}1:{self.port}", [f"llamacli-{os.getpid()}-{k}" for k in range(1, n + 1)]
+        self.names = [f"n{k}" for k in range(1, n + 1)]
         self.network = None
 
     def open(self) -> None:
@@ -42,6 +43,8 @@ class Far(Two):
 
     def close(self) -> None:
         """End all nodes and their network."""
+        if self.network is None:
+            return
         self.network.set()
         self.llamacli("cluster", "stop")
         for k in range(1, len(self.spaces) + 1):
@@ -50,7 +53,7 @@ class Far(Two):
 
     def join(self, k: int, before: str = "", **more: str) -> subprocess.CompletedProcess:
         """Start node k. `before`: shell commands that see the node's own mounts."""
-        words = ("start", "--port", str(PORT)) if k == 1 else ("join", self.address)
+        words = ("start", "--port", str(self.port)) if k == 1 else ("join", self.address)
         more = {"LLAMACLI_MODELS": str(self.models(k - 1))} | more
         return self.llamacli("cluster", *words, "--host", f"{PREFIX}{k}", on=k, before=before, **more)
 
@@ -58,9 +61,9 @@ class Far(Two):
         words = self.words(on, sys.executable, "-m", "llamacli", *args, before=before)
         return subprocess.run(words, env=self.env | more, capture_output=True, text=True, timeout=280, cwd=ROOT)
 
-    def python(self, code: str, *args: str) -> str:
+    def python(self, code: str, *args: str, **more: str) -> str:
         """The last line that a program prints on the first node; all of it is shown."""
-        env = self.env | {"ADDRESS": self.address, "FILE": str(TINY)}
+        env = self.env | {"ADDRESS": self.address, "FILE": str(TINY)} | more
         words = self.words(1, sys.executable, "-c", code, *args)
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=280, cwd=ROOT)
         print(done.stdout, done.stderr)
@@ -69,9 +72,9 @@ class Far(Two):
 
     def words(self, on: int, *command: str, before: str = "") -> list[str]:
         """A command on node `on`."""
-        space = self.spaces[on - 1]
+        space, name = self.spaces[on - 1], self.names[on - 1]
         script = f'hostname "$0"; {before}\nexec "$@"'
-        return ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", script, space, *command]
+        return ["ip", "netns", "exec", space, "unshare", "--uts", "sh", "-c", script, name, *command]
 
     def processes(self, k: int, begins: str = "") -> list[int]:
         """Processes of node k whose command line begins so."""

@@ -3,8 +3,12 @@
 Slow, and only for root on Linux (far.py). Run with -s to see the figures.
 """
 
+from dataclasses import replace
+
 import pytest
 from far import ROOT_ONLY, Far
+
+from quantize.shapes import SHAPES, write
 
 pytestmark = [pytest.mark.slow, ROOT_ONLY]
 
@@ -65,3 +69,51 @@ def test_logits_have_the_bytes_of_one_process(far, delay, loss):
     far.network.set(delay=delay, jitter=delay / 10, loss=loss, seed=1)
     print(f"\n{len(far.spaces)} nodes, {1000 * delay:g} ms one way, {100 * loss:g} % lost")
     assert far.python(LOGITS, str(len(far.spaces))) == "same"
+
+
+SEVERAL = (
+    LOAD
+    + """
+from llamacli.engine import Engine
+from llamacli.together import Request, answer_together
+def answers(model, n, depth=None):
+    sampler = lambda: model.sampler(temp=0, ignore_eos=True)
+    asked = [Request(model.session(), ids[30 * k : 30 * k + 30], sampler(), 40) for k in range(n)]
+    found, began = [[] for _ in asked], 0
+    for number, piece in answer_together(asked, n):
+        if piece.id is not None:
+            began = began or time.perf_counter()
+            found[number].append(piece.id)
+    return found, (40 * n - 1) / (time.perf_counter() - began)
+alone, speed = answers(one, 1)
+print(f"one process, one sequence: {speed:.1f} tokens/s", flush=True)
+alone += [answers(one, 4)[0][k] for k in (1, 2, 3)]
+found, speed = answers(model, 1)
+assert found == alone[:1]
+print(f"one sequence: {speed:.1f} tokens/s", flush=True)
+found, speed = answers(model, 4)
+assert found == alone
+print(f"four in {model.engine.depth} groups: {speed:.1f} tokens/s", flush=True)
+Engine.depth = 1
+found, speed = answers(model, 4)
+print(f"four in one group: {speed:.1f} tokens/s", flush=True)
+model.close()
+print("same")
+"""
+)
+
+
+@pytest.fixture(scope="session")
+def middling(tmp_path_factory):
+    """A model whose layers take some milliseconds: 4 layers of 16 experts, 330 MB."""
+    path = tmp_path_factory.mktemp("middling") / "middling.gguf"
+    shape = replace(SHAPES["scout"], n_embd=2048, n_heads=16, n_kv_heads=4, n_ff=2048, n_ff_exp=1024, n_vocab=1000)
+    write(shape, 4, path)
+    return path
+
+
+@pytest.mark.parametrize("delay", [0, 0.005])
+def test_several_sequences_keep_all_nodes_busy(far, middling, delay):
+    far.network.set(delay=delay)
+    print(f"\n{len(far.spaces)} nodes, {1000 * delay:g} ms one way")
+    assert far.python(SEVERAL, str(len(far.spaces)), FILE=str(middling)) == "same"

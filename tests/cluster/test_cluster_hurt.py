@@ -95,7 +95,7 @@ def test_each_node_killed_at_ten_moments(far, alone, k):
         show(f"kill -9 of node {k} at {moment}/{MOMENTS}", command, since)
         assert command.text == alone
         assert command.process.returncode == 0
-        assert f"node {far.spaces[k - 1]}" in command.said and command.said.count("\n") <= 2
+        assert f"node {far.names[k - 1]}" in command.said and command.said.count("\n") <= 2
 
 
 def test_a_machine_that_dies_and_joins_again(far, alone):
@@ -104,7 +104,7 @@ def test_a_machine_that_dies_and_joins_again(far, alone):
     since = time.monotonic()
     far.signal(3, signal.SIGKILL)
     show("a machine died", command.end(), since)
-    assert command.text == alone and f"node {far.spaces[2]}" in command.said
+    assert command.text == alone and f"node {far.names[2]}" in command.said
     assert far.join(3).returncode == 0
     assert whole(far, alone)
 
@@ -115,10 +115,10 @@ def test_a_cable_that_is_cut_and_put_back(far, alone):
     since = time.monotonic()
     far.network.cut(3)
     show("cable cut", command.end(), since)
-    assert command.text == alone and f"node {far.spaces[2]}" in command.said
+    assert command.text == alone and f"node {far.names[2]}" in command.said
     command = run(far).end()
     print("the next command:", told(command))
-    assert command.text == alone and f"node {far.spaces[2]}" in command.said and "cable" in command.said
+    assert command.text == alone and f"node {far.names[2]}" in command.said and "cable" in command.said
     far.network.mend(3)
     print(f"put back: used again after {until_whole(far, alone):.0f} s")
 
@@ -150,7 +150,7 @@ def test_a_node_that_stalls_and_goes_on(far, alone, what):
     finally:
         send(pids, signal.SIGCONT)
     show(f"{what} stopped", command, since)
-    assert command.text == alone and f"node {far.spaces[1]}" in command.said
+    assert command.text == alone and f"node {far.names[1]}" in command.said
     print(f"goes on: used again after {until_whole(far, alone):.0f} s")
 
 
@@ -174,7 +174,7 @@ def test_a_chat_goes_on_without_a_node_and_with_it_again(far):
             show("a node died between turns", several, since)
             assert far.join(3).returncode == 0
     assert one.end().text == several.end().text
-    assert f"node {far.spaces[2]}" in several.said
+    assert f"node {far.names[2]}" in several.said
     print(told(several))
 
 
@@ -191,7 +191,7 @@ def test_another_file_and_another_version(far, alone, tmp_path):
         path.write_bytes(kept)
         print(f"{what} file: {told(command)}")
         assert command.text == alone
-        assert f"node {far.spaces[1]}" in command.said and "copy" in command.said and command.said.count("\n") == 1
+        assert f"node {far.names[1]}" in command.said and "copy" in command.said and command.said.count("\n") == 1
     far.signal(3, signal.SIGKILL)
     shutil.copytree(ROOT / "llamacli", tmp_path / "llamacli", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "llamacli" / "errors.py", "a") as file:
@@ -200,7 +200,7 @@ def test_another_file_and_another_version(far, alone, tmp_path):
     command = run(far).end()
     print("another version:", told(command))
     assert command.text == alone
-    assert f"node {far.spaces[2]}" in command.said and "install the same version" in command.said
+    assert f"node {far.names[2]}" in command.said and "install the same version" in command.said
     assert command.said.count("\n") == 1
     far.signal(3, signal.SIGKILL)
     assert far.join(3).returncode == 0
