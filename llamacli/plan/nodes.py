@@ -22,7 +22,7 @@ from llamacli.plan.placement import COUNTED, OTHERS, Placement, Sizes, decode_se
 
 ASSUMED_DISK = 3e9  # bytes a second, of a disk that could not be measured
 EVEN = 0.05  # weight of the squares
-SECONDS_PER_HANDOVER = 650e-6  # of threads and system calls, beside the network: measured where all nodes share two cores (docs/cluster.md)
+SECONDS_PER_HANDOVER = 650e-6  # of threads and system calls, beside the network; measured (docs/cluster.md)
 
 
 class Machine(NamedTuple):
