@@ -193,6 +193,6 @@ def error_body(refusal: Refusal) -> dict:
     return {"type": "error", "error": {"type": kind, "message": str(refusal)}}
 
 
-def failed(refusal: Refusal) -> str:
+def failed(refusal: Refusal, told: int) -> str:
     """The last event of a stream that ends by an error."""
     return _event("error", error=error_body(refusal)["error"])

@@ -269,6 +269,6 @@ def error_body(refusal: Refusal) -> dict:
     return {"error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code}}
 
 
-def failed(refusal: Refusal) -> str:
+def failed(refusal: Refusal, told: int) -> str:
     """The last event of a stream that ends by an error."""
     return data(error_body(refusal))

@@ -223,7 +223,7 @@ async def chunks(events, ask: Ask, form: Form, tokenizer) -> AsyncIterator[str]:
 error_body = openai.error_body
 
 
-def failed(refusal: Refusal) -> str:
-    """The last event of a stream that ends by an error."""
-    body = {"type": "error", "code": refusal.code, "message": str(refusal), "param": refusal.param, "sequence_number": 0}
+def failed(refusal: Refusal, told: int) -> str:
+    """The last event of a stream that ends by an error after `told` others."""
+    body = {"type": "error", "code": refusal.code, "message": str(refusal), "param": refusal.param, "sequence_number": told}
     return f"event: error\ndata: {json.dumps(body)}\n\n"

@@ -60,7 +60,8 @@ class Answering:
 
 
 class EventStream(Response):
-    """`events`: texts of the protocol. `failed` makes the last event of the refusal that `refusal_of` makes of an exception."""
+    """`events`: texts of the protocol, one each. Of the refusal that `refusal_of` makes of an exception, and of the number of
+    events that were told before, `failed` makes the last event."""
 
     media_type = "text/event-stream"
 
@@ -68,7 +69,7 @@ class EventStream(Response):
         self,
         events: AsyncIterator[str],
         answering: Answering,
-        failed: Callable[[Refusal], str],
+        failed: Callable[[Refusal, int], str],
         refusal_of: Callable[[Exception], Refusal],
         keep_alive: float = KEEP_ALIVE,
     ):
@@ -76,6 +77,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._events, self._answering, self._keep_alive = events, answering, keep_alive
         self._failed, self._refusal_of = failed, refusal_of
+        self._told = 0
         self.cut: str | None = None  # what ended it before its end
 
     async def __call__(self, scope, receive, send) -> None:
@@ -105,13 +107,15 @@ class EventStream(Response):
 
     def _taken(self, following: asyncio.Future) -> tuple[str | None, asyncio.Future | None]:
         try:
-            return following.result(), None
+            text = following.result()
+            self._told += 1
+            return text, None
         except Exception as error:
             ended = asyncio.get_running_loop().create_future()
             ended.set_result(None)
             refusal = self._refusal_of(error)
             self.cut = refusal.code
-            return self._failed(refusal), ended
+            return self._failed(refusal, self._told), ended
 
 
 async def while_there(receive, awaitable: Awaitable):

@@ -308,6 +308,20 @@ def test_an_error_of_the_machine_is_told_on_stderr_and_not_to_the_client():
     assert any(SECRET in report for report in reports)
 
 
+def test_an_error_within_a_stream_of_responses_has_the_number_that_follows():
+    class Failing(Scripted):
+        def forward(self, ids, cache, **more):
+            if len(self.calls) > 4:
+                raise OSError(5, "Input/output error", "model.gguf")
+            return super().forward(ids, cache, **more)
+
+    with serving(FakeModel(Failing("a long answer", chunk=64), ctx=400), report=lambda _: None) as client:
+        answer = client.post("/v1/responses", json={"input": "Talk.", "stream": True, "store": False})
+    events = [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: ")]
+    assert events[-1]["type"] == "error" and len(events) > 3
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+
+
 def test_the_end_of_the_server_ends_streams_with_an_error(client):
     with serving(FakeModel(Scripted(LONG, chunk=64, delay=0.002), ctx=4000)) as other:
         found = []
