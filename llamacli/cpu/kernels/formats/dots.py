@@ -21,7 +21,7 @@ from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i64, vec
 AHEAD = 4096  # bytes that are prefetched ahead
 CHUNK = 16  # superblocks in each of the two loops: fewer bytes than AHEAD, so that the first loop reads what is prefetched
 SUMS = 4  # accumulators, so that a sum need not wait for the one before
-SYMBOLS = ("dequantize", "matvec", "matvecs", "prepare", "pack", "tile")
+SYMBOLS = ("dequantize", "matvec", "matvecs", "prepare", "pack", "tile", "pack_short", "tile_short")
 
 
 def quantized(name, target):
@@ -35,6 +35,9 @@ def quantized(name, target):
     tiles.prepare(module, target, fmt)
     tiles.pack(module, target, fmt)
     tiles.tile(module, target, fmt)
+    short = target._replace(tile=tiles.short(target))
+    tiles.pack(module, short, fmt, "pack_short")
+    tiles.tile(module, short, fmt, "tile_short")
     return module
 
 

@@ -2,12 +2,11 @@
 common.h.
 """
 
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_scales, nibble_codes, nibbles
+from llamacli.cpu.kernels.formats.halves import crossed_nibbles, half_scales, nibbles
 
 block, nbytes, group, offset, largest = 32, 18, 32, 128, 255
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # kvalues_iq4nl
 SHIFTED = tuple(level + 128 for level in LEVELS)  # dot4 wants unsigned bytes
-order = NIBBLE_ORDER
 
 
 def piece(s, w, j):
@@ -33,8 +32,3 @@ def signed_crossed(s, w, j):
 def scales(s, w, n):
     """The scales of n blocks; the mins follow from `offset`."""
     return half_scales(s, w, n, nbytes), None
-
-
-def codes(s, w):
-    """Weights as 4 registers in `order`."""
-    return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 2, nbytes)]

@@ -4,14 +4,11 @@ Layout: half d, 16 bits with the high two bits of each scale, 4 bytes of low nib
 Source: ggml-common.h, block_iq4_xs.
 """
 
-from llvmlite import ir
-
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, nibble_codes, nibbles, splat_half
+from llamacli.cpu.kernels.formats.halves import crossed_nibbles, nibbles
 from llamacli.cpu.kernels.formats.iq4_nl import LEVELS, SHIFTED
-from llamacli.cpu.kernels.jit.simd import i8, i16, vec
+from llamacli.cpu.kernels.jit.simd import i8, i32, vec
 
 block, nbytes, group, offset, largest = 256, 136, 32, 128, 255
-order = NIBBLE_ORDER
 
 
 def piece(s, w, j):
@@ -36,14 +33,14 @@ def signed_crossed(s, w, j):
 
 def scales(s, w, n):
     """The 8 scales; the mins follow from `offset`."""
-    low = s.unsigned(s.shuffle(s.load(vec(i8, 4), w, 4), [i // 2 for i in range(8)]), i16)
-    low = s.b.and_(s.b.lshr(low, ir.Constant(vec(i16, 8), [4 * (i % 2) for i in range(8)])), s.fill(i16, 8, 15))
-    high = s.b.lshr(s.splat(s.load(i16, w, 2), 8), ir.Constant(vec(i16, 8), [2 * i for i in range(8)]))
-    high = s.b.shl(s.b.and_(high, s.fill(i16, 8, 3)), s.fill(i16, 8, 4))
-    six = s.b.sub(s.b.or_(low, high), s.fill(i16, 8, 32))
-    return s.b.fmul(s.to_float(s.signed(six)), splat_half(s, w, 0, 8)), None
+    whole, d = whole_scales(s, w)
+    return s.b.fmul(s.to_float(whole), d), None
 
 
-def codes(s, w):
-    """Weights as 4 registers in `order`."""
-    return [s.lookup(SHIFTED, q) for q in nibble_codes(s, w, 8, 16)]
+def whole_scales(s, w):
+    """The 8 scales as integers, and what they are to be multiplied with."""
+    low, high = (s.splat(s.load(i32, w, at), 8) for at in (4, 0))
+    low = s.b.and_(s.b.lshr(low, s.each(i32, [4 * i for i in range(8)])), s.fill(i32, 8, 15))
+    high = s.b.and_(s.b.lshr(high, s.each(i32, [16 + 2 * i for i in range(8)])), s.fill(i32, 8, 3))
+    six = s.b.sub(s.b.or_(low, s.b.shl(high, s.fill(i32, 8, 4))), s.fill(i32, 8, 32))
+    return six, s.splat_half(w, 0, 8)

@@ -4,9 +4,10 @@ A format's module provides `piece` (32 weights as unsigned bytes u) and `scales`
 weight = scale * u - min; where it has an `offset`, the minimum is scale * offset. `largest` is the largest u. Formats whose
 codes exceed 127 also provide `signed_piece`: the same as signed bytes.
 
-For registers of 32 bytes a format may provide `crossed` (the weights of groups j and j + 4 as two registers, their first 16,
-then their last 16, so that products of a group add up before they are scaled) and `whole_scales` (16-bit pairs and a float).
-For registers of 64 bytes it may provide `codes` (a superblock at once, in an `order` and with `factors` of its own).
+A format may provide `whole_scales` (the scales as int32 and the float to multiply them with) and, for registers of 32 bytes,
+`crossed` (the weights of groups j and j + 4 as two registers, their first 16, then their last 16, so that products of a group
+add up before they are scaled). `piece`, `scales` and `whole_scales` also serve many rows side by side (rows.py), so they do
+what Simd and Rows both have.
 
 An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 scales, 8 scaled sums of 32 and 16 scaled sums of
 16, float32.
@@ -42,9 +43,7 @@ def span(fmt):
 
 def order(s, fmt):
     """The pieces of 16 weights in the order in which `codes` has them."""
-    if s.width == 32 and hasattr(fmt, "crossed"):
-        return CROSSED
-    return fmt.order if s.width == 64 and hasattr(fmt, "order") else tuple(range(16))
+    return CROSSED if s.width == 32 and hasattr(fmt, "crossed") else tuple(range(16))
 
 
 def registers(s, fmt):
@@ -53,15 +52,8 @@ def registers(s, fmt):
     return [tuple(16 * p // fmt.group for p in pieces[k : k + side]) for k in range(0, 16, side)]
 
 
-def factors(s, fmt):
-    """What the products of each 32 `codes` are to be multiplied with."""
-    return fmt.factors(s) if s.width == 64 and hasattr(fmt, "factors") else [1.0] * 8
-
-
 def codes(s, fmt, w):
     """A superblock's weights as registers of unsigned bytes, in `order`."""
-    if s.width == 64 and hasattr(fmt, "codes"):
-        return fmt.codes(s, w)
     if s.width == 32 and hasattr(fmt, "crossed"):
         return [half for j in range(4) for half in fmt.crossed(s, w, j)]
     pieces = [fmt.piece(s, w, j) for j in range(8)]

@@ -4,7 +4,6 @@ Layout: 16 bytes with a 4-bit scale (low) and min (high) each, 64 bytes of bit p
 weights: bit pair j of byte l is weight 32j + l. Source: ggml-common.h, block_q2_K.
 """
 
-from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
 block, nbytes, group, offset, largest = 256, 84, 16, None, 3
@@ -23,6 +22,10 @@ def bit_pairs(s, w, at, j):
 
 def scales(s, w, n):
     """(scales, mins) of the 16 groups."""
-    both = s.load(vec(i8, 16), w)
-    low, high = s.b.and_(both, s.fill(i8, 16, 15)), s.b.lshr(both, s.fill(i8, 16, 4))
-    return tuple(s.b.fmul(s.to_float(s.unsigned(v)), splat_half(s, w, at, 16)) for v, at in ((low, 80), (high, 82)))
+    (whole, d), high = whole_scales(s, w), s.b.lshr(s.load(vec(i8, 16), w), s.fill(i8, 16, 4))
+    return s.b.fmul(s.to_float(whole), d), s.b.fmul(s.to_float(s.unsigned(high)), s.splat_half(w, 82, 16))
+
+
+def whole_scales(s, w):
+    """The 16 scales as integers, and what they are to be multiplied with."""
+    return s.unsigned(s.b.and_(s.load(vec(i8, 16), w), s.fill(i8, 16, 15))), s.splat_half(w, 80, 16)

@@ -5,9 +5,6 @@ scales, half d. Scale i has its low nibble in byte i mod 8 and its high two bits
 block_q3_K.
 """
 
-from llvmlite import ir
-
-from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.formats.q2_k import bit_pairs
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
@@ -22,10 +19,15 @@ def piece(s, w, j):
 
 def scales(s, w, n):
     """The 16 scales; the mins follow from `offset`."""
+    whole, d = whole_scales(s, w)
+    return s.b.fmul(s.to_float(whole), d), None
+
+
+def whole_scales(s, w):
+    """The 16 scales as integers, and what they are to be multiplied with."""
     c = lambda value, n: s.fill(i8, n, value)
     low, high = s.load(vec(i8, 8), w, 96), s.load(vec(i8, 4), w, 104)
     low = s.concat(s.b.and_(low, c(15, 8)), s.b.lshr(low, c(4, 8)))
-    shifts = ir.Constant(vec(i8, 16), [2 * (i // 4) for i in range(16)])
+    shifts = s.each(i8, [2 * (i // 4) for i in range(16)])
     high = s.b.and_(s.b.lshr(s.shuffle(high, [i % 4 for i in range(16)]), shifts), c(3, 16))
-    six = s.b.sub(s.b.or_(low, s.b.shl(high, c(4, 16))), c(32, 16))
-    return s.b.fmul(s.to_float(s.signed(six)), splat_half(s, w, 108, 16)), None
+    return s.signed(s.b.sub(s.b.or_(low, s.b.shl(high, c(4, 16))), c(32, 16))), s.splat_half(w, 108, 16)

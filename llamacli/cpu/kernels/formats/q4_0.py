@@ -3,10 +3,9 @@
 `piece` and `scales` are the two questions formats.py asks of every block format. Source: ggml-common.h, block_q4_0.
 """
 
-from llamacli.cpu.kernels.formats.halves import NIBBLE_ORDER, crossed_nibbles, half_scales, nibble_codes, nibbles
+from llamacli.cpu.kernels.formats.halves import crossed_nibbles, half_scales, nibbles
 
 block, nbytes, group, offset, largest = 32, 18, 32, 8, 15
-order = NIBBLE_ORDER
 
 
 def piece(s, w, j):
@@ -22,8 +21,3 @@ def crossed(s, w, j):
 def scales(s, w, n):
     """The scales of n blocks; the mins follow from `offset`."""
     return half_scales(s, w, n, nbytes), None
-
-
-def codes(s, w):
-    """Weights as 4 registers in `order`."""
-    return nibble_codes(s, w, 2, nbytes)

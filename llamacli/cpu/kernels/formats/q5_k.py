@@ -4,7 +4,7 @@ Layout: half d, half dmin, 12 bytes of scales as in Q4_K, 32 bytes of high bits 
 g), 128 bytes of nibbles. Source: ggml-common.h, block_q5_K.
 """
 
-from llamacli.cpu.kernels.formats.q4_k import scales
+from llamacli.cpu.kernels.formats.q4_k import scales, whole_scales
 from llamacli.cpu.kernels.jit.simd import i8, vec
 
 block, nbytes, group, offset, largest = 256, 176, 32, None, 31
@@ -31,4 +31,4 @@ def crossed(s, w, j):
     return found
 
 
-__all__ = ["block", "crossed", "group", "largest", "nbytes", "offset", "piece", "scales"]
+__all__ = ["block", "crossed", "group", "largest", "nbytes", "offset", "piece", "scales", "whole_scales"]

@@ -3,13 +3,14 @@
 `prepare` turns `lanes` rows of weights into a panel whose words of `target.step` bytes stand column by column, `pack` does the
 same to `target.tile` activation rows, and `tile` multiplies the two, one lane a row of weights, so that products of a whole
 group add up in integers before one conversion. Panel superblock: [256 / step][lanes] words of weights, [groups][lanes] scales,
-[groups][lanes] mins. All microkernels take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
+[groups][lanes] mins, [lanes] factors of whole scales. All microkernels take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
 """
 
 from llvmlite import ir
 
 from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, FLOATS, QUANTIZED, S16, S32, D
+from llamacli.cpu.kernels.formats.rows import Rows
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i16, i32, i64, vec
 
 UNROLL = 2  # steps of `_short_products` in one round of its loop
@@ -17,7 +18,12 @@ UNROLL = 2  # steps of `_short_products` in one round of its loop
 
 def panel_bytes(name, lanes):
     """Bytes of one panel superblock (0 for the float types, whose tiles read the weights themselves)."""
-    return 0 if name in FLOATS else (256 + 8 * (256 // QUANTIZED[name].group)) * lanes
+    return 0 if name in FLOATS else _panel_size(QUANTIZED[name]) * lanes
+
+
+def _panel_size(fmt):
+    """Of one row: codes, scales, mins and a factor."""
+    return 256 + 8 * (256 // fmt.group) + 4
 
 
 def packed_bytes(name, tokens, target):
@@ -28,6 +34,11 @@ def packed_bytes(name, tokens, target):
 def _packed_size(fmt, target):
     """Of one token: codes, scales, and for each group a sum or a start of the integer sums, or both."""
     return 256 + 32 + 4 * (256 // fmt.group) * (2 if fmt.offset is None and centre(target, fmt) else 1)
+
+
+def short(target):
+    """Tokens of the tiles that the last tokens take, so that fewer are multiplied in vain."""
+    return target.tile - 2
 
 
 def centre(target, fmt):
@@ -54,54 +65,69 @@ def has_sums(target, fmt):
 
 
 def has_whole_scales(target, fmt):
-    """Whether a panel holds scales as integers, which widen the 16-bit sums, and one float for each superblock of a row."""
-    return adds_in_16_bits(target) and hasattr(fmt, "whole_scales")
+    """Whether a panel holds scales as integers, and one float for each superblock of a row. They widen 16-bit sums; or they
+    multiply sums of 32 bits, where that is one instruction on a unit that is idle otherwise.
+    """
+    if not hasattr(fmt, "whole_scales"):
+        return False
+    return fmt.group == 16 and fmt.offset is not None if adds_in_16_bits(target) else multiplies_words(target)
+
+
+def multiplies_words(target):
+    """Whether products of 32-bit integers cost little: on AMD's cores, one instruction that shares one unit with products of
+    bytes (Agner Fog, instruction tables). On Intel's they are two.
+    """
+    return target.dot == "vnni" and target.cpu.startswith("znver")
 
 
 def prepare(module, target, fmt):
     """prepare(w, row_bytes, n_supers, panel): `lanes` rows into a panel."""
     s = Simd(module, target, "prepare", 4)
     w0, row_bytes, supers, panel0 = s.args
-    lanes, groups, word = s.lanes, 256 // fmt.group, ir.IntType(8 * target.step)
-    size, across = (256 + 8 * groups) * lanes, s.width // target.step
-    order, factors = formats.order(s, fmt), formats.factors(s, fmt)
-    factors = ir.Constant(vec(f32, groups), [factors[g * 8 // groups] for g in range(groups)])
-    middle, whole = centre(target, fmt), has_whole_scales(target, fmt)
+    rows, lanes, groups = Rows(s, row_bytes), s.lanes, 256 // fmt.group
+    whole, middle = has_whole_scales(target, fmt), centre(target, fmt)
 
     def superblock(i, _):
-        panel = s.add(panel0, s.mul(i, size))
-        rows = [s.add(s.add(w0, s.mul(row_bytes, r)), s.mul(i, formats.span(fmt))) for r in range(lanes)]
-        of_row = [formats.codes(s, fmt, w) for w in rows]
-        for c, registers in enumerate(zip(*of_row, strict=True)):
-            words = [s.bits(register, word) for register in registers]
-            for r in range(0, lanes, across):
-                for k, column in enumerate(s.transpose(words[r : r + across])):
-                    piece, left = divmod(c * across + k, 16 // target.step)
-                    s.store(column, panel, ((order[piece] * 16 // target.step + left) * lanes + r) * target.step)
-        if has_whole_scales(target, fmt):
-            both = [s.concat(s.bits(scale, f32), d) for scale, d in (fmt.whole_scales(s, w) for w in rows)]
-        else:
-            both = [formats.scales_and_mins(s, fmt, w, 8) for w in rows]
-            if middle and fmt.offset is None:
-                shift = s.fill(f32, groups, float(middle))
-                both = [(scale, s.b.fsub(least, s.b.fmul(scale, shift))) for scale, least in both]
-            both = [s.concat(s.b.fmul(scale, factors), least) for scale, least in both]
-        for part in range(-(-((2 if has_sums(target, fmt) else 1) * groups + (lanes if whole else 0)) // lanes)):
-            pick = list(range(part * lanes, (part + 1) * lanes))
-            for k, column in enumerate(s.transpose([s.shuffle(v, pick) for v in both])):
-                s.store(column, panel, 256 * lanes + (part * lanes + k) * lanes * 4)
+        w, panel = s.add(w0, s.mul(i, formats.span(fmt))), s.add(panel0, s.mul(i, _panel_size(fmt) * lanes))
+        for j in range(8):
+            s.store(_in_steps(s, fmt.piece(rows, w, j)), panel, 32 * lanes * j)
+        scale, least = fmt.scales(rows, w, 8)
+        if middle and least is not None:
+            least = s.b.fsub(least, s.b.fmul(scale, rows.fill(f32, groups, float(middle))))
+        if whole:
+            scale, factor = fmt.whole_scales(rows, w)
+            if least is not None:  # in units of the factor; where that is 0, so are the scales in its place
+                none = s.b.fcmp_ordered("==", factor, rows.fill(f32, groups, 0.0))
+                scale = s.b.select(none, rows.fill(i32, groups, 0), scale)
+                factor = s.b.select(none, rows.fill(f32, groups, 1.0), factor)
+                least = s.b.fdiv(least, factor)
+            s.store(s.shuffle(factor, list(range(lanes))), panel, (256 + 8 * groups) * lanes)
+            if adds_in_16_bits(target):  # as pairs of 16 bits
+                upper = s.b.shl(scale, rows.fill(i32, groups, 16))
+                scale = s.b.or_(upper, s.b.and_(scale, rows.fill(i32, groups, 0xFFFF)))
+        s.store(scale, panel, 256 * lanes)
+        if least is not None:
+            s.store(least, panel, (256 + 4 * groups) * lanes)
         return []
 
     s.loop(supers, [], superblock)
     s.done()
 
 
-def pack(module, target, fmt):
+def _in_steps(s, codes):
+    """Words of 4 bytes of each row as those of `step`."""
+    if s.target.step == 4:
+        return codes
+    words, n = s.bits(codes, i32), s.lanes
+    return s.shuffle(words, [k + half * n + r for k in range(0, words.type.count, 2 * n) for r in range(n) for half in (0, 1)])
+
+
+def pack(module, target, fmt, name="pack"):
     """pack(xs, n_supers, out): the activation rows at the target.tile addresses xs, side by side: [256 / step][tile] words,
     [8][tile] scales, then, where the tile needs them, [groups][tile] sums, negated (and times the format's offset), and
     [groups][tile] starts of the integer sums, so that `tile` walks through memory in one line.
     """
-    s = Simd(module, target, "pack", 3)
+    s = Simd(module, target, name, 3)
     xs0, supers, out0 = s.args
     tokens, groups, step = target.tile, 256 // fmt.group, target.step
     factor, middle, size = (
@@ -150,17 +176,17 @@ def _start(s, fmt, middle, x, g):
     return s.b.mul(s.b.add(*halves), i32(-middle))
 
 
-def tile(module, target, fmt):
+def tile(module, target, fmt, name="tile"):
     """tile(panel, n_supers, packed, outs, offset, acc): target.tile_vectors panels, one after the other, times target.tile
     tokens.
 
     Token t gets `lanes` products of each panel at outs[t] + offset. Loading a broadcast activation once for two panels is what
     keeps the load ports out of the way of the multipliers.
     """
-    s = Simd(module, target, "tile", 6)
+    s = Simd(module, target, name, 6)
     panel0, supers, packed0, outs0, offset, acc = s.args
     lanes, groups, tokens, vectors = s.lanes, 256 // fmt.group, target.tile, target.tile_vectors
-    size, packed_size, line = (256 + 8 * groups) * lanes, _packed_size(fmt, target) * tokens, lanes * 4
+    size, packed_size, line = _panel_size(fmt) * lanes, _packed_size(fmt, target) * tokens, lanes * 4
     per_scale = groups // 8  # groups that share one activation scale
     sums_too, whole = has_sums(target, fmt), has_whole_scales(target, fmt)
     starts_at = 72 + (groups if sums_too else 0)
@@ -174,40 +200,38 @@ def tile(module, target, fmt):
         def thirty_two(g, flat):
             sums = dict(zip(each, flat, strict=True))
             w, x = [s.add(panel, s.mul(g, 8 * line)) for panel in here], s.add(packed, s.mul(g, 8 * 4 * tokens))
-            d_at, whole_dots = s.add(packed, s.mul(g, 4 * tokens)), {}
+            d_at, together = s.add(packed, s.mul(g, 4 * tokens)), {}  # what the groups with one activation scale add up to
             for part in range(per_scale):
                 at = [s.add(panel, s.mul(s.add(s.mul(g, per_scale), part), line)) for panel in here]
                 total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
                 start = lambda t, at=total_at: s.splat(s.load(i32, at, 4 * (starts_at * tokens + t)))
                 starts = [start(t) for t in range(tokens)] if centre(target, fmt) else None
-                if whole:
-                    by = [s.bits(s.load(vec(i32, lanes), a, 256 * lanes), i16) for a in at]
-                    dots = multiply(s, fmt, w, x, part, tokens, starts, by)
-                    whole_dots = {key: s.b.add(whole_dots[key], dots[key]) if whole_dots else dots[key] for key in each}
-                    continue
-                dots = multiply(s, fmt, w, x, part, tokens, starts)
-                for t in range(tokens):
-                    d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
-                    total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t))) if sums_too else None
-                    for v in range(vectors):
-                        scale, value = s.load(vec(f32, lanes), at[v], 256 * lanes), s.to_float(dots[v, t])
-                        if not sums_too:
-                            sums[v, t] = s.fma(s.b.fmul(value, scale), d, sums[v, t])
-                        elif fmt.offset is not None:  # scale * (d * dot - offset * sum)
-                            sums[v, t] = s.fma(s.fma(value, d, total), scale, sums[v, t])
-                        else:
-                            least = s.load(vec(f32, lanes), at[v], (256 + 4 * groups) * lanes)
-                            sums[v, t] = s.fma(least, total, s.fma(s.b.fmul(value, scale), d, sums[v, t]))
-            for t in range(tokens if whole else 0):
+                by = [s.load(vec(i32 if whole else f32, lanes), a, 256 * lanes) for a in at]
+                dots = multiply(s, fmt, w, x, part, tokens, starts, [s.bits(v, i16) for v in by] if whole else None)
+                for v, t in each:
+                    if whole:
+                        value = dots[v, t] if adds_in_16_bits(target) else s.b.mul(dots[v, t], by[v])
+                        together[v, t] = s.b.add(together[v, t], value) if part else value
+                    elif fmt.offset is None or not sums_too:
+                        value = s.to_float(dots[v, t])
+                        together[v, t] = s.fma(value, by[v], together[v, t]) if part else s.b.fmul(value, by[v])
+                    if sums_too:
+                        total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t)))
+                    if sums_too and fmt.offset is None:
+                        least = s.load(vec(f32, lanes), at[v], (256 + 4 * groups) * lanes)
+                        sums[v, t] = s.fma(least, total, sums[v, t])
+                    elif sums_too:  # scale * (d * dot - offset * sum)
+                        d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
+                        sums[v, t] = s.fma(s.fma(s.to_float(dots[v, t]), d, total), by[v], sums[v, t])
+            for (v, t), value in together.items():
                 d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
-                for v in range(vectors):
-                    sums[v, t] = s.fma(s.to_float(whole_dots[v, t]), d, sums[v, t])
+                sums[v, t] = s.fma(s.to_float(value) if whole else value, d, sums[v, t])
             return [sums[key] for key in each]
 
         if not whole:
             return s.loop(8, sums, thirty_two)
         inner = s.loop(8, [s.zeros()] * len(each), thirty_two)
-        ds = [s.load(vec(f32, lanes), panel, (256 + 4 * groups) * lanes) for panel in here]
+        ds = [s.load(vec(f32, lanes), panel, (256 + 8 * groups) * lanes) for panel in here]
         return [s.fma(value, ds[v], total) for (v, _), value, total in zip(each, inner, sums, strict=True)]
 
     sums = s.loop(supers, [s.zeros()] * len(each), superblock)
@@ -219,7 +243,7 @@ def tile(module, target, fmt):
     s.done()
 
 
-def _products(s, fmt, w, x, part, tokens, starts):
+def _products(s, fmt, w, x, part, tokens, starts, _):
     """{(panel, token): int32 lanes} of group `part` of the panels w and the packed tokens x; `starts`: of each token's sums."""
     steps = fmt.group // 4
     dots = {(v, t): s.bits(starts[t], i32) if starts else s.zeros(i32) for v in range(len(w)) for t in range(tokens)}
@@ -233,7 +257,7 @@ def _products(s, fmt, w, x, part, tokens, starts):
     return dots
 
 
-def _short_products(s, fmt, w, x, part, tokens, starts, by=None):
+def _short_products(s, fmt, w, x, part, tokens, starts, by):
     """_products by sums in 16 bits, which are widened as rarely as they fit: by `by`, pairs of 16-bit factors of each panel, or
     ones. Signed codes do not fit twice.
 
@@ -267,7 +291,7 @@ def _short_products(s, fmt, w, x, part, tokens, starts, by=None):
     return total
 
 
-def _products_of_pairs(s, fmt, w, x, part, tokens, _):
+def _products_of_pairs(s, fmt, w, x, part, tokens, *_):
     """The same by products of two rows with two tokens, put in the order of rows at the group's end."""
     steps, evens, panels, halves = fmt.group // 8, list(range(0, 2 * s.lanes, 2)), range(len(w)), (0, 1)
     each = [(v, t) for v in panels for t in range(0, tokens, 2)]

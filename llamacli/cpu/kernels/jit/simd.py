@@ -53,11 +53,18 @@ class Simd:
         """Both vectors one after the other; they are of one type."""
         return self.shuffle(a, list(range(2 * a.type.count)), b)
 
-    def undefined_or_zeros(self, element, n):
-        """A vector to insert all lanes into: zeros, since an insertion into an undefined register waits for what that held.
-        Microkernels of 64 bytes do not insert where it matters.
-        """
-        return ir.Constant(vec(element, n), ir.Undefined if self.width == 64 else [0] * n)
+    def joined(self, vectors):
+        """All vectors one after the other; a power of two, of one type."""
+        while len(vectors) > 1:
+            vectors = [self.concat(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        return vectors[0]
+
+    def vector(self, scalars):
+        """The scalars as a vector. They are inserted into zeros: an insertion into an undefined register waits for what that held."""
+        v = self.zeros(scalars[0].type, len(scalars))
+        for k, scalar in enumerate(scalars):
+            v = self.b.insert_element(v, scalar, i32(k))
+        return v
 
     def splat(self, scalar, n=None):
         """The scalar in every lane."""
@@ -68,6 +75,10 @@ class Simd:
     def bits(self, v, element):
         """The same bits as a vector of another element."""
         return self.b.bitcast(v, vec(element, v.type.count * _bits(v.type.element) // _bits(element)))
+
+    def each(self, element, values):
+        """A constant vector of these values."""
+        return ir.Constant(vec(element, len(values)), values)
 
     # memory
 
@@ -210,6 +221,13 @@ class Simd:
         sign = self.b.shl(self.b.and_(h, self.fill(i32, n, 0x8000)), self.fill(i32, n, 16))
         value = self.bits(self.b.or_(self.bits(value, i32), sign), f32)
         return self.b.extract_element(value, i32(0)) if scalar else value
+
+    def splat_half(self, address, offset, n):
+        """The half float at address + offset in n float32 lanes."""
+        if self.width == 64 or not self.target.half:
+            return self.splat(self.from_half(self.load(f16, address, offset)), n)
+        eight = self.from_half(self.bits(self.splat(self.load(i16, address, offset), 8), f16))
+        return self.shuffle(eight, [0] * n)
 
     def to_half(self, v):
         """float32 to float16, nearest even; beyond the range it becomes infinity."""

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 from llvmlite import ir
 
-from llamacli.cpu.kernels.formats.halves import splat_half
 from llamacli.cpu.kernels.jit.simd import Simd, f16, f32, i8, i16, i32, i64, vec
 
 SYMBOLS = ("write", "rotate", "dots", "weigh", "transpose_keys", "widen")
@@ -73,14 +72,14 @@ def _read_f16(s, at, c):
 
 def _read_q8_0(s, at, c):
     codes = s.signed(s.load(vec(i8, s.lanes), at, 2 + c))
-    return s.b.fmul(s.to_float(codes), splat_half(s, at, 0, s.lanes))
+    return s.b.fmul(s.to_float(codes), s.splat_half(at, 0, s.lanes))
 
 
 def _read_q4_0(s, at, c):
     both = s.load(vec(i8, s.lanes), at, 2 + c % 16)
     codes = s.b.lshr(both, s.fill(i8, s.lanes, 4)) if c >= 16 else s.b.and_(both, s.fill(i8, s.lanes, 15))
     codes = s.b.sub(s.unsigned(codes), s.fill(i32, s.lanes, 8))
-    return s.b.fmul(s.to_float(codes), splat_half(s, at, 0, s.lanes))
+    return s.b.fmul(s.to_float(codes), s.splat_half(at, 0, s.lanes))
 
 
 def _write_f16(module, target):

@@ -46,7 +46,7 @@ SMALL = 4  # small items of work for each thread
 
 
 class Microkernels(NamedTuple):
-    """Addresses of one tensor type's microkernels; matvecs, prepare and pack are 0 for float types."""
+    """Addresses of one tensor type's microkernels; matvecs, prepare, pack and short tiles are 0 for float types."""
 
     dequantize: int
     matvec: int
@@ -54,11 +54,14 @@ class Microkernels(NamedTuple):
     prepare: int
     pack: int
     tile: int
+    pack_short: int
+    tile_short: int
     panel_rows: int
     tile_rows: int
     tile_tokens: int
+    short_tokens: int  # of tile_short
     panel_bytes: int  # of one superblock
-    packed_bytes: int  # of one superblock of tile_tokens tokens
+    packed_bytes: int  # of one superblock of a token
     quantized: bool
 
 
@@ -71,14 +74,16 @@ def microkernels(type_name: str) -> Microkernels:
         if type_name in formats.FLOATS:
             found = load(type_name, lambda target: floats.floats(type_name, target), floats.SYMBOLS)
             found = Microkernels(
-                found["dequantize"], found["matvec"], 0, 0, 0, found["tile"], 0, FLOAT_BLOCK, floats.TOKENS, 0, 0, False
-            )
+                found["dequantize"], found["matvec"], 0, 0, 0, found["tile"], 0, 0, 0, FLOAT_BLOCK, floats.TOKENS,
+                floats.TOKENS, 0, 0, False,
+            )  # fmt: skip
         else:
             found = load(type_name, lambda target: dots.quantized(type_name, target), dots.SYMBOLS)
             target = chosen_target()
-            sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, target.tile, target)
+            rows = target.lanes, target.lanes * target.tile_vectors
+            sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, 1, target)
             found = Microkernels(
-                *(found[s] for s in dots.SYMBOLS), target.lanes, target.lanes * target.tile_vectors, target.tile, *sizes, True
+                *(found[s] for s in dots.SYMBOLS), *rows, target.tile, tiles.short(target), *sizes, True
             )
         _loaded[type_name] = found
     return _loaded[type_name]
@@ -162,12 +167,15 @@ class MatmulArguments(NamedTuple):
     prepare: OptionalMicrokernel
     pack: OptionalMicrokernel
     tile: OptionalMicrokernel
+    pack_short: OptionalMicrokernel
+    tile_short: OptionalMicrokernel
     ragged: Flag  # rows end within a superblock: `prepare` reads on into the next rows, and so not the last ones
     panel_rows: Count
     tile_rows: Count
     tile_tokens: Count
+    short_tokens: Count
     panel_bytes: Count  # of all superblocks of panel_rows rows
-    packed_bytes: Count  # of all superblocks of tile_tokens tokens
+    packed_bytes: Count  # of all superblocks of a token
     block_rows: Count  # most rows whose panels are made at a time
     scratch: Address  # aligned to 64 bytes
     scratch_stride: Count
@@ -212,7 +220,7 @@ def arguments(
         laid_out = SIDES * dots.side(chosen_target()) * supers * dots.reordered_bytes(formats.QUANTIZED[matrix.type_name])
         assert laid_out <= offsets.packed - offsets.panels, "activations laid out anew overlap packed tokens"
         assert block_rows // f.panel_rows * panel_bytes <= offsets.packed - offsets.panels, "the panels overlap packed tokens"
-        most = -(-min(offsets.outs // 8 - 64, TOKENS) // f.tile_tokens) + 1
+        most = min(offsets.outs // 8 - 64, TOKENS) + 2 * f.tile_tokens
         assert most * packed_bytes <= offsets.end - offsets.packed, "packed tokens pass the end of the scratch"
     return MatmulArguments(
         weights=matrix.address,
@@ -237,10 +245,13 @@ def arguments(
         prepare=f.prepare,
         pack=f.pack,
         tile=f.tile,
+        pack_short=f.pack_short,
+        tile_short=f.tile_short,
         ragged=f.quantized and matrix.n_cols % 256 != 0,
         panel_rows=f.panel_rows,
         tile_rows=f.tile_rows,
         tile_tokens=f.tile_tokens,
+        short_tokens=f.short_tokens,
         panel_bytes=panel_bytes,
         packed_bytes=packed_bytes,
         block_rows=block_rows,
@@ -297,25 +308,46 @@ def _list_rows(a, xs, outs, group, padded):
 
 
 @device_function
-def _pack_tokens(a, xs, packed, token, token_end):
-    """Lay out the activations of some tokens for `tile`."""
-    for j in range(token, token_end, a.tile_tokens):
-        call(a.pack, (xs + 8 * j, (a.n_cols + 255) // 256, packed + (j - token) // a.tile_tokens * a.packed_bytes))
+def _tiles_of(a, count):
+    """How many tiles of tile_tokens tokens, and after them of short_tokens, multiply the fewest in vain."""
+    n, n_short = (count + a.tile_tokens - 1) // a.tile_tokens, int64(0)
+    for shorts in range(1, 3):
+        others = (max(0, count - shorts * a.short_tokens) + a.tile_tokens - 1) // a.tile_tokens
+        if others * a.tile_tokens + shorts * a.short_tokens < n * a.tile_tokens + n_short * a.short_tokens:
+            n, n_short = others, int64(shorts)
+    return n, n_short
 
 
 @device_function
-def _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, packed):
-    """Rows from `row` on, whole tiles of them, times tokens from `token` on, which are packed."""
-    supers = (a.n_cols + 255) // 256
+def _first_token(a, tile, n_tall):
+    """The first token of a tile, of which n_tall have tile_tokens tokens."""
+    return min(tile, n_tall) * a.tile_tokens + max(0, tile - n_tall) * a.short_tokens
+
+
+@device_function
+def _pack_tokens(a, xs, packed, first, end, n_tall):
+    """Lay out the activations of some tiles for `tile`."""
+    token = _first_token(a, first, n_tall)
+    for i in range(first, end):
+        j = _first_token(a, i, n_tall)
+        to = packed + (j - token) * a.packed_bytes
+        call(a.pack if i < n_tall else a.pack_short, (xs + 8 * j, (a.n_cols + 255) // 256, to))
+
+
+@device_function
+def _multiply_tiles(a, base, row, row_end, first, end, n_tall, xs, outs, panels, packed):
+    """Rows from `row` on, whole tiles of them, times the tokens of some tiles, which are packed."""
+    supers, token = (a.n_cols + 255) // 256, _first_token(a, first, n_tall)
     if a.prepare != 0:
         for r in range(row, row_end, a.panel_rows):
             call(a.prepare, (base + r * a.row_bytes, a.row_bytes, supers, panels + (r - row) // a.panel_rows * a.panel_bytes))
-    for j in range(token, token_end, a.tile_tokens):
+    for i in range(first, end):
+        j = _first_token(a, i, n_tall)
+        tile = a.tile if i < n_tall else a.tile_short
         for r in range(row, row_end, a.tile_rows):
             if a.prepare != 0:
                 panel = panels + (r - row) // a.panel_rows * a.panel_bytes
-                xs_tile = packed + (j - token) // a.tile_tokens * a.packed_bytes
-                call(a.tile, (panel, supers, xs_tile, outs + 8 * j, 4 * r, a.add))
+                call(tile, (panel, supers, packed + (j - token) * a.packed_bytes, outs + 8 * j, 4 * r, a.add))
             else:
                 at = base + r * a.row_bytes
                 call(a.tile, (at, a.row_bytes, a.tile_rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * r, a.add))
@@ -350,7 +382,7 @@ def matmul(a, thread, threads):
     xs, outs = scratch, scratch + a.outs_offset
     panels, packed = scratch + a.panels_offset, scratch + a.packed_offset
     table = pointer(a.table, int64)
-    tile_rows, tile_tokens = a.tile_rows, a.tile_tokens
+    tile_rows = a.tile_rows
     low, high, sharing = int64(0), a.n_rows, threads
     if a.out_div > 1:
         units, sharing = (a.n_rows + 31) // 32, int64(1)
@@ -369,8 +401,9 @@ def matmul(a, thread, threads):
         if count == 0:
             continue
         tiled = a.tile != 0 and not alone and (count >= a.few or table[a.n_groups] >= least)
-        n_tiles = (count + tile_tokens - 1) // tile_tokens
-        padded = n_tiles * tile_tokens
+        n_tall, n_short = _tiles_of(a, count)
+        n_tiles = n_tall + n_short
+        padded = _first_token(a, n_tiles, n_tall)
         blocks = (padded + TOKENS - 1) // TOKENS
         items = blocks * row_blocks + 1 if tiled else sharing + SMALL * sharing
         if item >= before + items:
@@ -389,11 +422,11 @@ def matmul(a, thread, threads):
             elif item - before < items - 1:
                 block, row = (item - before) // row_blocks, low + (item - before) % row_blocks * block_rows
                 row_end = min(row + block_rows, low + whole)
-                token, token_end = n_tiles * block // blocks * tile_tokens, n_tiles * (block + 1) // blocks * tile_tokens
+                first, end = n_tiles * block // blocks, n_tiles * (block + 1) // blocks
                 if a.pack != 0 and packed_block != block:
-                    _pack_tokens(a, xs, packed, token, token_end)
+                    _pack_tokens(a, xs, packed, first, end, n_tall)
                 packed_block = block
-                _multiply_tiles(a, base, row, row_end, token, token_end, xs, outs, panels, packed)
+                _multiply_tiles(a, base, row, row_end, first, end, n_tall, xs, outs, panels, packed)
                 row = row_end
             if row < row_end:
                 _multiply_rows(a, base, row, row_end, count, xs, outs, panels)
