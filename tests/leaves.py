@@ -55,11 +55,16 @@ def main():
         speeds = {work: [] for work in works}
         for n in range(asked.rounds + 1):
             for work, (function, amount) in works.items():
-                speeds[work] += [_speed(function, amount)] if n else [] if function() else []  # the first round warms up
+                speed = _speed(function, amount)
+                if n:  # the first round warms up
+                    speeds[work].append(speed)
         found = {work: median(v) / 1e9 for work, v in speeds.items()}
         cells = [name, f"{found['decode']:.1f}", *(f"{found[n]:.0f}" for n in counts)]
         for ours, theirs in (("decode", "ggml decode"), (counts[0], "ggml prefill")) if ggml else ():
-            cells += [f"{found[theirs]:.0f}" if ours in counts else f"{found[theirs]:.1f}", f"{found[ours] / found[theirs]:.2f}"]
+            cells += [
+                f"{found[theirs]:.0f}" if ours in counts else f"{found[theirs]:.1f}",
+                f"{found[ours] / found[theirs]:.2f}",
+            ]
         print("|", " | ".join(cells), "|", flush=True)
 
 
@@ -93,9 +98,7 @@ def _product(name, rows, n, threads):
     matrix = matmul.Matrix(rows.ctypes.data, name, 1, n_rows, COLS, rows.shape[1])
     given = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
     to, stop = matmul.Rows(out.ctypes.data, out.strides[0]), flags.ctypes.data
-    arguments = matmul.arguments(
-        matrix, given, to, table.ctypes.data, scratch, offsets, program.counter(), stop, stop + 8
-    )
+    arguments = matmul.arguments(matrix, given, to, table.ctypes.data, scratch, offsets, program.counter(), stop, stop + 8)
     program.add(matmul.matmul, arguments)
     program.seal()
     return lambda: pool.run(program), rows.nbytes if n == 1 else 2 * n_rows * COLS * n
@@ -105,7 +108,8 @@ class _Traits(ctypes.Structure):
     """ggml_type_traits_cpu of ggml-cpu.h."""
 
     _fields_ = (
-        ("from_float", ctypes.c_void_p), ("vec_dot", ctypes.c_void_p), ("vec_dot_type", ctypes.c_int), ("nrows", ctypes.c_int64),
+        ("from_float", ctypes.c_void_p), ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int), ("nrows", ctypes.c_int64),
     )  # fmt: skip
 
 

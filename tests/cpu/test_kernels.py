@@ -131,7 +131,7 @@ class TestVariants:
             for r in range(0, n_rows - 1, step):
                 for v, panel in enumerate(panels):
                     run(f["prepare"], raw[r + v * target.lanes :], raw.shape[1], 3, panel)
-                run(f["tile" + suffix], panels, 3, packed, arm.pointers(results), 4 * r, 0)
+                run(f["tile" + suffix], panels, 3, packed, arm.pointers(results), 4 * r, 0, 0, 0)
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
         np.testing.assert_array_equal(of_short, got[:short])  # so that a token's result does not depend on how many there are
@@ -171,7 +171,7 @@ class TestVariants:
         for v, panel in enumerate(panels):
             run(f["prepare"], raw[v * target.lanes :], raw.shape[1], 2, panel)
         got[:] = np.nan
-        run(f["tile"], panels, 2, packed, arm.pointers(got), 0, 0)
+        run(f["tile"], panels, 2, packed, arm.pointers(got), 0, 0, 0, 0)
         assert (np.abs(got - x @ meant.T) <= 1e-5 * most).all()
 
     @pytest.mark.parametrize("name", [name for name, f in formats.QUANTIZED.items() if f.block == 32])

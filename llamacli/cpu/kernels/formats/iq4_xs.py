@@ -6,7 +6,7 @@ Source: ggml-common.h, block_iq4_xs.
 
 from llamacli.cpu.kernels.formats.halves import crossed_nibbles, nibbles
 from llamacli.cpu.kernels.formats.iq4_nl import LEVELS, SHIFTED
-from llamacli.cpu.kernels.jit.simd import i8, i32, vec
+from llamacli.cpu.kernels.jit.simd import i32
 
 block, nbytes, group, offset, largest = 256, 136, 32, 128, 255
 

@@ -20,7 +20,6 @@ def piece(s, w, j):
     return s.b.or_(low, s.b.shl(high, c(4)))
 
 
-
 def scales(s, w, n):
     """The 16 scales; the mins follow from `offset`."""
     whole, d = whole_scales(s, w)

@@ -2,8 +2,9 @@
 
 `prepare` turns `lanes` rows of weights into a panel whose words of `target.step` bytes stand column by column, `pack` does the
 same to `target.tile` activation rows, and `tile` multiplies the two, one lane a row of weights, so that products of a whole
-group add up in integers before one conversion. Panel superblock: [256 / step][lanes] words of weights, [groups][lanes] scales,
-[groups][lanes] mins, [lanes] factors of whole scales. All microkernels take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
+group add up in integers before one conversion. `pack_short` and `tile_short` do the same with `short(target)` activation rows.
+Panel superblock: [256 / step][lanes] words of weights, [groups][lanes] scales, [groups][lanes] mins, [lanes] factors of whole
+scales. All microkernels take int64 addresses and sizes; `acc` nonzero adds to what stands in out.
 """
 
 from llvmlite import ir
@@ -13,6 +14,7 @@ from llamacli.cpu.kernels.formats.layout import ACT_BYTES, FLOATS, QUANTIZED, S1
 from llamacli.cpu.kernels.formats.rows import Rows
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i16, i32, i64, vec
 
+LINE = 64  # bytes of a cache line
 UNROLL = 2  # steps of `_short_products` in one round of its loop
 
 
@@ -65,19 +67,8 @@ def has_sums(target, fmt):
 
 
 def has_whole_scales(target, fmt):
-    """Whether a panel holds scales as integers, and one float for each superblock of a row. They widen 16-bit sums; or they
-    multiply sums of 32 bits, where that is one instruction on a unit that is idle otherwise.
-    """
-    if not hasattr(fmt, "whole_scales"):
-        return False
-    return fmt.group == 16 and fmt.offset is not None if adds_in_16_bits(target) else multiplies_words(target)
-
-
-def multiplies_words(target):
-    """Whether products of 32-bit integers cost little: on AMD's cores, one instruction that shares one unit with products of
-    bytes (Agner Fog, instruction tables). On Intel's they are two.
-    """
-    return target.dot == "vnni" and target.cpu.startswith("znver")
+    """Whether a panel holds scales as integers, which widen the 16-bit sums, and one float for each superblock of a row."""
+    return adds_in_16_bits(target) and fmt.group == 16 and fmt.offset is not None and hasattr(fmt, "whole_scales")
 
 
 def prepare(module, target, fmt):
@@ -177,14 +168,14 @@ def _start(s, fmt, middle, x, g):
 
 
 def tile(module, target, fmt, name="tile"):
-    """tile(panel, n_supers, packed, outs, offset, acc): target.tile_vectors panels, one after the other, times target.tile
-    tokens.
+    """tile(panel, n_supers, packed, outs, offset, acc, ahead, lines): target.tile_vectors panels, one after the other, times
+    target.tile tokens. Meanwhile it asks for what will be needed next: `lines` cache lines in each superblock, from `ahead` on.
 
     Token t gets `lanes` products of each panel at outs[t] + offset. Loading a broadcast activation once for two panels is what
     keeps the load ports out of the way of the multipliers.
     """
-    s = Simd(module, target, name, 6)
-    panel0, supers, packed0, outs0, offset, acc = s.args
+    s = Simd(module, target, name, 8)
+    panel0, supers, packed0, outs0, offset, acc, ahead, lines = s.args
     lanes, groups, tokens, vectors = s.lanes, 256 // fmt.group, target.tile, target.tile_vectors
     size, packed_size, line = _panel_size(fmt) * lanes, _packed_size(fmt, target) * tokens, lanes * 4
     per_scale = groups // 8  # groups that share one activation scale
@@ -196,6 +187,8 @@ def tile(module, target, fmt, name="tile"):
 
     def superblock(i, sums):
         here, packed = [s.add(panel, s.mul(i, size)) for panel in panels], s.add(packed0, s.mul(i, packed_size))
+        next_at = s.add(ahead, s.mul(s.mul(i, lines), LINE))
+        s.loop(lines, [], lambda k, _: s.prefetch(s.add(next_at, s.mul(k, LINE)), 0, LINE, 2) or [])
 
         def thirty_two(g, flat):
             sums = dict(zip(each, flat, strict=True))

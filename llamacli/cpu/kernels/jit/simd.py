@@ -60,7 +60,7 @@ class Simd:
         return vectors[0]
 
     def vector(self, scalars):
-        """The scalars as a vector. They are inserted into zeros: an insertion into an undefined register waits for what that held."""
+        """The scalars as a vector, inserted into zeros: an insertion into an undefined register waits for its old value."""
         v = self.zeros(scalars[0].type, len(scalars))
         for k, scalar in enumerate(scalars):
             v = self.b.insert_element(v, scalar, i32(k))
@@ -104,11 +104,13 @@ class Simd:
         """The address of stack space for n elements; to be asked for at a function's start."""
         return self.b.ptrtoint(self.b.alloca(vec(element, n)), i64)
 
-    def prefetch(self, address, distance, nbytes):
-        """Ask for the lines of `nbytes` bytes that lie `distance` ahead."""
+    def prefetch(self, address, distance, nbytes, level=1):
+        """Ask for the lines of `nbytes` bytes that lie `distance` ahead, into the cache of this level."""
         fn = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), i8.as_pointer(), i32, i32, i32)
         for line in range(0, nbytes, 64):
-            self.b.call(fn, [self.b.inttoptr(self.add(address, distance + line), i8.as_pointer()), i32(0), i32(3), i32(1)])
+            self.b.call(
+                fn, [self.b.inttoptr(self.add(address, distance + line), i8.as_pointer()), i32(0), i32(4 - level), i32(1)]
+            )
 
     # control
 

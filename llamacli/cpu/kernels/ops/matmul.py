@@ -18,6 +18,7 @@ from numpy import int64
 
 from llamacli.cpu.kernels.formats import dots, floats, tiles
 from llamacli.cpu.kernels.formats import layout as formats
+from llamacli.cpu.kernels.formats.tiles import LINE
 from llamacli.cpu.kernels.jit.intrinsics import (
     Address,
     Count,
@@ -82,9 +83,7 @@ def microkernels(type_name: str) -> Microkernels:
             target = chosen_target()
             rows = target.lanes, target.lanes * target.tile_vectors
             sizes = tiles.panel_bytes(type_name, target.lanes), tiles.packed_bytes(type_name, 1, target)
-            found = Microkernels(
-                *(found[s] for s in dots.SYMBOLS), *rows, target.tile, tiles.short(target), *sizes, True
-            )
+            found = Microkernels(*(found[s] for s in dots.SYMBOLS), *rows, target.tile, tiles.short(target), *sizes, True)
         _loaded[type_name] = found
     return _loaded[type_name]
 
@@ -319,38 +318,51 @@ def _tiles_of(a, count):
 
 
 @device_function
-def _first_token(a, tile, n_tall):
-    """The first token of a tile, of which n_tall have tile_tokens tokens."""
-    return min(tile, n_tall) * a.tile_tokens + max(0, tile - n_tall) * a.short_tokens
+def _first_token(a, tile, n_full):
+    """The first token of a tile, of which n_full have tile_tokens tokens."""
+    return min(tile, n_full) * a.tile_tokens + max(0, tile - n_full) * a.short_tokens
 
 
 @device_function
-def _pack_tokens(a, xs, packed, first, end, n_tall):
+def _pack_tokens(a, xs, packed, first, end, n_full):
     """Lay out the activations of some tiles for `tile`."""
-    token = _first_token(a, first, n_tall)
+    token = _first_token(a, first, n_full)
     for i in range(first, end):
-        j = _first_token(a, i, n_tall)
+        j = _first_token(a, i, n_full)
         to = packed + (j - token) * a.packed_bytes
-        call(a.pack if i < n_tall else a.pack_short, (xs + 8 * j, (a.n_cols + 255) // 256, to))
+        call(a.pack if i < n_full else a.pack_short, (xs + 8 * j, (a.n_cols + 255) // 256, to))
 
 
 @device_function
-def _multiply_tiles(a, base, row, row_end, first, end, n_tall, xs, outs, panels, packed):
-    """Rows from `row` on, whole tiles of them, times the tokens of some tiles, which are packed."""
-    supers, token = (a.n_cols + 255) // 256, _first_token(a, first, n_tall)
-    if a.prepare != 0:
-        for r in range(row, row_end, a.panel_rows):
-            call(a.prepare, (base + r * a.row_bytes, a.row_bytes, supers, panels + (r - row) // a.panel_rows * a.panel_bytes))
-    for i in range(first, end):
-        j = _first_token(a, i, n_tall)
-        tile = a.tile if i < n_tall else a.tile_short
-        for r in range(row, row_end, a.tile_rows):
-            if a.prepare != 0:
-                panel = panels + (r - row) // a.panel_rows * a.panel_bytes
-                call(tile, (panel, supers, packed + (j - token) * a.packed_bytes, outs + 8 * j, 4 * r, a.add))
-            else:
-                at = base + r * a.row_bytes
-                call(a.tile, (at, a.row_bytes, a.tile_rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * r, a.add))
+def _multiply_tiles(a, base, row, row_end, after, first, end, n_full, xs, outs, panels, packed):
+    """Rows from `row` on, whole tiles of them, times the tokens of some tiles, which are packed. The rows that follow, in the
+    end those from `after` on, are read from memory meanwhile.
+
+    Where the tokens fit into the second-level cache, each tile's rows pass by all of them; else as many as fit there.
+    """
+    supers, token = (a.n_cols + 255) // 256, _first_token(a, first, n_full)
+    size = (_first_token(a, end, n_full) - token) * a.packed_bytes
+    step = a.tile_rows if size <= PANEL_SHARE else a.block_rows
+    for low in range(row, row_end, step):
+        high = min(low + step, row_end)
+        if a.prepare != 0:
+            for r in range(low, high, a.panel_rows):
+                panel = panels + (r - low) // a.panel_rows * a.panel_bytes
+                call(a.prepare, (base + r * a.row_bytes, a.row_bytes, supers, panel))
+        ahead = base + (high if high < row_end else after) * a.row_bytes
+        lines = (high - low) * a.row_bytes // (LINE * (end - first) * ((high - low) // a.tile_rows) * max(1, supers)) + 1
+        for i in range(first, end):
+            j = _first_token(a, i, n_full)
+            tile = a.tile if i < n_full else a.tile_short
+            for r in range(low, high, a.tile_rows):
+                if a.prepare != 0:
+                    panel = panels + (r - low) // a.panel_rows * a.panel_bytes
+                    to = outs + 8 * j
+                    call(tile, (panel, supers, packed + (j - token) * a.packed_bytes, to, 4 * r, a.add, ahead, lines))
+                    ahead += LINE * lines * supers
+                else:
+                    at = base + r * a.row_bytes
+                    call(a.tile, (at, a.row_bytes, a.tile_rows, a.n_cols, xs + 8 * j, outs + 8 * j, 4 * r, a.add))
 
 
 @device_function
@@ -401,9 +413,9 @@ def matmul(a, thread, threads):
         if count == 0:
             continue
         tiled = a.tile != 0 and not alone and (count >= a.few or table[a.n_groups] >= least)
-        n_tall, n_short = _tiles_of(a, count)
-        n_tiles = n_tall + n_short
-        padded = _first_token(a, n_tiles, n_tall)
+        n_full, n_short = _tiles_of(a, count)
+        n_tiles = n_full + n_short
+        padded = _first_token(a, n_tiles, n_full)
         blocks = (padded + TOKENS - 1) // TOKENS
         items = blocks * row_blocks + 1 if tiled else sharing + SMALL * sharing
         if item >= before + items:
@@ -424,9 +436,10 @@ def matmul(a, thread, threads):
                 row_end = min(row + block_rows, low + whole)
                 first, end = n_tiles * block // blocks, n_tiles * (block + 1) // blocks
                 if a.pack != 0 and packed_block != block:
-                    _pack_tokens(a, xs, packed, first, end, n_tall)
+                    _pack_tokens(a, xs, packed, first, end, n_full)
                 packed_block = block
-                _multiply_tiles(a, base, row, row_end, first, end, n_tall, xs, outs, panels, packed)
+                after = row + sharing * block_rows
+                _multiply_tiles(a, base, row, row_end, after, first, end, n_full, xs, outs, panels, packed)
                 row = row_end
             if row < row_end:
                 _multiply_rows(a, base, row, row_end, count, xs, outs, panels)
