@@ -199,26 +199,26 @@ def tile(module, target, fmt, name="tile"):
                 total_at = s.add(packed, s.mul(s.add(s.mul(g, per_scale), part), 4 * tokens))
                 start = lambda t, at=total_at: s.splat(s.load(i32, at, 4 * (starts_at * tokens + t)))
                 starts = [start(t) for t in range(tokens)] if centre(target, fmt) else None
-                by = [s.load(vec(i32 if whole else f32, lanes), a, 256 * lanes) for a in at]
-                dots = multiply(s, fmt, w, x, part, tokens, starts, [s.bits(v, i16) for v in by] if whole else None)
-                for v, t in each:
+                scales = lambda element, n, at=at: [s.load(vec(element, n), a, 256 * lanes) for a in at]
+                dots = multiply(s, fmt, w, x, part, tokens, starts, scales(i16, 2 * lanes) if whole else None)
+                by = None if whole else scales(f32, lanes)  # after the products, which need the registers
+                for t, v in [(t, v) for t in range(tokens) for v in range(vectors)]:
+                    d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
+                    total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t))) if sums_too else None
+                    if sums_too and fmt.offset is not None:  # scale * (d * dot - offset * sum)
+                        sums[v, t] = s.fma(s.fma(s.to_float(dots[v, t]), d, total), by[v], sums[v, t])
+                        continue
                     if whole:
-                        value = dots[v, t] if adds_in_16_bits(target) else s.b.mul(dots[v, t], by[v])
-                        together[v, t] = s.b.add(together[v, t], value) if part else value
-                    elif fmt.offset is None or not sums_too:
+                        value = s.b.add(together[v, t], dots[v, t]) if part else dots[v, t]
+                    else:
                         value = s.to_float(dots[v, t])
-                        together[v, t] = s.fma(value, by[v], together[v, t]) if part else s.b.fmul(value, by[v])
+                        value = s.fma(value, by[v], together[v, t]) if part else s.b.fmul(value, by[v])
+                    together[v, t] = value
+                    if part == per_scale - 1:
+                        sums[v, t] = s.fma(s.to_float(value) if whole else value, d, sums[v, t])
                     if sums_too:
-                        total = s.splat(s.load(f32, total_at, 4 * (72 * tokens + t)))
-                    if sums_too and fmt.offset is None:
                         least = s.load(vec(f32, lanes), at[v], (256 + 4 * groups) * lanes)
                         sums[v, t] = s.fma(least, total, sums[v, t])
-                    elif sums_too:  # scale * (d * dot - offset * sum)
-                        d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
-                        sums[v, t] = s.fma(s.fma(s.to_float(dots[v, t]), d, total), by[v], sums[v, t])
-            for (v, t), value in together.items():
-                d = s.splat(s.load(f32, d_at, 4 * (64 * tokens + t)))
-                sums[v, t] = s.fma(s.to_float(value) if whole else value, d, sums[v, t])
             return [sums[key] for key in each]
 
         if not whole:
