@@ -46,10 +46,12 @@ class Placing:
         self.left_out: Callable[[str], None] = lambda words: None  # told why a node is not used
         self._opened = False
         self._answered: set[str] = set()  # nodes that had an answer when the layers were placed
+        self._distrusted: set[str] = set()  # nodes that were not asked then
 
     def __call__(self, losses: Counter) -> list[Place]:
         """Places of all layers. MemoryLimitError or DeviceError if there are none."""
-        skip, self._answered = _distrusted(losses), set()
+        self._distrusted = _distrusted(losses)
+        skip = set(self._distrusted)
         for name in losses:
             self._cluster.drop(name)
         while True:
@@ -124,9 +126,9 @@ class Placing:
         """Facts about nodes that have the file and the same version. DeviceError if there are none."""
         found, why = {}, []
         nodes = self._cluster.describe(str(self._gguf.path.absolute()), self._threads, tuple(skip))
+        answered = {name for name, facts in nodes.items() if "error" not in facts}
+        self._answered = answered | (self._answered & (skip - self._distrusted))  # at once: another thread looks at it
         for name, facts in nodes.items():
-            if "error" not in facts:
-                self._answered.add(name)
             if "error" in facts:
                 problem = facts["error"]
             elif facts["version"] != host.version():

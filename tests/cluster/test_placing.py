@@ -65,6 +65,9 @@ class Facts:
     def describe(self, path, threads, skip):
         return {name: facts for name, facts in self.nodes.items() if name not in skip}
 
+    def reached(self):
+        return self.nodes, {}
+
     def drop(self, name):
         self.dropped.append(name)
 
@@ -89,6 +92,21 @@ def test_a_node_without_the_file_is_told_how_to_get_the_layers_that_it_would_hav
     (without, _) = told(copy=None, layers=None, bandwidth=1e14)
     assert "node b is left out: expected a copy of scout-tiny.gguf in /m or at the same path as here, found none" in without
     assert without.endswith("or what `llamacli quantize scout-tiny.gguf --layers 0-3` makes here")
+
+
+def test_nodes_that_had_no_answer_or_were_lost_twice_are_there_again_and_those_left_out_are_not():
+    gguf, cluster = open_gguf(TINY), Facts(copy=None, layers=None)
+    placing = Placing(cluster, gguf, Config.from_gguf(gguf), 512, 1, None, False)
+    with pytest.raises(DeviceError):
+        placing(losses={})  # both answered: one has no copy, the other fails to open
+    assert placing.there_again({}) == []
+    cluster.nodes["b"]["error"] = "its cable is cut"
+    with pytest.raises(DeviceError):
+        placing(losses={})
+    assert placing.there_again({}) == ["b"]
+    with pytest.raises(DeviceError):
+        placing(losses={"a": 2})
+    assert placing.there_again({"a": 2}) == ["b"] and placing.there_again({"a": 1}) == ["a", "b"]
 
 
 def test_a_node_that_would_have_no_layers_is_told_to_copy_the_file():
