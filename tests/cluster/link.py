@@ -30,7 +30,7 @@ class Network:
     """Namespaces, made here, and the process between them. Nodes count from 1."""
 
     def __init__(self, spaces: Sequence[str]):
-        self.spaces = spaces
+        self.spaces, self.down = spaces, set()
         for space in spaces:
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
@@ -47,10 +47,12 @@ class Network:
 
     def cut(self, k: int) -> None:
         """Let nothing go to node k or come from it."""
+        self.down.add(k)
         self._tell(cut=k)
 
     def mend(self, k: int) -> None:
         """The end of `cut`."""
+        self.down.discard(k)
         self._tell(mend=k)
 
     def close(self) -> None:
