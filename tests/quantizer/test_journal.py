@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -29,15 +30,27 @@ from quantize.journal import MAGIC, File, Maker, write_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SLOWLY = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from quantize.convert import convert
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line has it
-log = Path(sys.argv[2] + ".part.log")
-def lines():
-    return log.read_bytes().count(b"\\n") if log.exists() else 1
-most = lines() + 4  # however late the signal comes, it is not over by then
-convert(sys.argv[1], sys.argv[2], sys.argv[3], progress=lambda *_: time.sleep(0.02 if lines() < most else 1000))
+
+def slowly(folder, out, recipe):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as the command line has it
+    log = Path(out + ".part.log")
+    def lines():
+        return log.read_bytes().count(b"\\n") if log.exists() else 1
+    most = lines() + 4  # however late the signal comes, it is not over by then
+    convert(folder, out, recipe, progress=lambda *_: time.sleep(0.02 if lines() < most else 1000))
+
+for job in sys.stdin:  # a process for each, which has imported everything
+    pid = os.fork()
+    if not pid:
+        try:
+            slowly(*job.rstrip("\\n").split("\\t"))
+        finally:
+            os._exit(1)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -61,21 +74,26 @@ def finished(out):
     return log.read_bytes().count(b"\n") - 1 if log.exists() else 0
 
 
-def start(folder, out, recipe="Q8_0"):
-    """A conversion in a process of its own, and that process once it has finished one more tensor."""
-    before = finished(out)
-    child = subprocess.Popen([sys.executable, "-c", SLOWLY, folder, out, recipe], cwd=ROOT, stderr=subprocess.PIPE)
-    while child.poll() is None and finished(out) <= before:
-        time.sleep(0.005)
-    return child
+@pytest.fixture(scope="module")
+def stopped():
+    """Starts a conversion in a process of its own and sends it a signal, so many seconds after it has finished one more tensor.
+    Returns its exit code.
+    """
+    command = [sys.executable, "-c", SLOWLY]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as server:
 
+        def stop(folder, out, sent=signal.SIGKILL, after=0.1):
+            before = finished(out)
+            server.stdin.write(f"{folder}\t{out}\tQ8_0\n".encode())
+            child = int(server.stdout.readline())
+            while finished(out) <= before and not select.select([server.stdout], [], [], 0.005)[0]:
+                pass
+            time.sleep(after)
+            os.kill(child, sent)
+            return int(server.stdout.readline())
 
-def stopped(folder, out, recipe="Q8_0", sent=signal.SIGKILL, after=0.1):
-    child = start(folder, out, recipe)
-    time.sleep(after)
-    child.send_signal(sent)
-    child.communicate(timeout=300)
-    return child.returncode
+        yield stop
+        server.stdin.close()
 
 
 def interrupted(folder, out, recipe="Q8_0", at=0.6, **options):
@@ -93,7 +111,7 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_killed_at_ten_moments_the_file_is_that_of_an_uninterrupted_run(folder, whole, tmp_path):
+def test_killed_at_ten_moments_the_file_is_that_of_an_uninterrupted_run(folder, whole, stopped, tmp_path):
     out, rng, done = tmp_path / "out.gguf", random.Random(5), [0]
     for _ in range(10):
         assert stopped(folder, out, after=rng.uniform(0, 0.1)) == -signal.SIGKILL
@@ -106,7 +124,7 @@ def test_killed_at_ten_moments_the_file_is_that_of_an_uninterrupted_run(folder, 
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_what_was_finished_is_not_made_again(folder, whole, tmp_path, sent):
+def test_what_was_finished_is_not_made_again(folder, whole, stopped, tmp_path, sent):
     out = tmp_path / "out.gguf"
     stopped(folder, out, sent=sent)
     calls = []
