@@ -156,6 +156,18 @@ def test_where_no_node_is_left_the_conversion_ends_and_one_machine_goes_on_with_
     assert (tmp_path / "out.gguf").read_bytes() == whole[0]
 
 
+def test_after_an_interrupt_the_nodes_go_on_where_it_stopped(nodes, whole, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        on_nodes(nodes, tmp_path / "out.gguf", after=9, do=interrupt)
+    assert not (tmp_path / "out.gguf").exists()
+    nodes.tasks = tasks.Tasks(nodes.open, SECRET, nodes.said.append)  # of another program
+    assert on_nodes(nodes, tmp_path / "out.gguf")["resumed_bytes"] > 0
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+
+
 def test_a_node_that_cannot_encode_what_this_machine_can_gets_no_more(nodes, whole, tmp_path, monkeypatch):
     def hurt():
         def fail(*_):

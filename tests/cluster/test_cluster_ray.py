@@ -204,6 +204,7 @@ def test_a_node_killed_in_the_middle_of_a_conversion_changes_no_byte(two, conver
     assert f"node {hurt}: it died; others do its part" in said
 
 
+@pytest.mark.slow
 def test_a_conversion_that_was_killed_goes_on_where_it_stopped(two, converted, tmp_path):
     out = tmp_path / "out.gguf"
     words = {"KILL": "program", "SOURCE": str(SOURCE), "OUT": str(out)}
@@ -232,6 +233,7 @@ def test_a_node_with_other_weights_encodes_nothing_and_is_named(two, converted, 
     assert f"node {only}" not in refused and "it is left out" in refused
 
 
+@pytest.mark.slow
 def test_a_node_that_has_some_layers_only_runs_these(two):
     nodes = json.loads(two.llamacli("cluster", "status", two.address, "-m", str(TINY), "--json").stdout)
     folder = Path([*nodes.values()][1]["copy"]).parent  # of the node that gets the last layers
