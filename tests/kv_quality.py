@@ -74,7 +74,7 @@ class Theirs:
         cpp.llama_backend_init()
         self.model = cpp.llama_model_load_from_file(str(path).encode(), cpp.llama_model_default_params())
         options = cpp.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch, options.swa_full = ctx, PIECE, PIECE, True
+        options.n_ctx, options.n_batch, options.n_ubatch, options.swa_full = ctx, PIECE, PIECE, False
         options.n_threads = options.n_threads_batch = 1
         options.type_k = options.type_v = {"f16": 1, "q4_0": 2, "q8_0": 8}[kv]
         options.flash_attn_type = 1
