@@ -13,7 +13,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from llamacli.cpu.kernels.formats import dots, floats, tiles
+from llamacli.cpu.kernels.formats import dots, floats, several, tiles
 from llamacli.cpu.kernels.formats import layout as formats
 from llamacli.cpu.kernels.jit import intrinsics as words
 from llamacli.cpu.kernels.jit import loader as jit
@@ -111,16 +111,6 @@ class TestVariants:
         got, scratch = np.full((n, n_rows), 7, np.float32), matvec_scratch(name, n_cols)
         run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[0], got[0], 1, scratch)
         np.testing.assert_allclose(got[0], want[0] + 7, atol=2e-5 * np.abs(want).max())
-        count = 2 * dots.side(target)
-        codes, x = activations(rng.standard_normal((max(n, count), n_cols)).astype(np.float32), target)
-        want = (x @ meant.T)[:n]
-        several, scratch = np.full((count, n_rows), 7, np.float32), np.concatenate([matvec_scratch(name, n_cols)] * count)
-        xs, outs = arm.pointers(codes[:count]), arm.pointers(several)
-        run(f["matvecs"], raw, raw.shape[1], n_rows, n_cols, xs, outs, 1, scratch, 0, count)
-        for t in range(count):
-            single = np.full(n_rows, 7, np.float32)
-            run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[t], single, 1, matvec_scratch(name, n_cols))
-            np.testing.assert_array_equal(several[t], single)
         size, short = 3 * tiles.panel_bytes(name, target.lanes), tiles.short(target)
         panels = np.zeros((target.tile_vectors, size), np.uint8)
         got[:] = np.nan
@@ -135,6 +125,27 @@ class TestVariants:
         np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=2e-5 * np.abs(want).max())
         assert np.isnan(got[:, -1]).all(), "a tile wrote past its rows"
         np.testing.assert_array_equal(of_short, got[:short])  # so that a token's result does not depend on how many there are
+
+    @pytest.mark.parametrize("name", formats.QUANTIZED)
+    def test_several_tokens_have_the_bits_of_each_alone(self, name, target):
+        """Rows and superblocks that do not come out even, and for 32 weights a block rows that end within a superblock."""
+        rng, n_rows, short = np.random.default_rng(7), 2 * several.rows(target) + 1, formats.QUANTIZED[name].block == 32
+        n_cols = (several.SUPERS + 1) * 256 + 96 * short
+        raw, meant = random_rows(name, n_rows, n_cols, rng)
+        codes, x = activations(rng.standard_normal((several.MOST, n_cols)).astype(np.float32), target)
+        f = microkernels(name, lambda t: dots.quantized(name, t), dots.SYMBOLS, target)
+        single = np.full((several.MOST, n_rows), 7, np.float32)
+        for t in range(several.MOST):
+            run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[t], single[t], 1, matvec_scratch(name, n_cols))
+        np.testing.assert_allclose(single, x @ meant.T + 7, atol=2e-5 * np.abs(x @ meant.T).max())
+        scratch = np.zeros(several.scratch_bytes(formats.QUANTIZED[name], n_cols // 256, several.MOST, target), np.int8)
+        for count in (1, 2, 3, 4, 5, 6, 7, 16):
+            padded = -(-count // several.PAD) * several.PAD
+            got = np.full((padded, n_rows + 3), 7, np.float32)
+            xs, outs = arm.pointers(codes[:padded]), arm.pointers(got)
+            run(f["matvecs"], raw, raw.shape[1], n_rows, n_cols, xs, outs, 1, scratch, 8, count, 0)
+            np.testing.assert_array_equal(got[:count, 2:-1], single[:count])
+            assert (got[:, :2] == 7).all() and (got[:, -1] == 7).all(), "rows that are not its own"
 
     @pytest.mark.parametrize("name", formats.QUANTIZED)
     def test_the_largest_codes_and_activations_overflow_nothing(self, name, target):
@@ -165,6 +176,12 @@ class TestVariants:
         for row in range(n):
             run(f["matvec"], raw, raw.shape[1], n_rows, n_cols, codes[row], got[row], 0, matvec_scratch(name, n_cols))
         assert (np.abs(got - x @ meant.T) <= 1e-5 * most).all()
+        few = min(n, several.PAD)
+        scratch = np.zeros(several.scratch_bytes(formats.QUANTIZED[name], n_cols // 256, few, target), np.int8)
+        again = np.full((several.PAD, n_rows), np.nan, np.float32)
+        xs, outs = arm.pointers(codes[:few]), arm.pointers(again)
+        run(f["matvecs"], raw, raw.shape[1], n_rows, n_cols, xs, outs, 0, scratch, 0, few, 0)
+        np.testing.assert_array_equal(again[:few], got[:few])
         panels = np.zeros((target.tile_vectors, 2 * tiles.panel_bytes(name, target.lanes)), np.uint8)
         packed = np.zeros(2 * tiles.packed_bytes(name, target.tile, target), np.uint8)
         run(f["pack"], arm.pointers(codes), 2, packed)

@@ -52,6 +52,54 @@ def registers(s, fmt):
     return [tuple(16 * p // fmt.group for p in pieces[k : k + side]) for k in range(0, 16, side)]
 
 
+def lanes(s, fmt):
+    """The groups whose sums stand in each 8 lanes that `by_group` makes of a superblock, for registers of 32 bytes."""
+    if fmt.group == 32:
+        return [tuple(range(8))]
+    at = registers(s, fmt)
+    return [tuple(both[half] for half in (0, 1) for both in at[k : k + 4]) for k in (0, 4)]
+
+
+def by_group(s, fmt, us, xs, largest, is_signed):
+    """The sums of the products of each group, of the registers of `codes` times activations in the same order: int32, in the
+    order of `lanes`.
+    """
+    shared = {}  # registers of the same groups
+    for at, u, x in zip(registers(s, fmt), us, xs, strict=True):
+        shared.setdefault(at, []).append((u, x))
+    dots = [s.products(*zip(*both, strict=True), largest, is_signed) for both in shared.values()]
+    fours = [s.add_pairs(s.add_pairs(*dots[k : k + 2]), s.add_pairs(*dots[k + 2 : k + 4])) for k in range(0, len(dots), 4)]
+    if len(fours) == 2 and fmt.group == 32:  # a group filled a register: its first and its last weights are still apart
+        fours = [s.b.add(*(s.shuffle(fours[0], [k + j for k in (0, 8) for j in range(h, h + 4)], fours[1]) for h in (0, 4)))]
+    return fours
+
+
+def totals(s, values):
+    """The sums of 1, 2 or 4 vectors of 8 floats, each in the same order; a float, or a vector of them."""
+    if len(values) == 4:
+        pairs = s.add_pairs(s.add_pairs(*values[:2]), s.add_pairs(*values[2:]))
+    else:
+        pairs = s.add_pairs(values[0], values[-1])
+        pairs = s.add_pairs(pairs, pairs)
+    n = len(values)
+    total = s.b.fadd(s.shuffle(pairs, list(range(n))), s.shuffle(pairs, list(range(4, 4 + n))))
+    return total if n > 1 else s.b.extract_element(total, i32(0))
+
+
+def scales_and_sums(s, fmt, x, of_codes):
+    """For each 8 `lanes` the scales of the activation superblock at x, and what its groups' sums are for: where a format has
+    mins, minus the scaled sums; where it has an offset, the sums of the codes times minus the offset; else None.
+    """
+    found, groups = [], 256 // fmt.group
+    for at, total in zip(lanes(s, fmt), of_codes, strict=True):
+        if fmt.offset is None:
+            total = s.b.fneg(s.shuffle(s.load(vec(f32, groups), x, S32 if groups == 8 else S16), at))
+        else:
+            total = s.b.mul(total, s.fill(i32, 8, -fmt.offset)) if fmt.offset else None
+        found.append((s.shuffle(s.load(vec(f32, 8), x, D), [g * fmt.group // 32 for g in at]), total))
+    return found
+
+
 def codes(s, fmt, w):
     """A superblock's weights as registers of unsigned bytes, in `order`."""
     if s.width == 32 and hasattr(fmt, "crossed"):

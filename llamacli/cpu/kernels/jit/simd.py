@@ -105,12 +105,11 @@ class Simd:
         return self.b.ptrtoint(self.b.alloca(vec(element, n)), i64)
 
     def prefetch(self, address, distance, nbytes, level=1):
-        """Ask for the lines of `nbytes` bytes that lie `distance` ahead, into the cache of this level."""
+        """Ask for the lines of `nbytes` bytes that lie `distance` ahead, into the cache of this level, 1 or 2."""
         fn = self._intrinsic("llvm.prefetch.p0", ir.VoidType(), i8.as_pointer(), i32, i32, i32)
         for line in range(0, nbytes, 64):
-            self.b.call(
-                fn, [self.b.inttoptr(self.add(address, distance + line), i8.as_pointer()), i32(0), i32(4 - level), i32(1)]
-            )
+            at = self.add(self.add(address, distance), line)
+            self.b.call(fn, [self.b.inttoptr(at, i8.as_pointer()), i32(0), i32(4 - level), i32(1)])
 
     # control
 
@@ -311,6 +310,13 @@ class Simd:
             wide = self.widen_pairs(short, self.fill(i16, n // 2, 1))
             total = wide if total is None else self.b.add(total, wide)
         return total
+
+    def add_pairs(self, a, b):
+        """Sums of neighbours, in each 4 lanes those of a before those of b."""
+        n = a.type.count
+        low, high = ([q + k + t for q in range(0, n, 4) for k in (0, n) for t in (odd, odd + 2)] for odd in (0, 1))
+        add = self.b.fadd if a.type.element == f32 else self.b.add
+        return add(self.shuffle(a, low, b), self.shuffle(a, high, b))
 
     @staticmethod
     def fits(largest):

@@ -2,7 +2,7 @@
 
 `Matrix` says where rows of weights are and which microkernels read them. `matmul` is the driver: threads take ranges of rows
 as they become free, and do them for all tokens. One token goes through `matvec`, which reads the weights once at memory speed,
-and a few through `matvecs`, which unpacks them for some at a time. More go through panels: some rows are unpacked once
+and a few through `matvecs`, which unpacks them once for all. More go through panels: some rows are unpacked once
 (`prepare`) and multiplied with all tokens of the group (`tile`). From FEW pairs a group on, on average, all groups take panels:
 then a token's result does not depend on what else is in the batch. Nor does it while there are fewer tokens than `few_tokens`.
 
@@ -18,6 +18,7 @@ from numpy import int64
 
 from llamacli.cpu.kernels.formats import dots, floats, tiles
 from llamacli.cpu.kernels.formats import layout as formats
+from llamacli.cpu.kernels.formats.several import MOST, PAD, scratch_bytes
 from llamacli.cpu.kernels.formats.tiles import LINE
 from llamacli.cpu.kernels.jit.intrinsics import (
     Address,
@@ -37,7 +38,6 @@ from llamacli.cpu.kernels.jit.intrinsics import (
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
 
 FEW = 4  # tokens below which unpacking a panel does not pay
-SIDES = 4  # times the tokens side by side that `matvecs` takes in a call
 TOKENS = 240  # tokens packed at a time; panels are made anew for each such block
 PANEL_SHARE = 384 << 10  # bytes of panels kept in the second-level cache while all tokens pass by
 ROWS_SHARE = 256 << 10  # bytes of rows that a few tokens pass by
@@ -90,8 +90,7 @@ def microkernels(type_name: str) -> Microkernels:
 
 def few_tokens() -> int:
     """Tokens of a group from which on panels pay, for block formats. On ARM they pay early: a tile multiplies matrices."""
-    target = chosen_target()
-    return FEW if target.neon else SIDES * dots.side(target) + 1
+    return FEW if chosen_target().neon else MOST + 1
 
 
 class Matrix(NamedTuple):
@@ -135,7 +134,11 @@ class Scratch(NamedTuple):
         target = chosen_target()
         pairs = -(-max_pairs // 8) * 8  # addresses fill whole cache lines, so that `outs` tells their number
         supers, tokens = -(-max_cols // 256), min(pairs, TOKENS) + 2 * target.tile
-        panels = max(PANEL_SHARE, supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors)
+        panels = max(
+            PANEL_SHARE,
+            supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors,
+            scratch_bytes(formats.QUANTIZED["Q6_K"], supers, MOST, target),
+        )
         pointers = 8 * (pairs + 64)
         offsets = [0]
         for size in (pointers, pointers, 4 * (max_rows + 64), panels, supers * tiles.packed_bytes("Q6_K", tokens, target)):
@@ -160,8 +163,6 @@ class MatmulArguments(NamedTuple):
     out_div: Count
     matvec: Microkernel
     matvecs: OptionalMicrokernel
-    side: Count  # tokens that matvecs takes side by side
-    most: Count  # tokens that it takes in a call, a multiple of that
     few: Count  # tokens of a group from which on panels pay
     prepare: OptionalMicrokernel
     pack: OptionalMicrokernel
@@ -216,7 +217,7 @@ def arguments(
         block_rows = max(1, PANEL_SHARE * f.panel_rows // max(1, panel_bytes * f.tile_rows)) * f.tile_rows
     assert 4 * matrix.n_rows <= offsets.panels - offsets.spare, "the spare row is too short"
     if f.prepare:
-        laid_out = SIDES * dots.side(chosen_target()) * supers * dots.reordered_bytes(formats.QUANTIZED[matrix.type_name])
+        laid_out = scratch_bytes(formats.QUANTIZED[matrix.type_name], supers, MOST, chosen_target())
         assert laid_out <= offsets.packed - offsets.panels, "activations laid out anew overlap packed tokens"
         assert block_rows // f.panel_rows * panel_bytes <= offsets.packed - offsets.panels, "the panels overlap packed tokens"
         most = min(offsets.outs // 8 - 64, TOKENS) + 2 * f.tile_tokens
@@ -238,8 +239,6 @@ def arguments(
         out_div=out_div,
         matvec=f.matvec,
         matvecs=f.matvecs,
-        side=dots.side(chosen_target()),
-        most=SIDES * dots.side(chosen_target()),
         few=few_tokens() if f.matvecs else FEW,
         prepare=f.prepare,
         pack=f.pack,
@@ -366,13 +365,13 @@ def _multiply_tiles(a, base, row, row_end, after, first, end, n_full, xs, outs, 
 
 
 @device_function
-def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
-    """Rows from `row` on times `count` tokens: one by `matvec`, several by `matvecs`, `most` at a time and filled up to whole
-    sides. Where they take several calls, as many rows at a time as the second-level cache holds, so that they are read from
-    memory once.
+def _multiply_rows(a, base, row, row_end, count, xs, outs, panels, ready):
+    """Rows from `row` on times `count` tokens: one by `matvec`, several by `matvecs`, MOST at a time. Where they take several
+    calls, as many rows at a time as the second-level cache holds, so that they are read from memory once. `ready`: 1 if the
+    rows before were multiplied with the same tokens.
     """
     xs_list, outs_list = pointer(xs, int64), pointer(outs, int64)
-    at_once = int64(1) if a.matvecs == 0 or count == 1 else a.most
+    at_once = int64(1) if a.matvecs == 0 or count == 1 else MOST
     step = row_end - row if count <= at_once else max(1, ROWS_SHARE // a.row_bytes // a.unit) * a.unit
     for first in range(row, row_end, step):
         at, rows, to = base + first * a.row_bytes, min(step, row_end - first), 4 * first
@@ -380,8 +379,9 @@ def _multiply_rows(a, base, row, row_end, count, xs, outs, panels):
             if at_once == 1:
                 call(a.matvec, (at, a.row_bytes, rows, a.n_cols, xs_list[j], outs_list[j] + to, a.add, panels))
             else:
-                n = (min(at_once, count - j) + a.side - 1) // a.side * a.side
-                call(a.matvecs, (at, a.row_bytes, rows, a.n_cols, xs + 8 * j, outs + 8 * j, a.add, panels, to, n))
+                some = min(at_once, count - j)
+                ready = ready if count <= MOST else int64(0)
+                call(a.matvecs, (at, a.row_bytes, rows, a.n_cols, xs + 8 * j, outs + 8 * j, a.add, panels, to, some, ready))
 
 
 @kernel(MatmulArguments)
@@ -422,8 +422,8 @@ def matmul(a, thread, threads):
             before += items
             continue
         base = pointer(a.addresses, int64)[group] if a.addresses != 0 else a.weights + group * a.group_bytes
-        _list_rows(a, xs, outs, group, max(padded, (count + a.side - 1) // a.side * a.side))
-        packed_block = int64(-1)
+        _list_rows(a, xs, outs, group, max(padded, (count + PAD - 1) // PAD * PAD))
+        packed_block, ready = int64(-1), int64(0)
         while item < before + items:
             row, row_end = low + whole, high
             if atomic_load(a.stop) != 0:  # the items are still taken, so that the counter ends as it should
@@ -442,7 +442,8 @@ def matmul(a, thread, threads):
                 _multiply_tiles(a, base, row, row_end, after, first, end, n_full, xs, outs, panels, packed)
                 row = row_end
             if row < row_end:
-                _multiply_rows(a, base, row, row_end, count, xs, outs, panels)
+                _multiply_rows(a, base, row, row_end, count, xs, outs, panels, ready)
+                ready = int64(not tiled)
             item = atomic_add(a.taken, 1) if sharing > 1 else item + 1
         before += items
     if sharing > 1 and item == before + threads - 1:  # the last to come in vain
