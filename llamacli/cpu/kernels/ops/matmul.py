@@ -134,11 +134,8 @@ class Scratch(NamedTuple):
         target = chosen_target()
         pairs = -(-max_pairs // 8) * 8  # addresses fill whole cache lines, so that `outs` tells their number
         supers, tokens = -(-max_cols // 256), min(pairs, TOKENS) + 2 * target.tile
-        panels = max(
-            PANEL_SHARE,
-            supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors,
-            scratch_bytes(formats.QUANTIZED["Q6_K"], supers, MOST, target),
-        )
+        rows = supers * tiles.panel_bytes("Q6_K", target.lanes) * target.tile_vectors
+        panels = max(PANEL_SHARE, rows, scratch_bytes(formats.QUANTIZED["Q6_K"], supers, MOST, target))
         pointers = 8 * (pairs + 64)
         offsets = [0]
         for size in (pointers, pointers, 4 * (max_rows + 64), panels, supers * tiles.packed_bytes("Q6_K", tokens, target)):
