@@ -113,7 +113,7 @@ class Cluster:
         self.latency = max((seconds for seconds in reached.values() if seconds), default=0.0) / 2
         silent = {name: nodes.pop(name)["NodeManagerAddress"] for name, answers in reached.items() if answers is None}
         return nodes, {
-            name: {"address": at, "error": f"expected an answer from {at}, found none; check its cable"}
+            name: {"address": at, "error": f"expected an answer from {at}, found none; check the machine and its cable"}
             for name, at in silent.items()
         }
 
