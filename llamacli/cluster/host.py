@@ -73,7 +73,10 @@ class Host:
         from llamacli.llama4.config import Config
 
         self.close()
-        gguf = open_gguf(copy)
+        try:
+            gguf = open_gguf(copy)
+        except ModelFileError as error:
+            raise ModelFileError(f"{error}; copy it anew") from None
         config = Config.from_gguf(gguf)
         layers = range(first, end)
         if copies.digest(gguf, config, layers) != digest:
