@@ -72,14 +72,14 @@ def affine_grid(s, fmt, room, low, span, to_zero):
 
 def linear_grid(s, fmt, room, furthest):
     """The scale of each lane; the furthest weight is at, or some way beyond, the level at one end."""
-    b, levels = s.b, fmt.LEVELS
+    b, levels, grid = s.b, fmt.LEVELS, getattr(fmt, "PLAIN_GRID", fmt.GRID)
     bits = 15 - (levels.high - levels.low).bit_length()
     unit = b.fmul(furthest, splat(s, 1 / MOST))
     _to_pairs(s, fmt, room, room.x, inverse_of(s, unit), s.zeros(f32, LANES))
 
     def attempt(side):
         def one(i, best):
-            g = b.fadd(b.fmul(b.sitofp(i, f32), f32(side * fmt.GRID[1])), f32(side * (1 + fmt.GRID[0])))
+            g = b.fadd(b.fmul(b.sitofp(i, f32), f32(side * grid[1])), f32(side * (1 + grid[0])))
             factor = _word(s, b.fmul(g, f32(2.0**bits)), MOST)
 
             def level(x):
@@ -96,7 +96,7 @@ def linear_grid(s, fmt, room, furthest):
 
     best = [splat(s, MOST / levels.low), splat(s, 3e38)]
     for side in (levels.low, levels.high):
-        best = s.loop(fmt.GRID[2], best, attempt(side))
+        best = s.loop(grid[2], best, attempt(side))
     return b.fmul(best[0], unit)
 
 
