@@ -133,9 +133,12 @@ def quantize(
     if cluster is not None and dry_run:
         raise UsageError("--dry-run: expected no --cluster with it, as nothing is encoded; leave one of them out")
     if layers is not None:
-        if others := typed(("type_name", "type_word", "tensor_types", "imatrix", "mmproj_type", "cluster")):
-            raise UsageError(f"{others[0]} and --layers exclude each other: expected a copy as it is; leave one of them out")
-        some, out = _range(layers), out or f"{Path(source).stem}-layers-{layers}.gguf"
+        others = typed(("type_name", "type_word", "tensor_types", "imatrix", "mmproj_type", "cluster"))
+        if others or (out is not None and _is_type(out)):
+            other = others[0] if others else out
+            raise UsageError(f"{other} and --layers exclude each other: expected a copy as it is; leave one of them out")
+        some = _range(layers)
+        out = out or f"{Path(source).stem}-layers-{some.start}-{some.stop - 1}.gguf"
     else:
         some = None
     out, type_name = _out_and_type(out, type_word, type_name)

@@ -136,13 +136,16 @@ def test_quantize_options_that_make_no_sense_are_usage_errors_that_name_them(fol
 def test_quantize_copies_some_layers_under_a_name_that_says_which(folder, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["quantize", str(folder), "whole.gguf", "--type", "Q8_0"]) == 0
-    assert main(["quantize", "whole.gguf", "--layers", "1-2"]) == 0
+    assert main(["quantize", "whole.gguf", "--layers", "01-2"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "whole-layers-1-2.gguf"}
     capfd.readouterr()
     for words in (["--layers", "2"], ["--layers", "2-1"], ["--layers", "1-9"], ["--layers", "1-2", "--type", "Q8_0"]):
         assert main(["quantize", "whole.gguf", "no.gguf", *words]) == 2
         err = capfd.readouterr().err
         assert err.count("\n") == 1 and "--layers" in err
+    assert main(["quantize", "whole.gguf", "Q8_0", "--layers", "1-2"]) == 2  # a type in place of OUT
+    assert "Q8_0 and --layers exclude each other" in capfd.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.gguf", "whole-layers-1-2.gguf"}
 
 
 def test_quantize_takes_an_equals_sign_within_the_expression(folder, capfd):
