@@ -124,7 +124,7 @@ class Placing:
 
     def _usable(self, skip: set[str]) -> dict[str, dict]:
         """Facts about nodes that have the file and the same version. DeviceError if there are none."""
-        found, why = {}, []
+        found, why = {}, [f"node {name}: lost twice, not used for some minutes" for name in sorted(self._distrusted)]
         nodes = self._cluster.describe(str(self._gguf.path.absolute()), self._threads, tuple(skip))
         answered = {name for name, facts in nodes.items() if "error" not in facts}
         self._answered = answered | (self._answered & (skip - self._distrusted))  # at once: another thread looks at it

@@ -8,6 +8,7 @@ node is at fault and gets no more.
 """
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ import numpy as np
 from llamacli.cluster import copies, host
 from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
 from llamacli.errors import DeviceError
+from quantize.encoders import widen
 from quantize.opening import Source
 from quantize.pieces import Encoded, Piece, PieceEncoder, pieces
 from quantize.plan import Planned
@@ -30,6 +32,7 @@ RESULT = 4 << 20  # bytes of a task's result, about
 HELD = 2  # tasks that a node holds: one is encoded, one is on its way
 WINDOW = 12  # tasks a node between the first that is not done and the last that was given out
 PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; without a word, after which a node counts as lost: results are large
+CLOSE = 1e-3  # relative: sums of squares are float32 within a row
 AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
 
 Open = Callable[[list[str] | None], dict[str, dict | Exception]]  # opens the source on these nodes, or all: control.encode
@@ -174,11 +177,17 @@ class Tasks:
         """Take what a node answers."""
         while isinstance(frame := worker.link.received.get(), Frame):
             worker.heard = time.monotonic()
-            if (task := worker.held.get(frame.head.get("call"))) is None:
+            call = frame.head.get("call")
+            if (task := next((task for task in list(worker.held.values()) if task.number == call), None)) is None:
                 continue
-            result = "{}: {}".format(*frame.head["error"]) if "error" in frame.head else _fits(task, frame)
+            try:
+                result = "{}: {}".format(*frame.head["error"]) if "error" in frame.head else _believed(task, frame)
+            except Exception as error:  # whatever a node makes up
+                result = f"an answer that cannot be: {error}"
             with self._changed:
-                worker.held.pop(task.number, None)
+                if self._gone(worker):  # lost meanwhile: another does this task, whose result counts
+                    return
+                del worker.held[task.number]
                 task.result, task.by = result, worker.name
                 self._changed.notify_all()
         died = "closed" in str(frame) or "reset" in str(frame)
@@ -250,11 +259,22 @@ def parts(tensor: Planned) -> Iterator[Piece]:
             yield Piece(group, first, min(step, n_rows - first))
 
 
-def _fits(task: Task, frame: Frame) -> list[Encoded] | str:
-    """An answer's pieces; words if they are not what was asked for."""
-    row = task.tensor.type.row_bytes(task.tensor.shape[-1])
-    asked = [piece.count * row for piece in pieces(task.tensor.source, task.part)]
-    errors = frame.head.get("errors")
-    if [array.nbytes for array in frame.arrays] != asked or len(errors or ()) != len(asked):
-        return "an answer of another size than was asked for"
-    return [(array, (float(wrong), float(whole))) for array, (wrong, whole) in zip(frame.arrays, errors, strict=True)]
+def _believed(task: Task, frame: Frame) -> list[Encoded]:
+    """An answer's pieces. ValueError or TypeError if they cannot be those that were asked for.
+
+    The decoded rows q are as far from no weights at all as the weights x are, give or take the error:
+    | |q| - |x| | <= |x - q|. Bytes of other weights, and bytes that decode to no numbers, do not fit the errors of these.
+    """
+    kind, n_cols, found = task.tensor.type, task.tensor.shape[-1], []
+    asked = list(pieces(task.tensor.source, task.part))
+    for piece, array, (wrong, whole) in zip(asked, frame.arrays, frame.head["errors"], strict=True):
+        if array.dtype != np.uint8 or array.size != piece.count * kind.row_bytes(n_cols):
+            raise ValueError("an answer of another size than was asked for")
+        decoded = np.empty((piece.count, n_cols), np.float32)
+        widen.blocks(kind.name, array.reshape(piece.count, -1), decoded)
+        _, energy = widen.squares(decoded, decoded)
+        lengths = math.sqrt(energy), math.sqrt(whole)  # ValueError for a negative one
+        if not abs(lengths[0] - lengths[1]) <= (1 + CLOSE) * math.sqrt(wrong) + CLOSE * lengths[1]:
+            raise ValueError("an answer whose bytes are not those of its weights")
+        found.append((array, (float(wrong), float(whole))))
+    return found

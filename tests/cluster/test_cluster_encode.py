@@ -190,6 +190,33 @@ def test_an_answer_of_another_size_is_not_written(nodes, whole, tmp_path):
     assert "node a is left out" in nodes.said[0]
 
 
+NAN = np.float16(np.nan).view(np.uint16)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda encoded, errors: (encoded, (float("nan"), errors[1])),
+        lambda encoded, errors: (encoded, (-1.0, errors[1])),
+        lambda encoded, errors: (encoded, errors[:1]),
+        lambda encoded, errors: (encoded, 1),
+        lambda encoded, errors: (encoded, ["much", "more"]),
+        lambda encoded, errors: (np.full(encoded.nbytes // 2, NAN).view(np.uint8), errors),
+        lambda encoded, errors: (np.zeros_like(encoded), errors),
+    ],
+    ids=["NaN", "negative", "one error", "no pair", "words", "bytes that decode to NaN", "bytes of other weights"],
+)
+def test_an_answer_that_cannot_be_is_not_written(nodes, whole, tmp_path, lie):
+    def begin():
+        true = nodes.made["a"]._encode
+        nodes.made["a"]._encode = lambda *how: lie(*true(*how))
+
+    report = on_nodes(nodes, tmp_path / "out.gguf", after=5, do=begin)
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert len(nodes.said) == 1 and nodes.said[0].startswith("node a is left out")
+    assert all(np.isfinite(t["rmse"]) for t in report["tensors"])
+
+
 def test_a_damaged_source_is_named_as_on_one_machine(nodes, tmp_path):
     nodes.folder = tmp_path / "hf"
     checkpoint.write(nodes.folder, **SIZES)

@@ -112,3 +112,10 @@ def test_nodes_that_had_no_answer_or_were_lost_twice_are_there_again_and_those_l
 def test_a_node_that_would_have_no_layers_is_told_to_copy_the_file():
     (without, _) = told(copy=None, layers=None, bandwidth=1.0)
     assert without.endswith("found none; copy the file there")
+
+
+def test_where_all_nodes_were_lost_twice_the_line_says_so():
+    gguf = open_gguf(TINY)
+    placing = Placing(Facts(copy="/m/x.gguf", layers=[0, 4]), gguf, Config.from_gguf(gguf), 512, 1, None, False)
+    with pytest.raises(DeviceError, match="node a: lost twice, not used for some minutes; node b: lost twice"):
+        placing(losses={"a": 2, "b": 3})
