@@ -58,20 +58,23 @@ def changer(path):
     return change, list(places)
 
 
-def llama4():
-    """A small header with all that Config and Tokenizer read, and one tensor, so that mutations get past the first checks."""
+def llama4(added=(), merges=("a b",)):
+    """A small header with all that Config and Tokenizer read, and one tensor, so that mutations get past the first checks.
+    `added`: more tokens, which are user-defined.
+    """
     counts = {"block_count": 4, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,
               "feed_forward_length": 64, "expert_feed_forward_length": 32, "expert_count": 4, "expert_used_count": 1,
               "interleave_moe_layer_step": 1, "context_length": 1024}  # fmt: skip
-    tokens = [*byte_alphabet(), "ab", "<|begin_of_text|>", "<|eot|>"]
+    tokens = [*byte_alphabet(), "ab", "<|begin_of_text|>", "<|eot|>", *added]
+    kinds = [1] * (len(tokens) - 2 - len(added)) + [3, 3] + [4] * len(added)
     pairs = [
         pair("general.architecture", "string", "llama4"),
         *(pair(f"llama4.{key}", "u32", count) for key, count in counts.items()),
         pair("llama4.attention.layer_norm_rms_epsilon", "f32", 1e-5),
         pair("tokenizer.ggml.model", "string", "gpt2"),
         pair("tokenizer.ggml.tokens", "array", ("string", tokens)),
-        pair("tokenizer.ggml.token_type", "array", ("i32", [1] * (len(tokens) - 2) + [3, 3])),
-        pair("tokenizer.ggml.merges", "array", ("string", ["a b"])),
-        pair("tokenizer.ggml.bos_token_id", "u32", len(tokens) - 2),
+        pair("tokenizer.ggml.token_type", "array", ("i32", kinds)),
+        pair("tokenizer.ggml.merges", "array", ("string", merges)),
+        pair("tokenizer.ggml.bos_token_id", "u32", tokens.index("<|begin_of_text|>")),
     ]
     return file(pairs, [info("token_embd.weight", (32, len(tokens)), kind=1)], bytes(64 * len(tokens)))

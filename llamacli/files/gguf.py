@@ -87,11 +87,14 @@ def text_of(metadata: Mapping[str, object], key: str) -> str | None:
 
 
 def zero_ended(metadata: Mapping[str, object], key: str) -> bytes:
-    """A list of strings, a zero byte after each, undecoded if it comes from a file; nothing if there is no such list."""
+    """Strings of a list, undecoded, a zero byte after each; nothing if there is none. ValueError if one holds a zero byte."""
     value = metadata.stored(key) if isinstance(metadata, _Metadata) else metadata.get(key)
-    if isinstance(value, _Strings):
-        return value.joined()
-    return "\0".join([*value, ""]).encode() if isinstance(value, list) else b""
+    if not isinstance(value, (_Strings, list)):
+        return b""
+    joined = value.joined() if isinstance(value, _Strings) else "\0".join([*value, ""]).encode()
+    if joined.count(0) != (value.count if isinstance(value, _Strings) else len(value)):
+        raise ValueError(f"{key} holds a zero byte in a string")
+    return joined
 
 
 def open_gguf(path: str | Path) -> GGUF:
@@ -147,10 +150,10 @@ class _Strings(NamedTuple):
 
     def decode(self) -> list[str]:
         """The strings; UnicodeDecodeError if one of them is not UTF-8."""
-        found = self.joined().decode().split("\0")
-        if len(found) == self.count + 1:
-            return found[: self.count]
-        return [text.decode() for text in self.split()]  # a string holds a zero byte
+        joined = self.joined()
+        if joined.count(0) == self.count:
+            return joined.decode().split("\0")[: self.count]
+        return [text.decode() for text in self.split()]  # a string holds a zero byte; it may hold millions
 
 
 class _Values(dict):
@@ -283,16 +286,12 @@ class _Cursor:
     def _skip_strings(self, count: int, key: str) -> None:
         """Move behind `count` strings."""
         pos, left = self.pos, count
-        while True:
+        while left:
             left, pos = _skipped(self._read, left, pos)
-            if not left:
-                break
-            if pos + _LENGTH.size > self.size:
+            end = pos + _LENGTH.size if left else pos
+            if end > self.size:
                 raise _wrong(self.path, f"{count} strings for {_show(key)} at byte {self.pos}", "fewer")
-            self._fill(pos + _LENGTH.size)
-        if pos > self.size:
-            raise _wrong(self.path, f"{count} strings for {_show(key)} at byte {self.pos}", "fewer")
-        self._fill(pos)
+            self._fill(end)
         self.pos = pos
 
 

@@ -302,7 +302,7 @@ class _Fields:
             model = self._metadata.get("tokenizer.ggml.model")
             expected = f"{self._path}: expected tokenizer.ggml.model gpt2"
             raise UnsupportedModelError(f"{expected}, found {model!r:.60}; use a Llama 4 file")
-        texts, merges = self._strings(), zero_ended(self._metadata, "tokenizer.ggml.merges")
+        texts, merges = self._strings(), self._merges()
         if not merges:
             raise self._wrong("merges", "a list of strings", "none")
         if self._rows is not None and len(texts) > self._rows:
@@ -337,6 +337,12 @@ class _Fields:
         if not isinstance(value, list) or not value:
             raise self._wrong("tokens", "a list of strings", "none" if value is None else type(value).__name__)
         return value
+
+    def _merges(self) -> bytes:
+        try:
+            return zero_ended(self._metadata, "tokenizer.ggml.merges")
+        except ValueError:
+            raise self._wrong("merges", "pairs of tokens", "a zero byte in one") from None
 
     def _types(self, n: int) -> np.ndarray:
         value = self._metadata.get("tokenizer.ggml.token_type")

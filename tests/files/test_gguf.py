@@ -461,6 +461,15 @@ class TestFuzz:
         assert Config.from_gguf(found).n_experts == 4
         assert Tokenizer.from_gguf(found).encode("ab") == [257, 256]
 
+    @pytest.mark.parametrize("key", ["added", "merges"])
+    def test_zero_bytes_in_a_vocabulary_take_the_memory_of_other_letters(self, tmp_path, key):
+        path, lists = tmp_path / "zeros.gguf", {"added": ["x y"], "merges": ["a b"]}
+        peaks = []
+        for letter in "x\0":
+            path.write_bytes(llama4(**lists | {key: [*lists[key], letter * 500_000]}))
+            peaks.append(peak_of(path))
+        assert peaks[1] < 1.2 * peaks[0]
+
     @settings(max_examples=400)
     @given(
         changes=st.lists(st.tuples(st.integers(4, HEADER - 1), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4),

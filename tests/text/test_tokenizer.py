@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import small_vocab as vocab
 import tokenizers
+from gguf_bytes import llama4
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacli.errors import ModelFileError, PromptError
+from llamacli.files.gguf import open_gguf, zero_ended
 from llamacli.text.tokenizer import Names, Tokenizer
 
 TEXTS = [
@@ -106,6 +108,16 @@ def test_merges_that_end_in_a_special_token_are_refused():
     tokens, kinds, merges = vocab.lists()
     with pytest.raises(ModelFileError):
         Tokenizer.from_gguf(vocab.in_memory([*tokens, "qq"], [*kinds, 3], [*merges, "q q"]))
+
+
+def test_a_merge_with_a_zero_byte_is_refused_and_is_not_two_merges(tmp_path):
+    path = tmp_path / "zero.gguf"
+    path.write_bytes(llama4(merges=["a b\0a b"]))
+    for metadata in (open_gguf(path).metadata, {"tokenizer.ggml.merges": ["a b\0a b"]}):
+        with pytest.raises(ValueError, match="zero byte"):
+            zero_ended(metadata, "tokenizer.ggml.merges")
+    with pytest.raises(ModelFileError, match="merges to be pairs of tokens, found a zero byte"):
+        Tokenizer.from_gguf(open_gguf(path))
 
 
 def test_special_tokens_on_request(tokenizer):
