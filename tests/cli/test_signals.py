@@ -6,6 +6,7 @@ program ends on a real model is not measured here.
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pexpect
 import pytest
 from fakes import REPLY, fake
+from terminal import Terminal
 
 from llamacli.cli import main
 
@@ -146,6 +148,18 @@ def test_json_interrupted_between_tokens_prints_what_it_has(model, monkeypatch, 
     assert main(["run", "--json", "hi"]) == 130
     record = json.loads(capfd.readouterr().out)
     assert (record["text"], record["finish_reason"]) == (REPLY[:5], "interrupt")
+
+
+def test_a_chat_that_hears_no_signal_gives_the_terminal_back():
+    command = shlex.join([sys.executable, "-c", DEAF, "0", "chat", "--no-save"])
+    t = Terminal(["bash", "-c", f"set -m; {command}; echo status=$?; stty -a"], PYTHONPATH=str(ROOT / "tests"))
+    t.wait("ctx 0 of")
+    t.type("hello\r")
+    t.wait("deaf")
+    os.kill(int(subprocess.run(["pgrep", "-P", str(t.process.pid)], capture_output=True, text=True).stdout), signal.SIGTERM)
+    t.wait("status=143", "icanon")
+    assert all(re.search(rf"(?<!-)\b{mode}\b", t.text) for mode in ("icanon", "echo", "icrnl")), t.text
+    assert t.raw.rindex("\x1b[?2004l") > t.raw.rindex("\x1b[?2004h")
 
 
 def test_a_shell_loop_stops_at_the_first_ctrl_c():

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from llamacli.cli import signals
 from llamacli.errors import UsageError
 
 try:
@@ -31,12 +32,13 @@ class Quiet:
     def __init__(self, raw: bool, write: Callable[[str], None], moved: Callable[[], None]):
         self._raw, self._write, self._moved = raw, write, moved
         self._before = self._handler = None
-        self._typed = b""
+        self._typed, self._end = b"", contextlib.ExitStack()
 
     def __enter__(self) -> "Quiet":
         with contextlib.suppress(OSError, ValueError, termios.error if termios else OSError):
             if termios and sys.stdin is not None and os.isatty(0):
                 self._before = termios.tcgetattr(0)
+                self._end.enter_context(signals.last_words(self._give_back))
                 self._silence()
                 self.drain()
                 self._typed = self._typed.replace(b"\n", b"\r")  # so far the system translated the key Enter
@@ -64,6 +66,12 @@ class Quiet:
         if self._raw:
             self._write(PASTE_OFF)
         termios.tcsetattr(0, termios.TCSANOW, self._before)
+
+    def _give_back(self) -> None:
+        """Before the process ends while the main thread, which may hold the locks of stdout, hears nothing."""
+        termios.tcsetattr(0, termios.TCSANOW, self._before)
+        if self._raw:
+            os.write(0, PASTE_OFF.encode())
 
     def _suspend(self, signum, frame) -> None:
         self._restore()
@@ -102,6 +110,7 @@ class Quiet:
             signal.signal(signal.SIGTSTP, self._handler)
             with contextlib.suppress(OSError, termios.error):
                 self._restore()
+            self._end.close()
             self._before = None
 
 
