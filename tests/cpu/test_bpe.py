@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 
 from llamacli.cpu.kernels.ops import bpe
 
-LETTERS = "abĠé"
+LETTERS = "abĠé€🦙"  # of one byte to four
 
 
 def zero_ended(texts):
