@@ -93,17 +93,14 @@ class Cluster:
                 with suppress(ValueError):  # not the main thread
                     signal.signal(number, handler)
         self._hosts: dict[str, object] = {}
+        self._names: dict[str, str] = {}  # of nodes with a process of this program, by Ray's ids
         self.latency = 0.0  # seconds one way to the farthest node, as `describe` found it
 
     def alive(self) -> dict[str, dict]:
         """Ray's facts about the nodes that are alive, by name; this machine's first."""
         here = self._ray.get_runtime_context().get_node_id()
         found = sorted((n for n in self._ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
-        names = Counter(node["NodeManagerHostname"] for node in found)
-        return {
-            node["NodeManagerHostname"] + (f"/{node['NodeID'][:6]}" if names[node["NodeManagerHostname"]] > 1 else ""): node
-            for node in found
-        }
+        return named(found, self._names)
 
     def reached(self, skip: Sequence[str] = ()) -> tuple[dict[str, dict], dict[str, dict]]:
         """Ray's facts about the nodes that take connections; {"address", "error": words} of each that does not."""
@@ -147,6 +144,7 @@ class Cluster:
 
     def drop(self, name: str) -> None:
         """End this program's process on a node."""
+        self._names = {number: known for number, known in list(self._names.items()) if known != name}
         if (held := self._hosts.pop(name, None)) is not None:
             with suppress(Exception):
                 self._ray.kill(held)
@@ -162,6 +160,7 @@ class Cluster:
             strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             made = self._ray.remote(host.Host).options(num_cpus=0, scheduling_strategy=strategy, max_concurrency=1)
             self._hosts[name] = made.remote(self.secret)
+            self._names[node["NodeID"]] = name
         return self._hosts[name]
 
     def _gather(self, asked: dict[str, object], seconds: float) -> dict[str, dict | Exception]:
@@ -183,6 +182,19 @@ class Cluster:
             except ray.exceptions.RayError as error:
                 found[name] = DeviceError(f"its process ended: {_line(error)}")
         return found
+
+
+def named(nodes: Sequence[dict], known: dict[str, str]) -> dict[str, dict]:
+    """Ray's nodes by the names of their machines, with a part of their id where several have one name.
+
+    `known`: names by id, of nodes that keep theirs when others come and go.
+    """
+    machines = Counter(node["NodeManagerHostname"] for node in nodes)
+    found = {}
+    for node in nodes:
+        machine, number = node["NodeManagerHostname"], node["NodeID"]
+        found[known.get(number) or (f"{machine}/{number[:6]}" if machines[machine] > 1 else machine)] = node
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llamacli.cluster import copies, host
+from llamacli.cluster.control import named
 from llamacli.cluster.placing import Placing
 from llamacli.errors import DeviceError, ModelFileError
 from llamacli.files.gguf import open_gguf
@@ -119,3 +120,11 @@ def test_where_all_nodes_were_lost_twice_the_line_says_so():
     placing = Placing(Facts(copy="/m/x.gguf", layers=[0, 4]), gguf, Config.from_gguf(gguf), 512, 1, None, False)
     with pytest.raises(DeviceError, match="node a: lost twice, not used for some minutes; node b: lost twice"):
         placing(losses={"a": 2, "b": 3})
+
+
+def test_a_node_in_use_keeps_its_name_when_another_of_that_name_comes_or_goes():
+    one, two, other = ({"NodeManagerHostname": name, "NodeID": id} for name, id in (("m", "1" * 9), ("m", "2" * 9), ("n", "3")))
+    assert named([one, two, other], {}) == {"m/111111": one, "m/222222": two, "n": other}
+    assert named([two], {"2" * 9: "m/222222"}) == {"m/222222": two}
+    assert named([one, two], {"1" * 9: "m"}) == {"m": one, "m/222222": two}
+    assert named([two], {}) == {"m": two}  # a program that has no process there
