@@ -298,8 +298,9 @@ def arm_products(name, cpu, features):
     triple = "arm64-apple-macosx14.0.0" if cpu.startswith("apple") else "aarch64-unknown-linux-gnu"
     has = dict.fromkeys((*features, "neon"), True) | {"sve": False}  # as features.py says it
     text = assembly(lambda t: dots.quantized(name, t), targets(triple, cpu, has)[0])
-    assert "\tbl\t" not in text, "a microkernel must not call the library"
-    parts = re.split(r"^_?([a-z]+):", text, flags=re.M)[1:]
+    called = set(re.findall(r"\tbl\t_?(\w+)", text))
+    assert called <= {"matvec"}, "a microkernel must not call the library"  # matvecs calls it for the rows that are left
+    parts = re.split(r"^_?([a-z]\w*):", text, flags=re.M)[1:]
     return {
         name: Counter(re.findall(r"\t([us]\w*(?:dot|mmla|mull|mlal))", code))
         for name, code in zip(parts[::2], parts[1::2], strict=True)
