@@ -20,7 +20,7 @@ from quantize.writer import write_file
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--work", type=Path, default=HERE / "scratch")
     parser.add_argument("--out", type=Path, default=HERE / "mmproj-scout-tiny.gguf")
     args = parser.parse_args()
     weights = torch.load(args.work / "tower.pt")

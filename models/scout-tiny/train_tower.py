@@ -259,7 +259,7 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--work", type=Path, default=HERE / "work")
+    parser.add_argument("--work", type=Path, default=HERE / "scratch")
     parser.add_argument("--fresh", action="store_true", help="begin anew, not with what the stage left before")
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)

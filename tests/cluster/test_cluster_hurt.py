@@ -13,22 +13,12 @@ from pathlib import Path
 
 import pytest
 from far import ROOT_ONLY, Command, Far, send, told
-from test_cluster_ray import ROOT, TINY
+from test_cluster_ray import QUESTION, ROOT, TINY
 
 from llamacli.files.gguf import open_gguf
 
 pytestmark = [pytest.mark.slow, ROOT_ONLY]
 
-QUESTION = [
-    "--temp",
-    "0",
-    "-n",
-    "60",
-    "--raw",
-    "--no-stdin",
-    "-p",
-    "Once upon a time there was a king who had three rivers and",
-]
 LAYERS = ["--threads", "1", "--cluster-layers", "1,1,2"]
 MOMENTS = 10
 

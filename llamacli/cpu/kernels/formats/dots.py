@@ -131,10 +131,8 @@ def _row(s, fmt, start, supers, reordered):
 
 
 def _reorder_activations(s, fmt, supers, x0, reordered):
-    """Activation superblocks in the order of the weights: 256 codes, and of each group a scale and what its sum is for (see
-    `formats.sums`).
-    """
-    size, groups, side = reordered_bytes(fmt), 256 // fmt.group, s.width // 16
+    """Activation superblocks in the order of the weights: 256 codes, then `formats.store_scales_and_sums`."""
+    size, side = reordered_bytes(fmt), s.width // 16
 
     def superblock(i, _):
         x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(reordered, s.mul(i, size))
@@ -143,11 +141,7 @@ def _reorder_activations(s, fmt, supers, x0, reordered):
         for k, register in enumerate(registers):
             s.store(register, out, s.width * k)
         ones = [s.fill(i8, s.width, 1)] * len(registers)
-        of_codes = formats.by_group(s, fmt, ones, registers, 1, False)
-        for p, (scale, total) in enumerate(formats.scales_and_sums(s, fmt, x, of_codes)):
-            s.store(scale, out, 256 + 32 * p)
-            if total is not None:
-                s.store(total, out, 256 + 4 * groups + 32 * p)
+        formats.store_scales_and_sums(s, fmt, x, formats.by_group(s, fmt, ones, registers, 1, False), out)
         return []
 
     s.loop(supers, [], superblock)

@@ -86,18 +86,20 @@ def totals(s, values):
     return total if n > 1 else s.b.extract_element(total, i32(0))
 
 
-def scales_and_sums(s, fmt, x, of_codes):
-    """For each 8 `lanes` the scales of the activation superblock at x, and what its groups' sums are for: where a format has
-    mins, minus the scaled sums; where it has an offset, the sums of the codes times minus the offset; else None.
+def store_scales_and_sums(s, fmt, x, of_codes, out):
+    """Behind the 256 codes at `out`, in the order of `lanes`: the scale of each group of the activation superblock at x, then
+    what its sum is for: where a format has mins, minus the scaled sum; where it has an offset, the sum of the codes times minus
+    the offset; else nothing.
     """
-    found, groups = [], 256 // fmt.group
-    for at, total in zip(lanes(s, fmt), of_codes, strict=True):
+    groups = 256 // fmt.group
+    for p, (at, total) in enumerate(zip(lanes(s, fmt), of_codes, strict=True)):
         if fmt.offset is None:
             total = s.b.fneg(s.shuffle(s.load(vec(f32, groups), x, S32 if groups == 8 else S16), at))
         else:
             total = s.b.mul(total, s.fill(i32, 8, -fmt.offset)) if fmt.offset else None
-        found.append((s.shuffle(s.load(vec(f32, 8), x, D), [g * fmt.group // 32 for g in at]), total))
-    return found
+        s.store(s.shuffle(s.load(vec(f32, 8), x, D), [g * fmt.group // 32 for g in at]), out, 256 + 32 * p)
+        if total is not None:
+            s.store(total, out, 256 + 4 * groups + 32 * p)
 
 
 def codes(s, fmt, w):

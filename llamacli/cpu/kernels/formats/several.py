@@ -162,8 +162,8 @@ def _across(s, four):
 
 
 def _lay_out(s, fmt, supers, x0, to):
-    """A row of activations: of each superblock codes in columns, scales of the groups and their sums (scales_and_sums)."""
-    size, groups, order = _activation_bytes(fmt), 256 // fmt.group, formats.order(s, fmt)
+    """A row of activations: of each superblock codes in columns, then `formats.store_scales_and_sums`."""
+    size, order = _activation_bytes(fmt), formats.order(s, fmt)
 
     def superblock(i, _):
         x, out = s.add(x0, s.mul(i, ACT_BYTES)), s.add(to, s.mul(i, size))
@@ -172,10 +172,7 @@ def _lay_out(s, fmt, supers, x0, to):
         for k, column in enumerate(chain(*columns)):
             s.store(column, out, 32 * k)
         sums = [s.products([s.fill(i8, 32, 1)] * len(part), part, 1) for part in columns]
-        for p, (scale, total) in enumerate(formats.scales_and_sums(s, fmt, x, sums)):
-            s.store(scale, out, 256 + 32 * p)
-            if total is not None:
-                s.store(total, out, 256 + 4 * groups + 32 * p)
+        formats.store_scales_and_sums(s, fmt, x, sums, out)
         return []
 
     s.loop(supers, [], superblock)
