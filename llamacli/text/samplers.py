@@ -1,15 +1,16 @@
 """The steps that a sampler is made of, each after its paper or llama.cpp's sampler of the same name.
 
 In: `Candidates`, the logits of the tokens that are left, and settings (settings.py). Out: the same, fewer or changed. Cost: all
-steps pass over arrays, none over single tokens; only what is undecided is sorted.
+steps pass over arrays, none over single tokens; none sorts a vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from llamacli.cpu.kernels.ops.selection import fewest
+
 _LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
-_FEW = 256  # weights that are sorted rather than halved
 _LONGEST_MATCH = 400  # tokens of a repetition, beyond which DRY's penalty no longer grows
 _MOST_PENALTY = 1e30  # so that no logit becomes infinite
 
@@ -222,24 +223,3 @@ def xtc(threshold: float) -> Step:
             c.keep(stay)
 
     return step
-
-
-def fewest(weights: np.ndarray, enough: float) -> np.ndarray:
-    """Where the fewest are that add up to `enough`, one at least, as booleans; of equal ones the first.
-
-    Halves what is undecided, and sorts only when little is left: thousands may have to stay where a model is unsure.
-    """
-    undecided, count = weights, 0
-    while len(undecided) > _FEW:
-        half = len(undecided) // 2
-        parts = np.partition(undecided, half)
-        total = parts[half:].sum(dtype=np.float64)
-        if total >= enough:
-            undecided = parts[half:]
-        else:
-            undecided, enough, count = parts[:half], enough - total, count + len(parts) - half
-    undecided = np.sort(undecided)[::-1]
-    last = min(int(np.searchsorted(np.cumsum(undecided, dtype=np.float64), enough, "left")), len(undecided) - 1)
-    stay = weights > undecided[last]
-    stay[np.flatnonzero(weights == undecided[last])[: count + last + 1 - np.count_nonzero(stay)]] = True
-    return stay
