@@ -1,7 +1,7 @@
 """Conversions as several tests of this room need them.
 
 In: a checkpoint's folder, its weights, a change. Out: a GGUF, every tensor of it held against gguf-py,
-or the line of a refusal.
+or the line of a refusal. Also one that was interrupted, and what it left.
 """
 
 import json
@@ -97,3 +97,33 @@ def with_entries(folder, change):
     entries = checkpoint.stored(weights)
     change(entries)
     checkpoint.write_safetensors(folder / "model.safetensors", entries)
+
+
+def finished(out):
+    """How many tensors the log calls finished."""
+    log = out.with_name(out.name + ".part.log")
+    return log.read_bytes().count(b"\n") - 1 if log.exists() else 0
+
+
+def interrupted(folder, out, recipe="Q8_0", at=0.6, **options):
+    """A conversion in this process that ends as by Ctrl-C once `at` of it is written."""
+
+    def stop(done, total, name):
+        if done > at * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, out, recipe, progress=stop, **options)
+
+
+def names(folder):
+    """The files in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def opened(data, tmp_path):
+    """The GGUF of these bytes; its file is gone."""
+    (tmp_path / "copy.gguf").write_bytes(data)
+    found = open_gguf(tmp_path / "copy.gguf")
+    (tmp_path / "copy.gguf").unlink()
+    return found
