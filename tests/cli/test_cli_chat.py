@@ -1,81 +1,23 @@
 """`chat` as a person meets it, on a real pseudo-terminal with a screen, over the miniature model of fakes.py; and in a pipe."""
 
-import base64
 import os
-import random
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from chatting import READY, TITLE, asked, conversation, kept
 from fakes import fake
 from terminal import Terminal
 
-from llamacli.cli.chat.terminal import copying
-from llamacli.conversation import Conversation
-from llamacli.errors import LlamacliError, UsageError
 from llamacli.store import Store
-
-TESTS = Path(__file__).parents[1]
-READY = "ctx 0 of"
-TITLE = "Ask something, or /help"
 
 
 def piped(text, *args, **how):
     done = subprocess.run(fake("chat", *args, **how), input=text.encode(), capture_output=True, timeout=300)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-
-@pytest.fixture
-def begin(tmp_path, preloaded):
-    """Start a chat whose state is this test's own; it is ended at the test's end. `fresh`: by a new interpreter."""
-    begun = []
-
-    def start(*args, reply="fine", delay="0", columns=80, rows=24, ready=READY, fresh=False, **environment):
-        how = {"start": None if fresh else preloaded.start, "XDG_STATE_HOME": str(tmp_path), **environment}
-        t = Terminal(fake("chat", *args, reply=reply, delay=delay), columns, rows, **how)
-        begun.append(t)
-        if ready:
-            t.wait(ready)
-        return t
-
-    yield start
-    for t in begun:
-        t.close()
-
-
-def asked(t, question, n=1, answer="fine"):
-    """Ask, and wait for the `n`th answer and the next prompt."""
-    t.type(question + "\r")
-    t.wait(answer, times=n)
-    t.wait(TITLE)
-
-
-def conversation(tmp_path):
-    """The messages of the latest conversation, as they are now."""
-    try:
-        store = Store(tmp_path / "llamacli" / "conversations.db")
-        found = Conversation.resume(store, store.latest())
-    except LlamacliError:
-        return None
-    store.close()
-    return [found.system] * bool(found.system) + [message.content for message in found.messages]
-
-
-def kept(tmp_path, *expected, seconds=300):
-    """Wait until the latest conversation has these messages; ... stands for any."""
-    until = time.monotonic() + seconds
-    while (
-        (found := conversation(tmp_path)) is None
-        or len(found) != len(expected)
-        or any(wanted not in (..., message) for wanted, message in zip(expected, found, strict=True))
-    ):
-        assert time.monotonic() < until, f"expected {expected}, found {found}"
-        time.sleep(0.02)
 
 
 # in a pipe
@@ -331,13 +273,6 @@ def test_a_suspended_answer_goes_on():
     t.close()
 
 
-def test_a_chat_whose_terminal_is_gone_ends():
-    t = Terminal(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *fake("chat", "--no-save")])
-    t.wait(READY)
-    t.hang_up()
-    t.process.wait(300)
-
-
 def test_what_the_model_says_is_shown_and_not_obeyed(begin):
     t = begin(reply="\x1b]0;owned\x07\x1b[2J\u202ecba")
     asked(t, "go", answer=r"\x1b]0;owned\x07\x1b[2J\u202ecba")
@@ -399,174 +334,6 @@ def test_answers_in_a_file_and_the_prompt_at_the_terminal(tmp_path):
     assert (tmp_path / "answers").read_text() == "**fine**\n"
 
 
-# commands
-
-
-def test_a_wrong_command_gets_a_proposal(begin):
-    t = begin()
-    for typed, said in (
-        ("/regn", "did you mean /regen?"),
-        ("/nonsense", "/help lists them"),
-        ("/clear all", "expected nothing after it"),
-        ("/read", "expected FILE, found nothing"),
-        ("/undo x", "expected a number of turns"),
-        ("/regen", "ask something first"),
-        ("/edit", "ask something first"),
-        ("/set temp hot", "expected a number from 0"),
-        ("/set top_p 1.5", "expected a number from 0 to 1"),
-        ("/set heat 1", "expected one of temp"),
-        ("/ctx many", "expected a number of tokens"),
-        ("/read /nowhere", "No such file"),
-        ("/read /dev/zero", "expected a text file"),
-        ("/load nobody", "found none"),
-    ):
-        t.type(typed + "\r")
-        t.wait(said.split()[0], said.split()[-1])
-    t.type("/HELP\r")
-    t.wait("this list")
-
-
-def test_exit_typed_as_a_word_is_explained_once(begin):
-    t = begin()
-    t.type("exit\r")
-    t.wait("/exit leaves")
-    asked(t, "exit")
-    t.type("/exit\r")
-    assert t.ends() == 0
-
-
-def test_undo_says_what_it_forgets(begin, tmp_path):
-    t = begin()
-    for n, question in enumerate(("one", "two", "three"), 1):
-        asked(t, question, n)
-    t.type("/undo 2\r")
-    t.wait('forgotten: "three"', 'forgotten: "two"')
-    kept(tmp_path, "one", "fine")
-
-
-def test_edit_asks_the_question_in_other_words(begin, tmp_path):
-    t = begin()
-    asked(t, "wht is it")
-    t.type("/edit\r")
-    t.wait("> wht is it", times=2)
-    t.type("?\r")
-    t.wait("fine", times=2)
-    kept(tmp_path, "wht is it?", "fine")
-    t.wait(TITLE)
-    t.type("/edit\r")
-    t.wait("> wht is it?", times=2)
-    t.type("\x03")
-    t.wait("Ctrl-C twice too")
-    asked(t, "another", 3)
-    kept(tmp_path, "wht is it?", "fine", "another", "fine")
-
-
-def test_a_file_goes_before_the_next_question(begin, tmp_path):
-    (tmp_path / "a.txt").write_text("of a\n")
-    t = begin("-f", str(tmp_path / "a.txt"), "what", "is it?", ready=None)
-    t.wait("fine")
-    kept(tmp_path, "of a\n\nwhat is it?", "fine")
-    t.wait(TITLE)
-    t.type(f"/read {tmp_path}/a.txt\r")
-    t.wait("goes with the next question", "a.txt attached", times=1)
-    asked(t, "and now?", 2)
-    t.type("/list\r")
-    t.wait("  what is it?")  # and not the first line of the file
-    kept(tmp_path, "of a\n\nwhat is it?", "fine", "of a\n\nand now?", "fine")
-
-
-def test_settings_are_changed_and_shown(begin):
-    t = begin()
-    t.type("/set temp 0.2\r", "/set seed=7\r", "/set max_tokens 1\r", "/show\r")
-    t.wait("temp            0.2", "seed            7", "max_tokens      1")
-    asked(t, "x", answer="stopped at the -n limit")
-    t.type("/set mirostat 2\r", "/set ignore_eos on\r", "/set samplers top_k,temp\r", "/set logit_bias 5+1\r", "/show\r")
-    t.wait("mirostat        2", "ignore_eos      on", "samplers        top_k,temp", "logit_bias      '5+1'")
-    t.type("/set ignore_eos maybe\r", "/set samplers default\r")
-    t.wait("expected on or off")
-    t.type("/set max_tokens default\r", "/continue\r")
-    t.wait("\nine")
-
-
-def test_copy_reaches_the_clipboard_through_the_terminal(begin):
-    t = begin(reply="text\n\n```py\nprint(1)\n```\n")
-    asked(t, "x", answer="print(1)")
-    t.type("/copy code\r")
-    t.wait("copied 9 characters")
-    assert f"\x1b]52;c;{base64.b64encode(b'print(1)' + bytes([10])).decode()}\x07" in t.raw
-    t.type("/copy\r")
-    t.wait("copied 25 characters")
-
-
-def test_export_search_list_and_load(begin, tmp_path):
-    t = begin()
-    asked(t, "about elephants")
-    t.type(f"/export {tmp_path}/c.md\r", f"/export {tmp_path}/c.jsonl\r")
-    t.wait("c.jsonl")
-    assert "about elephants" in (tmp_path / "c.md").read_text()
-    t.type("/save animals\r", "/clear\r")
-    t.wait("a new conversation")
-    asked(t, "about stones", 2)
-    t.type("/search elephants\r")
-    t.wait("about elephants", times=2)
-    t.type("/load animals\r")
-    t.wait('"animals", 1 turn so far')
-    asked(t, "more", 4)
-    kept(tmp_path, "about elephants", "fine", "more", "fine")
-    t.type(f"/load {tmp_path}/c.jsonl\r")
-    t.wait('"about elephants", 1 turn so far')
-
-
-def test_a_conversation_goes_on_the_next_day(begin, tmp_path):
-    t = begin("-s", "be kind")
-    asked(t, "one\x1b\rmore")
-    t.type("/save Monday\r", "\x04")
-    t.ends()
-    for args in (("--continue",), ("--resume", "Monday")):
-        t = begin(*args, ready="so far")
-        t.wait("fine", TITLE)
-        assert "> one\n  more" in t.text or "> again" in t.text
-        asked(t, "again", 2)
-        t.type("\x04")
-        t.ends()
-    kept(tmp_path, "be kind", "one\nmore", "fine", "again", "fine", "again", "fine")
-
-
-def test_a_full_context_says_what_to_do_and_loses_nothing(begin, tmp_path):
-    t = begin("-c", "40")
-    asked(t, "first question")
-    t.type("a second question\r")
-    t.wait("/clear makes room", "/drop", "/ctx 1024")
-    t.type("/regen\r")
-    t.wait("makes room", times=2)
-    kept(tmp_path, "first question", "fine", "a second question")
-    t.type("/ctx 1K\r", "/regen\r")
-    t.wait("fine", times=2)
-    kept(tmp_path, "first question", "fine", "a second question", "fine")
-    t.type("/ctx 40\r")
-    t.wait("of 40 tokens")
-    t.type("/drop\r", "/regen\r")
-    t.wait("no longer sees the oldest turn", times=1)
-    t.wait("fine", times=3)
-
-
-def test_a_killed_chat_keeps_what_was_said(begin, tmp_path):
-    t = begin(reply="First sentence. Second sentence. Third" + "d" * 2000, delay="0.02")  # not over before it is killed
-    t.type("tell\r")
-    t.wait("Second sentence. T")
-    t.close()
-    kept(tmp_path, "tell", "First sentence. Second sentence.")
-    t = begin("--continue", ready="the answer broke off")
-
-
-def test_a_state_that_cannot_be_written_does_not_stop_the_chat(begin, tmp_path):
-    (tmp_path / "llamacli").write_text("in the way")
-    t = begin(ready="will not be kept")
-    asked(t, "x")
-    t.type("/list\r")
-    t.wait("nothing is kept here")
-
-
 @pytest.mark.parametrize("args", ["'--help'", "'chat', '--help'", "'history', '--help'", "'run', '--help'"])
 def test_help_loads_neither_editor_nor_database(args):
     code = f"import sys; from llamacli.cli import main; main([{args}]); print(*sorted(sys.modules), file=sys.stderr)"
@@ -575,64 +342,3 @@ def test_help_loads_neither_editor_nor_database(args):
     ).stderr.split()
     assert "llamacli.cli.chat" in loaded or "chat" not in args
     assert not {"prompt_toolkit", "sqlite3", "markdown_it", "rich", "pygments", "numpy"} & set(loaded)
-
-
-@pytest.mark.parametrize("end", ["Ctrl-D", "SIGTERM at the prompt", "SIGTERM during an answer"])
-def test_the_terminal_is_given_back_as_it_was(tmp_path, end):
-    command = " ".join(f"'{word}'" for word in fake("chat", "--no-save", reply="many words", delay="0.3"))
-    t = Terminal(["bash", "-c", f"set -m; {command}; echo status=$?; stty -a"])
-    t.wait(READY)
-    if end == "Ctrl-D":
-        t.type("\x04")
-    else:
-        if "answer" in end:
-            t.type("hello\r")
-            t.wait("m")
-            t.pump(0.5)
-        process = int(subprocess.run(["pgrep", "-P", str(t.process.pid)], capture_output=True, text=True).stdout)
-        os.kill(process, signal.SIGTERM)
-    t.wait("status=0" if end == "Ctrl-D" else "status=143")
-    t.wait("icanon")
-    assert re.search(r"(?<!-)icanon", t.text)
-    assert re.search(r"(?<!-)\becho\b", t.text)
-    assert re.search(r"(?<!-)icrnl", t.text)
-    assert t.raw.rindex("\x1b[?2004l") > t.raw.rindex("\x1b[?2004h")
-
-
-def test_the_clipboard_is_reached_through_screen_and_refused_where_there_is_none():
-    assert copying("é", {"TERM": "xterm"}) == "\x1b]52;c;w6k=\x07"
-    assert copying("é", {"TERM": "screen-256color", "TMUX": "/tmp/tmux"}) == "\x1b]52;c;w6k=\x07"
-    wrapped = copying("x" * 600, {"TERM": "screen"})
-    assert "".join(re.findall(r"\x1bP(.*?)\x1b\\", wrapped, re.S)) == copying("x" * 600, {"TERM": "xterm"})
-    for text, term in (("x", "dumb"), ("x" * 80_000, "xterm")):
-        with pytest.raises(UsageError):
-            copying(text, {"TERM": term})
-
-
-@pytest.mark.slow
-def test_fifty_kills_of_a_chat_lose_no_finished_turn(begin, tmp_path):
-    """Each chat goes on where the one before was killed, at a random moment of a question or an answer."""
-    chance, path, seen = random.Random(50), tmp_path / "llamacli" / "conversations.db", []
-    reply = "The first sentence. A second one. And a third."
-    for n in range(50):
-        t = begin("-c", "64K", *["--continue"] * bool(n), reply=reply, delay="0.0005", ready=None)
-        t.wait(f"> {TITLE}")
-        for turn in range(chance.randint(0, 2)):
-            before = t.text.count(reply)
-            t.type(f"question {n}.{turn}\r")
-            t.wait(reply, times=before + 1)
-            t.wait(f"> {TITLE}")
-            seen.append(f"question {n}.{turn}")
-        t.type(f"question {n}.9\r")
-        t.pump(chance.uniform(0, 0.15))
-        t.close()
-        db = sqlite3.connect(path)
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        db.close()
-        found = conversation(tmp_path)
-        questions = [text for text in found if text.startswith("question")]
-        assert len(questions) == len(set(questions))
-        for question in seen:
-            assert found.count(question) == 1
-            assert found[found.index(question) + 1] == reply
-    assert len(seen) > 30
