@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,22 +141,30 @@ def test_where_no_node_is_left_the_conversation_waits_for_one(nodes):
     assert nodes.same([1])
 
 
-def test_an_interrupt_leaves_the_cache_where_whole_batches_ended(nodes):
-    assert nodes.same(IDS[:50])
+@contextmanager
+def interrupting(engine, every):
+    """Interrupts come all the time, so many seconds apart: one that comes between two calls is forgotten."""
     over = threading.Event()
 
     def interrupt():
-        while not over.wait(0.03):  # one that comes between two calls is forgotten
-            nodes.engine.interrupt()
+        while not over.wait(every):
+            engine.interrupt()
 
     other = threading.Thread(target=interrupt)
     other.start()
-    with pytest.raises(KeyboardInterrupt):
+    try:
+        yield
+    finally:
+        over.set()
+        other.join()
+
+
+def test_an_interrupt_leaves_the_cache_where_whole_batches_ended(nodes):
+    assert nodes.same(IDS[:50])
+    with interrupting(nodes.engine, 0.03), pytest.raises(KeyboardInterrupt):
         while True:
             nodes.engine.forward(IDS, nodes.caches[0])
             assert nodes.caches[0].truncate(50) == 50
-    over.set()
-    other.join()
     reached = nodes.caches[0].pos
     assert 50 <= reached < 50 + len(IDS)
     nodes.caches[0].truncate(50)
@@ -221,8 +229,7 @@ def test_another_call_that_fails_disturbs_no_answer(nodes):
 
     def fail(n):
         if n % 7 == 0:
-            threading.Timer(0.002, nodes.engine.interrupt).start()
-            with suppress(KeyboardInterrupt):
+            with interrupting(nodes.engine, 0.002), suppress(KeyboardInterrupt):
                 while True:
                     nodes.engine.forward(IDS[:100], other)
                     other.truncate(0)

@@ -95,6 +95,7 @@ def test_a_stream_that_is_cut_says_by_what(lines):
         until(lambda: client.server.scheduler.active)
         made.close()
         assert "200 (client left), " in last(lines)
+        until(lambda: not client.server.scheduler.active)
         other = raw(client, post(chat(stream=True)))
         until(lambda: client.server.scheduler.active)
         client.server.scheduler.close()
