@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llamacli.cpu.kernels.ops.selection import fewest
+from llamacli.cpu.kernels.ops.selection import fewest, select
 
 _LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
 _LONGEST_MATCH = 400  # tokens of a repetition, beyond which DRY's penalty no longer grows
@@ -50,13 +50,18 @@ class Candidates:
         self._weights = None if self._weights is None else self._weights[chosen]
         self.count, self.deviation = len(chosen), None
 
-    def cut(self, below: float, measured: bool) -> None:
-        """Drop what lies more than `below` under the best. `measured`: a later step needs `count` or `deviation`."""
+    def cut(self, below: float, measured: bool, most: bool = False) -> None:
+        """Drop what lies more than `below` under the best. `measured`: a later step needs `count` or `deviation`. `most`: only
+        if that is most of the tokens, since copying many costs more than it saves.
+        """
         count = deviation = None
         if measured:
             finite = self.logits[np.isfinite(self.logits)]
             count, deviation = len(finite), float(finite.std(dtype=np.float64))
-        self.keep(self.logits >= self.logits.max() - np.float32(min(below, _MOST_PENALTY)))
+        likely = self.logits >= self.logits.max() - np.float32(min(below, _MOST_PENALTY))
+        if most and np.count_nonzero(likely) > len(likely) // 8:
+            return
+        self.keep(likely)
         self.count, self.deviation = count or len(self.logits), deviation
 
     def change(self, logits: np.ndarray) -> None:
@@ -176,7 +181,7 @@ def top_p(p: float) -> Step:
 
     def step(c: Candidates) -> None:
         weights = c.weights()
-        c.keep(fewest(weights, p * weights.sum(dtype=np.float64)))
+        c.keep(select(weights, fewest(weights, p)))
 
     return step
 

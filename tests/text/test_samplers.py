@@ -166,6 +166,21 @@ def test_any_chain_in_any_order_is_the_plain_chain(seed, names, order, history):
     assert sum(p for id, p in found.items() if id not in likely) < 1e-6
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize("names", [{}, {"top_p"}, {"min_p"}, {"top_p", "min_p"}, {"top_k", "top_p"}, {"penalties", "top_p"}])
+def test_the_usual_chains_draw_what_their_candidates_say(names, spread):
+    chosen = {"top_p": {"top_p": 0.9}, "min_p": {"min_p": 0.05}, "top_k": {"top_k": 40}, "penalties": {"repeat_penalty": 1.3}}
+    given = OFF | {key: value for name in names for key, value in chosen[name].items()}
+    random = np.random.default_rng(3)
+    for seed in range(20):
+        logits = random.normal(0, spread, 5000).astype(np.float32)
+        history = random.integers(0, 5000, 64).tolist()
+        left = Sampler(**given | {"temp": 0.6}).candidates(logits, history)
+        total = np.cumsum(left.weights(), dtype=np.float64)
+        expected = left.ids[np.searchsorted(total, np.random.default_rng(seed).random() * total[-1], "right")]
+        assert Sampler(**given | {"temp": 0.6}, seed=seed).pick(logits, history) == expected
+
+
 @pytest.mark.parametrize("n", range(len(CASES)), ids=lambda n: "-".join(CASES[n].order) or f"mirostat {CASES[n].mirostat}")
 def test_a_chain_leaves_what_llama_cpp_leaves(n):
     case, expected = CASES[n], np.load(STORED)["p"][n]
