@@ -165,25 +165,29 @@ def place(
     that are not in `memory` any more, such as a vision tower's; messages count them.
     MemoryLimitError if that cannot hold the always-used weights, keys and values, and the experts of one token.
     """
-    batch = batch_within(config, memory, threads)
-    kv, working = _kv(config, ctx, batch, kv_files), _program(config) + working_bytes(config, threads, batch, kv_files)
-    everything = sizes.always + sizes.looked_up + sizes.routed
-    if everything + kv + working <= memory and not (slots and sizes.experts):
-        n_slots = sizes.n_experts * len(sizes.experts)
-        window = _window(config, ctx, batch, kv_files, memory - everything - kv - working)
-        kv = _kv(config, ctx, batch, kv_files, window)
-        held = n_slots, everything, 0, kv, working, 0, 0, batch
-        return Placement(memory, ctx, "mapped", *held, sizes, config, kv_files, window)
-    least = sizes.always + kv + working + _least(config, sizes, batch, slots)
+    batch, everything = batch_within(config, memory, threads), sizes.always + sizes.looked_up + sizes.routed
+    while True:
+        kv, working = _kv(config, ctx, batch, kv_files), _program(config) + working_bytes(config, threads, batch, kv_files)
+        if everything + kv + working <= memory and not (slots and sizes.experts):
+            n_slots = sizes.n_experts * len(sizes.experts)
+            window = _window(config, ctx, batch, kv_files, memory - everything - kv - working)
+            kv = _kv(config, ctx, batch, kv_files, window)
+            held = n_slots, everything, 0, kv, working, 0, 0, batch
+            return Placement(memory, ctx, "mapped", *held, sizes, config, kv_files, window)
+        least = sizes.always + kv + working + _least(config, sizes, batch, slots)
+        if least <= memory or batch <= LEAST_BATCH:
+            break
+        batch //= 2  # what less memory holds with smaller batches, more memory holds, too
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots, kv_files=kv_files)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
         if beside:
             parts += f", beside the model {_gb(beside)}"
         other = f"--ctx {fits} or {'' if kv_files else '--kv-file DIR or '}" if fits else ""
+        needed, found = -(-(least + beside) // 10**7) * 10**7, (memory + beside) // 10**7 * 10**7  # never equal in print
         raise MemoryLimitError(
-            f"{name}: expected at least {_gb(least + beside)} of memory ({parts}, the rest for experts), found "
-            f"{_gb(memory + beside)}; use {other}--memory {-(-(least + beside) // 10**8) / 10:.1f}G"
+            f"{name}: expected at least {_gb(needed)} of memory ({parts}, the rest for experts), found {_gb(found)}; "
+            f"use {other}--memory {-(-needed // 10**8) / 10:.1f}G"
         )
     if ctx > LONG_CTX and sizes.experts:
         larger = batch_within(config, memory, threads, LONG_BATCH)
@@ -217,7 +221,7 @@ def fit_ctx(
     kv_files: int = 0,
 ) -> int:
     """The largest context up to `ctx` that `place` accepts, a multiple of CTX_STEP if it is less; 0 if there is none."""
-    batch = batch_within(config, memory, threads)
+    batch = LEAST_BATCH
     room = (
         memory
         - _program(config)

@@ -14,6 +14,7 @@ import llamacli
 from llamacli.cpu import buffers, kvcache
 from llamacli.cpu.experts import slots_per_layer
 from llamacli.engine import Engine
+from llamacli.environment import SMALL_MODEL
 from llamacli.errors import MemoryLimitError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
@@ -150,6 +151,21 @@ def test_what_does_not_fit_is_refused_with_what_is_needed_and_a_context_that_fit
         place(config, sizes, 24 * GB, ctx + placement.CTX_STEP)
     memory = round(float(words.partition("--memory ")[2].removesuffix("G")) * GB)
     assert place(config, sizes, memory, 1 << 20).slots >= 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("kv_files", [0, 1])
+@pytest.mark.parametrize("slots", [False, True])
+def test_what_less_memory_holds_more_memory_holds(threads, kv_files, slots):
+    gguf = open_gguf(SMALL_MODEL)
+    config = Config.from_gguf(gguf)
+    sizes = size_by_kind([(tensor.name, tensor.nbytes) for tensor in gguf.tensors.values()], config)
+    how = {"threads": threads, "slots": slots, "kv_files": kv_files}
+    with pytest.raises(MemoryLimitError) as caught:
+        place(config, sizes, 10**6, 32768, **how)
+    advised = round(float(re.search(r"expected at least ([\d.]+) GB", str(caught.value))[1]) * GB)
+    for memory in range(advised, 3 * advised, 10**6):
+        place(config, sizes, memory, 32768, **how)
 
 
 def test_no_context_is_suggested_where_none_would_help(scout):
