@@ -295,16 +295,22 @@ class Engine:
         return result
 
     def _begin_each(self, tokens: Sequence[Tokens], caches: Sequence[Cache]) -> Callable[[], np.ndarray]:
-        found = np.empty((len(tokens), self.config.n_vocab), np.float32)
+        found: np.ndarray | None = None
         begun: list[tuple] = []  # the stream after a batch, its runs that end a sequence, these sequences, the runs' last rows
 
         def finish() -> np.ndarray:
+            nonlocal found
             for x, ending, sequences, ends in begun:
                 if hasattr(x, "ends"):  # of a cluster, which sends no others
                     x = x.ends()[ending]
                 elif len(ending) < len(x):
                     x = np.array(x)[ends[ending]]
-                found[sequences] = self.stages[-1].logits(x)
+                rows = self.stages[-1].logits(x)
+                if len(sequences) == len(tokens):  # all from one batch, as a rule: not copied
+                    found = rows
+                else:
+                    found = np.empty((len(tokens), self.config.n_vocab), np.float32) if found is None else found
+                    found[sequences] = rows
             begun.clear()
             return found
 
