@@ -8,6 +8,7 @@ in host.py's processes and in launch.py only, and only when a cluster is asked f
 import os
 import signal
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ from llamacli.errors import DeviceError, LlamacliError, UsageError
 PORT = 6479
 REACHED = 3.0  # seconds in which a node must take a connection
 STARTING, OPENING = 40.0, 600.0  # seconds in which a node's process must answer, and must have opened its layers
+LOOK_EVERY = 0.02  # seconds between looks whether it has
+LEAVING = 5.0  # seconds in which a call of Ray must return
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5)  # a greeting that a server answers: RFC 9113, 3.4
 
 
@@ -35,6 +38,7 @@ def environ(secret: str) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after `close` starts no cluster of its own
     }
 
 
@@ -82,7 +86,11 @@ class Cluster:
         try:
             with _no_stderr():
                 self._ray.init(
-                    address=f"{name}:{port}", logging_level="CRITICAL", log_to_driver=False, ignore_reinit_error=True
+                    address=f"{name}:{port}",
+                    logging_level="CRITICAL",
+                    log_to_driver=False,
+                    ignore_reinit_error=True,
+                    job_config=_job(self._ray),
                 )
         except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
             raise DeviceError(
@@ -95,46 +103,64 @@ class Cluster:
         self._hosts: dict[str, object] = {}
         self._names: dict[str, str] = {}  # of nodes with a process of this program, by Ray's ids
         self.latency = 0.0  # seconds one way to the farthest node, as `describe` found it
+        self._busy, self._closed = threading.Lock(), False  # held during each call of Ray; none begins after `close`
+
+    @contextmanager
+    def _calls(self):
+        """Ray, for calls that do not wait."""
+        with self._busy:
+            if self._closed:
+                raise DeviceError("expected a connection to the cluster, found that it was closed")
+            yield self._ray
 
     def alive(self) -> dict[str, dict]:
         """Ray's facts about the nodes that are alive, by name; this machine's first."""
-        here = self._ray.get_runtime_context().get_node_id()
-        found = sorted((n for n in self._ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
+        with self._calls() as ray:
+            here = ray.get_runtime_context().get_node_id()
+            found = sorted((n for n in ray.nodes() if n["Alive"]), key=lambda n: (n["NodeID"] != here, n["NodeID"]))
         return named(found, self._names)
 
     def reached(self, skip: Sequence[str] = ()) -> tuple[dict[str, dict], dict[str, dict]]:
-        """Ray's facts about the nodes that take connections; {"address", "error": words} of each that does not."""
+        """Ray's facts about the nodes that take connections; {"address", "error": words} of each that does not.
+
+        A machine whose node died and that has joined again is two nodes until Ray forgets the first, of which nothing is said.
+        """
         nodes = {name: node for name, node in self.alive().items() if name not in skip}
         with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # Ray takes half a minute to notice a cable that was cut
             reached = dict(zip(nodes, pool.map(_reached, nodes.values()), strict=True))
         self.latency = max((seconds for seconds in reached.values() if seconds), default=0.0) / 2
-        silent = {name: nodes.pop(name)["NodeManagerAddress"] for name, answers in reached.items() if answers is None}
+        silent = {name: nodes.pop(name) for name, answers in reached.items() if answers is None}
+        there = {_machine(node) for node in nodes.values()}
+        missing = {name: node["NodeManagerAddress"] for name, node in silent.items() if _machine(node) not in there}
         return nodes, {
             name: {"address": at, "error": f"expected an answer from {at}, found none; check the machine and its cable"}
-            for name, at in silent.items()
+            for name, at in missing.items()
         }
 
     def describe(self, path: str | None = None, threads: int | None = None, skip: Sequence[str] = ()) -> dict[str, dict]:
         """host.Host.describe of every node, {"error": words} for one that does not answer."""
         nodes, found = self.reached(skip)
         found |= {name: {"address": node["NodeManagerAddress"]} for name, node in nodes.items()}
-        asked = {name: self._host(name, node).describe.remote(path, threads) for name, node in nodes.items()}
+        with self._calls():
+            asked = {name: self._host(name, node).describe.remote(path, threads) for name, node in nodes.items()}
         for name, facts in self._gather(asked, STARTING).items():
             found[name] |= {"error": str(facts)} if isinstance(facts, Exception) else facts
         return found
 
     def open(self, name: str, **how) -> object:
         """A reference to host.Host.open on a node."""
-        return self._hosts[name].open.remote(**how)
+        with self._calls():
+            return self._hosts[name].open.remote(**how)
 
     def encode(self, names: Sequence[str] | None = None, **how) -> dict[str, dict | Exception]:
         """host.Host.encode on these nodes, or all; {} for those that are gone."""
         nodes, silent = self.reached()
-        asked = {
-            name: self._host(name, node).encode.remote(host=node["NodeManagerAddress"], **how)
-            for name, node in nodes.items()
-            if names is None or name in names
-        }
+        with self._calls():
+            asked = {
+                name: self._host(name, node).encode.remote(host=node["NodeManagerAddress"], **how)
+                for name, node in nodes.items()
+                if names is None or name in names
+            }
         errors = {name: DeviceError(found["error"]) for name, found in silent.items() if names is None or name in names}
         return self._gather(asked, OPENING) | errors
 
@@ -146,14 +172,20 @@ class Cluster:
         """End this program's process on a node."""
         self._names = {number: known for number, known in list(self._names.items()) if known != name}
         if (held := self._hosts.pop(name, None)) is not None:
-            with suppress(Exception):
-                self._ray.kill(held)
+            with suppress(Exception), self._calls() as ray:
+                ray.kill(held)
 
     def close(self) -> None:
-        """End this program's processes on all nodes, and leave."""
+        """End this program's processes on all nodes, and leave. What other threads ask for then is a DeviceError."""
         for name in list(self._hosts):
             self.drop(name)
-        self._ray.shutdown()
+        held = self._busy.acquire(timeout=LEAVING)  # a call of Ray that waits for a cluster which has gone is not waited for
+        try:
+            self._closed = True
+            self._ray.shutdown()
+        finally:
+            if held:
+                self._busy.release()
 
     def _host(self, name: str, node: dict):
         if name not in self._hosts:
@@ -164,24 +196,42 @@ class Cluster:
         return self._hosts[name]
 
     def _gather(self, asked: dict[str, object], seconds: float) -> dict[str, dict | Exception]:
-        ray, found = self._ray, {}
-        if not asked:
-            return found
-        ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
-        for name, reference in asked.items():
-            if reference not in ready:
-                found[name] = DeviceError(f"no answer for {seconds:.0f} s")
-                continue
-            try:
-                found[name] = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                found[name] = (
-                    cause if isinstance(cause, LlamacliError) else DeviceError(f"{type(cause).__name__}: {_line(cause)}")
-                )
-            except ray.exceptions.RayError as error:
-                found[name] = DeviceError(f"its process ended: {_line(error)}")
+        found, until = {}, time.monotonic() + seconds
+        while asked:
+            with self._calls() as ray:
+                ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=0)
+                found |= {name: _result(ray, reference) for name, reference in asked.items() if reference in ready}
+            asked = {name: reference for name, reference in asked.items() if name not in found}
+            if asked and time.monotonic() > until:
+                return found | {name: DeviceError(f"no answer for {seconds:.0f} s") for name in asked}
+            time.sleep(LOOK_EVERY if asked else 0)
         return found
+
+
+def _result(ray, reference) -> dict | Exception:
+    """What a reference that is ready came to."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, LlamacliError) else DeviceError(f"{type(cause).__name__}: {_line(cause)}")
+    except ray.exceptions.RayError as error:
+        return DeviceError(f"its process ended: {_line(error)}")
+
+
+def _job(ray):
+    """What Ray is told of this program: not to have the nodes import from its folders before their own installation."""
+
+    class Job(ray.job_config.JobConfig):
+        def _serialize(self):
+            self._py_driver_sys_path.clear()
+            return super()._serialize()
+
+    return Job()
+
+
+def _machine(node: dict) -> tuple[str, str]:
+    return node["NodeManagerAddress"], node["NodeManagerHostname"]
 
 
 def named(nodes: Sequence[dict], known: dict[str, str]) -> dict[str, dict]:

@@ -164,10 +164,10 @@ class Node:
             self._linked.wait()
             if frame is None or self._closed:
                 return
-            number = frame.head["id"]
-            if number <= self._stopped:
-                continue
+            number = frame.head.get("id")
             try:
+                if number <= self._stopped:
+                    continue
                 if "error" not in frame.head:
                     frame = self._through(frame)
                 if frame is not None:

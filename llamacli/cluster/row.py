@@ -54,7 +54,6 @@ class Row:
         self._calls, self._answers = itertools.count(1), {}
         self._closed = False
         self.lost: NodeLost | None = None  # the first that was
-        self._heard = [time.monotonic()] * len(places)
         self._controls: list[Link] = []
         try:
             self._connect(secret)
@@ -91,7 +90,7 @@ class Row:
                     found = answer.get(timeout=PATIENCE)
                     break
                 except queue.Empty:
-                    if self._closed or time.monotonic() - self._heard[k] > PATIENCE:
+                    if self._closed or self._silent(k) > PATIENCE:
                         raise self.lost or NodeLost(self.places[k].name, f"no answer for {PATIENCE:.0f} s") from None
         except LinkClosed as error:  # of all nodes, when one is lost
             raise self.lost or NodeLost(self.places[k].name, str(error)) from None
@@ -100,7 +99,7 @@ class Row:
         if isinstance(found, NodeLost):
             raise found
         if "error" in found.head:
-            raise node_error(*found.head["error"])
+            raise node_error(found)
         return found
 
     def tell(self, op: str, head: dict) -> None:
@@ -119,13 +118,20 @@ class Row:
         for link in (*self.links, *self._controls):
             link.close()
 
+    def _silent(self, k: int) -> float:
+        """Seconds since anything came from node k, or went to it."""
+        moments = [self._controls[k].heard]
+        if self.links:
+            moments += [self.links[0].moved] if k == 0 else []
+            moments += [self.links[1].heard] if k == len(self.places) - 1 else []
+        return time.monotonic() - max(moments)
+
     def _listen(self, k: int) -> None:
         """Answers, pongs and complaints of node k."""
         while isinstance(frame := self._controls[k].received.get(), Frame):
-            self._heard[k] = time.monotonic()
             if "broken" in frame.head:
                 self._lose(k + 1 if k + 1 < len(self.places) else k, f"node {self.places[k].name} lost {frame.head['broken']}")
-            elif answer := self._answers.get((k, frame.head.get("call"))):
+            elif isinstance(call := frame.head.get("call"), int) and (answer := self._answers.get((k, call))):
                 answer.put(frame)
         self._lose(k, "it died" if "closed" in str(frame) or "reset" in str(frame) else str(frame))
 
@@ -140,10 +146,11 @@ class Row:
             self.tell("ping", {})
             time.sleep(PING_EVERY)
             if time.monotonic() - asked > PING_EVERY + 1:  # this program was stopped, by Ctrl-Z say, not the nodes
-                self._heard = [time.monotonic()] * len(self.places)
+                for control in self._controls:
+                    control.heard = time.monotonic()
                 continue
-            for k, heard in enumerate(self._heard):
-                if time.monotonic() - heard > PATIENCE:
+            for k in range(len(self.places)):
+                if self._silent(k) > PATIENCE:
                     self._lose(k, f"no answer for {PATIENCE:.0f} s")
 
     def _lose(self, k: int, why: str) -> None:
@@ -156,9 +163,11 @@ class Row:
             answer.put(lost)
 
 
-def node_error(kind: str, words: str) -> Exception:
-    """An exception of a node: the same class if it is one of ours."""
-    found = getattr(errors, kind, None)
+def node_error(frame: Frame) -> Exception:
+    """The exception that a node tells of: the same class if it is one of ours."""
+    told = frame.head["error"]
+    kind, words = map(str, told) if isinstance(told, list) and len(told) == 2 else ("", str(told)[:200])
+    found = getattr(errors, kind, None) if kind else None
     if isinstance(found, type) and issubclass(found, LlamacliError):
         return found(words)
     return DeviceError(f"a node failed: {kind}: {words}; its log says more")

@@ -247,7 +247,8 @@ class ClusterStage:
             self._receive()
         if whole and len(batch.result) < len(batch.tokens.ids):
             try:
-                batch.result = self._row.ask(len(self._row.places) - 1, "rows", {"id": batch.number}).arrays[0]
+                found = self._row.ask(len(self._row.places) - 1, "rows", {"id": batch.number})
+                batch.result = self._stream_of(found, len(batch.tokens.ids))
             except NodeLost:
                 batch.result, batch.sent, self._under_way[batch.number] = None, False, batch
                 raise
@@ -290,12 +291,13 @@ class ClusterStage:
             raise KeyboardInterrupt
         if item is None and self._row.lost:
             raise self._row.lost
-        batch = item and self._under_way.get(item.head["id"])
+        number = item and item.head.get("id")
+        batch = self._under_way.get(number) if isinstance(number, int) else None
         if batch is None:  # of a call that was interrupted
             return
         if "error" in item.head:
-            raise node_error(*item.head["error"])
-        batch.result = item.arrays[0]
+            raise node_error(item)
+        batch.result = self._stream_of(item, len(batch.tokens.ids), len(batch.runs))
         del self._under_way[batch.number]
         first, total = 0, len(batch.tokens.ids)
         for cache, pos, n in batch.runs:
@@ -303,6 +305,13 @@ class ClusterStage:
             single = n == 1 and (total < FEW or batch.alone)
             cache.take(Piece(pos, Tokens(batch.tokens.ids[first : first + n], rows), batch.alone or single))
             first += n
+
+    def _stream_of(self, frame: Frame, *lengths: int) -> np.ndarray:
+        """The stream that the last node sent, of one of these lengths. NodeLost if it sent something else."""
+        found = frame.arrays[0] if len(frame.arrays) == 1 else np.empty(0)
+        if found.dtype != np.float32 or found.shape not in [(n, self.config.n_embd) for n in lengths]:
+            raise NodeLost(self._row.places[-1].name, "it sent what is no result")
+        return found
 
     # a node is lost
 

@@ -31,7 +31,7 @@ from quantize.sources import groups_and_rows
 RESULT = 4 << 20  # bytes of a task's result, about
 HELD = 2  # tasks that a node holds: one is encoded, one is on its way
 WINDOW = 12  # tasks a node between the first that is not done and the last that was given out
-PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; without a word, after which a node counts as lost: results are large
+PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; seconds without a byte after which a node counts as lost
 CLOSE = 1e-3  # relative: sums of squares are float32 within a row
 AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
 
@@ -60,7 +60,6 @@ class Worker:
     def __init__(self, name: str, link: Link, pid: int):
         self.name, self.link, self.pid = name, link, pid
         self.held: dict[int, Task] = {}
-        self.heard = time.monotonic()
 
 
 class Tasks:
@@ -176,7 +175,6 @@ class Tasks:
     def _take(self, worker: Worker) -> None:
         """Take what a node answers."""
         while isinstance(frame := worker.link.received.get(), Frame):
-            worker.heard = time.monotonic()
             call = frame.head.get("call")
             if (task := next((task for task in list(worker.held.values()) if task.number == call), None)) is None:
                 continue
@@ -243,8 +241,8 @@ class Tasks:
             now = time.monotonic()
             for worker in list(self.workers.values()):
                 if now - asked > PING_EVERY + 1:  # this program was stopped, by Ctrl-Z say, not the nodes
-                    worker.heard = now
-                elif now - worker.heard > PATIENCE:
+                    worker.link.heard = now
+                elif now - max(worker.link.heard, worker.link.moved) > PATIENCE:
                     self._lose(worker, f"no answer for {PATIENCE:.0f} s")
 
 

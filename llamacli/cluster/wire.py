@@ -4,9 +4,9 @@ In: a connected socket and the secret. Out: `Link`, which sends and receives fra
 of the caller cannot cut a frame in two. `Listener` is the side that accepts.
 
 On connecting each side sends 32 random bytes and proves that it knows the secret (HMAC by keyed BLAKE2b over both). A frame is:
-bytes of the head (uint32), bytes of the payload (uint64), a MAC (16 bytes), the head, the payload. The MAC is keyed per
-connection and direction and covers a counter, so that frames can be neither forged, replayed nor reordered. Nothing is
-encrypted.
+bytes of the head (uint32), bytes of the payload (uint64), a MAC of these lengths, a MAC of everything, the head, the payload. A
+MAC has 16 bytes, is keyed per connection and direction and covers a counter, so that frames can be neither forged, replayed nor
+reordered, and nobody else's length is believed. Memory is taken as the bytes come. Nothing is encrypted.
 """
 
 import hmac
@@ -30,6 +30,9 @@ from llamacli.errors import DeviceError
 NONCE, MAC, KEY = 32, 16, 32
 LENGTHS = struct.Struct("<IQ")
 MOST_HEAD, MOST_PAYLOAD = 1 << 20, 1 << 32  # bytes
+FIRST = 16 << 20  # bytes that are taken for a payload before any of it has come; twice as much whenever they are full
+SENT = 1 << 18  # bytes that are given to the system at a time
+SEAL = LENGTHS.size + 2 * MAC  # bytes before the head
 TYPES = {"f4": np.dtype("<f4"), "f2": np.dtype("<f2"), "u1": np.dtype("u1"), "i8": np.dtype("<i8")}
 GREETING = 5.0  # seconds in which the other side must have proved itself
 SILENCE = 5.0  # seconds after which sent bytes that nobody confirms end a connection (Linux: TCP_USER_TIMEOUT)
@@ -62,7 +65,11 @@ def connect(address: Sequence, secret: bytes, role: str, timeout: float = GREETI
 
 
 class Link:
-    """Both directions of a connection. `received` is a queue of Frames; its last item is a LinkClosed."""
+    """Both directions of a connection. `received` is a queue of Frames; its last item is a LinkClosed.
+
+    `heard`, `moved`: when bytes last came, and when bytes of arrays last went, on time.monotonic's clock: a large frame on a
+    slow network is no silence. What the system takes for a network that is cut is little.
+    """
 
     def __init__(self, sock: socket.socket, secret: bytes, accepts: bool, received: queue.Queue | None = None):
         """`accepts`: whether this side accepted the connection. `received`: where frames go, default a queue of its own."""
@@ -70,6 +77,7 @@ class Link:
         self.received = queue.Queue(QUEUED) if received is None else received
         self._outgoing: queue.Queue = queue.Queue(QUEUED)
         self._closed = False
+        self.heard = self.moved = time.monotonic()
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -126,7 +134,17 @@ class Link:
             if not got:
                 raise ConnectionError("the connection was closed")
             done += got
+            self.heard = time.monotonic()
         return view
+
+    def _payload(self, n: int) -> np.ndarray:
+        """The next n bytes."""
+        found, done = np.empty(min(n, FIRST), np.uint8), 0
+        while True:
+            self._exactly(found.size - done, memoryview(found)[done:])
+            if (done := found.size) == n:
+                return found
+            found.resize(min(n, 2 * done), refcheck=False)
 
     def _read_all(self) -> None:
         count = 0
@@ -134,20 +152,23 @@ class Link:
             while True:
                 self.received.put(self._read(count))
                 count += 1
-        except (OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+        except Exception as error:  # whatever the other side sends
             self._closed = True
             with suppress(OSError):
                 self._sock.close()
             self.received.put(LinkClosed(str(getattr(error, "strerror", None) or error)))
 
     def _read(self, count: int) -> Frame:
-        lengths = bytes(self._exactly(LENGTHS.size))
+        seal = bytes(self._exactly(SEAL))
+        lengths = seal[: LENGTHS.size]
         n_head, n_payload = LENGTHS.unpack(lengths)
+        if not hmac.compare_digest(seal[:-MAC], lengths + _mac(self._read_key, count, [lengths])):
+            raise ConnectionError("a frame with a wrong checksum")
         if n_head > MOST_HEAD or n_payload > MOST_PAYLOAD:
             raise ConnectionError("a frame that is too long")
-        mac, head = bytes(self._exactly(MAC)), self._exactly(n_head)
-        payload = self._exactly(n_payload, memoryview(np.empty(n_payload, np.uint8)))
-        if not hmac.compare_digest(mac, _mac(self._read_key, count, lengths, head, [payload])):
+        head = self._exactly(n_head)
+        payload = self._payload(n_payload)
+        if not hmac.compare_digest(seal[-MAC:], _mac(self._read_key, count, [lengths, head, payload])):
             raise ConnectionError("a frame with a wrong checksum")
         found = json.loads(bytes(head))
         arrays, at = [], 0
@@ -168,10 +189,11 @@ class Link:
                 kinds = [[_name(array.dtype), array.shape] for array in arrays]
                 text = json.dumps(head | {"arrays": kinds} if kinds else head).encode()
                 parts = [memoryview(array).cast("B") for array in arrays if array.size]
-                lengths = LENGTHS.pack(len(text), sum(part.nbytes for part in parts))
-                self._sock.sendall(lengths + _mac(self._write_key, count, lengths, text, parts) + text)
+                self._sock.sendall(sealed(self._write_key, count, text, parts) + text)
                 for part in parts:
-                    self._sock.sendall(part)
+                    for at in range(0, part.nbytes, SENT):
+                        self._sock.sendall(part[at : at + SENT])
+                        self.moved = time.monotonic()
                 count += 1
         except OSError:
             self._closed = True
@@ -239,9 +261,14 @@ def _name(dtype: np.dtype) -> str:
     return next(name for name, kind in TYPES.items() if kind == dtype)
 
 
-def _mac(key: bytes, count: int, lengths: bytes, head, parts: Sequence) -> bytes:
-    digest = blake2b(count.to_bytes(8, "little") + lengths, key=key, digest_size=MAC)
-    digest.update(head)
+def sealed(key: bytes, count: int, head: bytes, parts: Sequence) -> bytes:
+    """What stands before the head of a frame, the `count`-th of its direction."""
+    lengths = LENGTHS.pack(len(head), sum(memoryview(part).nbytes for part in parts))
+    return lengths + _mac(key, count, [lengths]) + _mac(key, count, [lengths, head, *parts])
+
+
+def _mac(key: bytes, count: int, parts: Sequence) -> bytes:
+    digest = blake2b(count.to_bytes(8, "little"), key=key, digest_size=MAC)
     for part in parts:
         digest.update(part)
     return digest.digest()

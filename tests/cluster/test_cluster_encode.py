@@ -1,6 +1,10 @@
 """A conversion on nodes: every byte is that of one machine, whatever happens to the nodes."""
 
 import re
+import socket
+import threading
+import time
+from contextlib import suppress
 
 import checkpoint
 import numpy as np
@@ -25,6 +29,7 @@ class Nodes:
     def __init__(self, folder):
         self.folder, self.said, self.made = folder, [], {}
         self.gone = set()  # nodes that cannot be opened
+        self.network = {}  # what is between here and a node
         self.tasks = tasks.Tasks(self.open, SECRET, self.said.append)
 
     def open(self, names, **how):
@@ -34,7 +39,8 @@ class Nodes:
                 found[name] = DeviceError("it is gone")
                 continue
             self.made[name] = EncodingNode(open_source(self.folder), SECRET, "127.0.0.1", 1)
-            found[name] = {"address": self.made[name].address, "pid": 0}
+            address = self.network.get(name, tuple)(self.made[name].address)
+            found[name] = {"address": address, "pid": 0}
         return found
 
     def close(self):
@@ -141,6 +147,37 @@ def test_a_node_that_is_silent_is_lost(nodes, whole, tmp_path, monkeypatch):
     on_nodes(nodes, tmp_path / "out.gguf", after=5, do=stop)
     assert (tmp_path / "out.gguf").read_bytes() == whole[0]
     assert [words for words in nodes.said if words.startswith("node a: no answer")]
+
+
+def trickling(address, nbytes):
+    """The address of a network that is so slow for the first bytes of an answer: 100 pieces, 30 ms each."""
+    own = socket.create_server(("127.0.0.1", 0))
+
+    def pass_on(source, target, pieces, size):
+        with suppress(OSError):
+            while data := source.recv(size if pieces else 1 << 16):
+                target.sendall(data)
+                if pieces and len(data) == size:
+                    pieces -= 1
+                    time.sleep(0.03)
+
+    def serve():
+        near, far = own.accept()[0], socket.create_connection(address)
+        threading.Thread(target=pass_on, args=(near, far, 0, 0), daemon=True).start()
+        pass_on(far, near, 100, nbytes // 100)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return own.getsockname()
+
+
+def test_a_node_whose_answer_takes_longer_than_the_patience_is_not_lost_while_bytes_come(nodes, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "PATIENCE", 1.5)
+    monkeypatch.setattr(tasks, "PING_EVERY", 0.1)
+    monkeypatch.setattr(tasks, "RESULT", 1 << 16)
+    nodes.network = {"a": lambda address: trickling(address, 30_000)}
+    report = on_nodes(nodes, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert nodes.said == [] and report["nodes"]["a"] > 30_000
 
 
 def test_where_no_node_is_left_the_conversion_ends_and_one_machine_goes_on_with_it(nodes, whole, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from llamacli.cluster.node import Node
 from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
-from llamacli.cluster.wire import LinkClosed
+from llamacli.cluster.wire import LinkClosed, connect
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.stage import cpu_part
 from llamacli.engine import Engine
@@ -185,6 +185,44 @@ def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):
     assert nodes.same([9])
     assert "no answer" in nodes.said[0]
     stuck._busy.release()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda head, arrays: (head, ()),
+        lambda head, arrays: (head, [arrays[0][:, :-1]]),
+        lambda head, arrays: (head, [arrays[0][:0]]),
+        lambda head, arrays: (head, [arrays[0].astype(np.float16)]),
+        lambda head, arrays: (head | {"error": 7}, ()),
+    ],
+    ids=["nothing", "narrow", "no rows", "halves", "an error that is none"],
+)
+def test_a_node_that_sends_what_is_no_result_is_lost_or_ends_the_call(nodes, lie):
+    assert nodes.same(IDS[:20])
+    sink = nodes.made[-1]._next
+    true = sink.send
+    sink.send = lambda head, arrays=(): true(*lie(head, arrays))
+    if "error" in lie({}, [np.zeros((1, 1))])[0]:
+        with pytest.raises(DeviceError, match="a node failed"):
+            nodes.engine.forward([5], nodes.caches[0])
+        sink.send = true
+        assert nodes.caches[0].pos == 20
+    assert nodes.same([5])
+    assert all(words.startswith(("node n2: it sent what is no result", "goes on")) for words in nodes.said)
+
+
+@pytest.mark.parametrize("head", [{}, {"id": "x"}, {"id": None}, {"id": [1]}, {"id": 1 << 40}])
+def test_frames_that_make_no_sense_end_neither_node_nor_program(nodes, head):
+    assert nodes.same(IDS[:20])
+    stray = connect(nodes.made[0].address, SECRET, "stream")
+    stray.send(head, [np.zeros((1, 4), np.float32)])
+    control = nodes.made[-1]._controls[0]
+    control.send({"call": [1]})
+    control.send({"call": {}, "answer": 1})
+    assert nodes.same([5]) and nodes.same(IDS[:9])
+    assert nodes.said == []
+    stray.close()
 
 
 class Together:

@@ -1,14 +1,18 @@
 """Frames between nodes: what comes is what was sent; nothing is taken from who does not know the secret."""
 
+import mmap
 import queue
 import socket
 import struct
 import threading
+import time
+import tracemalloc
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
+from llamacli.cluster import wire
 from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
 
 SECRET = b"of this test"
@@ -103,10 +107,11 @@ class Between:
     [
         lambda data: data.replace(b"payload!", b"payloaX!"),
         lambda data: data * 2 if b"payload!" in data else data,  # sent twice
-        lambda data: struct.pack("<IQ", 1 << 31, 0) + bytes(16) if b"payload!" in data else data,
-        lambda data: struct.pack("<IQ", 2, 1 << 60) + bytes(16) if b"payload!" in data else data,
+        lambda data: struct.pack("<IQ", 1 << 31, 0) + bytes(32) if b"payload!" in data else data,
+        lambda data: struct.pack("<IQ", 2, 1 << 60) + bytes(32) if b"payload!" in data else data,
+        lambda data: struct.pack("<IQ", 2, 3 << 30) + data[12:] if b"payload!" in data else data,  # as long as may be
     ],
-    ids=["changed", "replayed", "huge head", "huge payload"],
+    ids=["changed", "replayed", "huge head", "huge payload", "large payload"],
 )
 def test_frames_that_were_changed_end_the_connection(listener, change):
     between = Between(listener, change)
@@ -123,9 +128,112 @@ def test_frames_that_were_changed_end_the_connection(listener, change):
     assert isinstance(seen[-1], LinkClosed)
 
 
-def test_a_stranger_that_says_nothing_or_rubbish_gets_no_link(listener, monkeypatch):
-    from llamacli.cluster import wire
+def silent_after(n):
+    """Pass on so many bytes, then nothing."""
+    left, over = [n], threading.Event()
 
+    def change(data):
+        left[0] -= len(data)
+        if left[0] < 0:
+            over.wait()
+        return data
+
+    return change, over
+
+
+def test_memory_is_taken_for_bytes_that_came_and_not_for_those_that_were_announced(listener):
+    change, over = silent_after(1 << 20)
+    between = Between(listener, change)
+    thread, found = accepted(listener)
+    near = connect(between.address, SECRET, "stream")
+    thread.join()
+    assert found[0].received.get(timeout=300).head == {"role": "stream"}
+    array = np.frombuffer(mmap.mmap(-1, 128 << 20), np.uint8)  # memory that tracemalloc does not count
+    tracemalloc.start()
+    try:
+        near.send({}, [array])
+        until = time.monotonic() + 300
+        while tracemalloc.get_traced_memory()[1] < 1 << 20 and time.monotonic() < until:
+            time.sleep(0.01)  # until the payload is awaited
+        time.sleep(0.2)
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+        over.set()
+        near.close()
+        found[0].close()
+
+
+@pytest.mark.parametrize("size", [0, 1, (16 << 20) - 1, 16 << 20, (16 << 20) + 1, (40 << 20) + 3])
+def test_arrays_of_every_size_arrive(listener, size):
+    near, far = pair(listener)
+    far.received.get(timeout=300)
+    sent = np.resize(np.arange(251, dtype=np.uint8), size)
+    near.send({}, [sent, sent[:7]])
+    assert all(map(np.array_equal, far.received.get(timeout=300).arrays, (sent, sent[:7])))
+
+
+class Liar(Link):
+    """A peer that knows the secret and sends any bytes as a head."""
+
+    def _greet(self, *how):
+        self.keys = super()._greet(*how)
+        return self.keys
+
+    def say(self, text: bytes, payload: bytes = b"", count: int = 0) -> None:
+        self._sock.sendall(wire.sealed(self.keys[0], count, text, [payload]) + text + payload)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"7",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"arrays": 1}',
+        b'{"arrays": [1]}',
+        b'{"arrays": [["f4", [2.5]]]}',
+        b'{"arrays": [["f4", ["a"]]]}',
+        b'{"arrays": [["f4", [-1]]]}',
+        b'{"arrays": [["f4", [1e99]]]}',
+        b'{"arrays": [["O", [1]]]}',
+        b'{"arrays": [[{}, [1]]]}',
+        b'{"arrays": [["f4", {"a": 1}]]}',
+        b'{"arrays": [["u1", ' + str([1] * 99).encode() + b"]]}",
+        b'{"arrays": [["u1", [99999999999999999999, 0]]]}',
+    ],
+)
+def test_a_head_that_is_none_ends_the_connection(listener, text):
+    thread, found = accepted(listener)
+    near = Liar(socket.create_connection(listener.getsockname()), SECRET, accepts=False)
+    thread.join()
+    near.say(text, bytes(8))
+    assert isinstance(found[0].received.get(timeout=300), LinkClosed)
+
+
+def test_a_link_knows_when_bytes_came_and_when_they_went(listener):
+    change, over = silent_after(1 << 20)
+    between = Between(listener, change)
+    thread, found = accepted(listener)
+    near = connect(between.address, SECRET, "stream")
+    thread.join()
+    far = found[0]
+    far.received.get(timeout=300)
+    began, far.heard, near.moved = time.monotonic(), 0.0, 0.0
+    near.send({}, [np.zeros(64 << 20, np.uint8)])  # more than what lies in buffers on the way
+    until = time.monotonic() + 300
+    while min(far.heard, near.moved) < began and time.monotonic() < until:
+        time.sleep(0.01)
+    assert far.received.empty() and min(far.heard, near.moved) >= began
+    over.set()
+    assert far.received.get(timeout=300).arrays[0].nbytes == 64 << 20
+
+
+def test_a_stranger_that_says_nothing_or_rubbish_gets_no_link(listener, monkeypatch):
     monkeypatch.setattr(wire, "GREETING", 0.2)
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n" * 10):
         thread, found = accepted(listener)
@@ -136,8 +244,6 @@ def test_a_stranger_that_says_nothing_or_rubbish_gets_no_link(listener, monkeypa
 
 
 def test_strangers_that_hold_connections_lock_nobody_out(monkeypatch):
-    from llamacli.cluster import wire
-
     monkeypatch.setattr(wire, "STRANGERS", 8)
     monkeypatch.setattr(wire, "GREETING", 30.0)  # they would hold them for long
     welcomed = queue.Queue()
