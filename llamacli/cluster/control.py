@@ -216,7 +216,7 @@ def _result(ray, reference) -> dict | Exception:
         cause = error.cause
         return cause if isinstance(cause, LlamacliError) else DeviceError(f"{type(cause).__name__}: {_line(cause)}")
     except ray.exceptions.RayError as error:
-        return DeviceError(f"its process ended: {_line(error)}")
+        return DeviceError(f"its process ended, as it does where memory or the disk of /tmp is full: {_line(error)}")
 
 
 def _job(ray):

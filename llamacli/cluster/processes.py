@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from llamacli.errors import DeviceError, OutputError, UsageError
 
 STARTED = "Ray runtime started"
 PATIENCE = 90.0  # seconds in which Ray must have started
+ROOM = 32_000_000  # bytes on the disk of Ray's files, below which it is not started
 STORE = 80_000_000  # bytes of Ray's own store of objects, its least: nothing large goes through it
 
 
@@ -49,14 +51,7 @@ def start(host: str = "127.0.0.1", port: int = PORT) -> Running:
         )
     if environment.cluster_secret() is None:
         _make_secret(environment.cluster_secret_file())
-    folder = (
-        Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"llamacli-ray-{os.getuid()}"
-    )  # paths of sockets are short
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OutputError(f"{folder}: expected a folder of this user, found another's; remove it")
-    words = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
-    return _launch(words, f"{host}:{port}", host, True)
+    return _launch(["--head", f"--port={port}", "--include-dashboard=false"], f"{host}:{port}", host, True)
 
 
 def join(address: str, host: str | None = None) -> Running:
@@ -112,6 +107,27 @@ def _folder() -> Path:
     return environment.state_folder() / "cluster"
 
 
+def _ray_folder() -> Path:
+    """Where Ray keeps sockets and logs: within a folder that only this user can enter, since Ray lets everybody write there.
+
+    OutputError if there is no room: Ray would join, and no process would start. The path is short because those of sockets are.
+    """
+    folder = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"llamacli-ray-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+            raise OutputError(f"{folder}: expected a folder of this user, found another's; remove it")
+        folder.chmod(0o700)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"{folder}: expected a folder for Ray's files, found: {error.strerror}; make room there") from None
+    if free < ROOM:
+        raise OutputError(
+            f"{folder}: expected {ROOM / 1e6:.0f} MB free for Ray's files, found {free / 1e6:.1f} MB; make room there"
+        )
+    return folder / "ray"
+
+
 def _records() -> Iterator[tuple[Path, Running]]:
     for path in sorted(_folder().glob("*.json")) if _folder().is_dir() else ():
         with suppress(OSError, ValueError, TypeError):
@@ -140,6 +156,7 @@ def _make_secret(path: Path) -> None:
 
 
 def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
+    words += [f"--temp-dir={_ray_folder()}"]
     _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     log = _folder() / f"{'head' if head else 'node'}-{os.getpid()}.log"
     words += ["--block", f"--node-ip-address={host}", "--disable-usage-stats", "--num-cpus=0"]
@@ -158,7 +175,8 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
         while STARTED not in (said := log.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() - began > PATIENCE:
                 reason = next((line for line in reversed(said.splitlines()) if "rror" in line), said.strip()[-200:])
-                raise DeviceError(f"{address}: expected Ray to start, found: {reason.strip()[:200]}; all of it is in {log}")
+                said = f"{reason.strip()[:200]}; all of it is in {log}" if reason else f"nothing in {log}; is its disk full?"
+                raise DeviceError(f"{address}: expected Ray to start, found: {said}")
             time.sleep(0.1)
         node = Running(process.pid, address, host, head)
         record(process.pid).write_text(json.dumps(node._asdict()))

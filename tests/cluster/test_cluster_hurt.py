@@ -187,6 +187,7 @@ def test_another_file_and_another_version(far, alone, tmp_path):
         path.unlink()
         path.write_bytes(data)
         command = run(far).end()
+        path.unlink()
         path.write_bytes(kept)
         print(f"{what} file: {told(command)}")
         assert command.text == alone
@@ -195,6 +196,9 @@ def test_another_file_and_another_version(far, alone, tmp_path):
     shutil.copytree(ROOT / "llamacli", tmp_path / "llamacli", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "llamacli" / "errors.py", "a") as file:
         file.write("# another version\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    )  # before an installed one
     assert far.join(3, PYTHONPATH=str(tmp_path)).returncode == 0
     command = run(far).end()
     print("another version:", told(command))

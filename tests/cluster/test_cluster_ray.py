@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,64 @@ def test_a_node_killed_in_the_middle_of_a_conversion_changes_no_byte(two, conver
     said, (hurt,) = two.python(ENCODED, KILL="node", SOURCE=str(SOURCE), OUT=str(tmp_path / "out.gguf"))
     assert (tmp_path / "out.gguf").read_bytes() == converted
     assert f"node {hurt}: it died; others do its part" in said
+
+
+LEFT = """
+import json, os, signal, threading, time
+from pathlib import Path
+from llamacli.cluster import control
+from quantize.opening import open_source
+from quantize.pieces import PieceEncoder
+opening, true = threading.Event(), control._reached
+def reached(node):
+    opening.set()
+    time.sleep(1.5)
+    return true(node)
+with control.encoders(os.environ["ADDRESS"], 1, lambda words: None) as nodes:
+    source = open_source(Path(os.environ["SOURCE"]))
+    nodes.begin(Path(os.environ["SOURCE"]), source, PieceEncoder(source.maps))
+    control._reached = reached
+    for worker in list(nodes.workers.values()):
+        os.kill(worker.pid, signal.SIGKILL)
+    opening.wait()
+ours = ("_read_all", "_write_all", "(_open_again)", "(_ping)", "(_give)", "(_take)", "(_look_out)")
+end = time.monotonic() + 60
+while (left := [t.name for t in threading.enumerate() if t.name.endswith(ours)]) and time.monotonic() < end:
+    time.sleep(0.1)
+import ray
+print(json.dumps([ray.is_initialized(), left]))
+"""
+
+
+def test_who_leaves_while_nodes_are_opened_leaves_nothing_behind(two):
+    assert two.python(LEFT, SOURCE=str(SOURCE)) == [False, []]
+    end = time.monotonic() + 60
+    while (held := holders(two)) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert held == []
+
+
+def holders(two):
+    """Processes that programs have on the nodes of this cluster."""
+    rows = [
+        line.split(None, 2)
+        for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+    ]
+    own = {
+        pid for pid, _, words in rows if f":{two.address.split(':')[1]}" in words or f"={two.address.split(':')[1]}" in words
+    }
+    for _ in range(9):  # children of these, and theirs
+        own |= {pid for pid, parent, _ in rows if parent in own}
+    return [words for pid, _, words in rows if pid in own and words.startswith("ray::Host")]
+
+
+def test_nodes_import_nothing_from_the_folder_in_which_a_command_is_typed(two, tmp_path):
+    (tmp_path / "quantize.py").write_text("raise RuntimeError('of another project')\n")
+    words = [sys.executable, "-m", "llamacli", "run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2"]
+    done = subprocess.run(
+        [*words, *QUESTION], cwd=tmp_path, env=two.env | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
