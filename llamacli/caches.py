@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llamacli.errors import UsageError
+
 COPIED = 4096  # positions of a layer that are copied at a time
 
 
@@ -34,7 +36,11 @@ class Cache:
         return sum(part.nbytes for part in self.parts)
 
     def reserve(self, n: int) -> None:
-        """Make room for `n` more tokens; ContextFullError past ctx."""
+        """Make room for `n` more tokens; ContextFullError past ctx, UsageError if the next one would see what a call that broke
+        off has written over: `truncate` says how far back is sound.
+        """
+        if n and any(part.sound(self.pos) < self.pos for part in self.parts):
+            raise UsageError(f"expected a cache that holds {self.pos} positions, found an interrupted one: truncate it first")
         for part in self.parts:
             part.reserve(n)
 
@@ -54,6 +60,8 @@ class Cache:
         for layer, within in held.items():
             for start in range(within.start, within.stop, COPIED):
                 other.restore(layer, start, *self.export(layer, start, min(start + COPIED, within.stop)))
+            if other._part(layer).segment:
+                other._part(layer).restore_segments(layer, self._part(layer).export_segments(layer))
         other.pos = self.pos
         for copy, part in zip(other.parts, self.parts, strict=True):
             copy.copied_from(part)
@@ -74,7 +82,9 @@ class Cache:
 
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write what `export` returned; after all layers, set `pos`."""
-        self._part(layer).restore(layer, start, keys, values)
+        part = self._part(layer)
+        part.restore(layer, start, keys, values)
+        part.in_blocks(start + keys.shape[1])
 
     def _part(self, layer: int):
         return next(part for part in self.parts if layer in part.layers)

@@ -31,6 +31,7 @@ class Cache(Protocol):
 
     layers: range
     pos: int  # positions held: 0 to pos - 1; the next token gets position `pos`
+    segment: int  # positions of a segment (positions.py), 0: there are none
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +43,9 @@ class Cache(Protocol):
     def truncate(self, pos: int) -> int:
         """Forget positions from `pos` on. Returns the position reached, which may be smaller: evaluate again from there."""
 
+    def sound(self, pos: int) -> int:
+        """The position, at most `pos`, from which a text can go on without `truncate`."""
+
     def held(self, layer: int) -> range:
         """Positions whose keys and values of a layer can be exported."""
 
@@ -52,6 +56,15 @@ class Cache(Protocol):
 
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write what `export` returned, from position `start` on, after `reserve`. Set `pos` when all layers are restored."""
+
+    def export_segments(self, layer: int) -> np.ndarray:
+        """The newest segments of a layer, a copy; empty where there are none."""
+
+    def restore_segments(self, layer: int, rows: np.ndarray) -> None:
+        """Write what `export_segments` returned, after `reserve`."""
+
+    def in_blocks(self, end: int) -> None:
+        """Positions below `end` were restored, but for what segments hold of them."""
 
     def copied_from(self, other: "Cache") -> None:
         """All that `other` holds was restored here: take over what it knows beside keys and values."""

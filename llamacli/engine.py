@@ -188,7 +188,8 @@ class Engine:
         """Evaluate tokens after what `cache` holds and remember them. A token is an id or a prompt.FeatureRow.
 
         Returns the last token's logits, float32 [n_vocab], or with `all_logits` those of every token from ids[first] on,
-        [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound.
+        [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound;
+        one with segments (positions.py) may have to be truncated before the next call, which says so.
         `alone`: each token's result has the bits that it has in a call of its own, as far as a few tokens share the reading of
         weights at all; on the CPU only.
         """

@@ -2,10 +2,26 @@
 
 In: a Config, a limit, layers. Out: `Positions`, from which caches derive. A chunked layer keeps at most one chunk (a ring,
 slot = position mod chunk); a global layer keeps everything.
+
+Rounding to four bits costs most at the newest tokens (docs/context.md). So positions of a cache in Q4_0 form segments: a token
+sees keys and values of its own segment in half precision, older ones in blocks. Segments begin at multiples of a number that
+divides a chunk, so what a token sees depends on its position alone, not on how a text was cut into batches. The newest two are
+held in half precision, beside all positions in blocks, so that guesses across an edge can be taken back.
 """
+
+from math import gcd
+
+import numpy as np
 
 from llamacli.errors import ContextFullError
 from llamacli.llama4.config import Config
+
+SEGMENT = 32  # positions
+
+
+def segment(config: Config) -> int:
+    """Positions of a segment; 0 for a type that needs none."""
+    return gcd(SEGMENT, config.chunk_size) if config.kv_type == "Q4_0" else 0
 
 
 class Positions:
@@ -15,6 +31,7 @@ class Positions:
         """`layers`: those of the stage; None: all."""
         self.layers = range(config.n_layers) if layers is None else layers
         self.ctx, self.pos = ctx, 0
+        self.segment, self._halves = segment(config), 0  # _halves: the first position that is held in half precision
         self._newest = -1  # the highest position that may ever have been written; survives truncation and interrupts
         self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in self.layers]
 
@@ -25,23 +42,43 @@ class Positions:
             raise ContextFullError(f"the context is full: {need} tokens do not fit the limit of {self.ctx}; raise it with -c")
         if n:
             self._newest = need - 1
+        if n and self.segment:
+            self._halves = max(self._halves, (self._newest // self.segment - 1) * self.segment)
         return need
 
     def truncate(self, pos: int) -> int:
         """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
 
         A ring holds only the chunk that was last written to, even if its tokens have been forgotten since. To go back into an
-        older one, its tokens must be evaluated again from its start.
+        older one, its tokens must be evaluated again from its start. So it is with segments.
         """
         pos = max(0, min(pos, self.pos))
         chunk = max(self._chunks, default=0)
         if chunk and pos < self.pos and max(self.pos - 1, self._newest) // chunk != pos // chunk:
             pos = pos // chunk * chunk
-        self.pos = pos
-        return pos
+        self.pos = self.sound(pos)
+        self._halves = min(self._halves, self.pos)
+        return self.pos
+
+    def sound(self, pos: int) -> int:
+        """`pos`, or the start of its segment if that is no longer held in half precision: a text can go on from there."""
+        start = pos // self.segment * self.segment if self.segment else pos
+        return start if start < self._halves else pos
+
+    def in_blocks(self, end: int) -> None:
+        """Positions below `end` were restored: none of them is held in half precision."""
+        self._halves = max(self._halves, end)
 
     def copied_from(self, other: "Positions") -> None:
-        """Nothing but keys and values is known here."""
+        """Keys and values are known, rings and segments hold what those of `other` do."""
+        self._newest, self._halves = max(self._newest, other._newest), other._halves
+
+    def export_segments(self, layer: int) -> np.ndarray:
+        """The newest two segments of a layer; empty where there are none."""
+        return np.empty(0, np.float16)
+
+    def restore_segments(self, layer: int, rows: np.ndarray) -> None:
+        """Write what `export_segments` returned."""
 
     def held(self, layer: int) -> range:
         """Positions of a layer that can be exported: all, or those of the chunk that was last written to."""

@@ -9,12 +9,13 @@ import numpy as np
 from gguf.quants import dequantize
 
 
-def logits(path, ids, kv=np.float64, inputs=None):
-    """float64 [len(ids), n_vocab]. `kv` float16, or a function, rounds keys and values as a cache does, and nothing else.
+def logits(path, ids, kv=np.float64, inputs=None, segment=0):
+    """float64 [len(ids), n_vocab]. `kv` float16, or a function, rounds keys and values as a cache does, and nothing else; with
+    `segment` a token sees those from the last multiple of `segment` on in float16.
 
     `inputs(x)` rounds what is multiplied with quantized weights, as an engine does that multiplies with integers.
     """
-    model, pos = _Model(path, kv, inputs), np.arange(len(ids))
+    model, pos = _Model(path, kv, inputs, segment), np.arange(len(ids))
     x = model.weights["token_embd.weight"][ids]
     for i in range(model.n_layers):
         x = model.layer(i, x, pos)
@@ -49,7 +50,8 @@ def logits_at(path, ids, at, kv=np.float64, chunk=None):
 
 
 class _Model:
-    def __init__(self, path, kv, inputs=None):
+    def __init__(self, path, kv, inputs=None, segment=0):
+        self.segment = segment
         reader = gguf.GGUFReader(path)
         self.weights, read = {t.name: _values(t) for t in reader.tensors}, _metadata(reader)
         if inputs is not None:
@@ -90,7 +92,15 @@ class _Model:
         visible = pos[None, :] <= pos[:, None]
         if self.rotary(i) and self.chunk:
             visible &= pos[None, :] // self.chunk == pos[:, None] // self.chunk
-        return self.rest(i, x, attend(*self.heads(i, x, pos), visible))
+        q, k, v = self.heads(i, x, pos)
+        if self.segment:
+            keep, self.keep = self.keep, lambda x: x.astype(np.float16).astype(np.float64)
+            _, new_k, new_v = self.heads(i, x, pos)
+            self.keep, own = keep, pos[None, :] // self.segment == pos[:, None] // self.segment
+            known = visible & ~own, visible & own
+            mixed = attend(q, np.concatenate([k, new_k]), np.concatenate([v, new_v]), np.concatenate(known, 1))
+            return self.rest(i, x, mixed)
+        return self.rest(i, x, attend(q, k, v, visible))
 
     def rest(self, i, x, mixed):
         """The layer after its attention."""
@@ -149,7 +159,9 @@ def attend(q, k, v, visible):
     out = np.empty_like(q)
     for start in range(0, n, 256):
         own = slice(start, min(n, start + 256))
-        seen, known = (slice(None), True) if visible is True else (slice(own.stop), visible[own, : own.stop])
+        seen, known = (slice(None), True) if visible is True else (slice(None), visible[own])
+        if visible is not True and len(k) == n:
+            seen, known = slice(own.stop), visible[own, : own.stop]
         for head in range(n_heads):
             scores = q[own, head] @ k[seen, head // group].T / np.sqrt(head_dim)
             scores = np.where(known, scores, -np.inf)

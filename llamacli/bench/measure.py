@@ -17,6 +17,7 @@ import numpy as np
 
 from llamacli.llama4.tensors import TOKEN_EMBD
 from llamacli.plan.machine import resident_peak
+from llamacli.positions import segment
 
 COPIED = 512  # tokens that are evaluated where depths are filled with copies
 PROFILED = 16  # tokens decoded for a profile; the time of a single one is too noisy
@@ -208,11 +209,18 @@ def _go_to(engine, cache, ids: list[int], depth: int) -> None:
 
 
 def _fill(engine, cache, ids: list[int], depth: int) -> None:
-    """Make an empty `cache` hold `depth` positions: those of the first tokens, and copies of them."""
-    n = min(COPIED, depth)
-    if not n:
-        return
-    engine.forward(ids[:n], cache)
+    """Make an empty `cache` hold `depth` positions: those of the first tokens, and copies of them; what is left of a segment is
+    evaluated.
+    """
+    end = depth - depth % (segment(engine.config) or 1)
+    if n := min(COPIED, end):
+        engine.forward(ids[:n], cache)
+        _copy(engine, cache, n, end)
+    _go_to(engine, cache, ids, depth)
+
+
+def _copy(engine, cache, n: int, depth: int) -> None:
+    """Repeat the `n` positions that a cache holds until it holds `depth`."""
     first = {layer: cache.export(layer, 0, n) for layer in range(engine.config.n_layers)}
     cache.reserve(depth - n)
     chunk = engine.config.chunk_size

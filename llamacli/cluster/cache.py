@@ -78,8 +78,20 @@ class ClusterCache(Positions):
         where = {"cache": self.number, "ctx": self.ctx, "pos": self.pos, "layer": layer, "start": start}
         self._stage.ask_for(layer, "restore", where | {"reserved": self._reserved - self.pos}, (keys, values))
 
+    def export_segments(self, layer: int) -> np.ndarray:
+        """The newest segments of a layer, from its node."""
+        where = {"cache": self.number, "ctx": self.ctx, "layer": layer}
+        (rows,) = self._stage.ask_for(layer, "export_segments", where).arrays
+        return rows
+
+    def restore_segments(self, layer: int, rows: np.ndarray) -> None:
+        """Write what `export_segments` returned to the layer's node."""
+        where = {"cache": self.number, "ctx": self.ctx, "layer": layer}
+        self._stage.ask_for(layer, "restore_segments", where, (rows,))
+
     def copied_from(self, other: "ClusterCache") -> None:
         """Know what `other` knows, whose keys and values this one has been given."""
+        super().copied_from(other)
         self.opened = other.opened
         self.pieces = [piece._replace(tokens=Tokens([*piece.tokens.ids], piece.tokens.rows)) for piece in other.pieces]
 

@@ -151,6 +151,16 @@ class Node:
             cache.reserve(int(frame.head["reserved"]))
             cache.restore(layer, start, *frame.arrays)
 
+    def _op_export_segments(self, frame: Frame):
+        with self._busy:
+            cache = self._cache(frame.head["cache"], int(frame.head["ctx"]))
+            return None, [cache.export_segments(int(frame.head["layer"]))]
+
+    def _op_restore_segments(self, frame: Frame):
+        with self._busy:
+            cache = self._cache(frame.head["cache"], int(frame.head["ctx"]))
+            cache.restore_segments(int(frame.head["layer"]), *frame.arrays)
+
     # the stream
 
     def _cache(self, number: int, ctx: int):

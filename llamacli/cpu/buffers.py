@@ -12,6 +12,7 @@ from llamacli.cpu.kernels.formats.layout import ACT_BYTES
 from llamacli.cpu.kernels.ops import attention, matmul
 from llamacli.cpu.kernels.ops.matmul import Rows
 from llamacli.llama4.config import Config
+from llamacli.positions import segment
 
 MAX_BATCH = 2048  # tokens that go through a layer together: an expert's bytes are read once for all of them
 MIN_BATCH = 16  # tokens that there are always buffers for
@@ -63,8 +64,8 @@ def shapes(
         rows("up", n, n_ff)
         found["angles"] = (n, c.head_dim), np.float32
         found |= {name: ((n,), np.int64) for name in ("positions", "tables")}
-        found["blocks"] = (n, 2), np.int64
-        found["attention_scratch"] = (threads, attention.Scratch.of(c.head_dim).end), np.uint8
+        found["blocks"] = (n, 4), np.int64
+        found["attention_scratch"] = (threads, attention.Scratch.of(c.head_dim, segment(c)).end), np.uint8
         if kv_file:
             found["carried"] = (n, c.n_heads, 2), np.float32
     if used:

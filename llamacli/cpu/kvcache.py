@@ -2,8 +2,9 @@
 
 A chunked layer keeps at most one chunk (a ring, slot = position mod chunk); a global layer keeps everything. Both grow by
 doubling, so memory follows the conversation, never the file's context length. Head-major, in the type `config.kv_type`: keys
-[n_kv_heads, capacity, head_dim] in float16, or [n_kv_heads, capacity, kv_row_bytes] of blocks; values alike. `table` is what
-kernels read: int64 [n_layers, 3], key address, value address, capacity.
+[n_kv_heads, capacity, head_dim] in float16, or [n_kv_heads, capacity, kv_row_bytes] of blocks; values alike. Where there are
+segments (positions.py), the newest two are float16 [keys and values, n_kv_heads, 2 segments, head_dim], a ring. `table` is what
+kernels read: int64 [n_layers, 4], key address, value address, capacity, the address of the newest segments.
 """
 
 from functools import lru_cache
@@ -11,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from llamacli.llama4.config import Config
-from llamacli.positions import Positions
+from llamacli.positions import Positions, segment
 
 
 @lru_cache(4096)
@@ -19,7 +20,13 @@ def nbytes(config: Config, ctx: int, chunked: bool = True) -> int:
     """Bytes that a cache of `ctx` tokens holds when it is full; `chunked` False: as if no layer were capped at a chunk."""
     per_token = 2 * config.n_kv_heads * config.kv_row_bytes
     chunk = config.chunk_size if chunked else 0
-    return sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
+    rows = sum(per_token * (min(ctx, chunk) if chunk and config.uses_rope(i) else ctx) for i in range(config.n_layers))
+    return rows + (segment_bytes(config) * config.n_layers if ctx else 0)
+
+
+def segment_bytes(config: Config) -> int:
+    """Bytes of a layer's newest segments."""
+    return 2 * config.n_kv_heads * 2 * segment(config) * config.head_dim * 2
 
 
 class KVCache(Positions):
@@ -32,7 +39,8 @@ class KVCache(Positions):
         self._row = (np.float16, config.head_dim) if half else (np.uint8, config.kv_row_bytes)  # type and length of a row
         self._heads = config.n_kv_heads
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
-        self.table = np.zeros((len(self.layers), 3), np.int64)
+        self._segments = [np.zeros((2, self._heads, 0, config.head_dim), np.float16) for _ in self.layers]
+        self.table = np.zeros((len(self.layers), 4), np.int64)
         self.table_address = self.table.ctypes.data
         self._room = 0 if self.layers else ctx  # positions for which every layer has room and the table is right
 
@@ -43,7 +51,7 @@ class KVCache(Positions):
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(side.nbytes for layer in self._layers for side in layer)
+        return sum(side.nbytes for layer in [*self._layers, self._segments] for side in layer)
 
     def reserve(self, n: int) -> None:
         """Make room for `n` more tokens; ContextFullError past ctx."""
@@ -58,8 +66,10 @@ class KVCache(Positions):
                 for old, new in zip(layer, grown, strict=True):
                     new[:, :held] = old
                 self._layers[i] = grown
+            if self.segment and not self._segments[i].size:
+                self._segments[i] = np.zeros((2, self._heads, 2 * self.segment, self._segments[i].shape[3]), np.float16)
             keys, values = self._layers[i]
-            self.table[i] = keys.ctypes.data, values.ctypes.data, keys.shape[1]
+            self.table[i] = keys.ctypes.data, values.ctypes.data, keys.shape[1], self._segments[i].ctypes.data
         held = zip(self._layers, self._chunks, strict=True)  # a layer that holds nothing is kept elsewhere (kvfile.py)
         growing = (keys.shape[1] for (keys, _), chunk in held if keys.shape[1] not in (0, chunk))
         self._room = min([self.ctx, *growing])
@@ -83,3 +93,11 @@ class KVCache(Positions):
         """
         for side, rows in zip(self._layers[self.layers.index(layer)], (keys, values), strict=True):
             side[:, self._slots(layer, start, start + keys.shape[1])] = rows
+
+    def export_segments(self, layer: int) -> np.ndarray:
+        """The newest segments of a layer, float16 [2, n_kv_heads, 2 segments, head_dim]: a copy."""
+        return self._segments[self.layers.index(layer)].copy()
+
+    def restore_segments(self, layer: int, rows: np.ndarray) -> None:
+        """Write what `export_segments` returned, after `reserve`."""
+        self._segments[self.layers.index(layer)][:] = rows

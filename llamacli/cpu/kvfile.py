@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.cpu.kvcache import KVCache
+from llamacli.cpu.kvcache import KVCache, segment_bytes
 from llamacli.errors import ModelFileError, OutputError, UsageError
 from llamacli.files import pages
 from llamacli.files.reads import BLOCK as PAGE
@@ -62,7 +62,8 @@ def nbytes(config: Config, ctx: int, window: int, batch: int, block: int = POSIT
     """Most bytes of memory that a cache holds; the buffers of reads (RING blocks of an engine) apart."""
     rings = 2 * config.n_kv_heads * config.kv_row_bytes * min(ctx, config.chunk_size)
     seeing = len(seeing_all(config))
-    return (config.n_layers - seeing) * rings + seeing * slots(ctx, window, batch, block) * block_bytes(config, block)
+    blocks = slots(ctx, window, batch, block) * block_bytes(config, block)
+    return (config.n_layers - seeing) * rings + seeing * blocks + config.n_layers * segment_bytes(config)
 
 
 def file_bytes(config: Config, ctx: int, window: int, batch: int, block: int = POSITIONS) -> int:

@@ -19,6 +19,7 @@ from llamacli.cpu.weights import Dense, Experts, Layer, Weights
 from llamacli.llama4 import layers as llama4
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, role_of
+from llamacli.positions import segment
 
 
 class Inputs(NamedTuple):
@@ -72,6 +73,8 @@ class Recorder:
         self._unit = kv.unit_of(c.n_heads // c.n_kv_heads)
         name, build = f"kv-{c.kv_type}-{c.head_dim}-{self._unit}", kv.build(c.kv_type, c.head_dim, self._unit)
         self._microkernels |= load(name, build, kv.SYMBOLS)
+        name, build = f"kv-F16-{c.head_dim}-{self._unit}", kv.build("F16", c.head_dim, self._unit)
+        self._halves = load(name, build, kv.SYMBOLS) if segment(c) else {}
         if c.kv_type == "F16":
             self._microkernels["rotate"] = 0
         self._floats = np.array(
@@ -155,7 +158,9 @@ class Recorder:
         )
         self._add(attention.prepare_heads, prepare, {k, v, "angles"}, {q, k, v, "cache"}, "attention")
         in_file = self._reach and not chunk
-        scratch, layout = b["attention_scratch"], attention.Scratch.of(c.head_dim)
+        scratch, layout = b["attention_scratch"], attention.Scratch.of(c.head_dim, segment(c))
+        rows = {"k": keys.address, "v": b.address(v), "kv_stride": keys.stride, "write_half": self._halves.get("write", 0)}
+        rows |= {"segment": segment(c), "blocks": b.address("blocks")}
         assert layout.end == scratch.shape[1]
         attend = attention.AttendArguments(
             q=queries.address,
@@ -167,7 +172,7 @@ class Recorder:
             span=kv.span(c.head_dim, chosen_target()),
             tall=chosen_target().tile,
             floats=self._float(0),
-            blocks=b.address("blocks"),
+            **{f"{name}_half": self._halves.get(name, 0) for name in ("dots", "weigh", "transpose_keys", "widen")},
             stop=self._stop,
             scratch=scratch.ctypes.data,
             scratch_stride=scratch.strides[0],
@@ -175,13 +180,17 @@ class Recorder:
             reach=self._reach if in_file else 0,
             carried=b.address("carried") if in_file else 0,
             **heads,
+            **rows,
             **tokens,
         )
         if in_file:
             self.over_blocks[self.program.barrier()] = i
-        self._add(attention.attend, attend, {q, "cache"}, {"attended"}, "attention")
+        self._add(attention.attend, attend, {q, k, v, "cache"}, {"attended"}, "attention")
         if in_file:
             self.program.barrier()
+        if segment(c):
+            keep = attention.KeepSegmentsArguments(n_kv_heads=c.n_kv_heads, head_dim=c.head_dim, layer=row, **rows, **tokens)
+            self._add(attention.keep_segments, keep, {k, v}, {"cache"}, "attention")
         quantize = elementwise.QuantizeArguments(
             x=out.address,
             x_stride=out.stride,

@@ -343,13 +343,16 @@ class CpuStage:
         b, first, blocks, self._runs = self._buffers, 0, [], []
         most = tokens_per_block(self._config.n_heads, self._config.n_kv_heads)
         for run in runs:
-            end = first + run.n
-            b["positions"][first:end] = range(run.cache.pos, run.cache.pos + run.n)
+            pos, end, before = run.cache.pos, first + run.n, len(blocks)
+            b["positions"][first:end] = range(pos, pos + run.n)
             b["tables"][first:end] = run.cache.tables(run.n)
-            parts = -(-run.n // most)  # of equal size: a short one at the end would take another path, which rounds differently
-            edges = [first + run.n * i // parts for i in range(parts + 1)]
-            self._runs.append((run, len(blocks), len(blocks) + parts))
-            blocks += [(start, stop - start) for start, stop in pairwise(edges)]
+            size = run.cache.segment or run.n
+            inner = range(first + size - pos % size, end, size) if run.cache.segment else ()
+            for start, stop in pairwise((first, *inner, end)):
+                parts = -(-(stop - start) // most)
+                edges = [start + (stop - start) * i // parts for i in range(parts + 1)]
+                blocks += [(a, z - a, first, end) for a, z in pairwise(edges)]
+            self._runs.append((run, before, len(blocks)))
             first = end
         b["blocks"][: len(blocks)] = blocks
         self._state[BLOCKS] = len(blocks)

@@ -79,6 +79,13 @@ class Nodes:
 
 
 @pytest.fixture
+def in_segments():
+    found = Nodes(kv_type="Q4_0")
+    yield found
+    found.close()
+
+
+@pytest.fixture
 def nodes():
     found = Nodes()
     yield found
@@ -128,6 +135,21 @@ def test_a_copy_survives_a_loss(nodes):
         cache.copy_to(copy)
     nodes.made[-2].close()
     assert nodes.same([3], copies) and nodes.same([4])
+
+
+def test_segments_in_half_precision_are_on_the_nodes(in_segments):
+    nodes = in_segments
+    assert nodes.same(IDS[:77]) and all(nodes.same([id]) for id in IDS[:30])
+    assert {cache.truncate(97) for cache in nodes.caches} == {97}
+    assert nodes.same(IDS[:5], all_logits=True, alone=True)
+    copies = nodes.new_caches()
+    for cache, copy in zip(nodes.caches, copies, strict=True):
+        cache.copy_to(copy)
+    assert nodes.same([3], copies) and nodes.same([4])
+    assert {cache.truncate(45) for cache in (*nodes.caches, *copies)} == {32}
+    assert nodes.same(IDS[:5]) and nodes.same([7])
+    nodes.made[-2].close()
+    assert nodes.same([8]) and nodes.same(IDS[:50])
 
 
 def test_where_no_node_is_left_the_conversation_waits_for_one(nodes):

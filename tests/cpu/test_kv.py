@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import oracle
@@ -146,28 +147,135 @@ def stored(name):
     return back
 
 
+CHUNKS = [(8, 30), (64, 200)]  # segments of 8 and of 32 positions, with some tokens
+SEGMENTS = {"Q8_0": {8: 0, 64: 0}, "Q4_0": {8: 8, 64: 32}}
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK], ids=["scout", "maverick"])
-def test_logits_are_those_of_quantized_keys_and_values(name, shape, tmp_path):
+@pytest.mark.parametrize(("chunk", "n"), CHUNKS)
+def test_logits_are_those_of_quantized_keys_and_values(name, shape, chunk, n, tmp_path):
     """A code next to an edge may round the other way, so most of the error of quantizing must vanish, not all."""
-    path, ids = tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES | shape), np.random.RandomState(0).randint(0, 257, 30)
+    path = tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES | shape | {"chunk": chunk})
+    ids = np.random.RandomState(0).randint(0, 257, n)
     model = engine_of(path, name)
-    found = model.forward(ids, model.new_cache(32), all_logits=True)
-    right, exact = oracle.logits(path, ids, kv=stored(name)), oracle.logits(path, ids)
-    assert np.median(np.abs(found - right)) < 0.1 * np.median(np.abs(exact - right))
+    found = model.forward(ids, model.new_cache(n), all_logits=True)
+    right, exact = oracle.logits(path, ids, kv=stored(name), segment=SEGMENTS[name][chunk]), oracle.logits(path, ids)
+    assert np.median(np.abs(found - right)) < 0.2 * np.median(np.abs(exact - right))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_token_by_token_and_rewound_is_one_pass(name, tmp_path):
-    model = engine_of(tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES), name)
-    ids = np.random.RandomState(0).randint(0, 257, 30)
-    whole, cache = model.forward(ids, model.new_cache(32), all_logits=True), model.new_cache(32)
+@pytest.mark.parametrize(("chunk", "n"), CHUNKS)
+def test_token_by_token_and_rewound_is_one_pass(name, chunk, n, tmp_path):
+    model = engine_of(tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES, chunk=chunk), name)
+    ids = np.random.RandomState(0).randint(0, 257, n)
+    whole, cache = model.forward(ids, model.new_cache(n), all_logits=True), model.new_cache(n)
     single = np.array([model.forward([token], cache) for token in ids])
     close = {"atol": 1e-2 * np.abs(whole).max()}
     np.testing.assert_allclose(single, whole, **close)
-    for pos in (29, 24, 23, 9, 8, 3):
+    for pos in (n - 1, n * 4 // 5, n * 4 // 5 - 1, n // 2, n // 3, 9, 8, 3):
         reached = cache.truncate(pos)
         np.testing.assert_allclose(model.forward(ids[reached:], cache, all_logits=True), whole[reached:], **close)
+
+
+IDS = np.random.RandomState(1).randint(0, 257, 300)
+
+
+@pytest.fixture(scope="module")
+def in_segments(tmp_path_factory):
+    return engine_of(tiny.tiny_gguf(tmp_path_factory.mktemp("m") / "m.gguf", **SIZES, chunk=256), "Q4_0", max_batch=128)
+
+
+@pytest.fixture(scope="module")
+def whole(in_segments):
+    return in_segments.forward(IDS, in_segments.new_cache(300), all_logits=True)
+
+
+class TestSegments:
+    """Keys and values in Q4_0: those of a token's own segment of 32 are in half precision."""
+
+    def near(self, found, whole):
+        np.testing.assert_allclose(found, whole, atol=1e-2 * np.abs(whole).max())
+
+    @pytest.mark.parametrize("cuts", [(1, 40), (33, 97, 98), (31, 32, 64), (10, 290)])
+    def test_the_cut_of_a_text_into_calls_does_not_matter(self, in_segments, whole, cuts):
+        cache, edges = in_segments.new_cache(300), [0, *cuts, 300]
+        parts = [IDS[a:b] for a, b in pairwise(edges)]
+        self.near(np.concatenate([in_segments.forward(part, cache, all_logits=True) for part in parts]), whole)
+
+    @pytest.mark.parametrize(("pos", "reached"), [(229, 229), (192, 192), (191, 160), (130, 128), (96, 96), (33, 32), (5, 0)])
+    def test_going_back_ends_at_the_start_of_a_segment_or_in_the_newest_two(self, in_segments, whole, pos, reached):
+        cache = in_segments.new_cache(300)
+        in_segments.forward(IDS[:230], cache)
+        assert cache.truncate(pos) == reached
+        self.near(in_segments.forward(IDS[reached:230], cache, all_logits=True), whole[reached:230])
+
+    def test_going_back_twice_finds_nothing_that_was_written_over(self, in_segments, whole):
+        cache = in_segments.new_cache(300)
+        in_segments.forward(IDS[:70], cache)
+        assert cache.truncate(40) == 40
+        in_segments.forward(IDS[40:41], cache)
+        assert cache.truncate(20) == 0
+        self.near(in_segments.forward(IDS[:70], cache, all_logits=True), whole[:70])
+
+    def test_what_was_restored_from_blocks_is_gone_back_into_from_a_start(self, in_segments, whole):
+        cache, copy = in_segments.new_cache(300), in_segments.new_cache(300)
+        in_segments.forward(IDS[:128], cache)
+        copy.reserve(128)
+        for layer in range(4):
+            copy.restore(layer, 0, *cache.export(layer, 0, 128))
+        copy.pos = 128
+        self.near(in_segments.forward(IDS[128:135], copy, all_logits=True), whole[128:135])
+        assert copy.truncate(130) == 130
+        assert copy.truncate(120) == 96
+        self.near(in_segments.forward(IDS[96:135], copy, all_logits=True), whole[96:135])
+
+    @pytest.mark.parametrize("pos", [30, 62, 125])
+    def test_guesses_across_an_edge_have_the_bits_of_single_tokens_and_can_be_taken_back(self, in_segments, pos):
+        single, guessed = in_segments.new_cache(300), in_segments.new_cache(300)
+        for one in (single, guessed):
+            in_segments.forward(IDS[:pos], one)
+        right = np.array([in_segments.forward([token], single) for token in IDS[pos : pos + 6]])
+        wrong = [*IDS[pos : pos + 1], 9, 9, 9, 9, 9]
+        assert np.array_equal(in_segments.forward(wrong, guessed, all_logits=True, alone=True)[0], right[0])
+        assert guessed.truncate(pos + 1) == pos + 1
+        assert np.array_equal(in_segments.forward(IDS[pos + 1 : pos + 6], guessed, all_logits=True, alone=True), right[1:])
+
+    @pytest.mark.parametrize("pos", [64, 77, 95])
+    def test_a_copy_goes_on_with_the_same_bits(self, in_segments, pos):
+        cache, copy = in_segments.new_cache(300), in_segments.new_cache(200)
+        in_segments.forward(IDS[:100], cache)
+        assert cache.truncate(pos) == pos
+        cache.copy_to(copy)
+        assert copy.pos == pos
+        assert np.array_equal(in_segments.forward(IDS[pos:120], copy), in_segments.forward(IDS[pos:120], cache))
+        assert copy.truncate(40) == cache.truncate(40) == 32
+
+    def test_sequences_together_have_the_bits_of_each_alone(self, in_segments):
+        caches, alone = [in_segments.new_cache(300) for _ in range(3)], [in_segments.new_cache(300) for _ in range(3)]
+        for i in range(3):
+            for one in (caches[i], alone[i]):
+                in_segments.forward(IDS[: 31 + 17 * i], one)
+        for step in range(4):
+            found = in_segments.forward_each([[step + i] for i in range(3)], caches)
+            assert np.array_equal(found, [in_segments.forward([step + i], alone[i]) for i in range(3)])
+
+    def test_what_a_broken_off_call_has_written_over_is_evaluated_again(self, in_segments, whole):
+        cache = in_segments.new_cache(300)
+        in_segments.forward(IDS[:10], cache)
+        in_segments.follow_progress = lambda done, total: in_segments.interrupt() if done > 10 else None
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                in_segments.forward(IDS[10:230], cache)
+        finally:
+            in_segments.follow_progress = None
+        pos = cache.pos
+        assert pos % 32, "the call was to be broken off within a segment"
+        with pytest.raises(UsageError, match="truncate"):
+            in_segments.forward(IDS[pos:230], cache)
+        reached = cache.truncate(pos)
+        assert reached == pos // 32 * 32
+        self.near(in_segments.forward(IDS[reached:230], cache, all_logits=True), whole[reached:230])
 
 
 @pytest.mark.parametrize("name", kv.TYPES)
@@ -177,7 +285,8 @@ def test_a_cache_takes_the_bytes_that_are_planned(name, tmp_path):
     cache.reserve(1024)
     assert cache.nbytes == kvcache.nbytes(model.config, 1024)
     one = kvcache.nbytes(replace(model.config, kv_type="F16"), 1024)
-    assert cache.nbytes == one * {"F16": 64, "Q8_0": 34, "Q4_0": 18}[name] // 64
+    newest = 4 * 2 * 2 * 2 * 32 * 32 * 2 if name == "Q4_0" else 0  # layers, sides, heads, segments, positions, head size, bytes
+    assert cache.nbytes == one * {"F16": 64, "Q8_0": 34, "Q4_0": 18}[name] // 64 + newest
 
 
 def test_heads_that_are_no_multiple_of_a_block_are_refused(tmp_path):
@@ -205,4 +314,4 @@ def test_so_it_does_at_depths_of_several_chunks(tmp_path):
     convert(environment.SMALL_MODEL.parent / "hf", tmp_path / "f16.gguf", "F16")
     kl = means(tmp_path / "f16.gguf", 4, 12)
     assert kl["q8_0"] <= 1e-3
-    assert kl["q4_0"] <= 2e-2  # in the lengths that the model learned 2.5e-3, at depths that it never saw up to 2.2e-2
+    assert kl["q4_0"] <= 1e-2

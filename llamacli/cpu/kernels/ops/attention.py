@@ -1,14 +1,18 @@
 """Rotary positions, QK norm, temperature, writes to the KV cache, and attention over it with an online softmax.
 
 q, k, v are float32 rows of heads side by side. Tokens of one run may belong to several sequences: `positions`, int64 [n], and
-`tables`, int64 [n], give each token's position and the address of its sequence's cache table, int64 [layers, 3]: key address,
-value address, capacity. The cache holds rows of `row_bytes` (kv.py), head-major: [n_kv_heads][capacity]. A chunked layer sees
-positions from the start of the query's chunk on and keeps one chunk (slot = position mod chunk).
+`tables`, int64 [n], give each token's position and the address of its sequence's cache table, int64 [layers, 4]: key address,
+value address, capacity, newest segments. The cache holds rows of `row_bytes` (kv.py), head-major: [n_kv_heads][capacity]. A
+chunked layer sees positions from the start of the query's chunk on and keeps one chunk (slot = position mod chunk).
 
-Work items of `attend` are (key-value head, block of tokens); `blocks`, int64 [BLOCKS, 2], holds the first token and the number
-of tokens of each block, which are neighbours in one sequence and one chunk. A token decodes with one item a key-value head, so
-more threads than those do not help there. `prepare_heads` and `attend` are separate steps because every thread reads keys that
-another may have written.
+Where positions have segments (llamacli/positions.py), a token sees keys and values of its own segment in half precision:
+`attend` takes those of its batch from k and v, older ones from the cache's newest segments, float16 [keys and values,
+n_kv_heads, 2 * segment, head_dim] (slot = position mod 2 segments), which `keep_segments` writes when all have been read.
+
+Work items of `attend` are (key-value head, block of tokens); `blocks`, int64 [BLOCKS, 4], holds the first token and the number
+of tokens of each block, which are neighbours in one sequence, one chunk and one segment, and the first token and the end of
+their run. A token decodes with one item a key-value head, so more threads than those do not help there. `prepare_heads` and
+`attend` are separate steps because every thread reads keys that another may have written.
 
 Where keys and values do not fit into memory (cpu/kvfile.py), `attend` is called several times over the same queries, each time
 with more of the blocks of positions that are in memory by then. Between two calls, `out` holds the weighted sums and `carried`
@@ -53,12 +57,14 @@ class Scratch(NamedTuple):
     scores: int  # float32 [rows, KEYS]
     sums: int  # float32 [rows, head_dim]
     states: int  # float32 [rows, 3]: maximum, sum of weights, factor of the last block
+    newest: int  # float16 [keys and values, segment, head_dim]
     end: int
 
     @classmethod
-    def of(cls, head_dim: int) -> "Scratch":
+    def of(cls, head_dim: int, segment: int) -> "Scratch":
         rows = QUERY_ROWS + FILL
         sizes = (*[4 * KEYS * head_dim] * 2, 4 * rows * head_dim, 4 * rows * KEYS, 4 * rows * head_dim, 12 * rows)
+        sizes += (4 * segment * head_dim,)
         offsets = [0]
         for size in sizes:
             offsets.append(offsets[-1] + -(-size // 64) * 64)
@@ -144,7 +150,7 @@ def prepare_heads(a, thread, threads):
         if a.rotate != 0:
             call(a.rotate, (at,))
         if not is_query:
-            cache, value = pointer(tables[t] + 24 * a.layer, int64), a.v + t * a.kv_stride + 4 * dim * (h - n_heads)
+            cache, value = pointer(tables[t] + 32 * a.layer, int64), a.v + t * a.kv_stride + 4 * dim * (h - n_heads)
             slot = positions[t] % a.chunk if a.chunk > 0 else positions[t]
             offset = a.row_bytes * ((h - n_heads) * cache[2] + slot)
             if a.rotate != 0:
@@ -156,6 +162,9 @@ def prepare_heads(a, thread, threads):
 class AttendArguments(NamedTuple):
     q: Address
     q_stride: Count
+    k: Address
+    v: Address
+    kv_stride: Count
     out: Address
     out_stride: Count
     n_heads: Count
@@ -171,6 +180,12 @@ class AttendArguments(NamedTuple):
     weigh: Microkernel
     transpose_keys: Microkernel
     widen: Microkernel
+    segment: Count  # positions; 0: all keys and values are as the cache holds them
+    write_half: OptionalMicrokernel  # with `segment`, for rows in half precision
+    dots_half: OptionalMicrokernel
+    weigh_half: OptionalMicrokernel
+    transpose_keys_half: OptionalMicrokernel
+    widen_half: OptionalMicrokernel
     product: Microkernel
     span: Count  # columns that `product` makes at a time
     tall: Count  # rows that it takes at a time
@@ -188,6 +203,7 @@ class AttendArguments(NamedTuple):
     scores_offset: Count
     sums_offset: Count
     states_offset: Count
+    newest_offset: Count
     reach: OptionalAddress  # int64 [6]: which blocks of positions this call sees; 0: all that the cache table's memory holds
     carried: OptionalAddress  # float32 [n, n_heads, 2], with `reach`: maximum and sum of weights of a row so far
 
@@ -209,14 +225,16 @@ def attend(a, thread, threads):
         reach = pointer(a.reach, int64)
         first_item, items, next_part, stop_part = reach[FIRST], reach[END] - reach[FIRST], reach[NEXT], reach[STOP]
         size, table = reach[SIZE], pointer(reach[TABLE], int64)
-    least = QUERY_ROWS + 1 if pointer(a.state, int64)[ALONE] != 0 else MANY  # rows from which keys and values are laid out anew
+    alone = pointer(a.state, int64)[ALONE] != 0
+    new_keys, new_values = scratch + a.newest_offset, scratch + a.newest_offset + 2 * a.segment * dim
 
     for item in range(thread, a.n_kv_heads * items, threads):
         if atomic_load(a.stop) != 0:
             return
         kv, block = item // items, first_item + item % items
-        start, tokens = block_table[2 * block], block_table[2 * block + 1]
-        cache = pointer(tables[start] + 24 * a.layer, int64)
+        start, tokens = block_table[4 * block], block_table[4 * block + 1]
+        run, in_run = block_table[4 * block + 2], block_table[4 * block + 3] - block_table[4 * block + 2]
+        cache = pointer(tables[start] + 32 * a.layer, int64)
         keys = cache[0] + a.row_bytes * kv * cache[2]
         values = cache[1] + a.row_bytes * kv * cache[2]
         first_slot = positions[start] % a.chunk if a.chunk > 0 else positions[start]
@@ -224,10 +242,28 @@ def attend(a, thread, threads):
         if size > 0 and last_key <= next_part * size:
             continue  # an earlier call has seen all keys of these tokens
         whole = size == 0 or last_key <= stop_part * size
+        edge = last_key  # keys from it on are in half precision
+        if a.segment > 0:
+            edge = first_slot // a.segment * a.segment
+            for key in range(edge, last_key if whole else edge):
+                t, row = start + key - first_slot, 2 * dim * (key - edge)
+                if t >= run:
+                    call(a.write_half, (a.k + t * a.kv_stride + 4 * dim * kv, dim, new_keys + row))
+                    call(a.write_half, (a.v + t * a.kv_stride + 4 * dim * kv, dim, new_values + row))
+                else:
+                    slots = 2 * a.segment
+                    held = cache[3] + 2 * dim * (kv * slots + (positions[start] + key - first_slot) % slots)
+                    old, new = pointer(held, int64), pointer(new_keys + row, int64)
+                    for j in range(dim // 4):
+                        new[j] = old[j]
+                    old, new = pointer(held + 2 * dim * slots * a.n_kv_heads, int64), pointer(new_values + row, int64)
+                    for j in range(dim // 4):
+                        new[j] = old[j]
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
-            unit = a.tall if rows >= least else a.unit
+            many = not alone and in_run * in_part >= MANY  # by the run: a short block has the bits that it has in a longer one
+            unit = a.tall if many else a.unit
             padded = (rows + unit - 1) // unit * unit
             f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)
             for r in range(padded):
@@ -245,30 +281,33 @@ def attend(a, thread, threads):
                         total[r * dim + j] = row[j]
             key, stop_key = next_part * size, last_key if whole else stop_part * size
             while key < stop_key:
-                n_keys = min(KEYS, stop_key - key)
-                if size > 0:  # a block holds all heads of its positions
+                half = key >= edge
+                n_keys = min(KEYS, stop_key - key if half else min(edge, stop_key) - key)
+                if size > 0 and not half:  # a block holds all heads of its positions
                     keys = table[2 * (key // size)] + a.row_bytes * kv * size
                     values = table[2 * (key // size) + 1] + a.row_bytes * kv * size
-                if rows >= least:
-                    call(a.transpose_keys, (keys + a.row_bytes * key, n_keys, wide_keys))
+                keys_at = new_keys if half else keys + a.row_bytes * key
+                values_at = new_values if half else values + a.row_bytes * key
+                if many:
+                    call(a.transpose_keys_half if half else a.transpose_keys, (keys_at, n_keys, wide_keys))
                     for k in range(0, n_keys, span):
                         to = scores + 4 * k
                         call(a.product, (queries, 4 * dim, padded, wide_keys + 4 * dim * k, 4 * span, dim, to, 4 * KEYS, 0))
                 else:
                     for r in range(0, padded, a.unit):
-                        at = keys + a.row_bytes * key
-                        call(a.dots, (at, n_keys, queries + 4 * dim * r, scores + 4 * KEYS * r, 4 * KEYS))
+                        to = scores + 4 * KEYS * r
+                        call(a.dots_half if half else a.dots, (keys_at, n_keys, queries + 4 * dim * r, to, 4 * KEYS))
                 for r in range(padded):
                     seen = min(n_keys, max(0, first_slot + r // in_part + 1 - key)) if r < rows else 0
                     call(a.softmax, (scores + 4 * KEYS * r, seen, n_keys, states + 12 * r, a.floats + 4 * ATTN_SCALE))
-                if rows >= least:
-                    call(a.widen, (values + a.row_bytes * key, n_keys * dim, wide_values))
+                if many:
+                    call(a.widen_half if half else a.widen, (values_at, n_keys * dim, wide_values))
                     for c in range(0, dim, span):
                         to = sums + 4 * c
                         call(a.product, (scores, 4 * KEYS, padded, wide_values + 4 * c, 4 * dim, n_keys, to, 4 * dim, states))
                 else:
-                    call(a.weigh, (scores, 4 * KEYS, padded, values + a.row_bytes * key, n_keys, sums, states))
-                key += KEYS
+                    call(a.weigh_half if half else a.weigh, (scores, 4 * KEYS, padded, values_at, n_keys, sums, states))
+                key += n_keys
             for r in range(rows):
                 t, h = r // in_part, kv * group + head + r % in_part
                 result = a.out + (start + t) * a.out_stride + 4 * dim * h
@@ -280,3 +319,35 @@ def attend(a, thread, threads):
                     so_far[0], so_far[1] = f[3 * r], f[3 * r + 1]
                 elif a.rotate != 0:
                     call(a.rotate, (result,))
+
+
+class KeepSegmentsArguments(NamedTuple):
+    k: Address
+    v: Address
+    kv_stride: Count
+    n_kv_heads: Count
+    head_dim: Count
+    layer: Count
+    segment: Count
+    write_half: Microkernel
+    positions: Address
+    tables: Address
+    blocks: Address
+    state: Address
+
+
+@kernel(KeepSegmentsArguments)
+def keep_segments(a, thread, threads):
+    """Write k and v of each run's newest two segments to the cache, in half precision."""
+    positions, tables, block_table = pointer(a.positions, int64), pointer(a.tables, int64), pointer(a.blocks, int64)
+    items, dim, slots = pointer(a.state, int64)[BLOCKS], a.head_dim, 2 * a.segment
+    for item in range(thread, a.n_kv_heads * items, threads):
+        kv, block = item // items, item % items
+        start, tokens, end = block_table[4 * block], block_table[4 * block + 1], block_table[4 * block + 3]
+        if positions[start] // a.segment < positions[end - 1] // a.segment - 1:
+            continue
+        newest = pointer(tables[start] + 32 * a.layer, int64)[3]
+        for t in range(start, start + tokens):
+            to, row = newest + 2 * dim * (kv * slots + positions[t] % slots), t * a.kv_stride + 4 * dim * kv
+            call(a.write_half, (a.k + row, dim, to))
+            call(a.write_half, (a.v + row, dim, to + 2 * dim * slots * a.n_kv_heads))
