@@ -162,7 +162,8 @@ class Model:
                     "kv_file: expected none with a cluster, whose nodes keep keys and values in memory; leave it out"
                 )
             where = cluster, tuple(cluster_layers)
-            return cls._load_on_cluster(gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, sessions)
+            held = sessions, more_sessions
+            return cls._load_on_cluster(gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, held)
         with ThreadPoolExecutor(1) as beside:  # a large vocabulary takes a second, about as long as the compiled kernels
             tokenizer = beside.submit(_tokenizer, gguf)
             from llamacli.cpu import kvcache, kvfile
@@ -190,7 +191,7 @@ class Model:
             return model
 
     @classmethod
-    def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, sessions) -> Model:
+    def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, held) -> Model:
         if device == "mlx":
             raise UsageError("device: expected cpu with a cluster, found mlx; leave one of them out")
         from llamacli.cluster.placing import open_engine
@@ -198,7 +199,7 @@ class Model:
         tower, nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
         address, layers = where
         told = told or (lambda words: None)
-        engine = open_engine(gguf, config, address, ctx, threads, memory, experts, told, layers, sessions)
+        engine, sessions = open_engine(gguf, config, address, ctx, threads, memory, experts, told, layers, *held)
         model = cls(gguf, config, _tokenizer(gguf), engine, ctx, nbytes, tower)
         model.sessions = sessions
         return model

@@ -113,6 +113,7 @@ class Stage(Protocol):
     notices: list[str]  # what a user should know about the weights and how they are read
     bytes_per_token: int  # bytes of weights read to decode one token
     products_per_token: int  # multiply-adds of the layers' weights for one token
+    alike: int  # sequences that may share a call, a token each, without a change of any bit; 1 if the device does not know
     alone: bool  # set if each token's result should have the bits that it has alone; a device that cannot may ignore it
     timings: Counter | None  # if set, seconds by (layer or None, operation) are added here
     follow: Callable[[float], None] | None  # if set, called now and then inside `forward`, with the share of it that is done

@@ -96,7 +96,6 @@ class Engine:
         # Whether experts are read from the file while it computes.
         self.fetches = (slots > 0 or getattr(cluster, "fetches", False)) and mixture
         self._parts = PARTS if cluster and not self.fetches else 1
-        self.alike = 1 if gpu_layers or cluster else matmul.few_tokens() - 1  # sequences that together keep their bits
         self._lock = threading.RLock()
         _engines.add(self)
         # Called after each batch: its first position; its experts, int64 [n_layers, n_tokens * n_experts_used], a view.
@@ -235,6 +234,11 @@ class Engine:
                 return finish()
 
         return wait
+
+    @property
+    def alike(self) -> int:
+        """How many sequences keep their bits when a token of each is evaluated together."""
+        return min(stage.alike for stage in self.stages)
 
     @property
     def depth(self) -> int:

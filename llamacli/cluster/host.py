@@ -94,6 +94,7 @@ class Host:
             "notices": stage.notices,
             "pid": os.getpid(),
             "batch": most,
+            "alike": stage.alike,
         }
 
     def encode(self, path: str, made_by: str, digest: str, threads: int | None, host: str) -> dict:

@@ -37,9 +37,12 @@ class Placing:
         slots: bool,
         layers: Sequence[int] = (),
         sessions: int = 1,
+        more_sessions: int = 0,
     ):
+        """`sessions`, `more_sessions`: as for Model.load. The attribute `sessions`: how many in all, once layers are placed."""
         self._cluster, self._gguf, self._config, self._ctx = cluster, gguf, config, ctx
-        self._threads, self._memory, self._slots, self._layers, self._sessions = threads, memory, slots, layers, sessions
+        self._threads, self._memory, self._slots, self._layers = threads, memory, slots, layers
+        self.sessions, self._least_sessions, self._more_sessions = sessions, sessions, more_sessions
         plain = replace(config, kv_type="F16")
         self._digest = lambda layers: copies.digest(gguf, plain, layers)
         self._model = planning.model(config, [(t.name, t.nbytes) for t in gguf.tensors.values()])
@@ -60,6 +63,9 @@ class Placing:
             others = skip or (self._opened and len(machines) != len(self._layers))
             layers = () if others else self._layers  # of nodes that are left: chosen anew
             split = self._split(machines, layers)
+            if self._more_sessions and not self._slots and not self._opened:  # later it is a promise
+                more = planning.more_contexts(self._model, split, self._ctx, self._more_sessions, self._least_sessions)
+                self.sessions = self._least_sessions + more
             asked = {}
             for part in split.parts:
                 facts, placed = usable[part.machine.name], part.placement
@@ -108,7 +114,7 @@ class Placing:
             latency=self._cluster.latency,
             slots=self._slots,
             layers=layers,
-            sessions=self._sessions,
+            sessions=self.sessions,
             name=str(self._gguf.path),
         )
 
@@ -168,6 +174,7 @@ def _place(part: planning.Part, opened: dict) -> Place:
         opened["pid"],
         opened["batch"],
         part.seconds,
+        opened["alike"],
     )
 
 
@@ -182,15 +189,17 @@ def open_engine(
     told: Callable[[str], None] = lambda words: None,
     layers: Sequence[int] = (),
     sessions: int = 1,
-) -> Engine:
+    more_sessions: int = 0,
+) -> tuple[Engine, int]:
     """An Engine whose layers are on the nodes of a cluster. `memory`: of each node. `told`: hears of nodes that are left out
     or lost. `layers`: how many each node gets, none: chosen by speed and memory.
-    `sessions`: how many will hold `ctx` tokens at a time.
+    `sessions`: how many will hold `ctx` tokens at a time; `more_sessions`: at most so many besides, as far as nodes have room
+    for them once all weights are in memory. Returned beside the engine: how many in all.
 
     Closing the engine ends this program's processes on the nodes.
     """
     cluster = Cluster(address)
-    placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers, sessions)
+    placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers, sessions, more_sessions)
     placing.left_out = told
     local = cpu_part(gguf, config, range(0), threads or default_threads(), ends=True)
     try:
@@ -202,4 +211,4 @@ def open_engine(
         cluster.close()
         raise
     stage.lost = told
-    return Engine(gguf, config, threads, cluster=stage)
+    return Engine(gguf, config, threads, cluster=stage), placing.sessions

@@ -35,6 +35,7 @@ class Place(NamedTuple):
     pid: int = 0
     batch: int = MAX_BATCH  # tokens that its memory is planned for
     seconds: float = 0.0  # of a token in these layers, as planned
+    alike: int = 1  # as of device.Stage
 
 
 class NodeLost(DeviceError):

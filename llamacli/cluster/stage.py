@@ -115,6 +115,11 @@ class ClusterStage:
         return min((place.batch for place in self.places), default=MAX_BATCH)
 
     @property
+    def alike(self) -> int:
+        """The fewest of all nodes, whose processors may differ, and of the head here."""
+        return min([self._local.alike, *(place.alike for place in self.places)])
+
+    @property
     def depth(self) -> int:
         """Batches that keep all nodes busy while each waits for the one before."""
         seconds = [place.seconds for place in self.places]

@@ -17,7 +17,7 @@ from llamacli.cpu.experts import Slots, slots_per_layer
 from llamacli.cpu.kernels.jit.loader import chosen_target
 from llamacli.cpu.kernels.ops.attention import tokens_per_block
 from llamacli.cpu.kernels.ops.elementwise import ALONE, BLOCKS, COUNT, ROW, N
-from llamacli.cpu.kernels.ops.matmul import Matrix
+from llamacli.cpu.kernels.ops.matmul import Matrix, few_tokens
 from llamacli.cpu.kernels.runtime.faults import Guard
 from llamacli.cpu.kernels.runtime.pool import Pool
 from llamacli.cpu.kvcache import KVCache
@@ -112,6 +112,7 @@ class CpuStage:
         memory here. None: all weights are used in the mapped file. `most`: tokens of a batch.
         """
         self.layers = layers
+        self.alike = few_tokens() - 1
         self.alone = False  # whether each token's result is to have the bits that it has alone
         self.timings: Counter | None = None  # seconds by (layer, operation), if every step is to be timed by itself
         self.follow: Callable[[float], None] | None = None

@@ -53,6 +53,7 @@ class MlxStage:
         """
         here = runtime.start()
         self.layers, self._config, self._heads, self._path = layers, config, heads, gguf.path
+        self.alike = 1  # how MLX adds up depends on the number of rows
         self.timings: Counter | None = None
         self.follow: Callable[[float], None] | None = None
         self._blocks = kernels.dialect() is not None  # whether kernels read blocks here

@@ -156,6 +156,21 @@ def split(
     return Split(parts, head, sum(hop(k) for k, _, _ in best) + hop(best[-1][0]))
 
 
+def more_contexts(model: Model, found: Split, ctx: int, most: int, sessions: int = 1) -> int:
+    """How many contexts fit besides `sessions`, up to `most`, with the same layers, batches, and all weights in memory."""
+
+    def fits(part: Part, n: int) -> bool:
+        try:
+            placed = _place(model, part.machine, part.layers, ctx, False, n)
+        except MemoryLimitError:
+            return False
+        return placed.mode != "slots" and placed.batch == part.placement.batch
+
+    if any(part.placement.mode == "slots" for part in found.parts):
+        return 0
+    return next((n for n in range(most, 0, -1) if all(fits(part, sessions + n) for part in found.parts)), 0)
+
+
 def _given(layers: Sequence[int], n: int, machines: int, part: Callable) -> list[tuple[int, int, int]] | None:
     """The same for counts of layers that were asked for."""
     if len(layers) != machines or sum(layers) != n or min(layers) < 0:

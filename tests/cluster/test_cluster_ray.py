@@ -90,6 +90,26 @@ def test_run_gives_the_text_of_one_process(two):
     assert both.stderr == ""
 
 
+def test_lines_of_a_batch_are_answered_side_by_side_with_the_bytes_of_one_process(two, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(f'"Tell me about {word}"\n' for word in ("rivers", "kings", "a fox", "bread")))
+    asked = ["run", "-m", str(TINY), "--temp", "0", "-n", "20", "--batch", str(questions), "--parallel"]
+    one = two.llamacli(*asked, "1")
+    both = two.llamacli(*asked[:-1], "--cluster", two.address, "--cluster-layers", "2,2")
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == one.stdout
+    held = two.python(SEVERAL)
+    assert held == [8, True]
+
+
+SEVERAL = """
+import json, os
+from llamacli import Model
+with Model.load(os.environ["FILE"], threads=1, ctx=512, cluster=os.environ["ADDRESS"], more_sessions=7) as model:
+    print(json.dumps([model.sessions, model.engine.alike > 1]))
+"""
+
+
 LOGITS = """
 import json, os, numpy as np
 from llamacli import Model

@@ -15,6 +15,7 @@ from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
 from llamacli.cluster.wire import LinkClosed, connect
 from llamacli.cpu.buffers import MAX_BATCH
+from llamacli.cpu.kernels.ops import matmul
 from llamacli.cpu.stage import cpu_part
 from llamacli.engine import Engine
 from llamacli.errors import DeviceError
@@ -41,6 +42,7 @@ class Nodes:
         self.losses = Counter()
         self.fail = False
         self.most = MAX_BATCH  # tokens that nodes which are opened now have the memory for
+        self.alike = matmul.few_tokens() - 1  # sequences whose bits nodes that are opened now keep
         self.cuts = (self.config.n_layers // 2,)  # where those are divided
         self.waiting = []  # nodes that could be used and are not
         self.batches: list[int] = []  # tokens of each call of a stage
@@ -60,7 +62,8 @@ class Nodes:
             true = stage.forward
             stage.forward = lambda x, runs, true=true: (self.batches.append(len(x)), true(x, runs))[1]
             self.made.append(Node(stage, SECRET, "127.0.0.1", layers.stop == self.config.n_layers, self.most))
-            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers, batch=self.most, seconds=1.0))
+            how = {"batch": self.most, "seconds": 1.0, "alike": self.alike}
+            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers, **how))
         return places
 
     def new_caches(self):
@@ -101,6 +104,20 @@ def test_prompts_steps_guesses_and_several_sequences_have_the_bytes_of_one_proce
     for parts in ([IDS[:20], IDS[3:10]], [[1], [2]]):
         ours, theirs = zip(nodes.caches, others, strict=True)
         assert np.array_equal(nodes.engine.forward_each(parts, ours), nodes.one.forward_each(parts, theirs))
+
+
+def test_as_many_sequences_as_keep_their_bytes_on_every_node_have_those_of_each_alone(nodes):
+    n = nodes.engine.alike
+    assert n == nodes.one.alike
+    together, alone = ([engine.new_cache(64) for _ in range(n)] for engine in (nodes.engine, nodes.one))
+    for step in range(3):
+        ids = [[id] for id in IDS[n * step : n * (step + 1)]]
+        found = nodes.engine.forward_each(ids, together)
+        assert np.array_equal(found, [nodes.one.forward(some, cache) for some, cache in zip(ids, alone, strict=True)])
+    nodes.alike = 1  # of nodes with other processors
+    nodes.made[-1].close()
+    assert nodes.same([1])
+    assert nodes.engine.alike == 1
 
 
 @pytest.mark.parametrize("which", [-2, -1], ids=["first", "last"])

@@ -8,6 +8,7 @@ import pytest
 from llamacli.cluster import copies, host
 from llamacli.cluster.control import named
 from llamacli.cluster.placing import Placing
+from llamacli.cpu import kvcache
 from llamacli.errors import DeviceError, ModelFileError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
@@ -108,6 +109,25 @@ def test_nodes_that_had_no_answer_or_were_lost_twice_are_there_again_and_those_l
     with pytest.raises(DeviceError):
         placing(losses={"a": 2})
     assert placing.there_again({"a": 2}) == ["b"] and placing.there_again({"a": 1}) == ["a", "b"]
+
+
+def test_more_contexts_are_planned_where_every_node_has_room_for_them():
+    gguf = open_gguf(TINY)
+    config, ctx = Config.from_gguf(gguf), 100_000
+    found = []
+    for memory in (300_000_000, 400_000_000, 8 << 30):
+        cluster = Facts(copy="/m/x.gguf", layers=[0, 4], memory=memory)
+        cluster.nodes["a"]["memory"] = memory
+        placing = Placing(cluster, gguf, config, ctx, 1, None, False, more_sessions=7)
+        with pytest.raises(DeviceError):
+            placing(losses={})
+        found.append(placing.sessions)
+        assert placing.sessions * kvcache.nbytes(config, ctx) + TINY.stat().st_size < memory
+    assert found[0] == 1 < found[1] < found[2] == 8
+    reading = Placing(cluster, gguf, config, ctx, 1, None, True, more_sessions=7)  # experts in slots
+    with pytest.raises(DeviceError):
+        reading(losses={})
+    assert reading.sessions == 1
 
 
 def test_a_node_that_would_have_no_layers_is_told_to_copy_the_file():
