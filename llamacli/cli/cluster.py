@@ -105,8 +105,8 @@ def _status(address: str | None, model: str | None, as_json: bool, console) -> N
         if "error" in node:
             rows.append((name, node["address"], node["error"], "", "", "", ""))
             continue
-        layers = f"layers {node['layers'][0]}-{node['layers'][1] - 1}, " if node["layers"] else ""
-        copy = "" if path is None else "no copy" if not node["copy"] else f"{_speed(node['disk'])}, {layers}{node['copy']}"
+        held = ", ".join(f"layers {at[0]}-{at[1] - 1}, {copy}" if at else copy for copy, at in node["copies"].items())
+        copy = "" if path is None else f"{_speed(node['disk'])}, {held}" if held else "no copy"
         memory = f"{amount(node['memory'])} of {amount(node['memory_total'])}"
         disk = copy or f"{amount(node['disk_free'])} free"
         rows.append((name, node["address"], memory, _speed(node["bandwidth"]), disk, node["device"], node["version"]))

@@ -94,6 +94,7 @@ def quantize(
         option(
             "--cluster",
             metavar="ADDRESS",
+            setting=True,
             help="Encode on the nodes of the cluster at HOST[:PORT] that have SRC, too; see docs/cluster.md.",
         ),
     ] = None,
@@ -130,7 +131,7 @@ def quantize(
         source, out, type_word = model, source, out
     if source is None:
         raise UsageError("expected SRC, found none (see llamacli quantize --help)")
-    if cluster is not None and dry_run:
+    if dry_run and typed(("cluster",)):
         raise UsageError("--dry-run: expected no --cluster with it, as nothing is encoded; leave one of them out")
     if layers is not None:
         others = typed(("type_name", "type_word", "tensor_types", "imatrix", "mmproj_type", "cluster"))
@@ -141,6 +142,8 @@ def quantize(
         out = out or f"{Path(source).stem}-layers-{some.start}-{some.stop - 1}.gguf"
     else:
         some = None
+    if dry_run or some is not None:
+        cluster = None  # of the settings: nothing is encoded
     out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:

@@ -52,12 +52,22 @@ def _sample(total, values: np.ndarray) -> None:
 
 
 def own_copy(path: str) -> Path | None:
-    """This machine's copy of what another machine calls `path`: of that name in the models folder, or some layers of it (the
-    name that `quantize --layers` gives), else at that path.
+    """This machine's copy of what another machine calls `path`: of that name in the models folder, else at that path."""
+    named, folder = Path(path), environment.models_folder()
+    return next((p for p in (folder / named.name, named) if p.exists()), None)
+
+
+def own_copies(path: str) -> dict[str, range | None]:
+    """This machine's copies of a model and the layers of each (held_layers): of its name in the models folder, or what holds
+    some layers of it there (the names that `quantize --layers` gives), else at that path.
     """
     named, folder = Path(path), environment.models_folder()
     some = sorted(folder.glob(escape(named.stem) + "-layers-*.gguf")) if named.suffix == ".gguf" else []
-    return next((p for p in (folder / named.name, *some, named) if p.exists()), None)
+    whole = own_copy(path)
+    if some and whole != folder / named.name:
+        found = {str(copy): held_layers(copy) for copy in some}
+        return {copy: layers for copy, layers in found.items() if layers is not None} or found
+    return {str(whole): held_layers(whole)} if whole else {}
 
 
 def held_layers(path: Path) -> range | None:

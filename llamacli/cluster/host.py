@@ -29,9 +29,11 @@ class Host:
         self._node = None
 
     def describe(self, path: str | None, threads: int | None) -> dict:
-        """Memory, speeds, version; with `path` also the machine's copy of that file, None if it has none."""
+        """Memory, speeds, version; with `path` also the machine's copies of that file, each with its layers [first, end], None
+        if it cannot be read.
+        """
         from llamacli.bench.limits import buffer_megabytes, read_gbps
-        from llamacli.cluster.copies import held_layers, own_copy
+        from llamacli.cluster.copies import own_copies
         from llamacli.cpu.kernels.cores import default_threads
         from llamacli.cpu.kernels.jit.loader import chosen_target
         from llamacli.environment import models_folder
@@ -39,8 +41,7 @@ class Host:
 
         self.close()  # what an earlier opening holds is free for the next
         threads = threads or default_threads()
-        copy = path and own_copy(path)
-        layers = held_layers(copy) if copy else None
+        copies = own_copies(path) if path else {}
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -51,10 +52,9 @@ class Host:
             "memory": machine.budget(),
             "memory_total": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "bandwidth": 1e9 * read_gbps(threads, buffer_megabytes(threads, 64), rounds=1),
-            "disk": copy and machine.disk_read_speed(copy, 0.2),
+            "disk": next((machine.disk_read_speed(copy, 0.2) for copy in copies), None),
             "disk_free": _free(models_folder()),
-            "copy": copy and str(copy),
-            "layers": layers and [layers.start, layers.stop],
+            "copies": {copy: layers and [layers.start, layers.stop] for copy, layers in copies.items()},
             "models": str(models_folder()),
         }
 

@@ -18,6 +18,7 @@ from llamacli.engine import Engine
 from llamacli.errors import DeviceError, LlamacliError
 from llamacli.files.gguf import GGUF
 from llamacli.llama4.config import Config
+from llamacli.llama4.tensors import needed
 from llamacli.plan import nodes as planning
 
 TWICE = 2  # a node that was lost so often is not used for a while (stage.FORGET)
@@ -71,7 +72,7 @@ class Placing:
                 facts, placed = usable[part.machine.name], part.placement
                 asked[part.machine.name] = self._cluster.open(
                     part.machine.name,
-                    copy=facts["copy"],
+                    copy=_copy(facts["copies"], part.layers),
                     first=part.layers.start,
                     end=part.layers.stop,
                     digest=self._digest(part.layers),
@@ -96,14 +97,14 @@ class Placing:
         return sorted(set(self._cluster.reached()[0]) - self._answered - _distrusted(losses))
 
     def _machine(self, name: str, facts: dict) -> planning.Machine:
-        some = facts["layers"] if facts["layers"] != [0, self._config.n_layers] else None
+        held = [range(*layers) for layers in facts["copies"].values() if layers]
         return planning.Machine(
             name,
             self._memory or facts["memory"],
             facts["bandwidth"],
             facts["disk"] or planning.ASSUMED_DISK,
             facts["threads"],
-            some and range(*some),
+            () if range(self._config.n_layers) in held else tuple(held),
         )
 
     def _split(self, machines: Sequence[planning.Machine], layers: Sequence[int]) -> planning.Split:
@@ -139,7 +140,7 @@ class Placing:
                 problem = facts["error"]
             elif facts["version"] != host.version():
                 problem = f"expected llamacli {host.version()}, found {facts['version']}; install the same version"
-            elif not facts["copy"]:
+            elif not facts["copies"]:
                 where = f"{facts['models']} or at the same path as here"
                 problem = f"expected a copy of {self._gguf.path.name} in {where}, found none; {self._advice(name, nodes)}"
             else:
@@ -155,6 +156,12 @@ class Placing:
 
     def _leave_out(self, name: str, why: str) -> None:
         self.left_out(f"node {name} is left out: {why}")
+
+
+def _copy(copies: dict[str, list[int] | None], layers: range) -> str:
+    """The copy that has these layers; the first if none is known to, which is told when it is opened."""
+    fits = (path for path, held in copies.items() if held and held[0] <= layers.start and layers.stop <= held[1])
+    return next(fits, next(iter(copies)))
 
 
 def _distrusted(losses: Counter) -> set[str]:
@@ -198,6 +205,7 @@ def open_engine(
 
     Closing the engine ends this program's processes on the nodes.
     """
+    needed(gguf, config)
     cluster = Cluster(address)
     placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers, sessions, more_sessions)
     placing.left_out = told

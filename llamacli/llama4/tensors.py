@@ -220,11 +220,18 @@ def needed(
 
     `layers`: None for all. `embedding`, `head`: whether the stage looks up embeddings, makes logits. A model whose embedding is
     also the output (`config.tied`) needs it for both. ModelFileError: a tensor is missing or has another shape than the
-    metadata ask for. UnsupportedModelError: attention has biases, which would change the result and which no device adds.
+    metadata ask for, or the file has other layers only. UnsupportedModelError: attention has biases, which would change the
+    result and which no device adds.
     """
     layers = range(config.n_layers) if layers is None else layers
     ends = {"rope_freqs": True, "token_embd": embedding or (head and config.tied), "output_norm": head, "output": head}
     wanted = [spec for spec in tensors(config) if (ends.get(spec.kind) if spec.layer is None else spec.layer in layers)]
+    held = {layer for name in gguf.tensors if (layer := layer_of(name)) is not None}
+    if held and not held.issuperset(layers) and len(held) == max(held) - min(held) + 1:
+        raise ModelFileError(
+            f"{gguf.path}: expected layers {layers.start} to {layers.stop - 1}, found {min(held)} to {max(held)} only; such a "
+            f"file, made by quantize --layers, is for a node of a cluster: give the whole file"
+        )
     found = check(gguf.path, {name: tensor.shape for name, tensor in gguf.tensors.items()}, wanted)
     if more := [spec.name for spec in found if spec.role is Role.ATTENTION and not spec.required]:
         raise UnsupportedModelError(f"{gguf.path}: expected attention without biases, found {more[0]}; this engine has none")

@@ -11,7 +11,7 @@ follow each other.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice, product
 from typing import NamedTuple
 
 from llamacli.cpu import kvcache
@@ -21,13 +21,14 @@ from llamacli.llama4.tensors import Role, find, role_of
 from llamacli.plan.placement import COUNTED, OTHERS, Placement, Sizes, decode_seconds, place, size_by_kind
 
 ASSUMED_DISK = 3e9  # bytes a second, of a disk that could not be measured
+MOST_CHOICES = 256  # ways to choose a file of each machine that are tried
 EVEN = 0.05  # weight of the squares
 SECONDS_PER_HANDOVER = 650e-6  # of threads and system calls, beside the network; measured (docs/cluster.md)
 
 
 class Machine(NamedTuple):
-    """A machine: bytes that a model may take, bytes a second of its memory and of its disk, threads; the layers that its file
-    has, None: all.
+    """A machine: bytes that a model may take, bytes a second of its memory and of its disk, threads; the layers that each of
+    its files has, none: all layers.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Machine(NamedTuple):
     bandwidth: float
     disk: float
     threads: int = 1
-    held: range | None = None
+    held: tuple[range, ...] = ()
 
 
 class Part(NamedTuple):
@@ -97,31 +98,35 @@ def split(
     sessions: int = 1,
     name: str = "the model",
 ) -> Split:
-    """The best way to give each machine some consecutive layers, in the order of the machines, or of the layers that they have.
+    """The best way to give each machine some consecutive layers, in the order of the machines, or of the layers that they have;
+    of one that has several files those of one file.
 
     Embedding and head stay with the first machine, whose memory holds them. `network`: bytes a second; `latency`: seconds one
     way. `slots`: experts are read even if they would fit. `layers`: how many each machine gets, in place of the best way.
     `sessions`: how many hold `ctx` tokens at a time.
     MemoryLimitError if the machines together do not hold what every token needs.
     """
+    how = {"network": network, "latency": latency, "slots": slots, "layers": layers, "sessions": sessions, "name": name}
+    if any(len(machine.held) > 1 for machine in machines):
+        return _best_files(model, machines, ctx, how)
     n, c = model.config.n_layers, model.config
     machines = [machines[0]._replace(memory=machines[0].memory - model.head), *machines[1:]]
     head, order = model.head / machines[0].bandwidth, list(range(len(machines)))
     if not layers:
-        order.sort(key=lambda k: n if (held := machines[k].held) is None else held.start + held.stop)
+        order.sort(key=lambda k: next((held.start + held.stop for held in machines[k].held), n))
     machines, home = [machines[k] for k in order], order.index(0)
 
     def part(k: int, first: int, end: int) -> Part | None:
         machine, layers = machines[k], range(first, end)
-        if machine.held is not None and not (machine.held.start <= first and end <= machine.held.stop):
+        if any(first < held.start or held.stop < end for held in machine.held):
             return None
-        how = ctx, slots, sessions
-        key, shorter = (*machine[1:], first, end, *how), (*machine[1:], first, end - 1, *how)
+        asked = ctx, slots, sessions
+        key, shorter = (*machine[1:], first, end, *asked), (*machine[1:], first, end - 1, *asked)
         if key not in model.planned and model.planned.get(shorter, 0) is None:
             model.planned[key] = None  # what does not fit does not fit with a layer more
         if key not in model.planned:
             try:
-                placement = _place(model, machine, layers, *how)
+                placement = _place(model, machine, layers, *asked)
                 model.planned[key] = placement, decode_seconds(placement, machine.disk, machine.bandwidth)
             except MemoryLimitError:
                 model.planned[key] = None
@@ -139,8 +144,8 @@ def split(
 
     scale = sum(s.always + s.routed for s in model.layers) / sum(machine.bandwidth for machine in machines)
     best = _given(layers, n, len(machines), part) if layers else _shortest(n, len(machines), cost)
-    if best is None and any(machine.held is not None for machine in machines):
-        have = ", ".join(f"{m.held.start}-{m.held.stop - 1}" if m.held else "all" for m in machines)
+    if best is None and any(machine.held for machine in machines):
+        have = ", ".join(f"{m.held[0].start}-{m.held[0].stop - 1}" if m.held else "all" for m in machines)
         raise MemoryLimitError(
             f"{name}: expected nodes that together have files of all layers, and memory for them, found layers {have}; "
             f"copy the file, or other layers of it, to a node"
@@ -169,6 +174,20 @@ def more_contexts(model: Model, found: Split, ctx: int, most: int, sessions: int
     if any(part.placement.mode == "slots" for part in found.parts):
         return 0
     return next((n for n in range(most, 0, -1) if all(fits(part, sessions + n) for part in found.parts)), 0)
+
+
+def _best_files(model: Model, machines: Sequence[Machine], ctx: int, how: dict) -> Split:
+    """The best split with one file of each machine."""
+    found, error = [], None
+    for files in islice(product(*(machine.held or [None] for machine in machines)), MOST_CHOICES):
+        one = [m._replace(held=() if held is None else (held,)) for m, held in zip(machines, files, strict=True)]
+        try:
+            found.append(split(model, one, ctx, **how))
+        except MemoryLimitError as last:
+            error = last
+    if not found:
+        raise error
+    return min(found, key=lambda one: one.seconds)
 
 
 def _given(layers: Sequence[int], n: int, machines: int, part: Callable) -> list[tuple[int, int, int]] | None:

@@ -294,3 +294,17 @@ def test_the_error_of_a_group_is_that_of_all_its_weights_in_one():
     assert (a["types"], a["count"], a["weights"], a["nbytes"]) == (["Q4_K", "Q6_K"], 3, 407, 3)
     assert b["rmse"] is None
     assert c["rmse"] is None
+
+
+def test_the_cluster_of_the_settings_is_asked_where_something_is_encoded(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+    monkeypatch.setenv("LLAMACLI_CLUSTER_SECRET", "of this test")
+    monkeypatch.chdir(tmp_path)
+    assert main(["quantize", str(folder), "out.gguf"]) == 1
+    assert "127.0.0.1:1: expected a cluster, found" in capfd.readouterr().err
+    assert main(["quantize", str(folder), "out.gguf", "--dry-run"]) == 0
+    assert main(["quantize", str(folder), "out.gguf", "--dry-run", "--cluster", "127.0.0.1:1"]) == 2
+    monkeypatch.delenv("LLAMACLI_CLUSTER")
+    assert main(["quantize", str(folder), "out.gguf", "--type", "F32"]) == 0
+    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+    assert main(["quantize", "out.gguf", "some.gguf", "--layers", "0-0"]) == 0

@@ -181,7 +181,8 @@ def test_another_file_on_a_node_is_named_and_the_other_node_takes_the_layers(two
 def test_status_shows_both_nodes_with_their_copies(two):
     nodes = json.loads(two.llamacli("cluster", "status", two.address, "-m", str(TINY), "--json").stdout)
     assert len(nodes) == 2
-    assert {node["copy"] for node in nodes.values()} == {str(two.models(k) / TINY.name) for k in (0, 1)}
+    found = sorted(sorted(node["copies"].items()) for node in nodes.values())
+    assert found == sorted([(str(two.models(k) / TINY.name), [0, 4])] for k in (0, 1))
     assert all(node["memory"] > 0 and node["bandwidth"] > 0 and node["version"] for node in nodes.values())
 
 
@@ -315,7 +316,7 @@ def test_a_node_with_other_weights_encodes_nothing_and_is_named(two, converted, 
 @pytest.mark.slow
 def test_a_node_that_has_some_layers_only_runs_these(two):
     nodes = json.loads(two.llamacli("cluster", "status", two.address, "-m", str(TINY), "--json").stdout)
-    folder = Path([*nodes.values()][1]["copy"]).parent  # of the node that gets the last layers
+    folder = Path(*[*nodes.values()][1]["copies"]).parent  # of the node that gets the last layers
     whole, some = folder / TINY.name, folder / "scout-tiny-layers-2-3.gguf"
     convert(TINY, some, "F32", layers=range(2, 4))
     whole.unlink()

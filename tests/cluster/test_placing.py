@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llamacli import Model
 from llamacli.cluster import copies, host
 from llamacli.cluster.control import named
 from llamacli.cluster.placing import Placing
@@ -27,15 +28,40 @@ def models(tmp_path, monkeypatch):
 
 def test_a_node_finds_the_file_or_some_layers_of_it_by_its_name(models):
     elsewhere = "/of/another/machine/scout-tiny.gguf"
-    assert copies.own_copy(elsewhere) is None
-    some = models / "scout-tiny-layers-2-3.gguf"
+    assert copies.own_copies(elsewhere) == {} and copies.own_copy(elsewhere) is None
+    first, some = models / "scout-tiny-layers-0-0.gguf", models / "scout-tiny-layers-2-3.gguf"
+    convert(TINY, first, "F32", layers=range(1))
     convert(TINY, some, "F32", layers=range(2, 4))
-    assert copies.own_copy(elsewhere) == some and copies.held_layers(some) == range(2, 4)
+    assert copies.own_copies(elsewhere) == {str(first): range(1), str(some): range(2, 4)}
+    assert copies.own_copy(elsewhere) is None  # some layers are no source of a conversion
+    assert copies.own_copies(str(TINY)).keys() == {str(first), str(some)}
+    first.write_bytes(b"no GGUF")
+    assert copies.own_copies(elsewhere) == {str(some): range(2, 4)}
+    some.write_bytes(b"no GGUF")
+    assert copies.own_copies(elsewhere) == {str(first): None, str(some): None}  # told when they are opened
     shutil.copy(TINY, models)
     whole = models / TINY.name
-    assert copies.own_copy(elsewhere) == whole and copies.held_layers(whole) == range(4)
-    some.write_bytes(b"no GGUF")
-    assert copies.held_layers(some) is None
+    assert copies.own_copies(elsewhere) == {str(whole): range(4)} and copies.own_copy(elsewhere) == whole
+
+
+def test_of_several_files_a_node_opens_the_one_that_has_its_layers():
+    gguf, asked = open_gguf(TINY), {}
+    cluster = Facts(copies={"/m/x-layers-0-0.gguf": [0, 1], "/m/x-layers-1-3.gguf": [1, 4]})
+    cluster.nodes["a"]["copies"] = {"/m/x-layers-0-1.gguf": [0, 2], "/m/x-layers-3-3.gguf": [3, 4]}
+    cluster.open = lambda name, **how: asked.update({name: (how["copy"], how["first"], how["end"])})
+    with pytest.raises(DeviceError):
+        Placing(cluster, gguf, Config.from_gguf(gguf), 512, 1, None, False)(losses={})
+    (one, first, end), (other, begin, last) = asked["a"], asked["b"]
+    assert (one, first, other, last) == ("/m/x-layers-0-1.gguf", 0, "/m/x-layers-1-3.gguf", 4)
+    assert end == begin in (1, 2)
+
+
+def test_a_file_of_some_layers_is_named_where_all_are_needed(models):
+    some = models / "scout-tiny-layers-2-3.gguf"
+    convert(TINY, some, "F32", layers=range(2, 4))
+    for how in ({}, {"cluster": "127.0.0.1:1"}):
+        with pytest.raises(ModelFileError, match=r"expected layers 0 to 3, found 2 to 3 only; .*give the whole file"):
+            Model.load(some, **how)
 
 
 def test_layers_alone_are_opened_where_they_are_the_same_and_no_others(models):
@@ -61,7 +87,7 @@ class Facts:
         known = {"version": host.version(), "memory": 8 << 30, "threads": 1, "bandwidth": 1e9, "disk": 1e9, "models": "/m"} | {
             "address": "127.0.0.1"
         }
-        self.nodes = {"a": known | {"copy": "/m/x.gguf", "layers": [0, 4]}, "b": known | second}
+        self.nodes = {"a": known | {"copies": {"/m/x.gguf": [0, 4]}}, "b": known | second}
         self.dropped = []
 
     def describe(self, path, threads, skip):
@@ -91,13 +117,13 @@ def told(**second):
 
 
 def test_a_node_without_the_file_is_told_how_to_get_the_layers_that_it_would_have():
-    (without, _) = told(copy=None, layers=None, bandwidth=1e14)
+    (without, _) = told(copies={}, bandwidth=1e14)
     assert "node b is left out: expected a copy of scout-tiny.gguf in /m or at the same path as here, found none" in without
     assert without.endswith("or what `llamacli quantize scout-tiny.gguf --layers 0-3` makes here")
 
 
 def test_nodes_that_had_no_answer_or_were_lost_twice_are_there_again_and_those_left_out_are_not():
-    gguf, cluster = open_gguf(TINY), Facts(copy=None, layers=None)
+    gguf, cluster = open_gguf(TINY), Facts(copies={})
     placing = Placing(cluster, gguf, Config.from_gguf(gguf), 512, 1, None, False)
     with pytest.raises(DeviceError):
         placing(losses={})  # both answered: one has no copy, the other fails to open
@@ -131,13 +157,13 @@ def test_more_contexts_are_planned_where_every_node_has_room_for_them():
 
 
 def test_a_node_that_would_have_no_layers_is_told_to_copy_the_file():
-    (without, _) = told(copy=None, layers=None, bandwidth=1.0)
+    (without, _) = told(copies={}, bandwidth=1.0)
     assert without.endswith("found none; copy the file there")
 
 
 def test_where_all_nodes_were_lost_twice_the_line_says_so():
     gguf = open_gguf(TINY)
-    placing = Placing(Facts(copy="/m/x.gguf", layers=[0, 4]), gguf, Config.from_gguf(gguf), 512, 1, None, False)
+    placing = Placing(Facts(copies={"/m/x.gguf": [0, 4]}), gguf, Config.from_gguf(gguf), 512, 1, None, False)
     with pytest.raises(DeviceError, match="node a: lost twice, not used for some minutes; node b: lost twice"):
         placing(losses={"a": 2, "b": 3})
 

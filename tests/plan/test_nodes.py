@@ -105,13 +105,21 @@ def test_layers_that_are_asked_for_are_checked():
 
 
 def test_a_machine_gets_only_layers_that_its_file_has():
-    whole, first, last = machine(128), machine(128)._replace(held=range(30)), machine(128)._replace(held=range(20, 48))
+    whole, first, last = machine(128), machine(128)._replace(held=(range(30),)), machine(128)._replace(held=(range(20, 48),))
     found = layers(split(MAVERICK, [last, first], 8192))  # in the order of the layers, not of the machines
     assert found[0].start == 0 and 20 <= found[0].stop <= 30 and found[1].stop == 48
     assert layers(split(MAVERICK, [whole, last], 8192))[-1].start >= 20
     assert layers(split(MAVERICK, [whole, first], 8192))[0].stop <= 30
     with pytest.raises(MemoryLimitError, match=r"found layers 0-29, 0-29; copy the file, or other layers of it, to a node"):
         split(MAVERICK, [first, first], 8192)
+
+
+def test_of_several_files_of_a_machine_the_best_is_chosen():
+    either = machine(128)._replace(held=(range(20), range(16, 40), range(24, 48)))
+    assert layers(split(MAVERICK, [machine(128)._replace(held=(range(24),)), either], 8192)) == [range(24), range(24, 48)]
+    assert layers(split(MAVERICK, [either, machine(128)], 8192, layers=[20, 28])) == [range(20), range(20, 48)]
+    with pytest.raises(MemoryLimitError, match="expected nodes that together have files of all layers"):
+        split(MAVERICK, [either, either._replace(held=(range(16, 40),))], 8192)
 
 
 def test_the_command_shows_who_gets_what(capfd):
