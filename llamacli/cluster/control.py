@@ -152,9 +152,9 @@ class Cluster:
         with self._calls():
             return self._hosts[name].open.remote(**how)
 
-    def encode(self, names: Sequence[str] | None = None, **how) -> dict[str, dict | Exception]:
-        """host.Host.encode on these nodes, or all; {} for those that are gone."""
-        nodes, silent = self.reached()
+    def encode(self, names: Sequence[str] | None, skip: Sequence[str], **how) -> dict[str, dict | Exception]:
+        """host.Host.encode on these nodes, or all others than `skip`; {} for those that are gone."""
+        nodes, silent = self.reached(skip)
         with self._calls():
             asked = {
                 name: self._host(name, node).encode.remote(host=node["NodeManagerAddress"], **how)
@@ -252,10 +252,14 @@ def encoders(address: str, threads: int | None, told: Callable[[str], None]) -> 
     """The nodes of a cluster, for a conversion. `threads`: of each node. `told`: hears of nodes that are left out or lost."""
     cluster = Cluster(address)
 
-    def open_nodes(names: Sequence[str] | None, **how) -> dict[str, dict | Exception]:
+    def open_nodes(names: Sequence[str] | None, skip: Sequence[str] = (), **how) -> dict[str, dict | Exception]:
         for name in names or ():
             cluster.drop(name)
-        return cluster.encode(names, threads=threads, **how)
+        found = cluster.encode(names, skip, threads=threads, **how)
+        for name, facts in found.items():
+            if isinstance(facts, Exception):
+                cluster.drop(name)
+        return found
 
     tasks = Tasks(open_nodes, cluster.secret.encode(), told)
     try:

@@ -3,8 +3,8 @@
 In: planned tensors; nodes that have opened their copies of the source (encoding.py). Out: encoded pieces in file order, as if
 they had been encoded here. Rows of each tensor are cut into tasks, which nodes take as they get ready, two at a time, so that
 each does as much as it can. At most WINDOW results a node wait here for those before them. A node that died or is silent is
-named and opened again, while others do its tasks. Where a node reports an error, the task is done here: if that succeeds, the
-node is at fault and gets no more.
+named and opened again, while others do its tasks; one that joins later is used from then on. Where a node reports an error, the
+task is done here: if that succeeds, the node is at fault and gets no more.
 """
 
 import itertools
@@ -34,8 +34,11 @@ WINDOW = 12  # tasks a node between the first that is not done and the last that
 PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; seconds without a byte after which a node counts as lost
 CLOSE = 1e-3  # relative: sums of squares are float32 within a row
 AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
+LOOK_EVERY = 30.0  # seconds between looks for nodes that have joined, or have a copy now
 
-Open = Callable[[list[str] | None], dict[str, dict | Exception]]  # opens the source on these nodes, or all: control.encode
+Open = Callable[
+    ..., dict[str, dict | Exception]
+]  # opens the source on nodes, all others than `skip` for None: control.encoders
 
 
 class Task:
@@ -73,6 +76,7 @@ class Tasks:
         self._todo: deque[Task] = deque()
         self._changed = threading.Condition()  # held while any of this changes
         self._opening: set[str] = set()  # lost nodes that are tried for the first time again
+        self._lost: set[str] = set()  # lost nodes that are tried again
         self._refused: set[str] = set()
         self._closed = False
 
@@ -86,6 +90,7 @@ class Tasks:
         for words in why:
             self._told(f"{words}; it is left out")
         threading.Thread(target=self._ping, daemon=True).start()
+        threading.Thread(target=self._look_out, args=(set(why),), daemon=True).start()
         return (WINDOW + HELD) * RESULT * len(self.workers)
 
     def close(self) -> None:
@@ -141,8 +146,8 @@ class Tasks:
 
     def _open(self, names: list[str] | None) -> list[str]:
         """Open the source on nodes, and give them tasks; why some cannot."""
-        why = []
-        for name, facts in self._open_nodes(names, **self._how).items():
+        why, skip = [], {*self.workers, *self._lost, *self._refused}
+        for name, facts in self._open_nodes(names, () if names else tuple(skip), **self._how).items():
             try:
                 if isinstance(facts, Exception):
                     raise facts
@@ -203,6 +208,7 @@ class Tasks:
             self._todo.extendleft(sorted(worker.held.values(), key=lambda task: -task.number))
             if again:
                 self._opening.add(worker.name)
+                self._lost.add(worker.name)
             self._changed.notify_all()
         worker.link.close()
         if again:
@@ -227,9 +233,26 @@ class Tasks:
                 back = name in self.workers
                 self._changed.notify_all()
             if back:
+                self._lost.discard(name)
                 self._told(f"node {name} is there again")
                 return
-            time.sleep(max(0.0, began + AGAIN - time.monotonic()))
+            self._ended(began + AGAIN - time.monotonic())
+
+    def _ended(self, seconds: float) -> bool:
+        """Whether this was closed, after so many seconds or at once."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closed, max(0.0, seconds))
+
+    def _look_out(self, said: set[str]) -> None:
+        """Use nodes that join, and those that were left out and can encode now. `said`: what was told of them."""
+        while not self._ended(LOOK_EVERY):
+            before = set(self.workers)
+            with suppress(Exception):  # a control plane that ends
+                for words in set(self._open(None)) - said:
+                    said.add(words)
+                    self._told(f"{words}; it is left out")
+            for name in sorted(set(self.workers) - before - self._lost):
+                self._told(f"node {name} encodes, too")
 
     def _ping(self) -> None:
         while not self._closed:

@@ -32,9 +32,9 @@ class Nodes:
         self.network = {}  # what is between here and a node
         self.tasks = tasks.Tasks(self.open, SECRET, self.said.append)
 
-    def open(self, names, **how):
+    def open(self, names, skip=(), **how):
         found = {}
-        for name in names or ("a", "b"):
+        for name in names or sorted({"a", "b"} - {*skip}):
             if name in self.gone:
                 found[name] = DeviceError("it is gone")
                 continue
@@ -147,6 +147,22 @@ def test_a_node_that_is_silent_is_lost(nodes, whole, tmp_path, monkeypatch):
     on_nodes(nodes, tmp_path / "out.gguf", after=5, do=stop)
     assert (tmp_path / "out.gguf").read_bytes() == whole[0]
     assert [words for words in nodes.said if words.startswith("node a: no answer")]
+
+
+def test_a_node_that_joins_later_is_used_from_then_on(nodes, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "LOOK_EVERY", 0.05)
+    nodes.gone = {"b"}
+
+    def join():
+        nodes.gone = set()
+        until = time.monotonic() + 300
+        while "node b encodes, too" not in nodes.said and time.monotonic() < until:
+            time.sleep(0.05)
+
+    report = on_nodes(nodes, tmp_path / "out.gguf", after=3, do=join)
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert nodes.said == ["node b: it is gone; it is left out", "node b encodes, too"]
+    assert min(report["nodes"].values()) > 0 and set(report["nodes"]) == {"a", "b"}
 
 
 def trickling(address, nbytes):
