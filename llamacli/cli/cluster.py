@@ -4,6 +4,7 @@ In: an action and an address. Out: lines, a table of nodes or JSON on stdout.
 """
 
 import json
+import time
 from enum import StrEnum
 from typing import Annotated
 
@@ -77,7 +78,11 @@ def cluster(
         node = processes.join(address, host)
         console.result(f"this machine is a node of {node.address} as {node.host}; `llamacli cluster stop` leaves it")
     elif action is Action.stop:
-        found = processes.stop()
+        until = time.monotonic() + processes.ENDING
+        with console.waiting(
+            lambda: f"waiting for Ray's processes to end; killed in {max(0, until - time.monotonic()):.0f} s ..."
+        ):
+            found = processes.stop()
         console.result(f"stopped {len(found)} node{'s' * (len(found) != 1)} of this machine")
     else:
         _status(address, model, as_json, console)

@@ -27,6 +27,7 @@ from llamacli.errors import DeviceError, OutputError, UsageError
 
 STARTED = "Ray runtime started"
 PATIENCE = 90.0  # seconds in which Ray must have started
+ENDING = 10.0  # seconds in which Ray's processes must have ended; those of a cluster that has died take long
 ROOM = 32_000_000  # bytes on the disk of Ray's files, below which it is not started
 STORE = 80_000_000  # bytes of Ray's own store of objects, its least: nothing large goes through it
 
@@ -89,12 +90,12 @@ def running() -> list[Running]:
 
 
 def stop() -> list[Running]:
-    """End the nodes that were started here; returns them."""
+    """End the nodes that were started here, within ENDING seconds; returns them."""
     found = running()
     for node in found:
         with suppress(ProcessLookupError):
             os.kill(node.pid, signal.SIGTERM)
-    until = time.monotonic() + 20
+    until = time.monotonic() + ENDING
     while running() and time.monotonic() < until:
         time.sleep(0.1)
     for node in running():
