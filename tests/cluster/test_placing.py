@@ -142,7 +142,7 @@ def test_more_contexts_are_planned_where_every_node_has_room_for_them():
     config, ctx = Config.from_gguf(gguf), 100_000
     found = []
     for memory in (300_000_000, 400_000_000, 8 << 30):
-        cluster = Facts(copy="/m/x.gguf", layers=[0, 4], memory=memory)
+        cluster = Facts(copies={"/m/x.gguf": [0, 4]}, memory=memory)
         cluster.nodes["a"]["memory"] = memory
         placing = Placing(cluster, gguf, config, ctx, 1, None, False, more_sessions=7)
         with pytest.raises(DeviceError):
