@@ -149,9 +149,9 @@ class Tokenizer:
 
     def _known_to_bpe(self) -> set[int]:
         """The added tokens that BPE needs besides: letters of bytes, and words that merges name."""
-        names = {self._texts[id] for id in self._added}
-        merged = {text for merge in self._pairs() for text in (*merge, "".join(merge))} & names if names else set()
-        return {self._ids[text] for text in merged | (names & _NEEDED)}
+        ids = [id for id in self._added if "\0" not in self._texts[id]]
+        merged = bpe.named("".join(self._texts[id] + "\0" for id in ids).encode(), self._merges) if ids else []
+        return {ids[k] for k in merged} | {id for id in ids if self._texts[id] in _NEEDED}
 
     def _pairs(self) -> list[tuple[str, ...]]:
         return [tuple(merge.split(" ")) for merge in self._merges.decode("utf-8", "replace").split("\0")[:-1]]

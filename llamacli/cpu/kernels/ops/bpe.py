@@ -6,10 +6,13 @@ a word that is a token is taken whole. Building takes a fifth of that library's 
 
 A vocabulary is three tables: the texts; `slots`, int64 [mask + 1], each some bits of a hash, where the text begins, and its id
 plus 1; `pairs`, int64 [pair_mask + 1, 2], left << 32 | right, plus 1, and what they become, rank << 32 | id. The last two are
-hashed, at most two thirds full. MOST_PROBES taken places in a row, which only texts made for it have, are an error: the time of
-every call grows with its input.
+hashed, at most two thirds full.
+
+A text's hash is a polynomial modulo a prime at a base that is drawn anew for each vocabulary (Carter and Wegman 1979): whoever
+writes a file does not know which texts will share places, and the time of every call grows with its input alone.
 """
 
+import secrets
 from typing import NamedTuple
 
 import numpy as np
@@ -18,44 +21,54 @@ from numpy import int64, uint8
 from llamacli.cpu.kernels.jit.intrinsics import Address, Count, Kernel, device_function, kernel, pointer
 
 LONGEST = 512  # letters of a word that `encode` takes; its time grows with their square
-MOST_PROBES = 1024
-_START, _PRIME = -3750763034362895579, 1099511628211  # of the hash FNV-1a, as int64
+_BITS = 31
+_PRIME = (1 << _BITS) - 1  # products of two hashes stay within int64
 _SPREAD = -7046029254386353131  # odd: its multiples fill the upper bits evenly (Knuth)
 _ID, _BEGIN, _TAG = 23, 28, 13  # bits of a slot, the lowest first
 _NOTHING = (1 << 63) - 1  # a pair that no merge names
-_FINE, _TAKEN, _UNFIT = range(3)  # results: too many places in a row are taken; a text is none of the vocabulary's
+_FINE, _UNFIT = range(2)  # results: a text is none of the vocabulary's
 
 
 @device_function
-def _place(hash, mask):
-    return ((hash * _SPREAD) >> 40) & mask  # these bits depend on all of a pair's
+def _place(seeds, key, mask):
+    key *= pointer(seeds, int64)[1]
+    key ^= (key >> 32) & 0xFFFFFFFF
+    return ((key * _SPREAD) >> 32) & mask
 
 
 @device_function
-def _hash(hash, at, end):
+def _longer(seeds, hash, letter):
+    """The hash of `hash`'s text and one byte more."""
+    hash = hash * pointer(seeds, int64)[0] + int64(letter)
+    hash = (hash & _PRIME) + (hash >> _BITS)
+    return hash - _PRIME if hash >= _PRIME else hash
+
+
+@device_function
+def _hash(seeds, hash, at, end):
     """The hash of `hash`'s text and of the bytes from address `at` to `end`."""
     text = pointer(at, uint8)
     for i in range(end - at):
-        hash = (hash ^ int64(text[i])) * _PRIME
+        hash = _longer(seeds, hash, text[i])
     return hash
 
 
 @device_function
 def _tag(hash):
-    return (hash >> (64 - _TAG)) & ((1 << _TAG) - 1)
+    return hash & ((1 << _TAG) - 1)
 
 
 @device_function
-def _find(texts, slots, mask, hash, at, middle, end):
+def _find(texts, slots, mask, seeds, hash, at, middle, end):
     """The id of the text between two addresses, without the byte at `middle` if that lies there; -1 if there is none."""
-    slot, place, tag, size = pointer(slots, int64), _place(hash, mask), _tag(hash), end - at
+    slot, place, tag, size = pointer(slots, int64), _place(seeds, hash, mask), _tag(hash), end - at
     if middle < end:
         size -= 1
     other = pointer(at, uint8)
-    for _ in range(MOST_PROBES + 1):
+    while True:
         found = slot[place]
         if found == 0:
-            break
+            return int64(-1)
         if (found >> (_ID + _BEGIN)) & ((1 << _TAG) - 1) == tag:
             own, same, skipped = pointer(texts + ((found >> _ID) & ((1 << _BEGIN) - 1)), uint8), True, int64(0)
             for i in range(size):
@@ -67,29 +80,40 @@ def _find(texts, slots, mask, hash, at, middle, end):
             if same and own[size] == 0:
                 return (found & ((1 << _ID) - 1)) - 1
         place = (place + 1) & mask
-    return int64(-1)
 
 
 @device_function
-def _pair_place(pairs, mask, key):
-    """Where a pair stands, or may be entered; -1 if too many places are taken."""
-    table, place = pointer(pairs, int64), _place(key, mask)
-    for _ in range(MOST_PROBES):
-        found = table[2 * place]
-        if found == 0 or found == key:
-            return place
+def _pair_place(pairs, mask, seeds, key):
+    """Where a pair stands, or may be entered."""
+    table, place = pointer(pairs, int64), _place(seeds, key, mask)
+    while table[2 * place] != 0 and table[2 * place] != key:
         place = (place + 1) & mask
-    return int64(-1)
+    return place
 
 
 @device_function
-def _merged(pairs, mask, left, right):
+def _merged(pairs, mask, seeds, left, right):
     """What two neighbours become, rank << 32 | id."""
     key = ((left << 32) | right) + 1
-    table, place = pointer(pairs, int64), _pair_place(pairs, mask, key)
-    if place < 0 or table[2 * place] == 0:
-        return int64(_NOTHING)
-    return table[2 * place + 1]
+    table, place = pointer(pairs, int64), _pair_place(pairs, mask, seeds, key)
+    return table[2 * place + 1] if table[2 * place] != 0 else int64(_NOTHING)
+
+
+@device_function
+def _named(texts, slots, mask, seeds, at):
+    """Of the merge at this address: the ids of its left and right side and of both together, or -1; and its end."""
+    begin, middle, spaces = at, at, int64(0)
+    while pointer(at, uint8)[0] != 0:
+        if pointer(at, uint8)[0] == 32:
+            middle, spaces = at, spaces + 1
+        at += 1
+    if spaces != 1:
+        return int64(-1), int64(-1), int64(-1), at
+    hash = _hash(seeds, int64(0), begin, middle)
+    left = _find(texts, slots, mask, seeds, hash, begin, middle, middle)
+    right = _find(texts, slots, mask, seeds, _hash(seeds, int64(0), middle + 1, at), middle + 1, at, at)
+    whole = _find(texts, slots, mask, seeds, _hash(seeds, hash, middle + 1, at), begin, middle, at)
+    return left, right, whole, at
 
 
 class _IndexArguments(NamedTuple):
@@ -97,27 +121,23 @@ class _IndexArguments(NamedTuple):
     texts: Address
     slots: Address
     mask: Count
+    seeds: Address  # int64 [2]: the base of the polynomial; an odd factor
     result: Address
 
 
 @kernel(_IndexArguments)
 def _index(a, thread, threads):
-    """Enter the texts that are not empty; result = (a result, the id where it ended)."""
-    n, mask, result = a.n, a.mask, pointer(a.result, int64)
+    """Enter the texts that are not empty."""
     byte, slots, at = pointer(a.texts, uint8), pointer(a.slots, int64), int64(0)
-    for id in range(n):
-        begin, hash = at, int64(_START)
+    for id in range(a.n):
+        begin, hash = at, int64(0)
         while byte[at] != 0:
-            hash = (hash ^ int64(byte[at])) * _PRIME
+            hash = _longer(a.seeds, hash, byte[at])
             at += 1
         if at > begin:
-            place, probes = _place(hash, mask), int64(0)
+            place = _place(a.seeds, hash, a.mask)
             while slots[place] != 0:
-                place = (place + 1) & mask
-                probes += 1
-                if probes == MOST_PROBES:
-                    result[0], result[1] = _TAKEN, id
-                    return
+                place = (place + 1) & a.mask
             slots[place] = (_tag(hash) << (_ID + _BEGIN)) | (begin << _ID) | (id + 1)
         at += 1
 
@@ -128,6 +148,7 @@ class _RankArguments(NamedTuple):
     texts: Address
     slots: Address
     mask: Count
+    seeds: Address
     pairs: Address
     pair_mask: Count
     result: Address
@@ -136,31 +157,42 @@ class _RankArguments(NamedTuple):
 @kernel(_RankArguments)
 def _rank(a, thread, threads):
     """Enter the merges in order, of equal ones the last; result = (a result, the merge where it ended)."""
-    n, texts, slots, mask, result = a.n, a.texts, a.slots, a.mask, pointer(a.result, int64)
-    pairs, pair_mask, table, at = a.pairs, a.pair_mask, pointer(a.pairs, int64), a.merges
-    for rank in range(n):
-        begin, middle, spaces = at, at, int64(0)
-        while True:
-            letter = pointer(at, uint8)[0]
-            if letter == 0:
-                break
-            if letter == 32:
-                middle, spaces = at, spaces + 1
-            at += 1
-        left_hash = _hash(int64(_START), begin, middle)
-        left = _find(texts, slots, mask, left_hash, begin, middle, middle)
-        right = _find(texts, slots, mask, _hash(int64(_START), middle + 1, at), middle + 1, at, at)
-        whole = _find(texts, slots, mask, _hash(left_hash, middle + 1, at), begin, middle, at)
+    result, table, at = pointer(a.result, int64), pointer(a.pairs, int64), a.merges
+    for rank in range(a.n):
+        left, right, whole, at = _named(a.texts, a.slots, a.mask, a.seeds, at)
         result[1] = rank
-        if spaces != 1 or left < 0 or right < 0 or whole < 0:
+        if left < 0 or right < 0 or whole < 0:
             result[0] = _UNFIT
             return
         key = ((left << 32) | right) + 1
-        place = _pair_place(pairs, pair_mask, key)
-        if place < 0:
-            result[0] = _TAKEN
-            return
+        place = _pair_place(a.pairs, a.pair_mask, a.seeds, key)
         table[2 * place], table[2 * place + 1] = key, (rank << 32) | whole
+        at += 1
+
+
+class _MarkArguments(NamedTuple):
+    n: Count
+    merges: Address
+    texts: Address
+    slots: Address
+    mask: Count
+    seeds: Address
+    marks: Address  # uint8, one for each text
+    result: Address
+
+
+@kernel(_MarkArguments)
+def _mark(a, thread, threads):
+    """marks = 1 for each text that a merge names."""
+    marks, at = pointer(a.marks, uint8), a.merges
+    for _ in range(a.n):
+        left, right, whole, at = _named(a.texts, a.slots, a.mask, a.seeds, at)
+        if left >= 0:
+            marks[left] = 1
+        if right >= 0:
+            marks[right] = 1
+        if whole >= 0:
+            marks[whole] = 1
         at += 1
 
 
@@ -170,6 +202,7 @@ class _EncodeArguments(NamedTuple):
     texts: Address
     slots: Address
     mask: Count
+    seeds: Address
     pairs: Address
     pair_mask: Count
     scratch: Address  # int64 [2, LONGEST]
@@ -180,14 +213,14 @@ class _EncodeArguments(NamedTuple):
 @kernel(_EncodeArguments)
 def _encode(a, thread, threads):
     """ids = those of all words; result = (a result, their number)."""
-    n, texts, slots, mask, pairs, pair_mask = a.n, a.texts, a.slots, a.mask, a.pairs, a.pair_mask
+    texts, slots, mask, seeds, pairs, pair_mask = a.texts, a.slots, a.mask, a.seeds, a.pairs, a.pair_mask
     ids, result, at, count = pointer(a.ids, int64), pointer(a.result, int64), a.words, int64(0)
     part, pair = pointer(a.scratch, int64), pointer(a.scratch + 8 * LONGEST, int64)
-    for _ in range(n):
+    for _ in range(a.n):
         begin, size = at, int64(0)
         while pointer(at, uint8)[0] != 0:
             at += 1
-        whole = _find(texts, slots, mask, _hash(int64(_START), begin, at), begin, at, at)
+        whole = _find(texts, slots, mask, seeds, _hash(seeds, int64(0), begin, at), begin, at, at)
         if whole >= 0:
             ids[count] = whole
             count += 1
@@ -198,7 +231,7 @@ def _encode(a, thread, threads):
             end = letter + 1
             while end < at and (pointer(end, uint8)[0] & 0xC0) == 0x80:
                 end += 1
-            id = _find(texts, slots, mask, _hash(int64(_START), letter, end), letter, end, end)
+            id = _find(texts, slots, mask, seeds, _hash(seeds, int64(0), letter, end), letter, end, end)
             if id < 0 or size == LONGEST:
                 result[0] = _UNFIT
                 return
@@ -206,7 +239,7 @@ def _encode(a, thread, threads):
             size += 1
             letter = end
         for i in range(size - 1):
-            pair[i] = _merged(pairs, pair_mask, part[i], part[i + 1])
+            pair[i] = _merged(pairs, pair_mask, seeds, part[i], part[i + 1])
         while True:
             best, where = int64(_NOTHING), int64(0)
             for i in range(size - 1):
@@ -220,9 +253,9 @@ def _encode(a, thread, threads):
                 part[i] = part[i + 1]
                 pair[i] = pair[i + 1]
             if where > 0:
-                pair[where - 1] = _merged(pairs, pair_mask, part[where - 1], part[where])
+                pair[where - 1] = _merged(pairs, pair_mask, seeds, part[where - 1], part[where])
             if where < size - 1:
-                pair[where] = _merged(pairs, pair_mask, part[where], part[where + 1])
+                pair[where] = _merged(pairs, pair_mask, seeds, part[where], part[where + 1])
         for i in range(size):
             ids[count] = part[i]
             count += 1
@@ -239,14 +272,10 @@ class Merges:
 
         ValueError if they do not fit together.
         """
-        n, n_merges = texts.count(0), merges.count(0)
-        if n >= 1 << (_ID - 1) or len(texts) >= 1 << _BEGIN:
-            raise ValueError(f"{n} tokens of {len(texts)} bytes are too many")
-        self._texts = np.frombuffer(texts, np.uint8)
-        self._slots, self._pairs = np.zeros(_room(n), np.int64), np.zeros((_room(n_merges), 2), np.int64)
-        vocabulary = self._texts.ctypes.data, self._slots.ctypes.data, len(self._slots) - 1
-        self._tables = *vocabulary, self._pairs.ctypes.data, len(self._pairs) - 1
-        _run(_index, n, *vocabulary)
+        n_merges = merges.count(0)
+        self._texts, self._slots, self._seeds = _indexed(texts)
+        self._pairs = np.zeros((_room(n_merges), 2), np.int64)
+        self._tables = *_addresses(self._texts, self._slots, self._seeds), self._pairs.ctypes.data, len(self._pairs) - 1
         kept = np.frombuffer(merges, np.uint8)
         try:
             _run(_rank, n_merges, kept.ctypes.data, *self._tables)
@@ -262,6 +291,30 @@ class Merges:
         ids, scratch = np.empty(len(text), np.int64), np.empty((2, LONGEST), np.int64)
         count = _run(_encode, len(words), text.ctypes.data, *self._tables, scratch.ctypes.data, ids.ctypes.data)
         return ids[:count].tolist()
+
+
+def named(texts: bytes, merges: bytes) -> list[int]:
+    """The numbers of the `texts` that a merge names: a side of it, or both together. In: as for Merges; each text once."""
+    tables, marks = _indexed(texts), np.zeros(texts.count(0), np.uint8)
+    kept = np.frombuffer(merges, np.uint8)
+    _run(_mark, merges.count(0), kept.ctypes.data, *_addresses(*tables), marks.ctypes.data)
+    return np.flatnonzero(marks).tolist()
+
+
+def _indexed(texts: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The texts, their slots, and the seeds of these."""
+    n = texts.count(0)
+    if n >= 1 << (_ID - 1) or len(texts) >= 1 << _BEGIN:
+        raise ValueError(f"{n} tokens of {len(texts)} bytes are too many")
+    found = np.frombuffer(texts, np.uint8), np.zeros(_room(n), np.int64), np.frombuffer(secrets.token_bytes(16), np.int64) | 1
+    found[2][0] = 256 + secrets.randbelow(_PRIME - 256)
+    _run(_index, n, *_addresses(*found))
+    return found
+
+
+def _addresses(texts: np.ndarray, slots: np.ndarray, seeds: np.ndarray) -> tuple[int, int, int, int]:
+    """As drivers take them."""
+    return texts.ctypes.data, slots.ctypes.data, len(slots) - 1, seeds.ctypes.data
 
 
 def _room(n: int) -> int:
@@ -282,8 +335,6 @@ def _run(driver: Kernel, *arguments: int) -> int:
     packed = driver.pack(driver.arguments(*arguments, result.ctypes.data))
     driver(packed.ctypes.data, 0, 1)
     code, at = result.tolist()
-    if code == _TAKEN:
-        raise ValueError("they share too many hashes")
     if code == _UNFIT:
         raise _UnfitError(at)
     return at
