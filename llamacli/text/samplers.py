@@ -11,6 +11,7 @@ import numpy as np
 from llamacli.cpu.kernels.ops.selection import fewest, select
 
 _LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
+_BLOCK = 64  # values of which the best is looked at first
 _LONGEST_MATCH = 400  # tokens of a repetition, beyond which DRY's penalty no longer grows
 _MOST_PENALTY = 1e30  # so that no logit becomes infinite
 
@@ -171,7 +172,7 @@ def top_k(k: int) -> Step:
 
     def step(c: Candidates) -> None:
         if k < len(c.logits):
-            c.keep(np.sort(np.argpartition(c.logits, len(c.logits) - k)[len(c.logits) - k :]))
+            c.keep(largest(c.logits, k))
 
     return step
 
@@ -228,3 +229,19 @@ def xtc(threshold: float) -> Step:
             c.keep(stay)
 
     return step
+
+
+def largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Where the `k` largest of `values` are, in ascending order; of equal ones the first. 1 <= k <= len(values).
+
+    The values are cut into blocks. At least k reach the k-th largest of the blocks' best ones, and as a rule few more.
+    """
+    blocks, at = len(values) // _BLOCK, None
+    if k < blocks:
+        best = values[: blocks * _BLOCK].reshape(_BLOCK, blocks).max(axis=0)  # values far apart: whole rows are compared
+        at = np.flatnonzero(values >= np.partition(best, blocks - k)[blocks - k])
+        values = values[at]
+    least = np.partition(values, len(values) - k)[len(values) - k]
+    stay = values > least
+    stay[np.flatnonzero(values == least)[: k - np.count_nonzero(stay)]] = True
+    return np.flatnonzero(stay) if at is None else at[stay]

@@ -166,6 +166,18 @@ def test_any_chain_in_any_order_is_the_plain_chain(seed, names, order, history):
     assert sum(p for id, p in found.items() if id not in likely) < 1e-6
 
 
+@pytest.mark.parametrize("n", [2, 63, 64, 1000, 30_000])
+@pytest.mark.parametrize("k", [1, 2, 40, 500])
+def test_top_k_keeps_the_largest_and_of_equal_ones_the_first(n, k):
+    random = np.random.default_rng(n + k)
+    for logits in (random.normal(0, 3, n), random.integers(0, 5, n), np.zeros(n), np.linspace(0, 1, n)):
+        logits = logits.astype(np.float32)
+        logits[1::3] = -np.inf
+        expected = np.sort(np.lexsort((np.arange(n), -logits))[:k])
+        found = Sampler(**OFF | {"top_k": k}, samplers=("top_k",)).candidates(logits).ids
+        assert np.array_equal(found, expected[np.isfinite(logits[expected])])
+
+
 @pytest.mark.parametrize("spread", [0.01, 1.0, 3.0, 20.0])
 @pytest.mark.parametrize("names", [{}, {"top_p"}, {"min_p"}, {"top_p", "min_p"}, {"top_k", "top_p"}, {"penalties", "top_p"}])
 def test_the_usual_chains_draw_what_their_candidates_say(names, spread):
