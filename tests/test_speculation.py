@@ -1,5 +1,7 @@
 """Guesses change the time an answer takes, never its text: over a fake engine, and over the real one to the byte."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -160,11 +162,12 @@ def test_tokens_together_have_the_bits_of_each_alone(kind, shape, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"temp": 0.0}, {"temp": 0.8, "seed": 3}, {"temp": 0.5, "seed": 1, "repeat_penalty": 1.1}])
-def test_sampled_text_is_the_same(settings, tmp_path):
-    """A model of few words, which says the same again and again, over several chunk edges."""
+@pytest.mark.parametrize("kv_type", ["F16", "Q4_0"])
+def test_sampled_text_is_the_same(settings, kv_type, tmp_path):
+    """A model of few words, which says the same again and again, over several edges of chunks and of segments."""
     sizes = {"n_embd": 256, "head_dim": 64, "n_ff": 256, "n_ff_exp": 256, "chunk": 32}
     gguf = open_gguf(tiny.tiny_gguf(tmp_path / "m.gguf", types=lambda name: "Q4_0", **sizes))
-    model = Engine(gguf, Config.from_gguf(gguf), 2)
+    model = Engine(gguf, replace(Config.from_gguf(gguf), kv_type=kv_type), 2)
     found, accepted = [], 0
     for speculate in (False, True):
         s = Session(model, FakeTokenizer(), 300)

@@ -203,6 +203,12 @@ class TestSegments:
         parts = [IDS[a:b] for a, b in pairwise(edges)]
         self.near(np.concatenate([in_segments.forward(part, cache, all_logits=True) for part in parts]), whole)
 
+    @pytest.mark.parametrize("cuts", [(70, 190), (97, 193), (34, 131, 226)])
+    def test_nor_do_bits_depend_on_it_where_batches_are_long(self, in_segments, whole, cuts):
+        cache, edges = in_segments.new_cache(300), [0, *cuts, 300]
+        parts = [in_segments.forward(IDS[a:b], cache, all_logits=True) for a, b in pairwise(edges)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
     @pytest.mark.parametrize(("pos", "reached"), [(229, 229), (192, 192), (191, 160), (130, 128), (96, 96), (33, 32), (5, 0)])
     def test_going_back_ends_at_the_start_of_a_segment_or_in_the_newest_two(self, in_segments, whole, pos, reached):
         cache = in_segments.new_cache(300)
