@@ -214,7 +214,9 @@ class TestSegments:
         cache = in_segments.new_cache(300)
         in_segments.forward(IDS[:230], cache)
         assert cache.truncate(pos) == reached
-        self.near(in_segments.forward(IDS[reached:230], cache, all_logits=True), whole[reached:230])
+        parts = IDS[reached : reached + 3], IDS[reached + 3 : 230]  # it goes on in the middle of the segment
+        found = [in_segments.forward(part, cache, all_logits=True) for part in parts if len(part)]
+        self.near(np.concatenate(found), whole[reached:230])
 
     def test_going_back_twice_finds_nothing_that_was_written_over(self, in_segments, whole):
         cache = in_segments.new_cache(300)
