@@ -117,3 +117,30 @@ def test_several_sequences_keep_all_nodes_busy(far, middling, delay):
     far.network.set(delay=delay)
     print(f"\n{len(far.spaces)} nodes, {1000 * delay:g} ms one way")
     assert far.python(SEVERAL, str(len(far.spaces)), FILE=str(middling)) == "same"
+
+
+SLOW = """
+import os, time
+import numpy as np
+from llamacli import Model
+told = []
+one = Model.load(os.environ["FILE"], threads=1, ctx=4096)
+model = Model.load(os.environ["FILE"], threads=1, ctx=4096, cluster=os.environ["ADDRESS"], told=told.append,
+                   cluster_layers={2: [2, 2], 3: [1, 1, 2]}[int(os.environ["NODES"])])
+ids = np.random.default_rng(0).integers(0, 200, 2000).tolist()
+began = time.monotonic()
+same = np.array_equal(model.engine.forward(ids, model.engine.new_cache(4096), all_logits=True),
+                      one.engine.forward(ids, one.engine.new_cache(4096), all_logits=True))
+nbytes = 4 * len(ids) * model.config.n_embd
+print(f"{len(ids)} tokens, {nbytes / 1e6:.1f} MB a hand-over: {time.monotonic() - began:.1f} s; told: {told}", flush=True)
+model.close()
+print("same" if same and not told else "another")
+"""
+
+
+def test_a_hand_over_that_takes_longer_than_the_patience_with_a_silent_node_loses_none(far):
+    far.network.set(delay=0.005, bandwidth=125_000)  # 1 Mbit/s
+    try:
+        assert far.python(SLOW, NODES=str(len(far.spaces))) == "same"
+    finally:
+        far.network.set()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from terminal import Terminal
 
 from llamacli.files.gguf import open_gguf
 from quantize.convert import convert
@@ -327,6 +329,26 @@ def test_a_node_that_has_some_layers_only_runs_these(two):
         shutil.copy(TINY, whole)
     assert (both.returncode, both.stderr) == (0, "")
     assert both.stdout == two.llamacli("run", "-m", str(TINY), *QUESTION).stdout
+
+
+@pytest.mark.slow
+def test_stop_says_what_it_waits_for_and_kills_what_does_not_end(tmp_path):
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(999)"
+    words = [sys.executable, "-c", stubborn, "llamacli.cluster.launch"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    record = tmp_path / "llamacli" / "cluster" / f"{process.pid}.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"pid": process.pid, "address": "127.0.0.1:1", "host": "127.0.0.1", "head": False}))
+    terminal = Terminal([sys.executable, "-m", "llamacli", "cluster", "stop"], columns=120, XDG_STATE_HOME=str(tmp_path))
+    try:
+        terminal.wait("waiting for Ray's processes to end; killed in")
+        terminal.wait("stopped 1 node of this machine")
+        assert terminal.ends() == 0
+        assert process.wait(60) == -signal.SIGKILL
+    finally:
+        terminal.close()
+        process.kill()
 
 
 @pytest.mark.slow

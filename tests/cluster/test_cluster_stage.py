@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamacli import Model
 from llamacli.cluster.node import Node
 from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
@@ -18,7 +19,7 @@ from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.kernels.ops import matmul
 from llamacli.cpu.stage import cpu_part
 from llamacli.engine import Engine
-from llamacli.errors import DeviceError
+from llamacli.errors import DeviceError, UsageError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.session import Session
@@ -400,6 +401,24 @@ def test_a_loss_is_forgotten_and_a_node_that_is_there_again_gets_layers_when_a_p
     assert nodes.losses == {}
     assert any(words.startswith("node n2 is there again") for words in nodes.said)
     assert nodes.same([7])
+
+
+def test_where_layers_are_divided_anew_a_copy_is_made_again_from_what_its_original_evaluated(nodes):
+    assert nodes.same(IDS[:50]) and all(nodes.same([id]) for id in IDS[:9])
+    copies = nodes.new_caches()
+    for cache, copy in zip(nodes.caches, copies, strict=True):
+        cache.copy_to(copy)
+        copy.truncate(40)
+    nodes.engine.stages[0]._returned = ("n2",)
+    nodes.cuts = (1, 2)
+    assert nodes.same(IDS[:20], copies) and len(nodes.engine.stages[0].places) == 3
+    assert nodes.same([7], copies) and nodes.same(IDS[:20])
+
+
+def test_snapshots_are_refused_because_what_they_hold_could_not_be_made_again(nodes):
+    model = Model(nodes.gguf, nodes.config, Tokenizer.from_gguf(nodes.gguf), nodes.engine, 512, 0)
+    with pytest.raises(UsageError, match="--cache: expected a model on this machine alone, found a cluster"):
+        model.snapshots()
 
 
 @pytest.fixture
