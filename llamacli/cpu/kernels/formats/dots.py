@@ -8,8 +8,12 @@ take int64 addresses and sizes.
 
 Each row takes two loops. The first computes the factor of every group (weight scale times activation scale) and adds up the
 minimums. The second only multiplies codes. In one loop the scales' long chain of small steps fills the core's window and the
-products wait for it: on Zen 4 a single loop, in registers of 64 bytes, reached 20 GB/s where this one reads 33. For the same
+products wait for it: on Zen 4 a single loop, in registers of 64 bytes, reached 20 GB/s where two read 33. For the same
 reason registers have 32 bytes where the CPU has wider ones too.
+
+Q4_K, Q5_K and Q6_K are prefetched twice: far ahead into the second-level cache, which can wait for more lines of memory at a
+time than the first level, and from there, nearly a chunk ahead, into the first. Blocks of 32 have scales in every line, which
+the first loop reads anyway. docs/performance-kernels.md has the measurements.
 """
 
 from llvmlite import ir
@@ -19,8 +23,11 @@ from llamacli.cpu.kernels.formats import several, tiles
 from llamacli.cpu.kernels.formats.layout import ACT_BYTES, QUANTIZED
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i32, i64, vec
 
+CHUNK = 16  # at most so many superblocks in each of the two loops
 AHEAD = 4096  # bytes that are prefetched ahead
-CHUNK = 16  # superblocks in each of the two loops: fewer bytes than AHEAD, so that the first loop reads what is prefetched
+TWICE = 144  # bytes of a superblock from which on it is prefetched twice; below, instructions count more
+FAR = 6144  # bytes ahead of the products that are prefetched into the second-level cache
+LEFT = 704  # bytes of the next chunk that are not prefetched into the first level
 SYMBOLS = ("dequantize", "matvec", "matvecs", "prepare", "pack", "tile", "pack_short", "tile_short")
 
 
@@ -79,11 +86,16 @@ def _matvec(module, target, fmt):
     s = Simd(module, target, "matvec", 8)
     w0, row_bytes, n_rows, n_cols, x, out, acc, reordered = s.args
     supers = s.b.lshr(n_cols, i64(8))
+    chunks = s.b.lshr(s.add(supers, CHUNK - 1), i64(CHUNK.bit_length() - 1))
+    chunks = s.b.select(s.b.icmp_signed(">", chunks, i64(0)), chunks, i64(1))
+    in_chunk = s.b.udiv(s.add(supers, s.add(chunks, -1)), chunks)
+    near = s.add(s.mul(in_chunk, formats.span(fmt)), -LEFT)
+    near = s.b.select(s.b.icmp_signed(">", near, i64(0)), near, i64(0))
     keep = s.b.icmp_signed("!=", acc, i64(0))
 
     def row(r, _):
         start, at = s.add(w0, s.mul(row_bytes, r)), s.add(out, s.mul(r, 4))
-        value = formats.totals(s, [_row(s, fmt, start, supers, reordered)])
+        value = formats.totals(s, [_row(s, fmt, start, supers, (chunks, in_chunk), near, reordered)])
         if fmt.block == 32:
             (value,) = formats.odd_blocks(s, fmt, [start], supers, n_cols, x, [value])
         s.store(s.b.fadd(value, s.b.select(keep, s.load(f32, at), f32(0.0))), at)
@@ -94,9 +106,14 @@ def _matvec(module, target, fmt):
     s.done()
 
 
-def _row(s, fmt, start, supers, reordered):
-    """The product of the row at `start` with the activations `reordered`, as 8 sums that are still to be added."""
+def _row(s, fmt, start, supers, pieces, near, reordered):
+    """The product of the row at `start` with the activations `reordered`, as 8 sums that are still to be added.
+
+    `pieces`: the number of chunks, and superblocks of each but the last. What is `near` bytes ahead is prefetched into the
+    first-level cache.
+    """
     parts, span, size = formats.lanes(s, fmt), formats.span(fmt), reordered_bytes(fmt)
+    chunks, in_chunk = pieces
     scale_at, sum_at, factor_at = (256 + 4 * k * (256 // fmt.group) for k in range(3))
     is_signed, eight = hasattr(fmt, "signed"), vec(f32, 8)
 
@@ -111,7 +128,11 @@ def _row(s, fmt, start, supers, reordered):
 
     def products(k, sums):
         w, x = s.add(start, s.mul(k, span)), s.add(reordered, s.mul(k, size))
-        s.prefetch(w, AHEAD, span)
+        if fmt.block == 256 and span >= TWICE:
+            s.prefetch(w, FAR, span, level=2)
+            s.prefetch(w, near, span)
+        else:
+            s.prefetch(w, AHEAD, span)
         given = [s.load(vec(i8, s.width), x, place) for place in range(0, 256, s.width)]
         for p, dots in enumerate(formats.by_group(s, fmt, formats.codes(s, fmt, w), given, fmt.largest, is_signed)):
             if fmt.offset:
@@ -120,12 +141,11 @@ def _row(s, fmt, start, supers, reordered):
         return sums
 
     def chunk(c, both):
-        first = s.mul(c, CHUNK)
-        last = s.add(first, CHUNK)
+        first = s.mul(c, in_chunk)
+        last = s.add(first, in_chunk)
         last = s.b.select(s.b.icmp_signed("<", last, supers), last, supers)
         return [*s.loop(last, both[1:], factors, first), *s.loop(last, both[:1], products, first)][::-1]
 
-    chunks = s.b.lshr(s.add(supers, CHUNK - 1), i64(CHUNK.bit_length() - 1))
     both = s.loop(chunks, [s.zeros(f32, 8)] * (2 if fmt.offset is None else 1), chunk)
     return s.b.fadd(*both) if fmt.offset is None else both[0]
 

@@ -13,6 +13,7 @@ An activation row is a sequence of superblocks of ACT_BYTES: 256 int8, then 8 sc
 16, float32.
 """
 
+from functools import reduce
 from types import SimpleNamespace
 
 from llamacli.cpu.kernels.formats import iq4_nl, iq4_xs, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0
@@ -67,8 +68,13 @@ def by_group(s, fmt, us, xs, largest, is_signed):
     shared = {}  # registers of the same groups
     for at, u, x in zip(registers(s, fmt), us, xs, strict=True):
         shared.setdefault(at, []).append((u, x))
-    dots = [s.products(*zip(*both, strict=True), largest, is_signed) for both in shared.values()]
-    fours = [s.add_pairs(s.add_pairs(*dots[k : k + 2]), s.add_pairs(*dots[k + 2 : k + 4])) for k in range(0, len(dots), 4)]
+    used, doublings = max(len(both) for both in shared.values()), 0  # how often sums in 16 bits can still double
+    if s.target.dot == "maddubs" and not is_signed and s.fits(largest) >= 2 * used:
+        dots = [reduce(s.b.add, (s.pairs(u, x) for u, x in both)) for both in shared.values()]
+        doublings = min(2, (s.fits(largest) // used).bit_length() - 1)
+    else:
+        dots = [s.products(*zip(*both, strict=True), largest, is_signed) for both in shared.values()]
+    fours = [s.sums_of_fours(dots[k : k + 4], doublings) for k in range(0, len(dots), 4)]
     if len(fours) == 2 and fmt.group == 32:  # a group filled a register: its first and its last weights are still apart
         fours = [s.b.add(*(s.shuffle(fours[0], [k + j for k in (0, 8) for j in range(h, h + 4)], fours[1]) for h in (0, 4)))]
     return fours
@@ -76,13 +82,9 @@ def by_group(s, fmt, us, xs, largest, is_signed):
 
 def totals(s, values):
     """The sums of 1, 2 or 4 vectors of 8 floats, each in the same order; a float, or a vector of them."""
-    if len(values) == 4:
-        pairs = s.add_pairs(s.add_pairs(*values[:2]), s.add_pairs(*values[2:]))
-    else:
-        pairs = s.add_pairs(values[0], values[-1])
-        pairs = s.add_pairs(pairs, pairs)
+    fours = s.sums_of_fours((values * 4)[:4])
     n = len(values)
-    total = s.b.fadd(s.shuffle(pairs, list(range(n))), s.shuffle(pairs, list(range(4, 4 + n))))
+    total = s.b.fadd(s.shuffle(fours, list(range(n))), s.shuffle(fours, list(range(4, 4 + n))))
     return total if n > 1 else s.b.extract_element(total, i32(0))
 
 

@@ -311,12 +311,33 @@ class Simd:
             total = wide if total is None else self.b.add(total, wide)
         return total
 
-    def add_pairs(self, a, b):
-        """Sums of neighbours, in each 4 lanes those of a before those of b."""
-        n = a.type.count
-        low, high = ([q + k + t for q in range(0, n, 4) for k in (0, n) for t in (odd, odd + 2)] for odd in (0, 1))
-        add = self.b.fadd if a.type.element == f32 else self.b.add
-        return add(self.shuffle(a, low, b), self.shuffle(a, high, b))
+    def sums_of_fours(self, four, doublings=0):
+        """In each 4 lanes of 32 bits the sum of these lanes of the first of `four` vectors, then those of the others.
+
+        int16 lanes are added as pairs and widened to int32: at once, or after the sums have doubled one or two times.
+        """
+        n = four[0].type.count // (2 if four[0].type.element == i16 else 1)
+        if self.target.neon:  # adds neighbours in one instruction
+            rounds = [((0, 2, n, n + 2), (1, 3, n + 1, n + 3))] * 2
+        else:  # other than neighbours, of which LLVM makes `hadd`: three steps on x86, and slow ones on AMD's cores
+            rounds = [((0, n, 1, n + 1), (2, n + 2, 3, n + 3)), ((0, 1, n, n + 1), (2, 3, n + 2, n + 3))]
+        for k, picks in enumerate(rounds):
+            if k == doublings:
+                four = [self._widened(v) for v in four]
+            four = [self._add_lanes(a, b, picks) for a, b in zip(four[::2], four[1::2], strict=True)]
+        return self._widened(four[0])
+
+    def _add_lanes(self, a, b, picks):
+        """The sum of two choices of 32-bit lanes of a and b; in each 4 lanes the same."""
+        element = a.type.element
+        add, word = (self.b.fadd, f32) if element == f32 else (self.b.add, i32)
+        a, b = self.bits(a, word), self.bits(b, word)
+        lanes = [[q + k for q in range(0, a.type.count, 4) for k in pick] for pick in picks]
+        return add(*(self.bits(self.shuffle(a, at, b), element) for at in lanes))
+
+    def _widened(self, v):
+        """Pairs of int16 added to int32; other vectors as they are."""
+        return self.widen_pairs(v, self.fill(i16, v.type.count, 1)) if v.type.element == i16 else v
 
     @staticmethod
     def fits(largest):
