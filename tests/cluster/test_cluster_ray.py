@@ -55,10 +55,9 @@ class Two:
             shutil.copy(TINY, folder)
         return folder
 
-    def llamacli(self, *args: str, **more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "llamacli", *args], env=self.env | more, capture_output=True, text=True, timeout=120
-        )
+    def llamacli(self, *args: str, folder: Path = ROOT, **more: str) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", "llamacli", *args]
+        return subprocess.run(words, env=self.env | more, capture_output=True, text=True, timeout=120, cwd=folder)
 
     def python(self, code: str, **more: str) -> dict:
         """What a program prints, which finds the address and the file in `ADDRESS` and `FILE`."""
@@ -84,9 +83,11 @@ def two(tmp_path_factory):
         assert "stopped 2 nodes" in cluster.llamacli("cluster", "stop").stdout
 
 
-def test_run_gives_the_text_of_one_process(two):
+def test_run_gives_the_text_of_one_process_and_nodes_import_nothing_from_the_folder_in_which_it_is_typed(two, tmp_path):
+    (tmp_path / "quantize.py").write_text("raise RuntimeError('of another project')\n")
     one = two.llamacli("run", "-m", str(TINY), *QUESTION)
-    both = two.llamacli("run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2", *QUESTION)
+    words = ("run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2")
+    both = two.llamacli(*words, *QUESTION, folder=tmp_path, PYTHONSAFEPATH="1")
     assert both.returncode == 0, both.stderr
     assert both.stdout == one.stdout
     assert both.stderr == ""
@@ -237,7 +238,7 @@ from quantize.pieces import PieceEncoder
 opening, true = threading.Event(), control._reached
 def reached(node):
     opening.set()
-    time.sleep(1.5)
+    time.sleep(0.5)
     return true(node)
 with control.encoders(os.environ["ADDRESS"], 1, lambda words: None) as nodes:
     source = open_source(Path(os.environ["SOURCE"]))
@@ -275,15 +276,6 @@ def holders(two):
     for _ in range(9):  # children of these, and theirs
         own |= {pid for pid, parent, _ in rows if parent in own}
     return [words for pid, _, words in rows if pid in own and words.startswith("ray::Host")]
-
-
-def test_nodes_import_nothing_from_the_folder_in_which_a_command_is_typed(two, tmp_path):
-    (tmp_path / "quantize.py").write_text("raise RuntimeError('of another project')\n")
-    words = [sys.executable, "-m", "llamacli", "run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2"]
-    done = subprocess.run(
-        [*words, *QUESTION], cwd=tmp_path, env=two.env | {"PYTHONSAFEPATH": "1"}, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.slow
