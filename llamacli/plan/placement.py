@@ -37,7 +37,7 @@ LONG_CTX, LONG_BATCH = (
 AROUND = 64 << 10  # bytes that a page fault maps around the touched one, if they are in the page cache
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 LAYER_SECONDS = 30e-6  # a token's least time in a layer: its steps, their barriers, Python around them; measured
-REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.45  # shares of the limits (bench/limits.py) that decode and prefill reach
+REACHED_READING, REACHED_MULTIPLYING = 0.84, 0.54  # shares of the limits (bench/limits.py) that decode and prefill reach
 COUNTED = (Role.EXPERTS, Role.SHARED, Role.ATTENTION, Role.DENSE, Role.EMBEDDING, Role.OUTPUT)
 OTHERS = "norms and routers"  # every other tensor
 
