@@ -223,12 +223,13 @@ class CpuStage:
         """Logits of the rows x[first:] of the stream, float32 [len(x) - first, n_vocab]."""
         self._reserve(len(x))
         self._place(x)
-        found = np.empty((len(x) - first, self._config.n_vocab), np.float32)
-        for start in range(first, len(x), LOGITS_BATCH):
-            n = min(LOGITS_BATCH, len(x) - start)
-            self._set_rows(len(x), start, n)
+        total = len(x) - first
+        found, parts = np.empty((total, self._config.n_vocab), np.float32), -(-total // LOGITS_BATCH)
+        for part in range(parts):  # equal ones: kernels for few rows add in another order
+            start, end = total * part // parts, total * (part + 1) // parts
+            self._set_rows(len(x), first + start, end - start)
             self._run(self._head, len(self._recorded.program))
-            found[start - first : start - first + n] = self._buffers["logits"][:n]
+            found[start:end] = self._buffers["logits"][: end - start]
         self._check()
         return found
 

@@ -5,6 +5,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -12,6 +13,7 @@ import pytest
 import tiny
 
 from llamacli.cpu.kernels.runtime.pool import Pool
+from llamacli.cpu.stage import cpu_part
 from llamacli.device import Run, Tokens
 from llamacli.engine import Engine
 from llamacli.errors import PromptError, UsageError
@@ -48,6 +50,17 @@ def test_any_number_of_stages_gives_the_same_bytes(shape, cuts, slots, tmp_path)
     cut = engine(path, slots, cuts=[c for c in cuts if c <= n_layers])
     assert len(cut.stages) == 1 + len([c for c in cuts if c <= n_layers])
     assert np.array_equal(conversation(cut), conversation(engine(path)))
+
+
+def test_a_rows_logits_do_not_depend_on_how_many_rows_follow_it():
+    file = open_gguf(Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf")
+    head = cpu_part(file, Config.from_gguf(file), range(0), 1, ends=True)
+    x = np.random.default_rng(0).standard_normal((400, Config.from_gguf(file).n_embd)).astype(np.float32)
+    every = head.logits(x)
+    for n in (30, 63, 64, 65, 80, 129, 388):
+        assert np.array_equal(head.logits(x[:n]), every[:n])
+        assert np.array_equal(head.logits(x, 400 - n), every[400 - n :])
+    head.close()
 
 
 def test_the_ends_are_stages_without_layers(tmp_path):
