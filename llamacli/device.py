@@ -61,7 +61,7 @@ class Cache(Protocol):
         """The newest segments of a layer, a copy; empty where there are none."""
 
     def restore_segments(self, layer: int, rows: np.ndarray) -> None:
-        """Write what `export_segments` returned, after `reserve`."""
+        """Write what `export_segments` returned."""
 
     def in_blocks(self, end: int) -> None:
         """Positions below `end` were restored, but for what segments hold of them."""

@@ -32,6 +32,7 @@ from llamacli.errors import MemoryLimitError, PromptError, UsageError
 from llamacli.files.gguf import GGUF
 from llamacli.llama4.config import Config
 from llamacli.plan.machine import memory_short
+from llamacli.positions import segment
 from llamacli.prompt import FeatureRow
 
 PARTS = 4  # of a batch that goes through the nodes of a cluster: equal ones, that follow each other and change no bit
@@ -164,7 +165,8 @@ class Engine:
     def arithmetic(self) -> str:
         """What decides about the last bits of keys and values, but for the model: another value, other bits."""
         kernels = sources_digest(Path(matmul.__file__).parents[1])
-        return f"{kernels} {chosen_target().name} {self.config.kv_type} {min(self._steady, self._max_batch)} {self.gpu_layers}"
+        keys = f"{self.config.kv_type} {segment(self.config)}"
+        return f"{kernels} {chosen_target().name} {keys} {min(self._steady, self._max_batch)} {self.gpu_layers}"
 
     def batch_of(self, pos: int) -> range:
         """The positions of the batch in which `pos` is evaluated if a long prompt is from its start."""

@@ -17,11 +17,13 @@ from llamacli.errors import ContextFullError
 from llamacli.llama4.config import Config
 
 SEGMENT = 32  # positions
+LEAST = 8  # positions of a segment, so that all guesses of a call can be taken back (speculation.py)
 
 
 def segment(config: Config) -> int:
-    """Positions of a segment; 0 for a type that needs none."""
-    return gcd(SEGMENT, config.chunk_size) if config.kv_type == "Q4_0" else 0
+    """Positions of a segment; 0 where there are none: for a type that needs none, or if no LEAST positions divide a chunk."""
+    size = gcd(SEGMENT, config.chunk_size)
+    return size if config.kv_type == "Q4_0" and size >= LEAST else 0
 
 
 class Positions:
@@ -31,7 +33,7 @@ class Positions:
         """`layers`: those of the stage; None: all."""
         self.layers = range(config.n_layers) if layers is None else layers
         self.ctx, self.pos = ctx, 0
-        self.segment, self._halves = segment(config), 0  # _halves: the first position that is held in half precision
+        self.segment, self._halves = segment(config), 0  # _halves: no position below it is held in half precision
         self._newest = -1  # the highest position that may ever have been written; survives truncation and interrupts
         self._chunks = [config.chunk_size if config.uses_rope(i) else 0 for i in self.layers]
 
@@ -43,7 +45,8 @@ class Positions:
         if n:
             self._newest = need - 1
         if n and self.segment:
-            self._halves = max(self._halves, (self._newest // self.segment - 1) * self.segment)
+            held = min(self._halves, self.pos)  # what is written from now on is
+            self._halves = max(held, (self._newest // self.segment - 1) * self.segment)
         return need
 
     def truncate(self, pos: int) -> int:
@@ -57,7 +60,6 @@ class Positions:
         if chunk and pos < self.pos and max(self.pos - 1, self._newest) // chunk != pos // chunk:
             pos = pos // chunk * chunk
         self.pos = self.sound(pos)
-        self._halves = min(self._halves, self.pos)
         return self.pos
 
     def sound(self, pos: int) -> int:

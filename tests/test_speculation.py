@@ -10,6 +10,7 @@ from fakes import BOS, EOT, HEADER, FakeEngine, FakeTokenizer, Greedy, Scripted
 from llamacli.engine import Engine
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
+from llamacli.positions import LEAST
 from llamacli.session import Session
 from llamacli.speculation import FIRST, MEASURED, MOST, PAUSE, Guesses
 from llamacli.text.sampler import Sampler
@@ -144,7 +145,9 @@ def test_random_words_cost_little(words):
 # the engine
 
 
-@pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}], ids=["scout", "maverick", "two experts"])
+@pytest.mark.parametrize(
+    "shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}, {"heads": 16}], ids=["scout", "maverick", "two experts", "16 heads"]
+)
 @pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q4_K", "Q8_0"])
 def test_tokens_together_have_the_bits_of_each_alone(kind, shape, tmp_path):
     sizes = {"n_embd": 256, "head_dim": 64, "heads": 8, "kv_heads": 1, "n_ff": 256, "n_ff_exp": 256, "chunk": 32}
@@ -161,11 +164,16 @@ def test_tokens_together_have_the_bits_of_each_alone(kind, shape, tmp_path):
         at += n
 
 
+def test_guesses_are_of_two_segments_at_most():
+    """Else those that are wrong could not be taken back: the newest two segments are held (positions.py)."""
+    assert MOST <= LEAST
+
+
 @pytest.mark.parametrize("settings", [{"temp": 0.0}, {"temp": 0.8, "seed": 3}, {"temp": 0.5, "seed": 1, "repeat_penalty": 1.1}])
-@pytest.mark.parametrize("kv_type", ["F16", "Q4_0"])
-def test_sampled_text_is_the_same(settings, kv_type, tmp_path):
+@pytest.mark.parametrize(("kv_type", "chunk"), [("F16", 32), ("Q4_0", 32), ("Q4_0", 44)])
+def test_sampled_text_is_the_same(settings, kv_type, chunk, tmp_path):
     """A model of few words, which says the same again and again, over several edges of chunks and of segments."""
-    sizes = {"n_embd": 256, "head_dim": 64, "n_ff": 256, "n_ff_exp": 256, "chunk": 32}
+    sizes = {"n_embd": 256, "head_dim": 64, "n_ff": 256, "n_ff_exp": 256, "chunk": chunk}
     gguf = open_gguf(tiny.tiny_gguf(tmp_path / "m.gguf", types=lambda name: "Q4_0", **sizes))
     model = Engine(gguf, replace(Config.from_gguf(gguf), kv_type=kv_type), 2)
     found, accepted = [], 0

@@ -39,7 +39,8 @@ class KVCache(Positions):
         self._row = (np.float16, config.head_dim) if half else (np.uint8, config.kv_row_bytes)  # type and length of a row
         self._heads = config.n_kv_heads
         self._layers = [(self._empty(0), self._empty(0)) for _ in self._chunks]
-        self._segments = [np.zeros((2, self._heads, 0, config.head_dim), np.float16) for _ in self.layers]
+        newest = 2, self._heads, 2 * self.segment, config.head_dim
+        self._segments = [np.zeros(newest, np.float16) for _ in self.layers]
         self.table = np.zeros((len(self.layers), 4), np.int64)
         self.table_address = self.table.ctypes.data
         self._room = 0 if self.layers else ctx  # positions for which every layer has room and the table is right
@@ -66,8 +67,6 @@ class KVCache(Positions):
                 for old, new in zip(layer, grown, strict=True):
                     new[:, :held] = old
                 self._layers[i] = grown
-            if self.segment and not self._segments[i].size:
-                self._segments[i] = np.zeros((2, self._heads, 2 * self.segment, self._segments[i].shape[3]), np.float16)
             keys, values = self._layers[i]
             self.table[i] = keys.ctypes.data, values.ctypes.data, keys.shape[1], self._segments[i].ctypes.data
         held = zip(self._layers, self._chunks, strict=True)  # a layer that holds nothing is kept elsewhere (kvfile.py)
@@ -99,5 +98,5 @@ class KVCache(Positions):
         return self._segments[self.layers.index(layer)].copy()
 
     def restore_segments(self, layer: int, rows: np.ndarray) -> None:
-        """Write what `export_segments` returned, after `reserve`."""
+        """Write what `export_segments` returned."""
         self._segments[self.layers.index(layer)][:] = rows

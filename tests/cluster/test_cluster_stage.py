@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,6 +170,17 @@ def test_segments_in_half_precision_are_on_the_nodes(in_segments):
     assert nodes.same([8]) and nodes.same(IDS[:50])
 
 
+def test_a_copy_at_the_start_of_a_chunk_goes_on_with_the_same_bytes():
+    """There the chunked layers of the first node hold nothing."""
+    with closing(Nodes(kv_type="Q4_0", chunk_size=64)) as nodes:
+        assert nodes.same(IDS[:77])
+        assert {cache.truncate(64) for cache in nodes.caches} == {64}
+        copies = nodes.new_caches()
+        for cache, copy in zip(nodes.caches, copies, strict=True):
+            cache.copy_to(copy)
+        assert nodes.same([3], copies) and nodes.same([4])
+
+
 def test_where_no_node_is_left_the_conversation_waits_for_one(nodes):
     assert nodes.same(IDS[:50])
     nodes.fail = True
@@ -209,6 +220,19 @@ def test_an_interrupt_leaves_the_cache_where_whole_batches_ended(nodes):
     assert 50 <= reached < 50 + len(IDS)
     nodes.caches[0].truncate(50)
     assert nodes.same(IDS[:80])
+
+
+def test_segments_that_a_broken_off_call_wrote_over_are_evaluated_again(in_segments):
+    """The nodes are through with the call that fails, so their newest segments are those of tokens that do not count."""
+    session, cache, sink = Session(in_segments.engine, None, 512), in_segments.one.new_cache(512), in_segments.made[-1]._next
+    session.sync(IDS[:40])
+    true, sink.send = sink.send, lambda head, arrays=(): true(head | {"error": 7}, ())
+    with pytest.raises(DeviceError):
+        session.eval(IDS[40:120])
+    sink.send = true
+    in_segments.one.forward(IDS[:40], cache)
+    assert cache.truncate(32) == 32
+    assert np.array_equal(session.eval(IDS[40:50]), in_segments.one.forward(IDS[32:50], cache))
 
 
 def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):

@@ -227,6 +227,14 @@ class TestSegments:
         assert cache.truncate(20) == 0
         self.near(in_segments.forward(IDS[:70], cache, all_logits=True), whole[:70])
 
+    def test_what_was_written_over_is_so_however_often_one_goes_back(self, in_segments):
+        cache = in_segments.new_cache(300)
+        in_segments.forward(IDS[:40], cache)
+        cache.reserve(60)  # for a call that broke off
+        for _ in range(2):
+            assert cache.truncate(40) == 32
+            cache.pos = 100  # as a session sets it, which does not know that somebody has gone back
+
     def test_what_was_restored_from_blocks_is_gone_back_into_from_a_start(self, in_segments, whole):
         cache, copy = in_segments.new_cache(300), in_segments.new_cache(300)
         in_segments.forward(IDS[:128], cache)
@@ -259,6 +267,12 @@ class TestSegments:
         assert copy.pos == pos
         assert np.array_equal(in_segments.forward(IDS[pos:120], copy), in_segments.forward(IDS[pos:120], cache))
         assert copy.truncate(40) == cache.truncate(40) == 32
+
+    def test_a_copy_of_an_empty_cache_is_an_empty_cache(self, in_segments, whole):
+        cache, copy = in_segments.new_cache(300), in_segments.new_cache(300)
+        cache.copy_to(copy)
+        assert copy.pos == 0
+        assert np.array_equal(in_segments.forward(IDS, copy, all_logits=True), whole)
 
     def test_sequences_together_have_the_bits_of_each_alone(self, in_segments):
         caches, alone = [in_segments.new_cache(300) for _ in range(3)], [in_segments.new_cache(300) for _ in range(3)]

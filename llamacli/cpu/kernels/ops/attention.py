@@ -262,7 +262,7 @@ def attend(a, thread, threads):
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
-            many = not alone and in_run * in_part >= MANY  # by the run: a short block has the bits that it has in a longer one
+            many = (1 if alone else in_run) * in_part >= MANY  # by the run: a short block has the bits of a longer one
             unit = a.tall if many else a.unit
             padded = (rows + unit - 1) // unit * unit
             f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)
