@@ -59,6 +59,12 @@ def test_equal_weights_in_several_blocks_are_drawn_until_they_no_longer_stay():
     assert [draw(weights, bound, u) for u in (0.0, 0.5, 0.9999)] == [0, 349, 699]
 
 
+def test_what_is_drawn_stays_even_where_rounding_makes_the_total_too_large():
+    """A million weights, each about half the spacing of floats at their sum, add up to less in blocks than one by one."""
+    weights = np.array([0, 1, *[1.2e-16] * 1_000_000, 1e-20], np.float32)
+    assert weights[draw(weights, fewest(weights, None), np.nextafter(1, 0))] > 0
+
+
 def test_one_stays_at_least_and_none_of_weight_0():
     weights = [0, 0.5, 0, 1, 0]
     assert kept(weights, 0.0) == [3]

@@ -197,10 +197,10 @@ def _draw(a, thread, threads):
 
 def draw(weights: np.ndarray, bound: Bound, share: float) -> int:
     """The one at which those that stay add up to more than `share` (0 to 1) of their total, in ascending order."""
-    found = np.zeros(1, np.int64)
-    goal = share * bound.total * (1 - 1e-12)  # surely less than the same weights add up to in another order
+    found = np.full(1, -1, np.int64)
+    goal = share * bound.total * (1 - 1e-12)  # as a rule less than the same weights add up to in another order
     _run(_draw, weights, np.array(bound[:2], np.int64), np.array([goal]), found)
-    return int(found[0])
+    return int(found[0] if found[0] >= 0 else select(weights, bound)[-1])
 
 
 def _run(driver, values: np.ndarray, *arrays: np.ndarray) -> None:
