@@ -177,11 +177,12 @@ class Cluster:
 
     def close(self) -> None:
         """End this program's processes on all nodes, and leave. What other threads ask for then is a DeviceError."""
-        for name in list(self._hosts):
-            self.drop(name)
         held = self._busy.acquire(timeout=LEAVING)  # a call of Ray that waits for a cluster which has gone is not waited for
         try:
             self._closed = True
+            for there in list(self._hosts.values()):
+                with suppress(Exception):
+                    self._ray.kill(there)
             self._ray.shutdown()
         finally:
             if held:
@@ -216,7 +217,7 @@ def _result(ray, reference) -> dict | Exception:
         cause = error.cause
         return cause if isinstance(cause, LlamacliError) else DeviceError(f"{type(cause).__name__}: {_line(cause)}")
     except ray.exceptions.RayError as error:
-        return DeviceError(f"its process ended, as it does where memory or the disk of /tmp is full: {_line(error)}")
+        return DeviceError(f"its process ended: {_line(error)}; is its memory or the disk of /tmp full?")
 
 
 def _job(ray):

@@ -71,9 +71,9 @@ def own_copies(path: str) -> dict[str, range | None]:
 
 
 def held_layers(path: Path) -> range | None:
-    """The layers that a GGUF has; None if it cannot be read, which is told when it is opened."""
+    """The layers that a GGUF has; None if it has none or cannot be read, which is told when it is opened."""
     try:
         found = {layer for name in open_gguf(path).tensors if (layer := layer_of(name)) is not None}
     except LlamacliError:
         return None
-    return range(min(found), max(found) + 1) if found else range(0)
+    return range(min(found), max(found) + 1) if found else None

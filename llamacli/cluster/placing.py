@@ -63,10 +63,11 @@ class Placing:
             machines = [self._machine(name, facts) for name, facts in usable.items()]
             others = skip or (self._opened and len(machines) != len(self._layers))
             layers = () if others else self._layers  # of nodes that are left: chosen anew
+            if not self._opened:  # later it is a promise
+                self.sessions = self._least_sessions
             split = self._split(machines, layers)
-            if self._more_sessions and not self._slots and not self._opened:  # later it is a promise
-                more = planning.more_contexts(self._model, split, self._ctx, self._more_sessions, self._least_sessions)
-                self.sessions = self._least_sessions + more
+            if not self._opened and self._more_sessions and not self._slots:
+                self.sessions += planning.more_contexts(self._model, split, self._ctx, self._more_sessions, self.sessions)
             asked = {}
             for part in split.parts:
                 facts, placed = usable[part.machine.name], part.placement
@@ -209,8 +210,8 @@ def open_engine(
     cluster = Cluster(address)
     placing = Placing(cluster, gguf, config, ctx, threads, memory, experts == "slots", layers, sessions, more_sessions)
     placing.left_out = told
-    local = cpu_part(gguf, config, range(0), threads or default_threads(), ends=True)
     try:
+        local = cpu_part(gguf, config, range(0), threads or default_threads(), ends=True)
         stage = ClusterStage(local, config, placing, cluster.secret.encode(), cluster.close, placing.there_again)
     except NodeLost as error:
         cluster.close()

@@ -81,7 +81,8 @@ def running() -> list[Running]:
     """The nodes that were started here and run; records of others are removed. The first node of a cluster comes last."""
     found = []
     for path, node in _records():
-        command = subprocess.run(["ps", "-o", "command=", "-p", str(node.pid)], capture_output=True, text=True).stdout
+        # -ww: a command is not cut at the width of a terminal
+        command = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(node.pid)], capture_output=True, text=True).stdout
         if "llamacli.cluster.launch" in command:
             found.append(node)
         else:
@@ -99,8 +100,7 @@ def stop() -> list[Running]:
     while running() and time.monotonic() < until:
         time.sleep(0.1)
     for node in running():
-        with suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
+        _kill(node.pid)
     return found
 
 
@@ -156,6 +156,19 @@ def _make_secret(path: Path) -> None:
         ) from None
 
 
+def _kill(pid: int) -> None:
+    """Kill a node's first process and all that it started. On macOS Ray puts those of a node that joined into another group."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid="], capture_output=True, text=True).stdout
+    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    below = {pid}
+    while more := {own for own, parent, _ in rows if parent in below} - below:
+        below |= more
+    others = {group for own, _, group in rows if own in below} - {pid}
+    for group in (pid, *others):  # the first would start the others again
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
 def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
     words += [f"--temp-dir={_ray_folder()}"]
     _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -163,8 +176,8 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
     words += ["--block", f"--node-ip-address={host}", "--disable-usage-stats", "--num-cpus=0"]
     words += [f"--object-store-memory={STORE}", "--include-log-monitor=false", "--no-monitor"]
     with open(log, "wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llamacli.cluster.launch", "start", *words],
+        process = subprocess.Popen(  # -P: nothing is imported from the working folder
+            [sys.executable, "-P", "-m", "llamacli.cluster.launch", "start", *words],
             env=dict(os.environ) | environ(environment.cluster_secret()),
             stdin=subprocess.DEVNULL,
             stdout=out,
@@ -182,7 +195,6 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
         node = Running(process.pid, address, host, head)
         record(process.pid).write_text(json.dumps(node._asdict()))
     except BaseException:  # Ctrl-C, too, leaves nothing running
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process.pid)
         raise
     return node

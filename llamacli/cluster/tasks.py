@@ -36,9 +36,7 @@ CLOSE = 1e-3  # relative: sums of squares are float32 within a row
 AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
 LOOK_EVERY = 30.0  # seconds between looks for nodes that have joined, or have a copy now
 
-Open = Callable[
-    ..., dict[str, dict | Exception]
-]  # opens the source on nodes, all others than `skip` for None: control.encoders
+Open = Callable[..., dict[str, dict | Exception]]  # opens the source on the named nodes, or all but `skip`: control.encoders
 
 
 class Task:

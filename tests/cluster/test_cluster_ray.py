@@ -56,14 +56,15 @@ class Two:
         return folder
 
     def llamacli(self, *args: str, folder: Path = ROOT, **more: str) -> subprocess.CompletedProcess:
-        words = [sys.executable, "-m", "llamacli", *args]
-        return subprocess.run(words, env=self.env | more, capture_output=True, text=True, timeout=120, cwd=folder)
+        """A command that is typed in a folder; as the installed one does, it imports nothing from there."""
+        words = [sys.executable, "-P", "-m", "llamacli", *args]
+        return subprocess.run(words, env=self.env | more, capture_output=True, text=True, timeout=280, cwd=folder)
 
     def python(self, code: str, **more: str) -> dict:
         """What a program prints, which finds the address and the file in `ADDRESS` and `FILE`."""
         words = {"ADDRESS": self.address, "FILE": str(TINY)} | more
         done = subprocess.run(
-            [sys.executable, "-c", code], env=self.env | words, capture_output=True, text=True, timeout=120, cwd=ROOT
+            [sys.executable, "-c", code], env=self.env | words, capture_output=True, text=True, timeout=280, cwd=ROOT
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -73,21 +74,29 @@ class Two:
 def two(tmp_path_factory):
     cluster = Two(tmp_path_factory.mktemp("cluster"))
     port = cluster.address.split(":")[1]
-    started = cluster.llamacli("cluster", "start", "--port", port, LLAMACLI_MODELS=str(cluster.models(0)))
+    typed = another_project(tmp_path_factory.mktemp("project"))
+    started = cluster.llamacli("cluster", "start", "--port", port, folder=typed, LLAMACLI_MODELS=str(cluster.models(0)))
     try:
         assert started.returncode == 0, started.stderr
-        joined = cluster.llamacli("cluster", "join", cluster.address, LLAMACLI_MODELS=str(cluster.models(1)))
+        joined = cluster.llamacli("cluster", "join", cluster.address, folder=typed, LLAMACLI_MODELS=str(cluster.models(1)))
         assert joined.returncode == 0, joined.stderr
         yield cluster
     finally:
-        assert "stopped 2 nodes" in cluster.llamacli("cluster", "stop").stdout
+        stopped = cluster.llamacli("cluster", "stop").stdout
+    assert "stopped 2 nodes" in stopped
+
+
+def another_project(folder: Path) -> Path:
+    """A folder whose modules must not be imported."""
+    for name in ("quantize", "ray", "llamacli"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('of another project')\n")
+    return folder
 
 
 def test_run_gives_the_text_of_one_process_and_nodes_import_nothing_from_the_folder_in_which_it_is_typed(two, tmp_path):
-    (tmp_path / "quantize.py").write_text("raise RuntimeError('of another project')\n")
     one = two.llamacli("run", "-m", str(TINY), *QUESTION)
     words = ("run", "-m", str(TINY), "--cluster", two.address, "--cluster-layers", "2,2")
-    both = two.llamacli(*words, *QUESTION, folder=tmp_path, PYTHONSAFEPATH="1")
+    both = two.llamacli(*words, *QUESTION, folder=another_project(tmp_path))
     assert both.returncode == 0, both.stderr
     assert both.stdout == one.stdout
     assert both.stderr == ""
@@ -268,11 +277,12 @@ def holders(two):
     """Processes that programs have on the nodes of this cluster."""
     rows = [
         line.split(None, 2)
-        for line in subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
+        for line in subprocess.run(["ps", "-ww", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout.splitlines()
     ]
     own = {
         pid for pid, _, words in rows if f":{two.address.split(':')[1]}" in words or f"={two.address.split(':')[1]}" in words
     }
+    assert own
     for _ in range(9):  # children of these, and theirs
         own |= {pid for pid, parent, _ in rows if parent in own}
     return [words for pid, _, words in rows if pid in own and words.startswith("ray::Host")]

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fakes import write_gguf
 
 from llamacli import Model
 from llamacli.cluster import copies, host
@@ -42,6 +43,8 @@ def test_a_node_finds_the_file_or_some_layers_of_it_by_its_name(models):
     shutil.copy(TINY, models)
     whole = models / TINY.name
     assert copies.own_copies(elsewhere) == {str(whole): range(4)} and copies.own_copy(elsewhere) == whole
+    without = write_gguf(models / "no-layers.gguf", "llama4")
+    assert copies.own_copies(without) == {without: None}
 
 
 def test_of_several_files_a_node_opens_the_one_that_has_its_layers():
@@ -154,6 +157,20 @@ def test_more_contexts_are_planned_where_every_node_has_room_for_them():
     with pytest.raises(DeviceError):
         reading(losses={})
     assert reading.sessions == 1
+
+
+def test_where_a_node_does_not_open_contexts_are_planned_anew_for_those_that_are_left():
+    gguf = open_gguf(TINY)
+    cluster = Facts(copies={"/m/x.gguf": [0, 4]}, memory=300_000_000)
+    cluster.nodes["a"]["bandwidth"] = 1e14  # it alone would have all layers, and room for eight contexts
+    facts = {"address": ("127.0.0.1", 1), "notices": [], "bytes_per_token": 1, "products_per_token": 1}
+    opened = facts | {"pid": 1, "batch": 1, "alike": 1}
+    cluster.gather = lambda asked: {name: DeviceError("no disk") if name == "a" else opened for name in asked}
+    placing = Placing(cluster, gguf, Config.from_gguf(gguf), 100_000, 1, None, False, more_sessions=7)
+    (place,) = placing(losses={})
+    assert place.name == "b" and place.layers == range(4) and not place.fetches
+    assert placing.sessions == 1
+    assert cluster.dropped == ["a"]
 
 
 def test_a_node_that_would_have_no_layers_is_told_to_copy_the_file():

@@ -48,17 +48,17 @@ def pair(listener):
 
 def test_heads_and_arrays_arrive_as_they_were(listener):
     near, far = pair(listener)
-    assert far.received.get().head == {"role": "stream"}
+    assert far.received.get(timeout=300).head == {"role": "stream"}
     sent = [np.arange(12, dtype=np.float32).reshape(3, 4), np.zeros((0, 5), np.float16), np.array([1, 2], np.uint8)]
     near.send({"id": 7}, sent)
     far.send({"answer": "é"})
-    frame = far.received.get()
+    frame = far.received.get(timeout=300)
     assert frame.head == {"id": 7}
     assert [a.dtype for a in frame.arrays] == [a.dtype for a in sent]
     assert all(map(np.array_equal, frame.arrays, sent))
-    assert near.received.get().head == {"answer": "é"}
+    assert near.received.get(timeout=300).head == {"answer": "é"}
     near.close()
-    assert isinstance(far.received.get(), LinkClosed)
+    assert isinstance(far.received.get(timeout=300), LinkClosed)
 
 
 def test_another_secret_is_refused_on_both_sides(listener):

@@ -1,0 +1,116 @@
+"""Ray's processes on this machine, and the connection to a cluster, without Ray: what ends, and what is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+
+from llamacli.cluster import control, processes
+from llamacli.errors import DeviceError
+
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:  # as launch.py, whose child Ray puts into a group of its own
+    os.setpgrp()
+    print(os.getppid(), os.getpid(), flush=True)
+time.sleep(200)
+"""
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch):
+    """The folder of records, of this test alone."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("LLAMACLI_CLUSTER_SECRET", "of this test")
+    found = tmp_path / "llamacli" / "cluster"
+    found.mkdir(parents=True)
+    return found
+
+
+def ended(pids, seconds=60):
+    """Whether these processes end by themselves in this time; else they are killed."""
+    until = time.monotonic() + seconds
+    while True:
+        rows = subprocess.run(["ps", "-A", "-o", "pid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        left = [pid for pid, stat in map(str.split, rows) if pid in pids and not stat.startswith("Z")]
+        if not left or time.monotonic() > until:
+            break
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    return not left
+
+
+def test_stop_kills_what_does_not_end_whatever_group_it_is_in(state, monkeypatch):
+    monkeypatch.setattr(processes, "ENDING", 0.1)
+    words = [sys.executable, "-c", STUBBORN, "llamacli.cluster.launch"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    begun = process.stdout.readline().split()
+    node = processes.Running(process.pid, "127.0.0.1:1", "127.0.0.1", False)
+    monkeypatch.setattr(processes, "_records", lambda: [(state / "no record", node)])
+    stopped = processes.stop()
+    assert ended(begun)
+    assert stopped == [node] and process.wait() == -signal.SIGKILL
+
+
+def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state, tmp_path, monkeypatch):
+    program, begun = tmp_path / "python", []
+    program.write_text(f"#!{sys.executable}\n{STUBBORN}")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(processes, "library", lambda: None)
+
+    def sleep(seconds):
+        (log,) = state.glob("*.log")
+        begun.extend(log.read_text().split())
+        if begun:
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    with pytest.raises(KeyboardInterrupt):
+        processes.start(port=1)
+    assert len(begun) == 2 and ended(begun)
+
+
+def test_who_leaves_does_not_wait_for_a_call_of_ray_that_waits_for_a_cluster_which_has_gone(state, monkeypatch):
+    ray, waiting, over = MagicMock(), threading.Event(), threading.Event()
+    ray.job_config.JobConfig, ray.exceptions.RayError = object, OSError
+    where = {"NodeManagerAddress": "127.0.0.1", "NodeManagerHostname": "here", "NodeManagerPort": 1}
+    ray.nodes.return_value = [{"Alive": True, "NodeID": "1"} | where]
+    ray.wait.side_effect = lambda references, **how: (references, [])
+    ray.get.return_value = {"pid": 1}
+    monkeypatch.setattr(control, "library", lambda: ray)
+    monkeypatch.setattr(control, "environ", lambda secret: {})
+    monkeypatch.setattr(control, "keep_loopback", lambda: None)
+    monkeypatch.setattr(control, "_reached", lambda node: 0.001)
+    monkeypatch.setattr(control, "LEAVING", 0.1)
+    monkeypatch.setattr(control.socket, "create_connection", lambda *_: MagicMock())
+    cluster = control.Cluster("127.0.0.1:1")
+    assert cluster.describe() == {"here": {"address": "127.0.0.1", "pid": 1}}
+
+    def nodes():
+        waiting.set()
+        over.wait()
+        return []
+
+    ray.nodes.side_effect = nodes
+    looks, leaves = (threading.Thread(target=work, daemon=True) for work in (cluster.alive, cluster.close))
+    looks.start()
+    waiting.wait()
+    leaves.start()
+    leaves.join(60)
+    left = not leaves.is_alive()
+    over.set()
+    looks.join()
+    assert left
+    assert ray.kill.call_count == ray.shutdown.call_count == 1
+    with pytest.raises(DeviceError, match="it was closed"):
+        cluster.alive()
