@@ -123,7 +123,7 @@ class Console:
         self.talks = not quiet and (verbose or is_terminal(sys.stderr))
         self._color = color
         self._last = ""  # the last character of the answer under way; empty before its first
-        self._bar = False  # whether a bar may stand on the line where stderr is
+        self._bar = False  # whether a bar, or what is waited for, may stand on the line where stderr is
 
     def note(self, text: str) -> None:
         """A remark beside the answer."""
@@ -152,7 +152,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """A line to stderr that is shown in any case."""
-        _to_stderr(_folded(f"llamacli: {one_line(text)}") + "\n")
+        self.say(_folded(f"llamacli: {one_line(text)}"))
 
     def fail(self, text: str) -> None:
         """What went wrong in a program that goes on."""
@@ -291,11 +291,13 @@ class Console:
             return
         over = threading.Event()
         drawer = threading.Thread(target=self._draw_waiting, args=(words, after, over), daemon=True)
+        self._bar = not environment.dumb_terminal()
         drawer.start()
 
         def stop() -> None:
             over.set()
             drawer.join()
+            self._bar = False
 
         try:
             yield stop

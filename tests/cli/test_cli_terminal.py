@@ -107,6 +107,33 @@ def test_a_model_that_is_loaded_says_how_large_it_is(tmp_path):
     assert "loading" not in t.text
 
 
+WARNED = """
+import time
+from llamacli.cli.console import Console
+console, shown = Console(), []
+def words():
+    shown.append(1)
+    return "waiting ..."
+with {work} as update:
+    {until_drawn}
+    console.warn("careful")
+    console.warn("and more")
+"""
+
+
+@pytest.mark.parametrize(
+    "work, until_drawn",
+    [
+        ("console.progress('work')", "update(1, 2, 'label')"),
+        ("console.waiting(words, 0)", "while len(shown) < 2: time.sleep(0.01)"),
+    ],
+    ids=["bar", "waiting"],
+)
+def test_a_warning_does_not_stand_behind_what_is_drawn_again_and_again(work, until_drawn):
+    code = WARNED.format(work=work, until_drawn=until_drawn)
+    assert lines([sys.executable, "-c", code]) == ["llamacli: careful", "llamacli: and more"]
+
+
 # answers at the edge
 
 
