@@ -30,10 +30,8 @@ from llamacli.plan.offload import NONE, Offload, remaining, remains
 
 PROGRAM, TOKEN = 130_000_000, 1000  # bytes of Python, NumPy and compiled code; bytes of a vocabulary entry. Measured
 LEAST_BATCH = 64  # the smallest batch of prompt tokens
-LONG_CTX, LONG_BATCH = (
-    8192,
-    8192,
-)  # where a longer context is asked for, prompts are long: experts are read once for so many tokens
+LONG_CTX = 8192  # where a longer context is asked for, prompts are long:
+LONG_BATCH = 8192  # experts are read once for so many tokens
 AROUND = 64 << 10  # bytes that a page fault maps around the touched one, if they are in the page cache
 CTX_STEP = 1024  # a context that is trimmed is a multiple of it
 LAYER_SECONDS = 30e-6  # a token's least time in a layer: its steps, their barriers, Python around them; measured
