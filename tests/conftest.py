@@ -1,9 +1,10 @@
-"""Fixtures. Every test: signal handlers are restored; what the user has in LLAMACLI_MODEL, LLAMACLI_SERVER, LLAMACLI_DEBUG and
-NO_COLOR is removed.
+"""Fixtures. Every test: signal handlers are restored; what the user has set by variables or in the folder of settings does not
+count.
 
 On request: no other model, commands over a miniature model, a browser, a checkpoint of Scout's shape.
 """
 
+import os
 import signal
 from importlib import import_module
 
@@ -16,12 +17,23 @@ settings.load_profile("any machine")
 # a run in the background of a script inherits an ignored SIGINT and would pass it on to every command under test
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+KEPT = ("LLAMACLI_CACHE", "LLAMACLI_SIMD")  # who runs the tests may choose these
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_settings(tmp_path_factory):
+    """What the user has set is neither in variables nor in the folder of settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable in [*os.environ]:
+            if variable == "NO_COLOR" or (variable.startswith("LLAMACLI_") and variable not in KEPT):
+                patch.delenv(variable)
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+        yield
+
 
 @pytest.fixture(autouse=True)
-def untouched_surroundings(monkeypatch):
-    """Commands that run in this process change signal handlers, and child processes would inherit them."""
-    for variable in ("LLAMACLI_MODEL", "LLAMACLI_SERVER", "LLAMACLI_DEBUG", "NO_COLOR"):
-        monkeypatch.delenv(variable, raising=False)
+def handlers_of_signals():
+    """Commands that run in this process change them, and child processes would inherit them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
