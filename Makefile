@@ -18,7 +18,7 @@ setup: $(VENV)/.warm ## Make .venv with .venv/bin/llamacli, and compile the kern
 
 # All tests run in as many processes as there are processors, four at most; chosen ones in one process, for -s and --pdb.
 test: $(VENV)/.installed-dev ## Run the tests (ARGS="-k name" for some, ARGS="-m slow" for the slow ones)
-	$(BIN)/python -m pytest $(or $(ARGS),-n auto --maxprocesses 4 --dist loadfile)
+	$(BIN)/python -m pytest $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile)
 
 arm: $(VENV)/.installed-dev ## Run the ARM kernels under qemu, against the same references
 	@$(BIN)/python tests/arm.py
