@@ -154,7 +154,7 @@ def test_an_answer_stands_alone_and_a_cut_one_says_so_unless_quiet(preloaded):
 
 
 def test_an_interrupted_answer_tells_its_speed(preloaded):
-    t = Terminal(fake("run", "--ignore-eos", "hi", reply="many words " * 40, delay="0.02"), start=preloaded.start)
+    t = Terminal(fake("run", "--ignore-eos", "hi", reply="many words " * 1000, delay="0.02"), start=preloaded.start)
     t.wait("many words many")
     t.type("\x03")
     assert t.ends() == -signal.SIGINT
