@@ -159,7 +159,8 @@ class Model:
         if cluster:
             if kv_file is not None:
                 raise UsageError(
-                    "kv_file: expected none with a cluster, whose nodes keep keys and values in memory; leave it out"
+                    "--kv-file: expected a model on this machine alone, found a cluster, whose nodes keep keys and values in "
+                    "memory; leave one of them out, or add --cluster none"
                 )
             where = cluster, tuple(cluster_layers)
             held = sessions, more_sessions
@@ -193,7 +194,7 @@ class Model:
     @classmethod
     def _load_on_cluster(cls, gguf, config, ctx, where, threads, memory, experts, device, told, mmproj, held) -> Model:
         if device == "mlx":
-            raise UsageError("device: expected cpu with a cluster, found mlx; leave one of them out")
+            raise UsageError("--device: expected cpu with a cluster, found mlx; leave one of them out, or add --cluster none")
         from llamacli.cluster.placing import open_engine
 
         tower, nbytes = _tower(gguf, config, mmproj, threads) if mmproj else (None, 0)
@@ -231,7 +232,9 @@ class Model:
         same bytes as without; else a conversation's answers are kept, too. ModelFileError if the model's file has gone.
         """
         if hasattr(self.engine.stages[0], "places"):
-            raise UsageError("--cache: expected a model on this machine alone, found a cluster; leave one of them out")
+            raise UsageError(
+                "--cache: expected a model on this machine alone, found a cluster; leave one of them out, or add --cluster none"
+            )
         from llamacli.environment import snapshots_folder
         from llamacli.snapshots import Snapshots, identity
 

@@ -115,7 +115,10 @@ def bench(
     model = one_model(file, model)
     if nodes.cluster and (shape or profile or startup or fill):
         other = "--shape" if shape else "--profile" if profile else "--startup" if startup else "--fill"
-        raise UsageError(f"--cluster and {other} exclude each other: expected a model on this machine for that; leave one out")
+        raise UsageError(
+            f"--cluster and {other} exclude each other: expected a model on this machine for that; leave one out, or "
+            f"add --cluster none"
+        )
     if shape and model:
         raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
     if shape and compare and layers < 4:

@@ -11,6 +11,7 @@ from typing import Annotated
 from llamacli.cli import settings
 from llamacli.cli.console import amount
 from llamacli.cli.grammar import argument, option
+from llamacli.cli.nodes import NONE, cluster_address
 from llamacli.cli.options import Json, ModelName, Output, find_model
 from llamacli.errors import UsageError
 
@@ -93,7 +94,9 @@ def _status(address: str | None, model: str | None, as_json: bool, console) -> N
     from llamacli.cluster.control import Cluster
 
     path = None if model is None else find_model(model, console).absolute()
-    where = address or next((node.address for node in processes.running()), None) or settings.read().get("cluster")
+    where = address or next((node.address for node in processes.running()), None)
+    if where is None:
+        where = cluster_address(str(settings.current("cluster")[0] or NONE), "cluster")
     if where is None:
         raise UsageError("cluster status: expected an address, found none and no node of this machine; name it as HOST[:PORT]")
     cluster = Cluster(where)

@@ -1,7 +1,6 @@
 """`llamacli config`: shows and edits the settings file (settings.py)."""
 
 import json
-import os
 from typing import Annotated
 
 from llamacli.cli import settings
@@ -37,7 +36,7 @@ def config(
         settings.write(key, None if unset else _checked(key, value))
         console.note(f"{'removed from' if unset else 'written to'} {settings.path()}")
         return
-    found = {name: _current(name) for name in ([key] if key else settings.known())}
+    found = {name: settings.current(name) for name in ([key] if key else settings.known())}
     if as_json:
         console.result(json.dumps({name: value for name, (value, _) in found.items()}, ensure_ascii=False))
     elif key:
@@ -45,15 +44,6 @@ def config(
     else:
         rows = [(name, "-" if value is None else str(value), where) for name, (value, where) in found.items()]
         console.table(str(settings.path()), rows, ("setting", "value", "from"))
-
-
-def _current(key: str) -> tuple[object, str]:
-    """A setting's value and where it comes from."""
-    variable = f"LLAMACLI_{key.upper().replace('-', '_')}"
-    if os.environ.get(variable):
-        return os.environ[variable], variable
-    value = settings.read().get(key)
-    return value, "" if value is None else "file"
 
 
 def _checked(key: str, value: str):

@@ -10,6 +10,14 @@ from typing import Annotated
 from llamacli.cli.grammar import option
 from llamacli.errors import UsageError
 
+NONE = "none"  # an address that stands for no cluster, in spite of the settings
+
+
+def cluster_address(text: str, where: str) -> str | None:
+    """HOST[:PORT]; None for "none"."""
+    return None if text.strip().lower() == NONE else text
+
+
 ClusterAddress = Annotated[
     str | None,
     option(
@@ -17,7 +25,8 @@ ClusterAddress = Annotated[
         metavar="ADDRESS",
         group="Model",
         setting=True,
-        help="Run the layers on the nodes of the cluster at HOST[:PORT]; see docs/cluster.md.",
+        check=cluster_address,
+        help="Run the layers on the nodes of the cluster at HOST[:PORT]; none: here. See docs/cluster.md.",
     ),
 ]
 

@@ -16,6 +16,7 @@ from llamacli.cli import signals
 from llamacli.cli.console import amount, count, one_line
 from llamacli.cli.grammar import argument, meant, option, typed
 from llamacli.cli.inputs import show_kernel_notices
+from llamacli.cli.nodes import cluster_address
 from llamacli.cli.options import Json, Output, Threads, byte_count
 from llamacli.cli.progress import clock_time
 from llamacli.errors import UsageError
@@ -95,7 +96,8 @@ def quantize(
             "--cluster",
             metavar="ADDRESS",
             setting=True,
-            help="Encode on the nodes of the cluster at HOST[:PORT] that have SRC, too; see docs/cluster.md.",
+            check=cluster_address,
+            help="Encode on the nodes of the cluster at HOST[:PORT] that have SRC, too; none: here. See docs/cluster.md.",
         ),
     ] = None,
     layers: Annotated[
@@ -131,10 +133,11 @@ def quantize(
         source, out, type_word = model, source, out
     if source is None:
         raise UsageError("expected SRC, found none (see llamacli quantize --help)")
-    if dry_run and typed(("cluster",)):
+    if dry_run and getattr(cluster, "typed", False):
         raise UsageError("--dry-run: expected no --cluster with it, as nothing is encoded; leave one of them out")
     if layers is not None:
-        others = typed(("type_name", "type_word", "tensor_types", "imatrix", "mmproj_type", "cluster"))
+        others = typed(("type_name", "type_word", "tensor_types", "imatrix", "mmproj_type"))
+        others += ["--cluster"] if getattr(cluster, "typed", False) else []
         if others or (out is not None and _is_type(out)):
             other = others[0] if others else out
             raise UsageError(f"{other} and --layers exclude each other: expected a copy as it is; leave one of them out")

@@ -55,6 +55,15 @@ def defaults(command) -> dict:
     return {by_key[key]: value for key, value in found.items() if key in by_key}
 
 
+def current(key: str) -> tuple[object, str]:
+    """A setting's value and where it comes from: None and "" if nowhere."""
+    variable = f"LLAMACLI_{key.upper().replace('-', '_')}"
+    if os.environ.get(variable):
+        return os.environ[variable], variable
+    value = read().get(key)
+    return value, "" if value is None else "file"
+
+
 def model() -> str | None:
     """The file's model, a path or a name."""
     value = read().get("model")

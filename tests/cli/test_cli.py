@@ -390,3 +390,25 @@ def test_a_signal_ends_the_line_and_keeps_what_was_said(number, code):
     assert said.startswith(b"first")
     assert said.endswith(b"\n")
     assert len(said) < 1000
+
+
+def test_none_stands_for_no_cluster_in_spite_of_the_settings(monkeypatch, capfd):
+    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+    monkeypatch.setenv("LLAMACLI_CLUSTER_SECRET", "of this test")
+    asked = ["run", "--no-stdin", "-t", "1", "-n", "2", "--temp", "0", "Hi"]
+    assert main(asked) == 1
+    assert "127.0.0.1:1: expected a cluster, found" in capfd.readouterr().err
+    assert main([*asked, "--cluster", "none"]) == 0
+    alone = capfd.readouterr().out
+    monkeypatch.setenv("LLAMACLI_CLUSTER", "none")
+    assert main(asked) == 0
+    assert alone and capfd.readouterr().out == alone
+    assert main([*asked, "--cluster-layers", "2,2"]) == 2
+    assert "expected --cluster with it, found none" in capfd.readouterr().err
+    assert main(["cluster", "status"]) == 2
+    assert "expected an address, found none" in capfd.readouterr().err
+    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+    assert main(["bench", "--profile"]) == 2
+    assert "add --cluster none" in capfd.readouterr().err
+    assert main(["cluster", "status"]) == 1
+    assert "127.0.0.1:1: expected a cluster, found" in capfd.readouterr().err

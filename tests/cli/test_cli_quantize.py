@@ -308,3 +308,6 @@ def test_the_cluster_of_the_settings_is_asked_where_something_is_encoded(folder,
     assert main(["quantize", str(folder), "out.gguf", "--type", "F32"]) == 0
     monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
     assert main(["quantize", "out.gguf", "some.gguf", "--layers", "0-0"]) == 0
+    assert main(["quantize", "out.gguf", "other.gguf", "--layers", "0-0", "--cluster", "127.0.0.1:1"]) == 2
+    for more in ([], ["--dry-run"], ["--layers", "0-0"]):
+        assert main(["quantize", "out.gguf", "here.gguf", "--force", "--cluster", "none", *more]) == 0, more
