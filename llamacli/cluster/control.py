@@ -59,6 +59,10 @@ def parse_address(text: str) -> tuple[str, int]:
     return name, int(port)
 
 
+class NoAnswer(DeviceError):
+    """A node did not say whether it can: it did not answer, or its process ended."""
+
+
 class Cluster:
     """A connection to a running cluster, as one of its nodes. One per process, as Ray has it."""
 
@@ -102,6 +106,7 @@ class Cluster:
                     signal.signal(number, handler)
         self._hosts: dict[str, object] = {}
         self._names: dict[str, str] = {}  # of nodes with a process of this program, by Ray's ids
+        self._refused: dict[str, Exception] = {}  # why a node cannot encode, as it said itself, by Ray's ids
         self.latency = 0.0  # seconds one way to the farthest node, as `describe` found it
         self._busy, self._closed = threading.Lock(), False  # held during each call of Ray; none begins after `close`
 
@@ -153,16 +158,24 @@ class Cluster:
             return self._hosts[name].open.remote(**how)
 
     def encode(self, names: Sequence[str] | None, skip: Sequence[str], **how) -> dict[str, dict | Exception]:
-        """host.Host.encode on these nodes, or all others than `skip`; {} for those that are gone."""
+        """host.Host.encode on these nodes, or all others than `skip`; {} for those that are gone.
+
+        A node that refused is asked once, since a process starts there each time; when it joins again it has another id.
+        """
         nodes, silent = self.reached(skip)
+        found: dict[str, dict | Exception] = {name: NoAnswer(facts["error"]) for name, facts in silent.items()}
+        found |= {name: self._refused[node["NodeID"]] for name, node in nodes.items() if node["NodeID"] in self._refused}
         with self._calls():
             asked = {
                 name: self._host(name, node).encode.remote(host=node["NodeManagerAddress"], **how)
                 for name, node in nodes.items()
-                if names is None or name in names
+                if name not in found and (names is None or name in names)
             }
-        errors = {name: DeviceError(found["error"]) for name, found in silent.items() if names is None or name in names}
-        return self._gather(asked, OPENING) | errors
+        for name, facts in self._gather(asked, OPENING).items():
+            found[name] = facts
+            if isinstance(facts, Exception) and not isinstance(facts, NoAnswer):
+                self._refused[nodes[name]["NodeID"]] = facts
+        return {name: facts for name, facts in found.items() if names is None or name in names}
 
     def gather(self, asked: dict[str, object]) -> dict[str, dict | Exception]:
         """What the references came to."""
@@ -204,7 +217,7 @@ class Cluster:
                 found |= {name: _result(ray, reference) for name, reference in asked.items() if reference in ready}
             asked = {name: reference for name, reference in asked.items() if name not in found}
             if asked and time.monotonic() > until:
-                return found | {name: DeviceError(f"no answer for {seconds:.0f} s") for name in asked}
+                return found | {name: NoAnswer(f"no answer for {seconds:.0f} s") for name in asked}
             time.sleep(LOOK_EVERY if asked else 0)
         return found
 
@@ -217,7 +230,7 @@ def _result(ray, reference) -> dict | Exception:
         cause = error.cause
         return cause if isinstance(cause, LlamacliError) else DeviceError(f"{type(cause).__name__}: {_line(cause)}")
     except ray.exceptions.RayError as error:
-        return DeviceError(f"its process ended: {_line(error)}; is its memory or the disk of /tmp full?")
+        return NoAnswer(f"its process ended: {_line(error)}; is its memory or the disk of /tmp full?")
 
 
 def _job(ray):

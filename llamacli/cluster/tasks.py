@@ -34,7 +34,7 @@ WINDOW = 12  # tasks a node between the first that is not done and the last that
 PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; seconds without a byte after which a node counts as lost
 CLOSE = 1e-3  # relative: sums of squares are float32 within a row
 AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
-LOOK_EVERY = 30.0  # seconds between looks for nodes that have joined, or have a copy now
+LOOK_EVERY = 30.0  # seconds between looks for nodes that have joined
 
 Open = Callable[..., dict[str, dict | Exception]]  # opens the source on the named nodes, or all but `skip`: control.encoders
 
@@ -242,7 +242,7 @@ class Tasks:
             return self._changed.wait_for(lambda: self._closed, max(0.0, seconds))
 
     def _look_out(self, said: set[str]) -> None:
-        """Use nodes that join, and those that were left out and can encode now. `said`: what was told of them."""
+        """Use nodes that join, and those that did not answer before. `said`: what was told of them."""
         while not self._ended(LOOK_EVERY):
             before = set(self.workers)
             with suppress(Exception):  # a control plane that ends

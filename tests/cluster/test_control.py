@@ -80,19 +80,62 @@ def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state,
     assert len(begun) == 2 and ended(begun)
 
 
-def test_who_leaves_does_not_wait_for_a_call_of_ray_that_waits_for_a_cluster_which_has_gone(state, monkeypatch):
-    ray, waiting, over = MagicMock(), threading.Event(), threading.Event()
-    ray.job_config.JobConfig, ray.exceptions.RayError = object, OSError
-    where = {"NodeManagerAddress": "127.0.0.1", "NodeManagerHostname": "here", "NodeManagerPort": 1}
-    ray.nodes.return_value = [{"Alive": True, "NodeID": "1"} | where]
+@pytest.fixture
+def ray(state, monkeypatch):
+    """In place of Ray: one node, whose processes answer with what `ray.get` returns."""
+    ray = MagicMock()
+    ray.job_config.JobConfig, ray.exceptions.RayError, ray.exceptions.RayTaskError = object, OSError, Told
+    ray.nodes.return_value = [node("1")]
     ray.wait.side_effect = lambda references, **how: (references, [])
-    ray.get.return_value = {"pid": 1}
     monkeypatch.setattr(control, "library", lambda: ray)
     monkeypatch.setattr(control, "environ", lambda secret: {})
     monkeypatch.setattr(control, "keep_loopback", lambda: None)
     monkeypatch.setattr(control, "_reached", lambda node: 0.001)
     monkeypatch.setattr(control, "LEAVING", 0.1)
     monkeypatch.setattr(control.socket, "create_connection", lambda *_: MagicMock())
+    return ray
+
+
+class Told(OSError):
+    """What Ray raises in place of an error of a node."""
+
+    def __init__(self, cause):
+        super().__init__()
+        self.cause = cause
+
+
+def node(number):
+    where = {"NodeManagerAddress": "127.0.0.1", "NodeManagerHostname": "here", "NodeManagerPort": 1}
+    return {"Alive": True, "NodeID": number} | where
+
+
+@pytest.mark.parametrize("names", [None, ["here"]], ids=["looked out for", "opened again"])
+@pytest.mark.parametrize(
+    "error, asked",
+    [
+        (Told(DeviceError("install the same version")), 1),
+        (Told(TypeError("encode() of another version")), 1),
+        (OSError("its memory is full"), 2),
+    ],
+    ids=["refused", "failed", "died"],
+)
+def test_a_node_that_refused_to_encode_gets_no_other_process_before_it_has_joined_anew(ray, names, error, asked):
+    cluster = control.Cluster("127.0.0.1:1")
+    made = ray.remote.return_value.options.return_value.remote
+    ray.get.side_effect = error
+    for _ in range(2):
+        (found,) = cluster.encode(names, ()).values()
+        assert isinstance(found, DeviceError)
+        cluster.drop("here")
+    assert made.call_count == asked
+    ray.nodes.return_value, ray.get.side_effect, ray.get.return_value = [node("2")], None, {"pid": 1}
+    assert cluster.encode(names, ()) == {"here": {"pid": 1}}
+    assert made.call_count == asked + 1
+
+
+def test_who_leaves_does_not_wait_for_a_call_of_ray_that_waits_for_a_cluster_which_has_gone(ray):
+    waiting, over = threading.Event(), threading.Event()
+    ray.get.return_value = {"pid": 1}
     cluster = control.Cluster("127.0.0.1:1")
     assert cluster.describe() == {"here": {"address": "127.0.0.1", "pid": 1}}
 
