@@ -5,8 +5,9 @@ store knows of earlier conversations (store.py has the database).
 
 A conversation is a tree: every message names its parent, and the branch that ends at the head is what is sent to the model. So
 undo, regenerate and edit move the head and delete nothing. An answer is written sentence by sentence; a process that is killed
-loses the sentence under way at most. A store that fails never stops a conversation: `trouble` says what happened, once, and the
-conversation goes on in memory.
+loses the sentence under way at most. Where two processes go on with one conversation, the one that is second to speak writes
+its branch as a conversation of its own. A store that fails never stops a conversation, which goes on in memory. `trouble` says
+both, once.
 """
 
 import json
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from llamacli.errors import PromptError
-from llamacli.store import Store, StoredChat
+from llamacli.store import HeadMovedError, Store, StoredChat
 
 TITLE = 60  # characters of the first question that name a conversation
 _SENTENCE_END = re.compile(r"[.!?…:;。！？；：\n]")  # noqa: RUF001
@@ -108,8 +109,9 @@ class Conversation:
         def put_back() -> None:
             if not self.unanswered:
                 self._cut(len(self.messages) - 1)
+            was = self._head
             self.messages.append(answer)
-            self._update(head=answer.id)
+            self._move_head(was)
 
         return put_back
 
@@ -153,13 +155,24 @@ class Conversation:
             self._keep(lambda: self._write(len(self.messages) - 1))
 
     def _cut(self, length: int) -> None:
+        was = self._head
         del self.messages[length:]
         if self.start >= length:
             self.start = 0
-        self._update(head=self.messages[-1].id if self.messages else None)
+        self._move_head(was)
+
+    @property
+    def _head(self) -> int | None:
+        return self.messages[-1].id if self.messages else None
+
+    def _move_head(self, was: int | None) -> None:
+        if self.id is not None:
+            self._keep(lambda: self._store.move(self.id, was, self._head))
 
     def _create(self) -> None:
-        """Write everything so far as a new conversation: with the first question, or if another process deleted it."""
+        """Write everything so far as a new conversation: with the first question, or if another process deleted it, or went on
+        with it.
+        """
         self.id = self._store.create(self.model, self._system, self.name)
         for i in range(len(self.messages)):
             self._write(i)
@@ -185,8 +198,10 @@ class Conversation:
         try:
             try:
                 write()
-            except (sqlite3.IntegrityError, LookupError):
+            except (sqlite3.IntegrityError, LookupError) as error:
                 self._create()
+                if isinstance(error, HeadMovedError):
+                    self.trouble = f"another chat went on with this conversation; this one is kept as {self.id} from now on"
         except (sqlite3.Error, OSError) as error:
             self._store = None
             self.trouble = f"this conversation is kept no longer: {error}; /export FILE saves it"
@@ -252,7 +267,7 @@ def as_markdown(name: str, model: str, created: float | None, system: str, messa
 def from_jsonl(text: str, where: str) -> tuple[str, list[Message]]:
     """(system prompt, messages) of what `as_jsonl` wrote. PromptError where a line is none of it."""
     system, messages = "", []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold other ends of lines as they are
         try:
             record = json.loads(line) if line.strip() else None
             role, content = (record["role"], record["content"]) if record is not None else ("", "")

@@ -71,6 +71,10 @@ class StoredMessage(NamedTuple):
     created: float
 
 
+class HeadMovedError(LookupError):
+    """Another process went on with the conversation: its head is not the message that this one left there."""
+
+
 class Found(NamedTuple):
     """A message that holds the words searched for, and the text around the first of them."""
 
@@ -114,15 +118,31 @@ class Store:
         return chat
 
     def add(self, chat: str, parent: int | None, role: str, content: str, finish: str | None = None) -> int:
-        """Append a message after `parent` and make it the head. sqlite3.IntegrityError if the conversation was deleted."""
+        """Append a message after `parent`, which must be the head, and make it the head. sqlite3.IntegrityError if the
+        conversation was deleted, HeadMovedError if another process moved the head; nothing is added then.
+        """
         now = time.time()
         with self._transaction():
             message = self._db.execute(
                 "INSERT INTO message (chat, parent, role, content, finish, created) VALUES (?, ?, ?, ?, ?, ?)",
                 (chat, parent, role, content, finish, now),
             ).lastrowid
-            self._db.execute("UPDATE chat SET head = ?, changed = ? WHERE id = ?", (message, now, chat))
+            self._move(chat, parent, message)
         return message
+
+    def move(self, chat: str, head: int | None, to: int | None) -> None:
+        """Make `to` the head instead of `head`. HeadMovedError if the head is another, LookupError if the chat was deleted."""
+        with self._transaction():
+            if not self._db.execute("SELECT 1 FROM chat WHERE id = ?", (chat,)).fetchone():
+                raise LookupError(chat)
+            self._move(chat, head, to)
+
+    def _move(self, chat: str, head: int | None, to: int | None) -> None:
+        moved = self._db.execute(
+            "UPDATE chat SET head = ?, changed = ? WHERE id = ? AND head IS ?", (to, time.time(), chat, head)
+        )
+        if not moved.rowcount:
+            raise HeadMovedError(chat)
 
     def rewrite(self, message: int, content: str, finish: str | None) -> None:
         """Replace a message's text. LookupError if it was deleted."""

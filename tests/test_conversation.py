@@ -203,15 +203,34 @@ def test_a_conversation_deleted_elsewhere_is_written_anew(path, store):
     assert c.trouble is None
 
 
-def test_two_processes_keep_both_branches(path):
+def test_two_chats_that_go_on_with_one_conversation_lose_nothing(path):
+    """The second to speak is kept as a conversation of its own: each can be listed, shown and gone on with."""
     first, second = Store(path), Store(path)
     c = Conversation(first)
     turn(c, "one", "1")
     d = Conversation.resume(second, second.latest())
     turn(c, "two", "2")
     turn(d, "deux", "II")
-    assert said(again(path)) == ["one", "1", "deux", "II"]
-    assert [len(first.search(text)) for text in ("deux", "two")] == [1, 1]
+    turn(c, "three", "3")
+    turn(d, "trois", "III")
+    assert c.trouble is None
+    assert d.id in d.trouble
+    assert {chat.id: [m.content for m in first.branch(chat)] for chat in first.chats()} == {
+        c.id: ["one", "1", "two", "2", "three", "3"],
+        d.id: ["one", "1", "deux", "II", "trois", "III"],
+    }
+
+
+@pytest.mark.parametrize("back", [lambda c: c.undo(), lambda c: c.retract()])
+def test_a_chat_that_goes_back_takes_nothing_from_one_that_went_on(path, back):
+    c = Conversation(Store(path))
+    turn(c, "one", "1")
+    d = Conversation.resume(Store(path), Store(path).latest())
+    turn(c, "two", "2")
+    back(d)
+    assert d.id != c.id
+    (chat,) = [chat for chat in Store(path).chats() if chat.id == c.id]
+    assert [m.content for m in Store(path).branch(chat)] == ["one", "1", "two", "2"]
 
 
 def test_a_store_that_fails_does_not_stop_a_conversation(store):
@@ -255,11 +274,11 @@ def test_a_circle_in_a_damaged_file_ends(path, store):
 
 def test_export_and_import(store):
     c = Conversation(store, "m", "be kind")
-    turn(c, "one\ntwo", "é 漢 \x1b")
+    turn(c, "one\ntwo", answer := "é 漢 \x1b a\u2028b\u2029c\x85d\x0be\r\nf")  # ends of lines, to some who read them
     text = as_jsonl(c.system, c.messages)
-    assert [json.loads(line)["role"] for line in text.splitlines()] == ["system", "user", "assistant"]
+    assert [json.loads(line)["role"] for line in text.rstrip("\n").split("\n")] == ["system", "user", "assistant"]
     system, messages = from_jsonl(text, "x.jsonl")
-    assert (system, [(m.role, m.content) for m in messages]) == ("be kind", [("user", "one\ntwo"), ("assistant", "é 漢 \x1b")])
+    assert (system, [(m.role, m.content) for m in messages]) == ("be kind", [("user", "one\ntwo"), ("assistant", answer)])
     assert as_markdown("name", "m.gguf", None, "be kind", c.messages).startswith(
         "# name\n\nm.gguf\n\n## System\n\nbe kind\n\n## You"
     )
