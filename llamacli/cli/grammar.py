@@ -23,6 +23,7 @@ from llamacli.errors import UsageError
 
 OTHER = "Output and help"  # the group of options that belong to no other
 COLUMNS = {"col_max": 26, "col_spacing": 2}  # of names and of explanations
+FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 GROUPS = ("Server", "Text", "Model", "Answer", "Sampling", "Tools", "Options", OTHER)  # in the order of the help
 
 
@@ -81,7 +82,9 @@ class _Type(click.ParamType):
 
     def convert(self, value, param, ctx):
         if not isinstance(value, str):
-            if not isinstance(value, int | float) or isinstance(value, bool):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                if ctx and ctx.get_parameter_source(param.name) is ParameterSource.DEFAULT_MAP:
+                    raise UsageError(f"{written(param, ctx)[0]}: expected {self._expected()}, found {value!r:.80}")
                 return value
             value = str(value)  # a number of the settings file
         return self.read(value, *written(param, ctx))
@@ -122,6 +125,10 @@ class _Type(click.ParamType):
         return number
 
     def _expected(self) -> str:
+        if issubclass(self.kind, Enum):
+            return _or([each.value for each in self.kind])
+        if self.spec.tokens:
+            return f"a number of tokens from {int(self.spec.least or 1)} up, such as 8192, 128K or 1M"
         if self.kind not in (int, float):
             return {"FILE": "a file's name", None: "some text"}.get(self.spec.metavar, "some text")
         what = "a whole number" if self.kind is int else "a number"
@@ -144,6 +151,18 @@ class _Type(click.ParamType):
         else:
             words = ()
         return [CompletionItem(word) for word in words if word.lower().startswith(incomplete.lower())]
+
+
+class _Flag(click.types.BoolParamType):
+    """On or off, where a variable or the settings file says so."""
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, bool):
+            return value
+        word = str(value).strip().lower()
+        if word not in FLAGS:
+            raise UsageError(f"{written(param, ctx)[0]}: expected true or false, found {value!r:.80}")
+        return FLAGS[word]
 
 
 def read_value(kind: type, spec: Spec, text: str, where: str):
@@ -362,7 +381,14 @@ def _parameter(name: str, annotation, default) -> click.Parameter:
     envvar = f"LLAMACLI_{name.upper()}" if spec.setting else None
     if kind is bool:
         return Option(
-            [name, *spec.names], is_flag=True, default=False, help=spec.help, envvar=envvar, hidden=spec.hidden, spec=spec
+            [name, *spec.names],
+            type=_Flag(),
+            is_flag=True,
+            default=False,
+            help=spec.help,
+            envvar=envvar,
+            hidden=spec.hidden,
+            spec=spec,
         )
     return Option(
         [name, *spec.names],

@@ -5,6 +5,7 @@ LLAMACLI_NAME variable, then this file, then the model's own default. `llamacli 
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from llamacli import environment
@@ -17,10 +18,14 @@ def path() -> Path:
 
 
 def read() -> dict:
-    """Its keys and values, empty without a file. UsageError if it is no TOML or has keys that are no settings."""
+    """Its keys and values, empty without a file. UsageError if it cannot be read, is no TOML or has keys of no setting."""
     try:
         data = path().read_bytes()
-    except OSError:
+    except OSError as error:
+        if os.path.exists(path()):  # not so in a folder that this user may not look into, such as that of another one
+            raise UsageError(
+                f"{path()}: expected a file of settings, found: {error.strerror}; make it readable or move it away"
+            ) from None
         return {}
     import tomllib
 
@@ -73,11 +78,14 @@ def model() -> str | None:
 
 
 def write(key: str, value) -> None:
-    """Set `key`, or remove it if `value` is None. Comments and order of the file stay; it is for this user's eyes only."""
+    """Set `key`, or remove it if `value` is None. Comments and order of the file stay; it is for this user's eyes only.
+
+    A link stays one: the file that it names is written.
+    """
     import tomlkit
 
     read()  # an unsound file is not overwritten
-    file = path()
+    file = Path(os.path.realpath(path()))
     document = tomlkit.parse(file.read_text("utf-8-sig")) if file.exists() else tomlkit.document()
     if value is None:
         document.pop(key, None)
@@ -90,4 +98,6 @@ def write(key: str, value) -> None:
             out.write(tomlkit.dumps(document))
         os.replace(part, file)
     except OSError as error:
+        with suppress(OSError):
+            part.unlink()
         raise OutputError(f"{file}: expected a file that can be written, found: {error.strerror}; check the folder") from None

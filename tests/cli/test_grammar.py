@@ -277,6 +277,14 @@ def test_the_files_model_comes_after_the_variable(config, tiny_model, monkeypatc
         ("tmep = 1", "did you mean temp?"),
         ("temp = ", "config.toml: expected TOML"),
         ("memory = 24", "config.toml: memory: expected a size like 48G"),
+        ("temp = [1]", "config.toml: temp: expected a number from 0 up, found [1]"),
+        ("color = true", "config.toml: color: expected auto, always or never, found True"),
+        ("max-tokens = true", "config.toml: max-tokens: expected a whole number from 1 up, or -1 for no limit, found True"),
+        ("ctx = {}", "config.toml: ctx: expected a number of tokens from 1 up, such as 8192, 128K or 1M, found {}"),
+        ("system = ['a']", "config.toml: system: expected some text, found ['a']"),
+        ("verbose = 2", "config.toml: verbose: expected true or false, found 2"),
+        ("verbose = 'maybe'", "config.toml: verbose: expected true or false, found 'maybe'"),
+        ("quiet = [true]", "config.toml: quiet: expected true or false, found [True]"),
     ],
 )
 def test_a_wrong_setting_names_the_file_and_the_key(model, config, capfd, text, words):
@@ -286,10 +294,29 @@ def test_a_wrong_setting_names_the_file_and_the_key(model, config, capfd, text, 
     assert words in err and err.count("\n") == 1
 
 
-def test_a_wrong_variable_is_named(model, monkeypatch, capfd):
-    monkeypatch.setenv("LLAMACLI_TEMP", "hot")
+@pytest.mark.parametrize(
+    "name, value, words", [("TEMP", "hot", "expected a number"), ("QUIET", "maybe", "expected true or false, found 'maybe'")]
+)
+def test_a_wrong_variable_is_named(model, monkeypatch, capfd, name, value, words):
+    monkeypatch.setenv(f"LLAMACLI_{name}", value)
     assert main(["run", "hi"]) == 2
-    assert "LLAMACLI_TEMP: expected a number" in capfd.readouterr().err
+    assert f"LLAMACLI_{name}: {words}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("word, tells", [("1", True), ("yes", True), ("off", False), ("0", False), ("", False)])
+def test_a_variable_may_turn_an_option_on(model, monkeypatch, capfd, word, tells):
+    monkeypatch.setenv("LLAMACLI_VERBOSE", word)
+    assert main(["run", "hi"]) == 0
+    assert ("prompt tokens" in capfd.readouterr().err) == tells
+
+
+def test_a_settings_file_that_cannot_be_read_is_not_passed_over(model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "llamacli" / "config.toml").mkdir(parents=True)
+    for args in (["run", "hi"], ["config", "temp"], ["config", "temp", "0.3"]):
+        assert main(args) == 2
+        err = capfd.readouterr().err
+        assert "config.toml: expected a file of settings, found: Is a directory" in err and err.count("\n") == 1
 
 
 def test_settings_that_do_not_go_together_with_an_option_give_way(model, config):
@@ -314,6 +341,29 @@ def test_config_writes_what_it_shows_and_keeps_comments(config, capfd):
     for wrong in (["config", "temp", "hot"], ["config", "nosuch", "1"], ["config", "temp", "--unset", "1"]):
         assert main(wrong) == 2
     assert file.read_text().startswith("# mine\ntemp = 0.5")
+
+
+def test_a_settings_file_that_is_a_link_stays_one(config, tmp_path):
+    """As those who keep their settings in a repository have it."""
+    file, kept = config(""), tmp_path / "kept.toml"
+    kept.write_text("temp = 0.5\n")
+    file.unlink()
+    file.symlink_to(kept)
+    assert main(["config", "top-k", "40"]) == 0
+    assert file.is_symlink()
+    assert kept.read_text() == "temp = 0.5\ntop-k = 40\n"
+
+
+def test_settings_that_cannot_be_written_leave_what_was(config, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    file = config("temp = 0.5\n")
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["config", "top-k", "40"]) == 1
+    assert "No space left on device" in capfd.readouterr().err
+    assert file.read_text() == "temp = 0.5\n"
+    assert [*file.parent.iterdir()] == [file]
 
 
 def test_every_setting_is_an_option_of_run():
