@@ -115,15 +115,16 @@ def _row(s, fmt, start, supers, pieces, near, reordered):
     parts, span, size = formats.lanes(s, fmt), formats.span(fmt), reordered_bytes(fmt)
     chunks, in_chunk = pieces
     scale_at, sum_at, factor_at = (256 + 4 * k * (256 // fmt.group) for k in range(3))
-    is_signed, eight = hasattr(fmt, "signed"), vec(f32, 8)
+    is_signed, eight, ordered = hasattr(fmt, "signed"), vec(f32, 8), [group for groups in parts for group in groups]
 
     def factors(k, lows):
         w, x = s.add(start, s.mul(k, span)), s.add(reordered, s.mul(k, size))
         scale, least = fmt.scales(s, w, 8)
-        for p, groups in enumerate(parts):
-            s.store(s.b.fmul(s.shuffle(scale, groups), s.load(eight, x, scale_at + 32 * p)), x, factor_at + 32 * p)
-            if least is not None:
-                lows = [s.fma(s.shuffle(least, groups), s.load(eight, x, sum_at + 32 * p), lows[0])]
+        s.store(s.b.fmul(s.shuffle(scale, ordered), s.load(vec(f32, len(ordered)), x, scale_at)), x, factor_at)
+        if least is not None:
+            least = s.shuffle(least, ordered)
+            for k in range(0, len(ordered), 8):
+                lows = [s.fma(s.shuffle(least, list(range(k, k + 8))), s.load(eight, x, sum_at + 4 * k), lows[0])]
         return lows
 
     def products(k, sums):

@@ -69,7 +69,9 @@ def by_group(s, fmt, us, xs, largest, is_signed):
     for at, u, x in zip(registers(s, fmt), us, xs, strict=True):
         shared.setdefault(at, []).append((u, x))
     used, doublings = max(len(both) for both in shared.values()), 0  # how often sums in 16 bits can still double
-    if s.target.dot == "maddubs" and not is_signed and s.fits(largest) >= 2 * used:
+    # A group of 16 fills half a register: there VNNI's sums of four bytes save less than adding lanes of 16 bits does.
+    in_16_bits = s.target.dot == "maddubs" or (s.target.dot == "vnni" and fmt.group == 16)
+    if in_16_bits and not is_signed and s.fits(largest) >= 2 * used:
         dots = [reduce(s.b.add, (s.pairs(u, x) for u, x in both)) for both in shared.values()]
         doublings = min(2, (s.fits(largest) // used).bit_length() - 1)
     else:

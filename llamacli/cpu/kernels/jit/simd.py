@@ -345,7 +345,7 @@ class Simd:
         return 32767 // (2 * 127 * largest)
 
     def pairs(self, u, s):
-        """u[2l] * s[2l] + u[2l+1] * s[2l+1] in int16 lanes, saturating; only where target.dot is maddubs."""
+        """u[2l] * s[2l] + u[2l+1] * s[2l+1] in int16 lanes, saturating; only on x86 from AVX2 on."""
         name = {64: "avx512.pmaddubs.w.512", 32: "avx2.pmadd.ub.sw"}[u.type.count]
         return self.b.call(self._intrinsic(f"llvm.x86.{name}", vec(i16, u.type.count // 2), u.type, s.type), [u, s])
 
@@ -356,7 +356,7 @@ class Simd:
         return self.pairs(magnitude, self.b.call(self._intrinsic("llvm.x86.avx2.psign.b", *[u.type] * 3), [s, u]))
 
     def widen_pairs(self, a, b):
-        """a[2l] * b[2l] + a[2l+1] * b[2l+1] of int16 in int32 lanes; only where target.dot is maddubs."""
+        """a[2l] * b[2l] + a[2l+1] * b[2l+1] of int16 in int32 lanes; only on x86 from AVX2 on."""
         name = {32: "avx512.pmaddw.d.512", 16: "avx2.pmadd.wd"}[a.type.count]
         return self.b.call(self._intrinsic(f"llvm.x86.{name}", vec(i32, a.type.count // 2), a.type, b.type), [a, b])
 
