@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 from llamacli import environment
 from llamacli.cluster import host
-from llamacli.cluster.launch import keep_loopback
+from llamacli.cluster.launch import check_private, keep_loopback
 from llamacli.cluster.tasks import Tasks
 from llamacli.errors import DeviceError, LlamacliError, UsageError
 
@@ -85,7 +85,10 @@ class Cluster:
         self._ray = library()
         if name in ("127.0.0.1", "localhost"):
             keep_loopback()
+        check_private(self._ray, "_private")
+        check_private(self._ray._private.worker, "listen_error_messages")
         self._ray._private.worker.listen_error_messages = lambda *_: None  # it prints to stdout; losses are told by the links
+        job = _job(self._ray)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with _no_stderr():
@@ -94,7 +97,7 @@ class Cluster:
                     logging_level="CRITICAL",
                     log_to_driver=False,
                     ignore_reinit_error=True,
-                    job_config=_job(self._ray),
+                    job_config=job,
                 )
         except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:
             raise DeviceError(
@@ -104,6 +107,9 @@ class Cluster:
             for number, handler in handlers.items():
                 with suppress(ValueError):  # not the main thread
                     signal.signal(number, handler)
+        if not job.made:  # nodes would import from this program's folders
+            self._ray.shutdown()
+            check_private(job, "JobConfig._serialize as it was")
         self._hosts: dict[str, object] = {}
         self._names: dict[str, str] = {}  # of nodes with a process of this program, by Ray's ids
         self._refused: dict[str, Exception] = {}  # why a node cannot encode, as it said itself, by Ray's ids
@@ -234,14 +240,24 @@ def _result(ray, reference) -> dict | Exception:
 
 
 def _job(ray):
-    """What Ray is told of this program: not to have the nodes import from its folders before their own installation."""
+    """What Ray is told of this program: not to have the nodes import from its folders before their own installation.
+
+    Ray adds these folders itself, and a public way to stop it would send the nodes another folder in their place. `made`:
+    whether Ray has asked for what it is told.
+    """
 
     class Job(ray.job_config.JobConfig):
+        made = False
+
         def _serialize(self):
+            self.made = True
             self._py_driver_sys_path.clear()
             return super()._serialize()
 
-    return Job()
+    check_private(ray.job_config.JobConfig, "_serialize")
+    job = Job()
+    check_private(job, "_py_driver_sys_path")
+    return job
 
 
 def _machine(node: dict) -> tuple[str, str]:

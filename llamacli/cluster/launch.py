@@ -1,7 +1,8 @@
 """Runs Ray's own command `ray start` in this process: `python -m llamacli.cluster.launch start ...` (processes.py).
 
 Ray replaces a loopback address by one that others can reach and then listens on all interfaces. If the address asked for is on
-the loopback, it is kept here, and Ray listens there alone.
+the loopback, it is kept here, and Ray listens there alone. Ray Client, which nothing here uses and which would always listen at
+port 10001, is not started.
 
 A node whose cable was cut, or that stood still, is forgotten by Ray, and its processes end when they learn of it. A node that
 had joined joins again then, as soon as the cluster takes connections.
@@ -16,15 +17,29 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamacli import environment
+from llamacli.errors import DeviceError
 
 AGAIN = 3.0  # seconds between two attempts to join again
 ADDRESS = "--address="
+TESTED = "2.60.0"  # the version of Ray that tests ran with
+
+
+def check_private(holder, *names: str) -> None:
+    """DeviceError unless this version of Ray has these private names, for which it has no public ones."""
+    if missing := [name for name in names if not hasattr(holder, name)]:
+        from ray import __version__
+
+        raise DeviceError(
+            f"ray {__version__}: expected a version with {', '.join(missing)}, found one without; install ray {TESTED}, with "
+            f"which llamacli was tested"
+        )
 
 
 def keep_loopback() -> None:
     """Have Ray take 127.0.0.1 as this machine's address."""
     from ray._private import services
 
+    check_private(services, "get_node_ip_address")
     services.get_node_ip_address = lambda address=None: "127.0.0.1"
 
 
@@ -33,6 +48,7 @@ def main() -> None:
     address = next((word.removeprefix(ADDRESS) for word in sys.argv if word.startswith(ADDRESS)), None)
     if address:
         _stay(address)  # returns in children
+    sys.modules["grpc"] = None  # no option of Ray's switches its Client off, but without this package it is not started
     from ray.scripts.scripts import main as ray
 
     if "--node-ip-address=127.0.0.1" in sys.argv:

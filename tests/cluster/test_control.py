@@ -84,7 +84,8 @@ def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state,
 def ray(state, monkeypatch):
     """In place of Ray: one node, whose processes answer with what `ray.get` returns."""
     ray = MagicMock()
-    ray.job_config.JobConfig, ray.exceptions.RayError, ray.exceptions.RayTaskError = object, OSError, Told
+    ray.job_config.JobConfig, ray.exceptions.RayError, ray.exceptions.RayTaskError = JobConfig, OSError, Told
+    ray.init.side_effect = lambda job_config, **how: job_config._serialize()
     ray.nodes.return_value = [node("1")]
     ray.wait.side_effect = lambda references, **how: (references, [])
     monkeypatch.setattr(control, "library", lambda: ray)
@@ -94,6 +95,16 @@ def ray(state, monkeypatch):
     monkeypatch.setattr(control, "LEAVING", 0.1)
     monkeypatch.setattr(control.socket, "create_connection", lambda *_: MagicMock())
     return ray
+
+
+class JobConfig:
+    """As Ray's, as far as llamacli knows it."""
+
+    def __init__(self):
+        self._py_driver_sys_path = []
+
+    def _serialize(self):
+        return ""
 
 
 class Told(OSError):
@@ -107,6 +118,47 @@ class Told(OSError):
 def node(number):
     where = {"NodeManagerAddress": "127.0.0.1", "NodeManagerHostname": "here", "NodeManagerPort": 1}
     return {"Alive": True, "NodeID": number} | where
+
+
+def renamed(ray):
+    ray.job_config.JobConfig = type("JobConfig", (), {"_py_driver_sys_path": []})
+
+
+def without_paths(ray):
+    ray.job_config.JobConfig = type("JobConfig", (), {"_serialize": lambda self: ""})
+
+
+def not_asked(ray):
+    ray.init.side_effect = None
+
+
+@pytest.mark.parametrize("change", [renamed, without_paths, not_asked])
+def test_a_ray_that_would_have_nodes_import_from_the_program_s_folders_is_refused(ray, change):
+    pytest.importorskip("ray")
+    change(ray)
+    with pytest.raises(DeviceError, match=r"^ray 2.*: expected a version with .*; install ray 2"):
+        control.Cluster("127.0.0.1:1")
+
+
+STARTED = """
+import sys
+import ray.scripts.scripts
+from llamacli.cluster import launch
+from ray._private.utils import get_ray_client_dependency_error
+assert get_ray_client_dependency_error() is None
+ray.scripts.scripts.main = lambda: print(get_ray_client_dependency_error())
+sys.argv = ["ray", "start", "--head"]
+launch.main()
+"""
+
+
+def test_ray_client_is_not_started_where_its_package_is_installed(tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "grpc.py").touch()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "grpc" in done.stdout
 
 
 @pytest.mark.parametrize("names", [None, ["here"]], ids=["looked out for", "opened again"])
