@@ -1,12 +1,13 @@
 """Ray's processes on this machine: started, found again and stopped by the command line.
 
 In: addresses. Out: a record for each node that was started here, in the folder of states; errors with the end of Ray's log.
-Only processes that were started here are ever stopped.
+Only processes that were started here are ever stopped, and only their folders removed.
 """
 
 import ipaddress
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -28,6 +29,7 @@ from llamacli.errors import DeviceError, OutputError, UsageError
 STARTED = "Ray runtime started"
 PATIENCE = 90.0  # seconds in which Ray must have started
 ENDING = 10.0  # seconds in which Ray's processes must have ended; those of a cluster that has died take long
+LEAVING = 3.0  # seconds in which the last process must have left a session's folder
 ROOM = 32_000_000  # bytes on the disk of Ray's files, below which it is not started
 STORE = 80_000_000  # bytes of Ray's own store of objects, its least: nothing large goes through it
 
@@ -79,11 +81,10 @@ def join(address: str, host: str | None = None) -> Running:
 
 def running() -> list[Running]:
     """The nodes that were started here and run; records of others are removed. The first node of a cluster comes last."""
-    found = []
-    for path, node in _records():
-        # -ww: a command is not cut at the width of a terminal
-        command = subprocess.run(["ps", "-ww", "-o", "command=", "-p", str(node.pid)], capture_output=True, text=True).stdout
-        if "llamacli.cluster.launch" in command:
+    found, records = [], [*_records()]
+    commands = {one.pid: one.command for one in _processes()} if records else {}
+    for path, node in records:
+        if "llamacli.cluster.launch" in commands.get(node.pid, ""):
             found.append(node)
         else:
             path.unlink(missing_ok=True)
@@ -91,8 +92,9 @@ def running() -> list[Running]:
 
 
 def stop() -> list[Running]:
-    """End the nodes that were started here, within ENDING seconds; returns them."""
+    """End the nodes that were started here, within ENDING seconds, and remove Ray's files of them; returns them."""
     found = running()
+    sessions = [(session, node) for node in found for session in _sessions(node.pid)]
     for node in found:
         with suppress(ProcessLookupError):
             os.kill(node.pid, signal.SIGTERM)
@@ -101,6 +103,8 @@ def stop() -> list[Running]:
         time.sleep(0.1)
     for node in running():
         _kill(node.pid)
+    for session, node in sessions:
+        _remove(session, node.address)
     return found
 
 
@@ -111,9 +115,14 @@ def _folder() -> Path:
 def _ray_folder() -> Path:
     """Where Ray keeps sockets and logs: within a folder that only this user can enter, since Ray lets everybody write there.
 
-    OutputError if there is no room: Ray would join, and no process would start. The path is short because those of sockets are.
+    The path is short because those of sockets are.
     """
-    folder = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"llamacli-ray-{os.getuid()}"
+    return Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"llamacli-ray-{os.getuid()}" / "ray"
+
+
+def _made_ray_folder() -> Path:
+    """The same, made. OutputError if there is no room: Ray would join, and no process would start."""
+    folder = _ray_folder().parent
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.stat().st_uid != os.getuid() or folder.is_symlink():
@@ -126,7 +135,7 @@ def _ray_folder() -> Path:
         raise OutputError(
             f"{folder}: expected {ROOM / 1e6:.0f} MB free for Ray's files, found {free / 1e6:.1f} MB; make room there"
         )
-    return folder / "ray"
+    return _ray_folder()
 
 
 def _records() -> Iterator[tuple[Path, Running]]:
@@ -156,21 +165,78 @@ def _make_secret(path: Path) -> None:
         ) from None
 
 
+class _Process(NamedTuple):
+    """A process of this machine."""
+
+    pid: int
+    parent: int
+    group: int
+    command: str
+
+
+def _processes() -> list[_Process]:
+    """All that run. -ww: a command is not cut at the width of a terminal."""
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,pgid=,command="], capture_output=True, text=True).stdout
+    rows = [line.split(None, 3) for line in listed.splitlines()]
+    return [_Process(int(pid), int(parent), int(group), *command) for pid, parent, group, *command in rows if command]
+
+
+def _family(pid: int) -> list[_Process]:
+    """A process and all that it started."""
+    rows, below = _processes(), {pid}
+    while more := {one.pid for one in rows if one.parent in below} - below:
+        below |= more
+    return [one for one in rows if one.pid in below]
+
+
 def _kill(pid: int) -> None:
     """Kill a node's first process and all that it started. On macOS Ray puts those of a node that joined into another group."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,pgid="], capture_output=True, text=True).stdout
-    rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    below = {pid}
-    while more := {own for own, parent, _ in rows if parent in below} - below:
-        below |= more
-    others = {group for own, _, group in rows if own in below} - {pid}
+    others = {one.group for one in _family(pid)} - {pid}
     for group in (pid, *others):  # the first would start the others again
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
 
 
+def _sessions(pid: int) -> set[Path]:
+    """The folders of Ray's sessions that a node's processes name in their commands."""
+    folder = _ray_folder()
+    names = re.compile(rf"{re.escape(str(folder))}/(session_\d[\w-]*)")
+    return {folder / name for one in _family(pid) for name in names.findall(one.command)}
+
+
+def _remove(session: Path, address: str) -> None:
+    """Remove the folder of a session that a node of the cluster at `address` had, unless another process may use it."""
+    until = time.monotonic() + LEAVING
+    while _in_use(session, address):
+        if time.monotonic() > until:
+            return
+        time.sleep(0.1)
+    with suppress(OSError):
+        if session.is_symlink() or session.stat().st_uid != os.getuid():
+            return
+        shutil.rmtree(session)
+        latest = session.with_name("session_latest")
+        if latest.is_symlink() and not latest.exists():  # Ray would not replace it
+            latest.unlink()
+
+
+def _in_use(session: Path, address: str) -> bool:
+    """Whether a process names the session, has a file of it open, as far as this system tells, or starts or keeps a node of
+    the same cluster, which may be about to.
+    """
+    port = address.rpartition(":")[2]
+    starting = re.compile(rf"llamacli\.cluster\.launch .*(--port={port}|--address=\S*:{port})( |$)")
+    if any(str(session) in one.command or starting.search(one.command) for one in _processes()):
+        return True
+    for file in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(file).startswith(f"{session}/"):
+                return True
+    return False
+
+
 def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
-    words += [f"--temp-dir={_ray_folder()}"]
+    words += [f"--temp-dir={_made_ray_folder()}"]
     _folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     log = _folder() / f"{'head' if head else 'node'}-{os.getpid()}.log"
     words += ["--block", f"--node-ip-address={host}", "--disable-usage-stats", "--num-cpus=0"]

@@ -60,6 +60,63 @@ def test_stop_kills_what_does_not_end_whatever_group_it_is_in(state, monkeypatch
     assert stopped == [node] and process.wait() == -signal.SIGKILL
 
 
+SLEEPING = """
+import os, sys, time
+parent, (name, *words) = os.getpid(), sys.argv[1:]
+if words and os.fork() == 0:  # as launch.py, whose children name the session and end with it
+    os.execv(sys.executable, [sys.executable, "-c", FOLLOWING, str(parent), *words])
+elif not words:
+    print(flush=True)
+time.sleep(200)
+"""
+FOLLOWING = """
+import os, sys, time
+print(flush=True)
+while str(os.getppid()) == sys.argv[1]:
+    time.sleep(0.02)
+"""
+
+
+def sleeping(*words, **how):
+    """A process of that name, and one that it has started with these words, if there are any."""
+    code = f"FOLLOWING = {FOLLOWING!r}\n{SLEEPING}"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, start_new_session=True, **how)
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("other", ["nobody", "names it", "has a file open", "starts a node there", "starts another cluster"])
+def test_stop_removes_the_folder_of_the_node_s_session_unless_another_process_may_use_it(state, tmp_path, monkeypatch, other):
+    monkeypatch.setattr(processes, "_ray_folder", lambda: tmp_path / "ray")
+    monkeypatch.setattr(processes, "LEAVING", 2, raising=False)
+    session, elsewhere = (tmp_path / "ray" / f"session_2026-11-29_10-0{k}-00_123456_{k}" for k in (1, 2))
+    for folder in (session, elsewhere):
+        (folder / "logs").mkdir(parents=True)
+        (folder / "logs" / "gcs.log").touch()
+    latest = tmp_path / "ray" / "session_latest"
+    latest.symlink_to(session)
+    process = sleeping("llamacli.cluster.launch", f"--session-dir={session}")
+    node = processes.Running(process.pid, "127.0.0.1:7001", "127.0.0.1", True)
+    monkeypatch.setattr(processes, "_records", lambda: [(state / "no record", node)])
+    words = {
+        "names it": [f"--session-dir={session}"],
+        "starts a node there": ["llamacli.cluster.launch start --address=127.0.0.1:7001"],
+        "starts another cluster": ["llamacli.cluster.launch start --head --port=70010"],
+    }
+    with open(session / "logs" / "gcs.log") as log:
+        beside = None if other == "nobody" else sleeping(*words.get(other, ["x"]), stdin=log if "open" in other else None)
+    try:
+        assert processes.stop() == [node]
+    finally:
+        process.wait()
+        if beside:
+            beside.kill()
+            beside.wait()
+    removed = other in ("nobody", "starts another cluster") or (other == "has a file open" and not os.path.isdir("/proc"))
+    assert (session.exists(), latest.is_symlink()) == (not removed, not removed)
+    assert (elsewhere / "logs" / "gcs.log").exists()
+
+
 def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state, tmp_path, monkeypatch):
     program, begun = tmp_path / "python", []
     program.write_text(f"#!{sys.executable}\n{STUBBORN}")
