@@ -1,9 +1,11 @@
-"""Reads the JSON files of a Hugging Face folder as hostile input.
+"""Reads the small files of a Hugging Face folder as hostile input.
 
-In: a path. Out: a dict, or a CheckpointError that names the file.
+In: a path. Out: bytes or a dict, or a CheckpointError that names the file.
 """
 
 import json
+import os
+import stat
 from pathlib import Path
 
 from llamacli.errors import CheckpointError
@@ -11,18 +13,28 @@ from llamacli.errors import CheckpointError
 MAX_JSON = 1 << 28  # bytes; a tokenizer.json of 200,000 tokens takes 28 MB
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in `path`; CheckpointError if it is missing, unreadable, too large or no object."""
+def read_file(path: Path, most: int) -> bytes:
+    """All of a file of at most `most` bytes; CheckpointError if it is missing, unreadable, larger, or a device or a pipe, which
+    would be read without end or waited for.
+    """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise CheckpointError(f"{path}: expected a JSON file of at most {MAX_JSON} bytes, found {size}; download it again")
-        raw = path.read_bytes()
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # no wait for a writer
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: expected a file, found a device or a pipe; download it again")
+            raw = file.read(min(status.st_size, most) + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: expected this file in the checkpoint, found none; download the folder again") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
-    return parse_json(raw, str(path))
+        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}; check the file") from None
+    if len(raw) > most:
+        raise CheckpointError(f"{path}: expected at most {most} bytes, found more; download it again")
+    return raw
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in `path`; CheckpointError as for `read_file`, or if it is no object."""
+    return parse_json(read_file(path, MAX_JSON), str(path))
 
 
 def optional_json(path: Path) -> dict:

@@ -79,6 +79,8 @@ def _licence(card: dict, found: dict[str, object]) -> list[str]:
 
 def read_card(path: Path) -> dict[str, str | list[str]]:
     """The front matter (YAML between two lines of ---) as texts and lists of texts; {} if there is none or it is unreadable."""
+    if not path.is_file():  # nothing, or a pipe, which would be waited for
+        return {}
     try:
         with path.open("rb") as file:
             lines = file.read(MAX_CARD).decode("utf-8-sig", "replace").splitlines()

@@ -68,7 +68,7 @@ class _Reader:
         value = self.values.get(key)
         value = default if value is None else value
         least, most = BOUNDS[field] if field else (0, 1e30)
-        if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most or value <= 0:
+        if type(value) not in (int, float) or not least <= value <= most or value <= 0:  # NaN is not
             raise self.refuse(key, f"a positive number from {least:g} to {most:g}" if field else "a positive number")
         return float(value)
 
@@ -187,14 +187,18 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
     if kind != "llama3":
         raise CheckpointError(f"{c.where}: expected rope_type llama3 or default, found {str(kind)[:40]}; no GGUF can say that")
     r = _Reader(c.where, scaling)
-    return theta, rope_divisors(
-        theta,
-        head_dim,
-        r.real("factor", 8.0),
-        r.real("low_freq_factor", 1.0),
-        r.real("high_freq_factor", 4.0),
-        r.real("original_max_position_embeddings", 8192),
-    )
+    with np.errstate(all="ignore"):  # what leaves float32 is refused below
+        divisors = rope_divisors(
+            theta,
+            head_dim,
+            r.real("factor", 8.0),
+            r.real("low_freq_factor", 1.0),
+            r.real("high_freq_factor", 4.0),
+            r.real("original_max_position_embeddings", 8192),
+        )
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise c.refuse("rope_scaling", "factors that divide frequencies")
+    return theta, divisors
 
 
 def rope_divisors(theta: float, head_dim: int, factor: float, low: float, high: float, original: float) -> np.ndarray:

@@ -196,4 +196,4 @@ def _problem(dtype: str, shape: list[int]) -> tuple[str, str] | None:
 
 
 def _counts(values) -> bool:
-    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamacli.errors import CheckpointError
 from llamacli.llama4.vocabulary import BYTE_LETTERS, CONTROL, NORMAL, SPLIT, UNUSED, USER_DEFINED
-from quantize.folder import optional_json, read_json
+from quantize.folder import optional_json, read_file, read_json
 
 
 def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, object], list[str]]:
@@ -87,7 +87,7 @@ SPECIALS = [  # in the order of their ids, from the first one after the ranks
     *(*_reserved("reasoning_", 0, 8), "reasoning_thinking_start", "reasoning_thinking_end"),
 ]
 N_SPECIALS = 2048  # what follows the named ones is reserved
-MAX_RANKS, LONGEST_TOKEN = 1 << 27, 512  # bytes
+MAX_RANKS, LONGEST_TOKEN, MAX_TEMPLATE = 1 << 27, 512, 1 << 20  # bytes
 
 
 def _from_ranks(path: Path, n_vocab: int) -> dict:
@@ -96,12 +96,8 @@ def _from_ranks(path: Path, n_vocab: int) -> dict:
     Two tokens merge if they make a token together; merges are ordered by the rank of the result.
     """
     try:
-        if path.stat().st_size > MAX_RANKS:
-            raise CheckpointError(f"{path}: expected at most {MAX_RANKS} bytes, found more; download it again")
-        lines = [line.split() for line in path.read_bytes().splitlines() if line]
+        lines = [line.split() for line in read_file(path, MAX_RANKS).splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
     except (ValueError, binascii.Error):
         raise CheckpointError(
             f"{path}: expected lines of a token in base64 and its rank, found others; download it again"
@@ -236,9 +232,9 @@ def _chat_template(folder: Path, settings: dict) -> tuple[str | None, str | None
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            template = file.read_text("utf-8-sig")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: expected a readable UTF-8 template, found: {error}") from None
+            template = read_file(file, MAX_TEMPLATE).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: expected a template in UTF-8, found: {error}; download it again") from None
     else:
         template = optional_json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(template, list):

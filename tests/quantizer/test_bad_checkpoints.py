@@ -1,6 +1,8 @@
 """quantize: a checkpoint that makes no sense is refused in one line that names the place."""
 
 import json
+import os
+import signal
 
 import checkpoint
 import numpy as np
@@ -19,6 +21,11 @@ BAD_CONFIGS = {
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "a theta that is no number": ({"rope_theta": float("nan")}, "rope_theta"),
+    "a number beyond every float": ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    "a factor that float32 rounds to 0": (
+        {"rope_scaling": checkpoint.CONFIG["rope_scaling"] | {"factor": 1e-300, "high_freq_factor": 4.0}},
+        "rope_scaling",
+    ),
     "an unknown rope type": ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
     "a number where a list belongs": ({"no_rope_layers": 1}, "no_rope_layers"),
     "another rhythm of NoPE layers": ({"no_rope_layers": [0, 1, 1, 1]}, "no_rope_layers"),
@@ -69,6 +76,60 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, change):
     change(tokenizer)
     spoil(tmp_path / "hf", "tokenizer.json", json.dumps(tokenizer))
     assert "tokenizer.json" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
+
+
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("chat_template.jinja", "chat_template.json", "model.safetensors.index.json", "preprocessor_config.json"),
+)
+
+
+@pytest.fixture(scope="module")
+def no_hang():
+    """What is still read after a minute is ended, and found to be no refusal."""
+
+    def end(*_):
+        raise AssertionError("still reading after a minute")
+
+    before = signal.signal(signal.SIGALRM, end)
+    yield lambda: signal.alarm(60)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["endless", "pipe", "folder", "huge"])
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_what_is_no_small_file_is_refused_and_neither_waited_for_nor_read_whole(tmp_path, no_hang, name, kind):
+    folder = tmp_path / "hf"
+    checkpoint.write(folder, vision_config={} if name == "preprocessor_config.json" else None)
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    if name == "tokenizer.model":
+        (folder / "tokenizer.json").unlink()
+    file = folder / name
+    file.unlink(missing_ok=True)
+    match kind:
+        case "endless":
+            file.symlink_to("/dev/zero")
+        case "pipe":
+            os.mkfifo(file)
+        case "folder":
+            file.mkdir()
+        case "huge":
+            file.touch()
+            os.truncate(file, 1 << 40)
+    no_hang()
+    if name == "preprocessor_config.json":  # without a tower it is not read
+        convert(folder, tmp_path / "out.gguf", "F32", dry_run=True)
+    else:
+        assert name in refusal(CheckpointError, folder, tmp_path / "out.gguf", "F32", dry_run=True)
+
+
+def test_a_readme_that_is_a_pipe_is_not_waited_for(tmp_path, no_hang):
+    checkpoint.write(tmp_path / "hf")
+    os.mkfifo(tmp_path / "hf" / "README.md")
+    no_hang()
+    assert convert(tmp_path / "hf", tmp_path / "out.gguf", "F32", dry_run=True)["notices"]
 
 
 def test_an_unknown_tensor_is_refused_by_name(tmp_path):

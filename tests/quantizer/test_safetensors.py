@@ -140,6 +140,8 @@ def test_an_absurd_header_length_allocates_nothing(tmp_path, length):
         ({"shape": [3, 5]}, "60 bytes"),
         ({"shape": [1 << 62, 1 << 62]}, "bytes"),
         ({"shape": [-3, -4]}, "shape"),
+        ({"shape": [10**4000, 10**4000]}, "shape"),
+        ({"data_offsets": [0, 10**4000]}, "begin and an end"),
         ({"shape": [0, 4]}, "ZeRO-3"),
         ({"dtype": "F64", "data_offsets": [0, 48]}, "save the model in BF16"),
         ({"shape": []}, "4 bytes"),
