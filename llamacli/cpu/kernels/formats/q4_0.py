@@ -1,6 +1,6 @@
 """Q4_0: 32 weights in 18 bytes, a half scale and 16 bytes of nibbles (low nibbles first); weight = d * (q - 8).
 
-`piece` and `scales` are the two questions formats.py asks of every block format. Source: ggml-common.h, block_q4_0.
+layout.py says what `piece` and `scales` return. Source: ggml-common.h, block_q4_0.
 """
 
 from llamacli.cpu.kernels.formats.halves import crossed_nibbles, half_scales, nibbles
