@@ -1,6 +1,6 @@
 """Entry point of the command line: it runs one command, a module each, and turns every error into one line and an exit code.
 
-In: sys.argv. Out: an exit code (0 answered, 1 could not, 2 usage, 141 closed pipe), or death by the signal that ended the
+In: sys.argv. Out: an exit code (0 answered, 1 failed, 2 wrong usage, 141 closed pipe), or death by the signal that ended the
 command (a shell shows 130 or 143). Everything else is imported late, so that `--help` stays fast.
 """
 

@@ -1,8 +1,7 @@
-"""`llamacli bench`: speed of prefill and decode beside what the machine allows, and beside llama.cpp. measure.py measures, this
-shows.
+"""`llamacli bench`: speed of prefill and decode beside what the machine allows, and beside llama.cpp.
 
-In: a file, or the name of a shape, of which a random file with few layers is then made. Out: tables or JSON on stdout. Knows
-nothing of how anything is measured.
+In: a file, or the name of a shape, of which a random file with few layers is then made. Out: tables or JSON on stdout.
+bench/measure.py measures, this module shows.
 """
 
 import json
@@ -98,7 +97,7 @@ def bench(
 
     GB/s counts the weights, keys and values that must be read, Gop/s two for each multiply-add. The limits are what the same
     threads read and multiply at best, measured here; "share" holds decode against the first, prefill against the second. Speeds
-    have the digits that repeat; --json has all.
+    are rounded to the digits that repeat from run to run; --json has all.
 
     Examples:
     llamacli bench scout.gguf

@@ -21,7 +21,7 @@ def doctor(
 ) -> None:
     """Check this machine, above all its GPU, and print what to report.
 
-    A minute on the small model. Checks that cannot be made here say so. The exit code is 1 if one failed.
+    It takes a minute with the small model. Checks that cannot be made here say so. The exit code is 1 if one failed.
 
     Examples:
     llamacli doctor > report.txt

@@ -46,8 +46,8 @@ def imatrix(
     error leaves what was last written.
 
     Examples:
-    llamacli imatrix -m scout-q8.gguf -f wiki.txt -o scout.imatrix
-    llamacli quantize scout-f16.gguf --imatrix scout.imatrix --type Q4_K_M
+    llamacli imatrix -m scout-q8.gguf -f wiki.txt -o scout.imatrix.gguf
+    llamacli quantize scout-f16.gguf --imatrix scout.imatrix.gguf --type Q4_K_M
     """
     from llamacli.bench.quality import windows
     from quantize.imatrix import size_of

@@ -28,7 +28,9 @@ def inspect(
     model: ModelName = None,
     routing: Annotated[
         Path | None,
-        option("--routing", metavar="LOG", complete="file", help="Draw which experts a log of --routing-log saw used."),
+        option(
+            "--routing", metavar="LOG", complete="file", help="Draw how often each expert was used, by a log of --routing-log."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, option("--plot", metavar="FILE", help="Draw that as an image, too (needs matplotlib).")

@@ -55,7 +55,7 @@ class Storing:
         option(
             "--cache",
             group="Model",
-            help="Keep what was computed of a prompt on disk; a text that begins alike is then read back.",
+            help="Keep keys and values of prompts on disk; a text with the same beginning is then read back.",
         ),
     ] = False
     cache_limit: Annotated[

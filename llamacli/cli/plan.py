@@ -79,7 +79,7 @@ def plan(
             "--ctx",
             metavar="N",
             aliases=("--ctx-size",),
-            help=f"Context in tokens, such as 128K or 1M ({DEFAULT_CTX} at most).",
+            help=f"Context in tokens, such as 128K or 1M (default: the model's, {DEFAULT_CTX} at most).",
         ),
     ] = None,
     disk: Annotated[
@@ -90,7 +90,7 @@ def plan(
     ] = None,
     type_name: Annotated[
         str | None,
-        option("--type", metavar="TYPE", complete=_recipes, help="For a folder: its type to be (Q4_EXPERTS)."),
+        option("--type", metavar="TYPE", complete=_recipes, help="For a folder: the type to convert to (Q4_EXPERTS)."),
     ] = None,
     plot: Annotated[
         Path | None, option("--plot", metavar="FILE", help="Draw the speeds as an image (needs matplotlib).")

@@ -121,7 +121,7 @@ def quantize(
 
     Examples:
     llamacli quantize Llama-4-Scout-17B-16E-Instruct scout.gguf --type Q4_K_M
-    llamacli quantize scout-f16.gguf --imatrix scout.imatrix --dry-run
+    llamacli quantize scout-f16.gguf --imatrix scout.imatrix.gguf --dry-run
     """
     from quantize.convert import convert
     from quantize.writer import output_path

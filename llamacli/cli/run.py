@@ -126,7 +126,7 @@ def run(
 ) -> None:
     """Answer one prompt; text piped in comes before it.
 
-    The answer alone goes to stdout. Exit code: 0 answered (also at the -n limit), 1 could not, 2 usage.
+    The answer alone goes to stdout. Exit code: 0 answered (also at the -n limit), 1 failed, 2 wrong usage.
 
     Examples:
     llamacli run "What is the capital of France?"

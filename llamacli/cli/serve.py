@@ -35,7 +35,9 @@ LONGEST_KEY = 1 << 12
 
 
 def serve(
-    host: Annotated[str, option("--host", metavar="ADDRESS", group="Server", help="Address to listen at.")] = "127.0.0.1",
+    host: Annotated[
+        str, option("--host", metavar="ADDRESS", group="Server", help="Address to listen at (127.0.0.1).")
+    ] = "127.0.0.1",
     port: Annotated[
         int, option("--port", metavar="N", group="Server", least=0, most=65535, help="Port (8080); 0 takes a free one.")
     ] = 8080,
@@ -71,7 +73,8 @@ def serve(
         int, option("--queue", metavar="N", group="Server", least=0, most=100000, help="Answers that may wait (64).")
     ] = 64,
     rate: Annotated[
-        int | None, option("--rate", metavar="N", group="Server", least=1, help="Requests a minute of each client.")
+        int | None,
+        option("--rate", metavar="N", group="Server", least=1, help="Requests a minute of each client (default: no limit)."),
     ] = None,
     max_body: Annotated[
         str, option("--max-body", metavar="SIZE", group="Server", check=size, help="Largest request (16MiB).")
