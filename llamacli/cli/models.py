@@ -329,11 +329,12 @@ def _plan(pull, variant, memory: int | None, force: bool) -> tuple[list[str], di
 def _planned(gguf, memory: int | None) -> tuple[str, dict]:
     """What the model will take in memory, in words and in numbers. MemoryLimitError if it cannot run."""
     from llamacli.cpu.kernels.cores import default_threads
+    from llamacli.cpu.weights import held_bytes
     from llamacli.llama4.config import Config
     from llamacli.plan import machine, placement
 
     config = Config.from_gguf(gguf)
-    sizes = placement.size_by_kind(((t.name, t.nbytes) for t in gguf.tensors.values()), config)
+    sizes = placement.size_by_kind(((t.name, held_bytes(t)) for t in gguf.tensors.values()), config)
     ctx, threads = min(8192, config.context_length or 8192), default_threads()
     limit = machine.budget() if memory is None else memory
     ctx = placement.fit_ctx(config, sizes, limit, ctx, threads=threads) or ctx

@@ -198,7 +198,7 @@ def plan(
 
 
 def _from_file(path: Path, type_name: str | None, threads: int) -> Model:
-    from llamacli.cpu.kernels.formats.layout import FLOATS, QUANTIZED
+    from llamacli.cpu.weights import has_kernels, held_bytes
     from llamacli.files.gguf import open_gguf
     from llamacli.llama4.config import Config
     from llamacli.plan.placement import size_by_kind
@@ -206,12 +206,10 @@ def _from_file(path: Path, type_name: str | None, threads: int) -> Model:
     if type_name is not None:
         raise UsageError("--type: expected a Hugging Face folder with it, found a file, whose types are what they are")
     gguf = open_gguf(path)
-    config, notices, held = Config.from_gguf(gguf), [], []
-    slow = [t.name for t in gguf.tensors.values() if t.type.name not in (*QUANTIZED, *FLOATS)]
-    for t in gguf.tensors.values():
-        held.append((t.name, 2 * math.prod(t.shape) if t.name in slow else t.nbytes))
-    if slow:
-        notices.append(f"{len(slow)} tensors have types without fast kernels and are counted as F16, which they become")
+    config, notices = Config.from_gguf(gguf), []
+    held = [(t.name, held_bytes(t)) for t in gguf.tensors.values()]
+    if slow := sum(not has_kernels(t) for t in gguf.tensors.values()):
+        notices.append(f"{slow} tensors have types without fast kernels and are counted as F16, which they become")
     total = sum(math.prod(t.shape) for t in gguf.tensors.values())
     from llamacli.vision.sight import cost_beside
 

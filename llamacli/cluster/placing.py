@@ -14,6 +14,7 @@ from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
 from llamacli.cpu.kernels.cores import default_threads
 from llamacli.cpu.stage import cpu_part
+from llamacli.cpu.weights import held_bytes
 from llamacli.engine import Engine
 from llamacli.errors import DeviceError, LlamacliError
 from llamacli.files.gguf import GGUF
@@ -46,7 +47,7 @@ class Placing:
         self.sessions, self._least_sessions, self._more_sessions = sessions, sessions, more_sessions
         plain = replace(config, kv_type="F16")
         self._digest = lambda layers: copies.digest(gguf, plain, layers)
-        self._model = planning.model(config, [(t.name, t.nbytes) for t in gguf.tensors.values()])
+        self._model = planning.model(config, [(t.name, held_bytes(t)) for t in gguf.tensors.values()])
         self.left_out: Callable[[str], None] = lambda words: None  # told why a node is not used
         self._opened = False
         self._answered: set[str] = set()  # nodes that had an answer when the layers were placed

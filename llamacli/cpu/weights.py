@@ -5,6 +5,7 @@ norms and the rotary divisors are copied. A tensor of a type without kernels is 
 `Weights.notices`. Names, roles and shapes come from llama4/tensors.py.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,6 +73,11 @@ def in_map(tensor: Tensor) -> int:
 def has_kernels(tensor: Tensor) -> bool:
     """Whether products run on the tensor's own blocks. Every other type becomes F16 when it is bound."""
     return tensor.type.name in QUANTIZED or tensor.type.name in FLOATS
+
+
+def held_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in memory: its blocks, or the float16 that it becomes."""
+    return tensor.nbytes if has_kernels(tensor) else 2 * math.prod(tensor.shape)
 
 
 def bind(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from llamacli.cpu import kvcache
 from llamacli.cpu.buffers import MAX_BATCH
+from llamacli.cpu.weights import held_bytes
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find, role_of, tensors
@@ -75,7 +76,7 @@ def plan_offload(
     if device == "auto" and here.gpu != "Metal":
         return NONE
     if here.gpu:
-        sizes, budget = [(t.name, t.nbytes) for t in gguf.tensors.values()], here.budget
+        sizes, budget = [(t.name, held_bytes(t)) for t in gguf.tensors.values()], here.budget
     else:  # weights are widened to float32, in the machine's memory
         sizes, budget = [(t.name, FULL * prod(t.shape)) for t in gguf.tensors.values()], machine.budget()
     every = gpu_layers is None or gpu_layers >= config.n_layers

@@ -22,6 +22,7 @@ from llamacli.cpu import buffers, kvcache, kvfile
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.cpu.experts import RING, slots_per_layer
 from llamacli.cpu.kernels.cores import default_threads
+from llamacli.cpu.weights import has_kernels, held_bytes
 from llamacli.errors import MemoryLimitError, UsageError
 from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import Role, find, role_of
@@ -362,10 +363,11 @@ def plan_residency(
     """
     if experts not in ("mapped", "slots", "auto"):
         raise UsageError(f"experts: expected mapped, slots or auto, found {experts}")
-    tensors = ((t.name, t.nbytes) for t in gguf.tensors.values() if remains(t.name, config, offload))
+    tensors = [t for t in gguf.tensors.values() if remains(t.name, config, offload)]
     config, beside, threads = remaining(config, offload), beside + offload.nbytes, threads or default_threads()
-    sizes = size_by_kind(tensors, config)
+    sizes = size_by_kind(((t.name, held_bytes(t)) for t in tensors), config)
     if experts == "mapped" or (not config.n_experts and memory is None):
+        _check_converted(gguf, tensors, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
         needed = sizes.always + sizes.looked_up + sizes.routed + _program(config) + beside
         needed += working_bytes(config, threads, MAX_BATCH, kv_files)
         kv = _kv(config, ctx, MAX_BATCH, kv_files)
@@ -380,6 +382,16 @@ def plan_residency(
     p = place(config, sizes, memory, ctx, **how)
     slots = p.n_slots if p.mode == "slots" else 0
     return Residency(slots, p.batch, p.window, p.resident + beside, memory - p.resident)
+
+
+def _check_converted(gguf, tensors: Iterable, memory: int) -> None:
+    """MemoryLimitError if tensors that become float16 do not fit: a file's own pages can be read again, these cannot."""
+    converted = [t for t in tensors if not has_kernels(t)]
+    if (needed := sum(map(held_bytes, converted))) > memory:
+        raise MemoryLimitError(
+            f"{gguf.path}: expected {_gb(needed)} of memory for {len(converted)} tensors of types without fast kernels "
+            f"({converted[0].type.name}), which become F16, found {_gb(max(0, memory))}; use a file of another type"
+        )
 
 
 def plan_more_contexts(held: Residency, most: int, *asked) -> tuple[int, Residency]:

@@ -15,7 +15,7 @@ from llamacli.cpu import buffers, kvcache
 from llamacli.cpu.experts import slots_per_layer
 from llamacli.engine import Engine
 from llamacli.environment import SMALL_MODEL
-from llamacli.errors import MemoryLimitError
+from llamacli.errors import MemoryLimitError, UnsupportedModelError
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.plan import machine, placement
@@ -269,6 +269,27 @@ def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, s
             plan_residency(gguf, config, 64, 1, memory, experts)
     else:
         assert plan_residency(gguf, config, 64, 1, memory, experts)[:2] == (slots, 2048)
+
+
+def test_types_that_become_half_precision_are_planned_so_at_load(tmp_path, monkeypatch, no_other_model):
+    """A file of 3.4 bits a weight that fits as it lies there does not as float16: it is refused before it fills the memory."""
+    wide = {"n_embd": 256, "n_ff_exp": 256, "heads": 8, "head_dim": 32, "experts": 16}
+    path = tiny_gguf(tmp_path / "tiny.gguf", types=lambda name: "IQ3_S" if "_exps" in name else "F32", **wide)
+    gguf = open_gguf(path)
+    config = Config.from_gguf(gguf)
+    halves = 2 * 4 * 16 * 3 * 256 * 256
+    assert plan_residency(gguf, config, 64, 1, 40 * GB, "auto").nbytes > halves + placement.PROGRAM
+    less = gguf.nbytes + placement.PROGRAM + 288 * placement.TOKEN + kvcache.nbytes(config, 64)
+    less += working_bytes(config, 1, batch_within(config, less + halves, 1))
+    assert not plan_residency(gguf, config, 64, 1, less + halves, "auto").slots
+    with pytest.raises(UnsupportedModelError, match="IQ3_S"):
+        llamacli.Model.load(path, threads=1, ctx=64, memory=less)
+    with pytest.raises(MemoryLimitError, match=r"\(IQ3_S\), which become F16"):
+        llamacli.Model.load(path, threads=1, ctx=64, memory=halves - 1, experts="mapped")
+    monkeypatch.setattr(machine, "budget", lambda: halves - 1)
+    monkeypatch.setattr(machine, "private", lambda: 0)
+    with pytest.raises(MemoryLimitError, match=r"\(IQ3_S\), which become F16"):
+        llamacli.Model.load(path, threads=1, ctx=64, experts="mapped")
 
 
 class Owner:
