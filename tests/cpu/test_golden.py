@@ -78,7 +78,7 @@ def peer_golden(name, folder):
 def test_random_quantized_files_are_within_half_again_of_llama_cpps_own_distances(tmp_path, name):
     """Near-tied routers flip with any rounding: the measure is llama.cpp's distance from itself or from exact arithmetic.
 
-    This is weaker than "no further than llama.cpp from itself", which small random files do not allow to be held; see README.
+    This is weaker than "no further than llama.cpp from itself", which small random files do not allow; see docs/correctness.md.
     """
     kl, same, golden = peer_golden(name, tmp_path)
     assert len(kl) >= 500
@@ -91,7 +91,7 @@ def test_random_quantized_files_are_within_half_again_of_llama_cpps_own_distance
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["random-scout-Q4_K", "random-maverick-Q4_K"])
 def test_llama_cpps_distance_is_its_rounding_of_activations(tmp_path, name):
-    """It is in both of its runs, so its distance from itself has nothing of it.
+    """Both of its runs round so, and its distance from itself does not show it.
 
     Exact arithmetic whose inputs are rounded so, with one scale for 256 values, is nearer to llama.cpp than llama.cpp is to
     itself. The engine, with a scale for 32, is nearer to exact arithmetic than llama.cpp.
