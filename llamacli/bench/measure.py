@@ -213,7 +213,7 @@ def _fill(engine, cache, ids: list[int], depth: int) -> None:
     evaluated.
     """
     end = depth - depth % (segment(engine.config) or 1)
-    if n := min(COPIED, end):
+    if n := min(COPIED, engine.config.chunk_size or COPIED, end):  # a chunked layer holds no more than a chunk of them
         engine.forward(ids[:n], cache)
         _copy(engine, cache, n, end)
     _go_to(engine, cache, ids, depth)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llamacli.cpu.kernels.jit.compiler import compiled
+from llamacli.cpu.kernels.jit.intrinsics import compiled
 
 LIMIT = float(np.uint32(0x7F7F7FFF).view(np.float32))  # what still rounds to the largest bfloat16
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llamacli.cpu.kernels.jit.compiler import compiled
+from llamacli.cpu.kernels.jit.intrinsics import compiled
 
 LIMIT = float(np.nextafter(np.float32(65520), np.float32(0)))  # what still rounds to 65504
 

@@ -5,7 +5,7 @@ A block so small that the scale's reciprocal overflows has a scale that is zero 
 
 import numpy as np
 
-from llamacli.cpu.kernels.jit.compiler import compiled
+from llamacli.cpu.kernels.jit.intrinsics import compiled
 
 BLOCK, NBYTES = 32, 34
 LIMIT = 65504.0 * 127

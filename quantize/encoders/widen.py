@@ -6,7 +6,7 @@ Quantized rows go through the engine's microkernels.
 
 import numpy as np
 
-from llamacli.cpu.kernels.jit.compiler import call, compiled
+from llamacli.cpu.kernels.jit.intrinsics import call, compiled
 from llamacli.cpu.kernels.ops.matmul import microkernels
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none

@@ -83,11 +83,12 @@ def test_peers_take_turns_with_the_model_and_the_ratio_is_to_the_fastest():
     assert record["ratio"] == pytest.approx(record["tokens_per_second"] / 5, rel=1e-3)
 
 
-@pytest.mark.parametrize("depth", [3, 40, 64, 100])
-def test_a_depth_can_be_filled_with_copies_of_the_first_tokens(depth, tmp_path, monkeypatch):
+@pytest.mark.parametrize("chunk", [8, 32])
+@pytest.mark.parametrize("depth", [3, 8, 40, 64, 100])
+def test_a_depth_can_be_filled_with_copies_of_the_first_tokens(depth, chunk, tmp_path, monkeypatch):
     """Every layer holds the positions that it would hold, and each a copy of an early one."""
     monkeypatch.setattr(measure, "COPIED", 12)
-    engine = load(tmp_path, chunk=32)
+    engine = load(tmp_path, chunk=chunk)
     ids = list(range(1, 141))
     filled, evaluated = engine.new_cache(140), engine.new_cache(140)
     measure._fill(engine, filled, ids, depth)

@@ -77,6 +77,17 @@ def test_imatrix_does_not_write_over_what_it_reads(tmp_path, capfd, over):
     assert {path.read_text() for path in files.values()} == {"precious"}
 
 
+def test_a_source_that_is_not_there_is_said_before_the_compiler_is_loaded():
+    code = (
+        "import sys; from llamacli.cli import main; code = main(['quantize', 'missing.gguf', 'out.gguf']);"
+        "print(code, 'numba' in sys.modules)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS.parent)
+    assert child.stdout == "1 False\n"
+    assert child.stderr.count("\n") == 1
+    assert "missing.gguf: expected a GGUF file, found nothing of that name" in child.stderr
+
+
 def test_help_without_docstrings():
     for command in ([], ["quantize"]):
         arguments = [sys.executable, "-OO", "-m", "llamacli", *command, "--help"]

@@ -16,7 +16,7 @@ from llamacli import environment
 from llamacli.cli import inputs, main
 from llamacli.cpu import kernels
 from llamacli.cpu.kernels.jit import loader
-from llamacli.cpu.kernels.jit.compiler import compiled
+from llamacli.cpu.kernels.jit.intrinsics import compiled
 from llamacli.cpu.kernels.ops import vectors
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -99,6 +99,19 @@ class TestVariants:
         np.testing.assert_allclose(s32, back.reshape(3, -1, 32).sum(-1), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(s16, back.reshape(3, -1, 16).sum(-1), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("largest", [1e-18, 1e-20, 3.7e-37, 1e-38, 1e-40, 1e-44, 1e-45])
+    def test_activations_as_small_as_float32_has_them_are_finite_and_right(self, largest, target):
+        x = np.random.default_rng(0).uniform(-1, 1, (1, 256))
+        x[0, ::32] = 1
+        x = (x * largest).astype(np.float32)
+        codes, back = activations(x, target)
+        least = 2.0**-149  # the step of the smallest numbers: a scale is at most half of it beside
+        np.testing.assert_allclose(back, x.astype(np.float64), rtol=0, atol=largest / 250 + 64 * least)
+        sums = codes[..., formats.D :].copy().view(np.float32)
+        assert np.isfinite(sums).all()
+        if largest > 1e-37:
+            assert np.abs(codes[..., :256]).max() == 127
+
     @pytest.mark.parametrize("name", formats.QUANTIZED)
     def test_block_rows_times_int8(self, name, target):
         rng = np.random.default_rng(1)

@@ -1,13 +1,11 @@
 """Drivers to LLVM IR, through Numba, and the implementation of their intrinsics. Imported only when something must be compiled.
 
-In: a Python function that uses intrinsics.py. Out: the text of an LLVM module with one function of three int64, named like the
-driver. Numba's own function returns a status and takes pointers to a result and an exception. Drivers have neither, so a
+In: a Python function that uses intrinsics.py. Out: of a driver, the text of an LLVM module with one function of three int64,
+named like it; of a function of arrays, Numba's dispatcher. Numba's own function returns a status and takes pointers to a result and an exception. Drivers have neither, so a
 wrapper drops them; the code does not call Python.
 """
 
-import threading
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from types import FunctionType
 
@@ -22,37 +20,25 @@ from llamacli.cpu.kernels.jit import intrinsics
 from llamacli.cpu.kernels.jit.loader import chosen_target
 
 _i64 = ir.IntType(64)
-_making = threading.Lock()
 _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and infinity keep their meaning
 
 
-def compiled(**options) -> Callable:
-    """Decorator: a function of arrays that Numba compiles on the first call, or reads from our cache folder.
-
-    It runs without the interpreter's lock. `options` are those of `numba.njit`. Where the folder cannot be used, the function
-    is compiled in memory.
+def dispatcher(function: FunctionType, options: dict) -> Callable:
+    """What intrinsics.compiled calls: the function by Numba, which compiles it on the first call or reads it from our cache
+    folder. Where the folder cannot be used, the function is compiled in memory.
     """
+    function, plain = _implemented(function), njit(nogil=True, **options)  # compiles nothing before the first call
+    made = [_with_cache(function, options) or plain(function)]
 
-    def decorate(function: Callable) -> Callable:
-        plain = njit(nogil=True, **options)  # makes a dispatcher, which compiles nothing before its first call
-        made = []
-
-        @wraps(function)
-        def run(*arguments):
-            with _making:
-                if not made:
-                    made.append(_with_cache(function, options) or plain(function))
-            try:
-                return made[0](*arguments)
-            except OSError as error:  # from Numba's writing: functions of arrays open no files
-                not_kept(error)
-                with _making:
-                    made[:] = [plain(function)]
+    def run(*arguments):
+        try:
             return made[0](*arguments)
+        except OSError as error:  # from Numba's writing: functions of arrays open no files
+            not_kept(error)
+            made[:] = [plain(function)]
+        return made[0](*arguments)
 
-        return run
-
-    return decorate
+    return run
 
 
 def _with_cache(function: Callable, options: dict):

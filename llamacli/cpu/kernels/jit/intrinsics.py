@@ -3,11 +3,14 @@
 A driver is a Python function `(arguments, thread, threads)`, declared with `@kernel(Arguments)`. `Arguments` is a NamedTuple
 whose fields are int64 at run time; each field's annotation is one of the kinds below, and `Kernel.pack` checks names, count and
 kinds when a program is built. A driver is compiled, or read from the cache, when its `address` is first needed; Numba is
-imported only to compile. The intrinsics below are declarations; compiler.py implements them.
+imported only to compile. Functions of arrays, for which a call may cost more, are declared with `@compiled()`. The intrinsics
+below are declarations; compiler.py implements them.
 """
 
 import ctypes
+import threading
 from collections.abc import Callable
+from functools import wraps
 from typing import Annotated
 
 import numpy as np
@@ -43,6 +46,32 @@ def pause():
 
 def pointer(address, dtype):
     """An address as a typed pointer: `pointer(address, float32)[i]` reads and writes without bounds."""
+
+
+_making = threading.Lock()  # Numba is imported, and a function made, by one thread
+
+
+def compiled(**options) -> Callable[[Callable], Callable]:
+    """Decorator: a function of arrays that Numba compiles on the first call, or reads from the cache; Numba is imported then.
+
+    It runs without the interpreter's lock. `options` are those of `numba.njit`.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        made = []
+
+        @wraps(function)
+        def run(*arguments):
+            with _making:
+                if not made:
+                    from llamacli.cpu.kernels.jit.compiler import dispatcher
+
+                    made.append(dispatcher(function, options))
+            return made[0](*arguments)
+
+        return run
+
+    return decorate
 
 
 KERNELS: list["Kernel"] = []  # all drivers, so that `warmup` can compile them

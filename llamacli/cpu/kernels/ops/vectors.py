@@ -12,6 +12,7 @@ from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i32, i64, vec
 from llamacli.cpu.kernels.ops.kv import span
 
 SYMBOLS = ("quantize", "swiglu", "gelu", "softmax", "product")
+RAISE = 2.0**64  # smaller values than its reciprocal are raised: 127 / 2**-149 is beyond float32
 
 
 def build(head_dim):
@@ -30,7 +31,10 @@ def build(head_dim):
 
 
 def _quantize(module, target):
-    """quantize(x, n_supers, out): float32 to activation superblocks (layout.py), each 32 values with d = max|x| / 127."""
+    """quantize(x, n_supers, out): float32 to activation superblocks (layout.py), each 32 values with d = max|x| / 127.
+
+    Values whose reciprocal would leave float32 are first multiplied by RAISE, a power of two, which changes no digit.
+    """
     s = Simd(module, target, "quantize", 3)
     x0, supers, out0 = s.args
 
@@ -38,9 +42,11 @@ def _quantize(module, target):
         x, out, g = s.add(x0, s.mul(i, 128)), s.add(out0, s.mul(s.b.lshr(i, i64(3)), ACT_BYTES)), s.b.and_(i, i64(7))
         v = s.load(vec(f32, 32), x)
         largest = s.reduce_max(s.fabs(v))
-        inverse = s.b.select(s.b.fcmp_ordered(">", largest, f32(0.0)), s.b.fdiv(f32(127.0), largest), f32(0.0))
+        factor = s.b.select(s.b.fcmp_ordered("<", largest, f32(1 / RAISE)), f32(RAISE), f32(1.0))
+        some = s.b.fcmp_ordered(">", largest, f32(0.0))
+        inverse = s.b.select(some, s.b.fdiv(f32(127.0), s.b.fmul(largest, factor)), f32(0.0))
         d = s.b.fmul(largest, f32(1 / 127))
-        q = s.round(s.b.fmul(v, s.splat(inverse, 32)))
+        q = s.round(s.b.fmul(s.b.fmul(v, s.splat(factor, 32)), s.splat(inverse, 32)))
         s.store(s.b.trunc(q, vec(i8, 32)), s.add(out, s.mul(g, 32)))
         total = s.to_float(q)
         low, high = (s.b.fmul(s.sum(s.shuffle(total, list(range(k, k + 16)))), d) for k in (0, 16))
