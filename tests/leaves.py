@@ -17,8 +17,7 @@ import numpy as np
 
 from llamacli.bench.limits import multiply_gops, read_gbps
 from llamacli.cpu.kernels.formats import layout
-from llamacli.cpu.kernels.jit.intrinsics import call, compiled
-from llamacli.cpu.kernels.jit.intrinsics import run
+from llamacli.cpu.kernels.jit.intrinsics import call, compiled, run
 from llamacli.cpu.kernels.jit.loader import chosen_target, load
 from llamacli.cpu.kernels.ops import matmul, vectors
 from llamacli.cpu.kernels.runtime.pool import Pool

@@ -1,8 +1,8 @@
 """Drivers to LLVM IR, through Numba, and the implementation of their intrinsics. Imported only when something must be compiled.
 
 In: a Python function that uses intrinsics.py. Out: of a driver, the text of an LLVM module with one function of three int64,
-named like it; of a function of arrays, Numba's dispatcher. Numba's own function returns a status and takes pointers to a result and an exception. Drivers have neither, so a
-wrapper drops them; the code does not call Python.
+named like it; of a function of arrays, Numba's dispatcher. Numba's own function of a driver returns a status and takes pointers
+to a result and an exception. Drivers have neither, so a wrapper drops them; the code does not call Python.
 """
 
 from collections.abc import Callable
