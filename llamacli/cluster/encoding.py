@@ -2,8 +2,9 @@
 
 A task is some rows of one tensor: the head {"call", "name", "type", "rows": [group, first, count]}, and perhaps an array of the
 group's weights, float32 [n_cols]. The answer is {"call", "errors"}, an error for each piece, and the pieces as arrays of bytes;
-or {"call", "error": [class, words]}. {"ping"} is answered at once. The program sends a node no task before an earlier one of
-two is answered, so that what lies here is bounded.
+or {"call", "error": [class, words]}. {"ping"} is answered at once, with "stalled", the seconds for which tasks under way have
+made no progress (progress.py). The program sends a node no task before an earlier one of two is answered, so that what lies
+here is bounded.
 """
 
 import queue
@@ -11,10 +12,22 @@ import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
+from llamacli.cluster.progress import Progress
 from llamacli.cluster.wire import Frame, Link, LinkClosed, Listener
 from llamacli.files.ggml import BY_NAME
 from quantize.opening import Source
 from quantize.pieces import Piece, PieceEncoder, pieces
+
+
+class Counts:
+    """Tasks of a link. One thread counts those that are begun, another those that have ended."""
+
+    begun = ended = 0
+
+    @property
+    def under_way(self) -> int | None:
+        """The number of the first that has not ended."""
+        return self.ended if self.ended < self.begun else None
 
 
 class EncodingNode:
@@ -39,12 +52,14 @@ class EncodingNode:
         if role == "encode":
             self._links.add(link)
             tasks: queue.SimpleQueue = queue.SimpleQueue()
-            threading.Thread(target=self._answer, args=(link, tasks), daemon=True).start()
+            counts, progress = Counts(), Progress()
+            threading.Thread(target=self._answer, args=(link, tasks, counts), daemon=True).start()
             while isinstance(frame := link.received.get(), Frame):
                 if "ping" in frame.head:
                     with suppress(LinkClosed):
-                        link.send(frame.head)
+                        link.send(frame.head | {"stalled": progress.stalled(counts.under_way)})
                 else:
+                    counts.begun += 1
                     tasks.put(self._begin(frame))
             tasks.put(None)
             self._links.discard(link)
@@ -61,7 +76,7 @@ class EncodingNode:
             return call, error
         return call, started
 
-    def _answer(self, link: Link, tasks: queue.SimpleQueue) -> None:
+    def _answer(self, link: Link, tasks: queue.SimpleQueue, counts: Counts) -> None:
         """Send what comes of tasks, in their order, until the link is gone; what is under way then is not wanted any more."""
         while (task := tasks.get()) is not None:
             call, started = task
@@ -72,6 +87,7 @@ class EncodingNode:
                 answer = {"call": call, "errors": [errors for _, errors in found]}, [encoded for encoded, _ in found]
             except Exception as error:
                 answer = {"call": call, "error": [type(error).__name__, str(error)]}, ()
+            counts.ended += 1
             try:
                 link.send(*answer)
             except LinkClosed:

@@ -7,7 +7,8 @@ next node or, from the last one, to the program that asked (stage.py). Links to 
     sink      results from the last node to the program
     control   the program's questions, each with a number, and its pings
 
-A frame of the stream has the head {"id", "runs": [[cache, ctx, pos, n], ...], "alone"}.
+A frame of the stream has the head {"id", "runs": [[cache, ctx, pos, n], ...], "alone"}. The answer to a ping has "stalled", the
+seconds for which a batch under way has made no progress (progress.py).
 """
 
 import queue
@@ -17,6 +18,7 @@ from contextlib import suppress
 
 import numpy as np
 
+from llamacli.cluster.progress import Progress
 from llamacli.cluster.wire import QUEUED, Frame, Link, LinkClosed, Listener, connect
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.device import Run
@@ -41,6 +43,8 @@ class Node:
         self._stopped = 0  # batches up to this number are not wanted any more
         self._kept: tuple[int, np.ndarray | None] = 0, None  # the last batch's number and rows, if they were not sent whole
         self._closed = False
+        self._computing: int | None = None  # the number of the batch under way here
+        self._progress = Progress()
         self._linked = threading.Event()  # set once there is somebody to send to
         self._listener = Listener(host, secret, self._welcome)
         self.address = self._listener.address
@@ -86,7 +90,7 @@ class Node:
                 self._stage.interrupt()
                 continue
             if what == "ping":
-                link.send({"call": call, "answer": None})
+                link.send({"call": call, "answer": None, "stalled": self._progress.stalled(self._computing)})
             else:  # may wait for the batch that is computed, and pings must not
                 threading.Thread(target=self._do, args=(link, what, call, frame), daemon=True).start()
         link.close()
@@ -179,7 +183,11 @@ class Node:
                 if number <= self._stopped:
                     continue
                 if "error" not in frame.head:
-                    frame = self._through(frame)
+                    self._computing = number
+                    try:
+                        frame = self._through(frame)
+                    finally:
+                        self._computing = None
                 if frame is not None:
                     self._next.send(frame.head, frame.arrays)
             except LinkClosed as error:

@@ -1,7 +1,8 @@
 """The nodes that hold a model's layers, in their order, and the links to them.
 
 In: where opened nodes wait (host.py). Out: `Row`: a stream of batches to the first node, results of the last one in `inbox`,
-questions to each. When a node is gone, silent or cut off from its neighbour, `lost` says so and `inbox` gets None.
+questions to each. When a node is gone, silent, cut off from its neighbour or makes no progress, `lost` says so and `inbox` gets
+None.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llamacli import errors
+from llamacli.cluster import progress
 from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.errors import DeviceError, LlamacliError
@@ -130,7 +132,9 @@ class Row:
     def _listen(self, k: int) -> None:
         """Answers, pongs and complaints of node k."""
         while isinstance(frame := self._controls[k].received.get(), Frame):
-            if "broken" in frame.head:
+            if progress.hangs(frame.head):
+                self._lose(k, progress.WHY)
+            elif "broken" in frame.head:
                 self._lose(k + 1 if k + 1 < len(self.places) else k, f"node {self.places[k].name} lost {frame.head['broken']}")
             elif isinstance(call := frame.head.get("call"), int) and (answer := self._answers.get((k, call))):
                 answer.put(frame)

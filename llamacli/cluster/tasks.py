@@ -2,9 +2,9 @@
 
 In: planned tensors; nodes that have opened their copies of the source (encoding.py). Out: encoded pieces in file order, as if
 they had been encoded here. Rows of each tensor are cut into tasks, which nodes take as they get ready, two at a time, so that
-each does as much as it can. At most WINDOW results a node wait here for those before them. A node that died or is silent is
-named and opened again, while others do its tasks; one that joins later is used from then on. Where a node reports an error, the
-task is done here: if that succeeds, the node is at fault and gets no more.
+each does as much as it can. At most WINDOW results a node wait here for those before them. A node that died, is silent or makes
+no progress is named and opened again, while others do its tasks; one that joins later is used from then on. Where a node
+reports an error, the task is done here: if that succeeds, the node is at fault and gets no more.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamacli.cluster import copies, host
+from llamacli.cluster import copies, host, progress
 from llamacli.cluster.wire import Frame, Link, LinkClosed, connect
 from llamacli.errors import DeviceError
 from quantize.encoders import widen
@@ -178,6 +178,8 @@ class Tasks:
     def _take(self, worker: Worker) -> None:
         """Take what a node answers."""
         while isinstance(frame := worker.link.received.get(), Frame):
+            if progress.hangs(frame.head):
+                return self._lose(worker, progress.WHY)
             call = frame.head.get("call")
             if (task := next((task for task in list(worker.held.values()) if task.number == call), None)) is None:
                 continue

@@ -2,15 +2,17 @@
 
 import re
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 
 import checkpoint
 import numpy as np
 import pytest
 
-from llamacli.cluster import host, tasks
+from llamacli.cluster import encoding, host, progress, tasks
 from llamacli.cluster.encoding import EncodingNode
 from llamacli.errors import CheckpointError, DeviceError, ModelFileError
 from llamacli.files.gguf import open_gguf
@@ -147,6 +149,58 @@ def test_a_node_that_is_silent_is_lost(nodes, whole, tmp_path, monkeypatch):
     on_nodes(nodes, tmp_path / "out.gguf", after=5, do=stop)
     assert (tmp_path / "out.gguf").read_bytes() == whole[0]
     assert [words for words in nodes.said if words.startswith("node a: no answer")]
+
+
+def test_a_node_that_answers_pings_and_makes_no_progress_is_lost(nodes, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "STALLED", 0.5)
+    monkeypatch.setattr(tasks, "PING_EVERY", 0.05)
+    monkeypatch.setattr(encoding, "Progress", lambda: progress.Progress(lambda: (0, {})))
+    over = threading.Event()
+
+    def hang():
+        nodes.gone = {"a"}
+        true = nodes.made["a"]._encode
+        nodes.made["a"]._encode = lambda *how: (over.wait(), true(*how))[1]  # as a read does where a disk hangs
+
+    late = threading.Timer(20, over.set)
+    late.start()
+    on_nodes(nodes, tmp_path / "out.gguf", after=5, do=hang)
+    over.set()
+    late.cancel()
+    assert (tmp_path / "out.gguf").read_bytes() == whole[0]
+    assert nodes.said[0].startswith("node a: no progress")
+
+
+def test_what_computes_or_reads_makes_progress(monkeypatch):
+    seen = [(0, {}), (0, {7: 0.1}), (0, {7: 0.1 + progress.BUSY * progress.STALLED}), (1, {7: 0.8}), (1, {})]
+    clock, looks = iter(range(10, 100, 10)), iter(seen)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    found = progress.Progress(lambda: next(looks))
+    waits = [found.stalled(work) for work in (None, "a batch", "a batch", "a batch", "a batch", "a batch", None)]
+    assert waits == [0, 0, 10, 0, 0, 10, 0]
+
+
+def test_the_seconds_that_threads_compute_are_seen():
+    if sys.platform != "linux":
+        pytest.skip("only Linux tells of threads")
+    begin, over = threading.Event(), threading.Event()
+
+    def compute():
+        begin.wait()
+        while time.thread_time() < 0.2:
+            sum(range(1000))
+        over.set()
+        begin.clear()
+        begin.wait()
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    before = progress._look()[1][thread.native_id]
+    begin.set()
+    over.wait()
+    assert progress._look()[1][thread.native_id] - before > 0.15
+    begin.set()
+    thread.join()
 
 
 def test_a_node_that_joins_later_is_used_from_then_on(nodes, whole, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A model whose layers are on nodes: every logit has the bytes of one process, whatever happens to the nodes."""
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from llamacli import Model
+from llamacli.cluster import progress, row
 from llamacli.cluster.node import Node
 from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
@@ -236,8 +238,6 @@ def test_segments_that_a_broken_off_call_wrote_over_are_evaluated_again(in_segme
 
 
 def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):
-    from llamacli.cluster import row
-
     monkeypatch.setattr(row, "PATIENCE", 1.0)
     monkeypatch.setattr(row, "PING_EVERY", 0.1)
     assert nodes.same(IDS[:50])
@@ -249,6 +249,25 @@ def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):
     assert nodes.same([9])
     assert "no answer" in nodes.said[0]
     stuck._busy.release()
+
+
+@pytest.mark.parametrize("gets_on", [False, True])
+def test_a_node_that_answers_pings_and_makes_no_progress_is_lost(nodes, monkeypatch, gets_on):
+    monkeypatch.setattr(progress, "STALLED", 0.5)
+    monkeypatch.setattr(row, "PING_EVERY", 0.05)
+    assert nodes.same(IDS[:50])
+    reads, stuck, over = itertools.count(), nodes.made[-1], threading.Event()
+    stuck._progress = progress.Progress(lambda: (next(reads) if gets_on else 0, {}))
+    true = stuck._stage.forward
+
+    def forward(x, runs):
+        over.wait(3 if gets_on else 20)  # as a read does where a disk is slow, or hangs
+        return true(x, runs)
+
+    stuck._stage.forward = forward
+    assert nodes.same([9])
+    assert [words.startswith("node n2: no progress") for words in nodes.said[:1]] == ([] if gets_on else [True])
+    over.set()
 
 
 @pytest.mark.parametrize(
@@ -377,13 +396,13 @@ def test_experts_of_a_batch_that_a_node_evaluates_in_parts_are_those_of_all_of_i
 def test_the_node_that_is_lost_is_named_and_not_the_one_that_was_asked(nodes, monkeypatch):
     monkeypatch.setattr(Node, "_op_held", lambda self, frame: time.sleep(3) or 7)
     assert nodes.same(IDS[:50])
-    row = nodes.engine.stages[0]._row
+    links = nodes.engine.stages[0]._row
     threading.Timer(0.2, nodes.made[0].close).start()
     with pytest.raises(NodeLost) as caught:
-        row.ask(1, "held")
+        links.ask(1, "held")
     assert caught.value.name == "n1"
     with pytest.raises(NodeLost) as caught:
-        row.ask(1, "held")
+        links.ask(1, "held")
     assert caught.value.name == "n1"
 
 

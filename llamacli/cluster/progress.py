@@ -1,0 +1,66 @@
+"""Whether a node gets on with its work: a process whose disk hangs still answers pings.
+
+In: what is under way. Out: the seconds for which it has not gone on, which travel with the answers to pings. A process gets on
+if it reads from a disk, as the system counts it, or computes. One that hangs for STALLED seconds counts as lost: no disk takes
+so long for its next bytes, and no batch is so long that it does neither.
+"""
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from os import sysconf
+from pathlib import Path
+
+STALLED = 60.0  # seconds without progress after which a node counts as lost
+BUSY = 0.01  # of a core: what computes uses more, and what waits, pings included, less
+
+WHY = f"no progress for {STALLED:.0f} s: it answers, but neither computes nor reads, as where a disk hangs"
+
+
+def _look() -> tuple[int, dict[int, float]]:
+    """Reads and page faults of this process from disks; seconds that its threads have computed.
+
+    Ray's own threads and the main thread, which Ray has, do not count; where the system tells of no threads, they do, and a
+    node that hangs may not be noticed.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    if sys.platform != "linux":
+        return used.ru_inblock + used.ru_majflt, {0: used.ru_utime + used.ru_stime}
+    seconds = {}
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            with suppress(OSError):  # it has ended
+                fields = Path(f"/proc/self/task/{thread.native_id}/stat").read_text().rpartition(")")[2].split()
+                seconds[thread.native_id] = (int(fields[11]) + int(fields[12])) / sysconf("SC_CLK_TCK")
+    return used.ru_inblock + used.ru_majflt, seconds
+
+
+def hangs(head: dict) -> bool:
+    """Whether the answer to a ping says that a node has made no progress for too long."""
+    seconds = head.get("stalled")
+    return isinstance(seconds, float) and seconds > STALLED
+
+
+class Progress:
+    """Of a node; `stalled` is called every second or so."""
+
+    def __init__(self, look: Callable[[], tuple[int, dict[int, float]]] = _look):
+        self._look = look
+        self._work: Hashable = None
+        self._reads, self._seconds, self._computed, self._since = 0, {}, 0.0, time.monotonic()
+
+    def stalled(self, work: Hashable) -> float:
+        """Seconds for which the work that is under way, named by any value, has not gone on; 0 for None, which is no work."""
+        now = time.monotonic()
+        if work is None:
+            self._work, self._since = None, now
+            return 0.0
+        reads, seconds = self._look()
+        self._computed += sum(max(0.0, each - self._seconds.get(thread, 0.0)) for thread, each in seconds.items())
+        self._seconds = seconds
+        if work != self._work or reads != self._reads or self._computed >= BUSY * STALLED:
+            self._work, self._reads, self._computed, self._since = work, reads, 0.0, now
+        return now - self._since
