@@ -48,8 +48,17 @@ class Hub:
         sleep: Callable[[float], None] | None = None,
         timeout: float = TIMEOUT,
     ):
-        if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
-            raise DownloadError(f"HF_ENDPOINT: expected an address such as https://huggingface.co, found {endpoint!r}")
+        try:
+            scheme, host, _ = _origin(endpoint)
+            sound = (
+                scheme in ("http", "https") and host and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint
+            )
+        except ValueError:  # no port, no address of version 6
+            sound = False
+        if not sound:
+            raise DownloadError(f"HF_ENDPOINT: expected an address such as https://huggingface.co, found {endpoint!r:.200}")
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+            raise DownloadError("HF_TOKEN: expected printable ASCII without spaces, found something else; copy the token again")
         self.endpoint, self._token, self._tell, self._sleep, self._timeout = endpoint, token, tell, sleep or time.sleep, timeout
         self._opener = urllib.request.build_opener(_Unchanged)
 

@@ -191,6 +191,22 @@ def test_pauses_grow_and_end(server, get, pauses):
     assert pauses[0] <= 1 < pauses[-1] <= 60
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["", "huggingface.co", "ftp://hub", "http://", "http://hub:port", "http://[hub", "http://a b"]
+)
+def test_an_address_that_is_none_is_named_by_its_variable(endpoint):
+    with pytest.raises(DownloadError, match=r"^HF_ENDPOINT: expected an address"):
+        Hub(endpoint, "token")
+
+
+@pytest.mark.parametrize("token", ["hf_se\ncret", "hf_secr\u2026t", "hf_se cret"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token, server):
+    with pytest.raises(DownloadError, match=r"^HF_TOKEN: expected") as caught:
+        hub.variants(Hub(server.url, token), "me/model")
+    assert "hf_" not in str(caught.value)
+    assert server.requests == []
+
+
 def test_no_answer_at_all_is_one_line(tmp_path):
     with FakeHub({}) as gone:
         pass
