@@ -20,6 +20,7 @@ from llamacli.cli.console import Console, is_terminal
 from llamacli.cli.grammar import OTHER, Given, argument, option
 from llamacli.cli.images import MOST_BYTES, look, picture_in, read_pictures
 from llamacli.cli.inputs import read_stdin_bytes
+from llamacli.cli.newfile import check_new, write_new
 from llamacli.cli.options import Generation, Json, Output, checked, decoded, is_model, read_file, stdin_is_piped
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.cli.prompts import Prompts, joined
@@ -170,7 +171,7 @@ def run(
         answer_all(batch, out and Path(out), prompts, pictures, options, extract, console, parallel)
         return
     if out is not None:
-        _check_new(Path(out))
+        check_new(Path(out))
     messages = prompts.messages()
     with tooling.box(console) as box:
         began = time.perf_counter()
@@ -205,12 +206,6 @@ def _model_first(model: str | None, words: list[str], more: bool, console: Conso
         )
     console.note(f"model: {name}, by the first word (-m {name} says the same)")
     return Given(name, "PROMPT"), rest
-
-
-def _check_new(path: Path) -> None:
-    if path.exists() or not path.parent.is_dir():
-        found = "one that exists" if path.exists() else "no such folder"
-        raise OutputError(f"{path}: expected the name of a new file, found {found}; choose another name")
 
 
 def _text(
@@ -348,11 +343,13 @@ class Answer:
         self._console.piece(calls)
 
     def _write(self, text: str) -> None:
+        """To the file; an answer that finds no place there is shown, since it may have taken long."""
+        text = text if text.endswith("\n") else text + "\n"
         try:
-            with open(self._out, "x", encoding="utf-8", errors="replace") as file:
-                file.write(text if text.endswith("\n") else text + "\n")
-        except OSError as error:
-            raise OutputError(f"{self._out}: expected a new file, found: {error.strerror}; choose another name") from None
+            write_new(self._out, text)
+        except OutputError as error:
+            self._console.piece(text)
+            raise OutputError(f"{error}; the answer went to stdout") from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -381,6 +382,23 @@ def test_an_answer_can_go_to_a_new_file(model, tmp_path, capfd):
     assert out.read_text() == "first line\nsecond line\n"
     assert main(["run", "-o", str(out), "hi"]) == 1
     assert main(["run", "-o", str(tmp_path / "no" / "out"), "hi"]) == 1
+
+
+@pytest.mark.parametrize("name", ["/proc/self/answer", "n" * 300])
+def test_a_file_that_cannot_be_made_is_refused_before_the_answer_is_computed(model, capfd, name):
+    assert main(["run", "-o", name, "hi"]) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+    assert model.engine.calls == []
+
+
+def test_an_answer_that_finds_no_room_in_its_file_is_not_lost(tmp_path):
+    """The disk is full by then, which a limit stands in for; the terminal or the pipe is still there."""
+    out = tmp_path / "out.txt"
+    process = start("run", "-o", str(out), "hi", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4)))
+    said, err = process.communicate(timeout=300)
+    assert (process.returncode, said) == (1, b"first line\nsecond line\n")
+    assert err.count(b"\n") == 1 and b"the answer went to stdout" in err
+    assert not out.exists()
 
 
 def test_no_stream_writes_once(model, monkeypatch, capfd):

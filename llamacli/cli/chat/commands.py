@@ -18,10 +18,11 @@ from llamacli.cli.chat.talk import SETTINGS, Talk
 from llamacli.cli.chat.terminal import copying
 from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
+from llamacli.cli.newfile import write_new
 from llamacli.cli.options import Given, find_model, model_names, read_file, token_count
 from llamacli.cli.run import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
-from llamacli.errors import OutputError, PromptError, UsageError
+from llamacli.errors import PromptError, UsageError
 from llamacli.plan.machine import resident_words
 from llamacli.store import Store
 
@@ -306,13 +307,7 @@ class Commands:
             text = as_markdown(conversation.title, self.talk.model_name, None, conversation.system, conversation.messages)
         else:
             text = as_jsonl(conversation.system, conversation.messages)
-        try:
-            with open(path, "x", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-        except FileExistsError:
-            raise OutputError(f"{path}: expected a new file, found one that is there; choose another name") from None
-        except OSError as error:
-            raise OutputError(f"{path}: expected a file that can be written, found: {error.strerror}") from None
+        write_new(path, text)
         self.console.note(f"wrote {path}")
 
     def copy_(self, rest: str) -> None:
