@@ -1,7 +1,7 @@
 """Entry point of the command line: it runs one command, a module each, and turns every error into one line and an exit code.
 
 In: sys.argv. Out: an exit code (0 answered, 1 failed, 2 wrong usage, 141 closed pipe), or death by the signal that ended the
-command (a shell shows 130 or 143). Everything else is imported late, so that `--help` stays fast.
+command (a shell shows 129, 130 or 143). Everything else is imported late, so that `--help` stays fast.
 """
 
 import os
@@ -31,7 +31,7 @@ COMMANDS = (  # a module each
     "completion",
 )
 MANY_FILES = 8192  # fewer than any system refuses
-CLOSED_PIPE, INTERRUPTED, TERMINATED = 141, 130, 143
+CLOSED_PIPE, HUNG_UP, INTERRUPTED, TERMINATED = 141, 129, 130, 143
 
 
 def enter() -> None:
@@ -46,12 +46,12 @@ def enter() -> None:
         code = main(started=signals.install)  # before, a signal ends the process at once: there is nothing to keep
         if sys.stderr is not None:
             sys.stderr.flush()
-        if code not in (INTERRUPTED, TERMINATED):
+        if code not in (HUNG_UP, INTERRUPTED, TERMINATED):
             os._exit(code)
     except KeyboardInterrupt:  # before main began, or while it was already leaving
         code = INTERRUPTED
-    except SystemExit:
-        code = TERMINATED
+    except SystemExit as leaving:
+        code = leaving.code
     signals.die(code - 128)
 
 

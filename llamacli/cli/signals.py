@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: heard wherever the program is, and the process then dies of them.
+"""Ctrl-C, SIGTERM and SIGHUP: heard wherever the program is, and the process then dies of them.
 
-The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM) in the main thread, so that a command can keep what
-it has. Compiled code hears neither. So a thread of its own watches the descriptor to which the interpreter writes the number of
+The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM, and SIGHUP, which comes when the terminal is closed
+or the connection to it lost) in the main thread, so that a command can keep what it has. Compiled code hears neither. So a thread of its own watches the descriptor to which the interpreter writes the number of
 each signal. It asks the engines to end their calls. Where the main thread does not answer within GRACE seconds all the same, it
 ends the process, unless the command said that it goes on (`chat`); a second signal ends it at once. Ending means: restore the
 terminal, then die of the signal, so that a shell's loop stops as well.
@@ -16,10 +16,9 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
-INTERRUPTED, TERMINATED = 130, 143
 GRACE, TURN = 0.3, 0.005  # seconds for the main thread to run a handler; after which it is looked at again
 UNWINDING = 3.0  # seconds for it to end then: an exception raised in a callback is lost
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _State:
@@ -37,7 +36,7 @@ class _State:
 
 
 def install() -> None:
-    """Take both signals over. One that was ignored when the program started, as under nohup, stays ignored."""
+    """Take the signals over. One that was ignored when the program started, as under nohup, stays ignored."""
     for number in _NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -137,9 +136,9 @@ def _handle(number, frame):
     _State.answers += 1
     if _State.obeying is None:
         _State.obeying, _State.survived = _State.answers, _State.survives
-    if number == signal.SIGTERM:
-        raise SystemExit(TERMINATED)
-    raise KeyboardInterrupt
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def _watch(reader: int) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: heard within half a second wherever the program is, and the process dies of them.
+"""Ctrl-C, SIGTERM and SIGHUP: heard within half a second wherever the program is, and the process dies of them.
 
 Compiled code that hears no Python is stood in for by a call that keeps the main thread in the C library. How soon the real
 program ends on a real model is not measured here.
@@ -63,7 +63,18 @@ def deaf(after, *args, code=DEAF, **how):
         process.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def sleeps(process):
+    """Wait until the main thread does, where the system tells: in its deaf call, since nothing before that one waits."""
+    stat, until = Path(f"/proc/{process.pid}/task/{process.pid}/stat"), time.monotonic() + 300
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_compiled_code_ends_the_process_soon(number):
     with deaf(0, "run", "hi") as process:
         process.send_signal(number)
@@ -91,13 +102,14 @@ def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
         "options.load_model = load",
     )
     with deaf(0, "run", "hi", code=code) as process:
-        time.sleep(0.3)  # until it is in the call; before, a signal is heard and proves nothing
+        sleeps(process)  # before, a signal is heard and proves nothing
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
 
 
-def test_a_signal_while_a_model_is_loaded_leaves_no_random_file(tmp_path):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_a_model_is_loaded_leaves_no_random_file(number, tmp_path):
     """What `bench --shape` makes for itself is gigabytes."""
     code = (
         DEAF.replace("options.load_model = lambda *args, **more: model", "from llamacli.cli import bench, signals")
@@ -112,17 +124,22 @@ def test_a_signal_while_a_model_is_loaded_leaves_no_random_file(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "LLAMACLI_CACHE": str(tmp_path)}
     with deaf(0, "bench", "--shape", "scout", "-n", "1", "-p", "0", code=code, env=env) as process:
         assert len([*tmp_path.rglob("*.gguf")]) == 1
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.communicate(timeout=300)
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode == -number
     assert [*tmp_path.rglob("*.gguf")] == []
 
 
-def test_an_interrupted_answer_keeps_what_it_has():
+@pytest.mark.parametrize("number", SIGNALS)
+def test_an_interrupted_answer_keeps_what_it_has(number, tmp_path):
     with deaf(3, "run", "hi") as process:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, _ = process.communicate(timeout=300)
-    assert (process.returncode, out) == (-signal.SIGINT, REPLY[:3].encode() + b"\n")
+    assert (process.returncode, out) == (-number, REPLY[:3].encode() + b"\n")
+    with deaf(3, "run", "-o", str(tmp_path / "out"), "hi") as process:
+        process.send_signal(number)
+        process.communicate(timeout=300)
+    assert (process.returncode, (tmp_path / "out").read_bytes()) == (-number, REPLY[:3].encode() + b"\n")
 
 
 @pytest.mark.parametrize("calls, text", [(0, ""), (4, REPLY[:4])])
