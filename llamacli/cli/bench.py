@@ -13,7 +13,7 @@ from typing import Annotated
 
 from llamacli.cli import signals
 from llamacli.cli.console import amount, rate
-from llamacli.cli.grammar import argument, option
+from llamacli.cli.grammar import argument, option, refuse
 from llamacli.cli.nodes import OnCluster
 from llamacli.cli.options import (
     KV,
@@ -122,6 +122,10 @@ def bench(
         raise UsageError("--shape and --model exclude each other: a shape is measured on a random file of its own")
     if shape and compare and layers < 4:
         raise UsageError("--shape with --compare: expected --layers 4 or more, llama.cpp stops if no layer sees everything")
+    if shape is None:
+        refuse(("layers", "keep"), "--shape with it, found none")
+    if not any(test.depth for test in tests):
+        refuse(("fill",), "-d above 0 with it, found none")
     earlier = _earlier(against) if against else {}
     if compare:
         from llamacli.bench import peer

@@ -4,7 +4,7 @@ import json
 from typing import Annotated
 
 from llamacli.cli import settings
-from llamacli.cli.grammar import argument, option, read_value
+from llamacli.cli.grammar import argument, option, read_value, refuse
 from llamacli.cli.options import Json, Output
 from llamacli.errors import UsageError
 
@@ -33,6 +33,7 @@ def config(
     if unset or value is not None:
         if key is None or (unset and value is not None):
             raise UsageError("config: expected KEY VALUE, or --unset KEY")
+        refuse(("as_json",), "nothing to write with it, found a setting")
         settings.write(key, None if unset else _checked(key, value))
         console.note(f"{'removed from' if unset else 'written to'} {settings.path()}")
         return

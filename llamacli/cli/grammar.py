@@ -232,6 +232,12 @@ def typed(names: Sequence[str]) -> list[str]:
     return [written(p, ctx)[0] for p in params]
 
 
+def refuse(names: Sequence[str], expected: str) -> None:
+    """UsageError if one of these parameters is on the command line, where nothing would obey it; `expected`: what would."""
+    if given := typed(names):
+        raise UsageError(f"{given[0]}: expected {expected}; leave it out")
+
+
 def _setting_name(param: click.Parameter) -> str:
     return next(name for name in param.opts if name.startswith("--"))[2:]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from llamacli import environment
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.grammar import argument, option
+from llamacli.cli.grammar import argument, option, refuse
 from llamacli.cli.options import Json, Output
 from llamacli.errors import UsageError
 
@@ -51,6 +51,10 @@ def history(
     if (action == Action.list) == bool(words):
         found = repr(" ".join(words)) if words else "nothing"
         raise UsageError(f"history {action}: expected {_EXPECTED[action]}, found {found}")
+    if action != Action.export:
+        refuse(("form",), f"history export with it, found {action}")
+    if action not in (Action.list, Action.search):
+        refuse(("as_json",), f"history list or search with it, found {action}; `export --format jsonl` is for programs")
     if not environment.conversations_file().exists():
         if action != Action.list:
             raise UsageError(f"history {action}: expected earlier conversations, found none; `llamacli chat` begins one")

@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from llamacli.cli.grammar import byte_count, option, size
+from llamacli.cli.grammar import byte_count, option, refuse, size
 
 
 class KV(StrEnum):
@@ -69,6 +69,10 @@ class Storing:
             help="Most that --cache takes on disk, such as 50G (default: half of what is free).",
         ),
     ] = None
+
+    def __post_init__(self) -> None:
+        if not self.cache:
+            refuse(("cache_limit",), "--cache with it, found none")
 
     def snapshots(self, model, exact: bool = False):
         """The snapshots that are asked for, or None."""

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from llamacli import environment
 from llamacli.cli.console import Console, amount
-from llamacli.cli.grammar import argument, meant, option
+from llamacli.cli.grammar import argument, meant, option, refuse
 from llamacli.cli.options import Json, Memory, Output, byte_count, model_names
 from llamacli.errors import MemoryLimitError, ModelFileError, OutputError, UnsupportedModelError, UsageError
 
@@ -76,6 +76,12 @@ def models(
     if not least <= len(words) <= most:
         found = repr(" ".join(words)) if words else "nothing"
         raise UsageError(f"models {action}: expected {_EXPECTED[action]}, found {found}")
+    if action != Action.list:
+        refuse(("everything",), f"models list with it, found {action}")
+    if action != Action.pull:
+        refuse(("dry_run", "force", "memory"), f"models pull with it, found {action}")
+    if action not in (Action.list, Action.show, Action.pull):
+        refuse(("as_json",), f"models list, show or pull with it, found {action}")
     if action == Action.list:
         _list(console, everything, as_json)
     elif action == Action.show:

@@ -41,4 +41,4 @@ def _make(path: Path):
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: expected the name of a new file, found: {error.strerror}; choose another name or free some room")
+    return OutputError(f"{path}: expected the name of a new file, found: {error.strerror}; choose another place")

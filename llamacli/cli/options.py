@@ -348,6 +348,7 @@ class Generation(Sampling, Keeping, OnCluster):
     ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.server = None if self.server == "none" else self.server
         if self.server is not None and (here := typed(HERE)):
             raise UsageError(

@@ -1,10 +1,11 @@
 """Ctrl-C, SIGTERM and SIGHUP: heard wherever the program is, and the process then dies of them.
 
 The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM, and SIGHUP, which comes when the terminal is closed
-or the connection to it lost) in the main thread, so that a command can keep what it has. Compiled code hears neither. So a thread of its own watches the descriptor to which the interpreter writes the number of
-each signal. It asks the engines to end their calls. Where the main thread does not answer within GRACE seconds all the same, it
-ends the process, unless the command said that it goes on (`chat`); a second signal ends it at once. Ending means: restore the
-terminal, then die of the signal, so that a shell's loop stops as well.
+or the connection to it lost) in the main thread, so that a command can keep what it has. Compiled code hears none. So a thread
+of its own watches the descriptor to which the interpreter writes the number of each signal. It asks the engines to end their
+calls. Where the main thread does not answer within GRACE seconds all the same, it ends the process, unless the command said
+that it goes on (`chat`); a second signal ends it at once. Ending means: restore the terminal, then die of the signal, so that a
+shell's loop stops as well.
 """
 
 import os

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Annotated
 
-from llamacli.cli.grammar import argument, option
+from llamacli.cli.grammar import argument, option, refuse
 from llamacli.cli.options import (
     Json,
     ModelName,
@@ -59,6 +59,7 @@ def tokenize(
     if pieces and count:
         raise UsageError("expected --pieces or --count, found both; leave one of them out")
     if decode is not None:
+        refuse(("pieces", "count", "no_bos"), "a text with it, found --decode")
         ids = _ids(read_stdin(console) if decode == "-" else decode)
         tokenizer = Tokenizer.from_gguf(open_gguf(find_model(model, console)))
         text = tokenizer.decode(ids, special)

@@ -189,6 +189,44 @@ def test_errors_are_one_line_in_our_words(model, capfd, args, words):
     assert not any(dialect in err for dialect in ("Input should", "Value error", "Error:", "Got unexpected"))
 
 
+WITHOUT_USE = [  # where nothing obeys the option that the error begins with
+    ("tokenize --decode 1,2 --count", "--count: expected a text with it, found --decode"),
+    ("tokenize --decode 1,2 --pieces", "--pieces: expected a text"),
+    ("tokenize --decode 1,2 --no-bos", "--no-bos: expected a text"),
+    ("history show x --format jsonl", "--format: expected history export with it, found show"),
+    ("history delete x --json", "--json: expected history list or search with it, found delete"),
+    ("history export x --json", "--json: expected history list or search"),
+    ("models --dry-run", "--dry-run: expected models pull with it, found list"),
+    ("models check --memory 4G", "--memory: expected models pull"),
+    ("models remove x --force", "--force: expected models pull"),
+    ("models add x.gguf --json", "--json: expected models list, show or pull"),
+    ("models show x -a", "-a: expected models list with it, found show"),
+    ("bench --layers 3", "--layers: expected --shape with it, found none"),
+    ("bench --keep", "--keep: expected --shape"),
+    ("bench --fill", "--fill: expected -d above 0 with it"),
+    ("config temp 1 --json", "--json: expected nothing to write with it"),
+    ("run --cache-limit 5G hi", "--cache-limit: expected --cache with it, found none"),
+    ("serve --cache-limit 5G", "--cache-limit: expected --cache"),
+    ("chat --no-save --cache", "--no-save and --cache exclude each other"),
+    ("chat --continue --resume x", "--continue and --resume exclude each other"),
+]
+
+
+@pytest.mark.parametrize("words, expected", WITHOUT_USE, ids=[words for words, _ in WITHOUT_USE])
+def test_an_option_that_nothing_obeys_is_refused(model, capfd, monkeypatch, tmp_path, words, expected):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert main(words.split()) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"llamacli: error: {expected}")
+
+
+def test_a_limit_of_the_cache_in_the_settings_waits_for_a_cache(model, config):
+    config('cache-limit = "5G"\n')
+    assert main(["run", "hi"]) == 0
+
+
 EMPTY = [
     ["run", "-m", "", "hi"],
     ["run", "--memory", "", "hi"],

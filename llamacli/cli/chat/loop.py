@@ -39,8 +39,10 @@ def talk_at_length(
     typed = is_terminal(sys.stdin)
     if no_save and (go_on or resume is not None):
         raise UsageError("--no-save: expected a new conversation, found one to go on with; leave one of the two out")
-    if no_save:
-        options.cache = False
+    if go_on and resume is not None:
+        raise UsageError("--continue and --resume exclude each other: the first means the latest conversation; leave one out")
+    if no_save and options.cache:
+        raise UsageError("--no-save and --cache exclude each other: the second keeps what was computed; leave one out")
     store = None if no_save else _store(console, required=go_on or resume is not None, wanted=typed)
     earlier = store.latest() if go_on else store.find(resume) if resume is not None else None
     if options.server is not None:
