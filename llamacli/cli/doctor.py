@@ -6,8 +6,9 @@ In: a model, the small one by default. Out: a line a check on stdout, or JSON. b
 import json
 from typing import Annotated
 
+from llamacli.cli import signals
 from llamacli.cli.grammar import argument
-from llamacli.cli.options import Json, ModelName, Output, find_model, leave_at_once, model_names, one_model
+from llamacli.cli.options import Json, ModelName, Output, find_model, model_names, one_model
 from llamacli.errors import DeviceError
 
 
@@ -29,7 +30,7 @@ def doctor(
     """
     console = output.console()
     path = find_model(one_model(file, model), console)
-    with console.waiting(lambda: "checking ..."), leave_at_once():
+    with console.waiting(lambda: "checking ..."), signals.at_once():
         from llamacli.bench.doctor import FAILED, examine
         from quantize.encoders import encoder
 

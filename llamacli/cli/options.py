@@ -32,7 +32,6 @@ from llamacli.cli.inputs import (
 from llamacli.cli.keeping import KV, Keeping, KvFile, KvType
 from llamacli.cli.nodes import OnCluster
 from llamacli.cli.sampling import Sampling
-from llamacli.cli.signals import at_once as leave_at_once
 from llamacli.errors import UsageError
 
 __all__ = [  # what commands take from here, wherever it is defined
@@ -60,7 +59,6 @@ __all__ = [  # what commands take from here, wherever it is defined
     "decoded",
     "find_model",
     "is_model",
-    "leave_at_once",
     "load_model",
     "memory_bytes",
     "model_and_text",

@@ -8,7 +8,8 @@ import pkgutil
 import time
 from importlib import import_module
 
-from llamacli.cli.options import Output, leave_at_once, patience
+from llamacli.cli import signals
+from llamacli.cli.options import Output, patience
 from llamacli.errors import OutputError
 
 HEAD_SIZES = (32, 64, 96, 128)  # Scout and Maverick have 128, and 5 heads of queries for each of keys
@@ -18,7 +19,7 @@ def warmup(output: Output = None) -> None:
     """Compile and keep every kernel that this machine will use."""
     console = output.console()
     began = time.perf_counter()
-    with patience(console, "compiling kernels; this is done once ..."), leave_at_once():
+    with patience(console, "compiling kernels; this is done once ..."), signals.at_once():
         from llamacli.cpu import kernels
 
         folder = kernels.cache_folder()
