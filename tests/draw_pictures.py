@@ -62,9 +62,9 @@ def run(folder):
 
 
 def help_(folder):
-    t = shell(folder, 80, 36)
-    t.type("llamacli run --help | head -n 34\r")
-    t.wait("Answer:")
+    t = shell(folder, 80, 44)
+    t.type("llamacli run --help | head -n 42\r")
+    t.wait("--memory")
     t.pump(1)
     return t
 

@@ -351,12 +351,16 @@ def command(function: Callable) -> Command:
 
 
 def _flat(function: Callable) -> tuple[list[tuple], dict[str, type]]:
-    """(name, annotation, default) of all parameters, dataclasses spread out; and the dataclasses by their parameter's name."""
+    """(name, annotation, default) of all parameters, dataclasses spread out; and the dataclasses by their parameter's name.
+
+    A dataclass's own fields come before those that it inherits, so that the help shows the model before its cluster.
+    """
     parameters, groups = [], {}
     for p in inspect.signature(function).parameters.values():
         if dataclasses.is_dataclass(p.annotation):
             groups[p.name] = p.annotation
-            parameters += [(f.name, f.type, f.default) for f in dataclasses.fields(p.annotation)]
+            fields = sorted(dataclasses.fields(p.annotation), key=lambda f: f.name not in inspect.get_annotations(p.annotation))
+            parameters += [(f.name, f.type, f.default) for f in fields]
         else:
             parameters.append((p.name, p.annotation, p.default))
     return parameters, groups
