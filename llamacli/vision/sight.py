@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llamacli.cpu.weights import held_bytes
 from llamacli.errors import LlamacliError, ModelFileError, PictureError, PromptError, UsageError
 from llamacli.files.gguf import GGUF, open_gguf
 from llamacli.llama4.vision import VisionConfig, has_ollama_tower, has_tower, renamed
@@ -135,7 +136,7 @@ def cost(gguf: GGUF, threads: int = 1) -> dict:
     most = c.most_tiles + (c.most_tiles > 1)
     return {
         "file": str(gguf.path),
-        "weights_bytes": sum(tensor.nbytes for tensor in renamed(gguf).values()),
+        "weights_bytes": sum(map(held_bytes, renamed(gguf).values())),
         "working_bytes": _working_bytes(c, threads),
         "tile": c.image_size,
         "most_tiles": most,

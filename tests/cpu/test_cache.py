@@ -189,6 +189,21 @@ def test_a_user_without_home_and_name_has_folders_that_are_the_same_at_each_star
     assert cache_folder() is not None  # the folder below is what counts, and it is still ours
 
 
+def test_code_of_another_version_is_never_taken_for_this_ones(tmp_path, monkeypatch):
+    """Some installations have no sources: bytecode alone, or an archive, where nothing can be read but the version."""
+    source, found = tmp_path / "a" / "kernel.py", []
+    source.parent.mkdir()
+    for name, text in (("kernel.py", b"1"), ("kernel.py", b"2"), ("kernel.pyc", b"3"), ("kernel.pyc", b"4")):
+        for other in source.parent.iterdir():
+            other.unlink()
+        source.with_name(name).write_bytes(text)
+        found.append(kernels.sources_digest(tmp_path))
+    found.append(kernels.sources_digest(tmp_path / "nothing"))
+    monkeypatch.setattr(kernels, "__version__", "another")
+    found.append(kernels.sources_digest(tmp_path / "nothing"))
+    assert len(set(found)) == len(found)
+
+
 def test_the_note_is_shown_once_and_warmup_ends_with_an_error(cache_folder, capfd, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file in the way")
     monkeypatch.setattr(kernels, "cache_folder", cache_folder)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from llamacli import environment
+from llamacli import __version__, environment
 
 KEPT = 4  # cache folders of other versions and of this one that are kept
 UNUSED = 24 * 3600  # seconds after which a folder beyond those is removed: before, a running process may still need it
@@ -26,9 +26,9 @@ _noted = False  # whether there was such a line
 
 
 def sources_digest(folder: Path) -> str:
-    """A short hash of a folder's modules."""
-    digest = hashlib.blake2b(digest_size=8)
-    for source in sorted(folder.rglob("*.py")):
+    """A short hash of this version and of a folder's modules, which an installation may have as bytecode alone, or hidden."""
+    digest = hashlib.blake2b(__version__.encode(), digest_size=8)
+    for source in sorted(folder.rglob("*.py")) or sorted(folder.rglob("*.pyc")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
