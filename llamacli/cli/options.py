@@ -346,13 +346,13 @@ class Generation(Sampling, Keeping, OnCluster):
     ] = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.server = None if self.server == "none" else self.server
         if self.server is not None and (here := typed(HERE)):
             raise UsageError(
                 f"{here[0]} and {getattr(self.server, 'where', '--server')} exclude each other: the first is for a model that "
                 f"is loaded here; leave it out, or add --server none"
             )
+        super().__post_init__()
         if self.memory is not None and self.experts is Placing.mapped:
             if getattr(self.memory, "typed", True):
                 raise UsageError(

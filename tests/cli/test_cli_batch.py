@@ -1,10 +1,9 @@
-"""Batches, templates, bound answers: every line once and in order, whatever kills the run; what is wrong is named at once."""
+"""Batches: every line once and in order, whatever kills the run; what is wrong is named before the first answer."""
 
 import errno
 import fcntl
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import tiny
-from fakes import REPLY, fake, prompt_of, start
+from batching import prompts_of, records, small, write
+from fakes import REPLY, fake, start
 
 from llamacli import Model
 from llamacli.cli import main
@@ -22,23 +22,6 @@ from llamacli.cpu import kvcache
 from llamacli.plan.placement import plan_residency
 from llamacli.session import Session
 from llamacli.text.sampler import Sampler
-
-
-def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) and line[:1] == "#" else json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def records(text):
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def prompts_of(model):
-    """What the engine was asked at the start of each answer."""
-    return [bytes(t for t in ids if t < 256).decode() for _, ids in model.engine.calls if len(ids) > 1]
-
-
-# batches
 
 
 def test_each_line_is_answered_in_order(model, tmp_path, capfd):
@@ -301,212 +284,3 @@ def test_an_answer_does_not_depend_on_the_one_before(tmp_path):
             reused += session.stats.cached_tokens
             list(session.stream(ids, Sampler(temp=0), 3))
     assert reused > 300
-
-
-# templates
-
-
-@pytest.fixture
-def templates(tmp_path, monkeypatch):
-    """A folder for templates, as a function that writes one."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    folder = tmp_path / "config" / "llamacli" / "templates"
-    folder.mkdir(parents=True)
-
-    def add(name, text):
-        (folder / f"{name}.toml").write_text(text)
-        return folder / f"{name}.toml"
-
-    return add
-
-
-REVIEW = """
-system = "You know {{ language }}."
-prompt = "Review for {{what}}:\\n{{input}}\\nThat was {{language}}."
-[defaults]
-what = "mistakes"
-language = "C"
-"""
-
-
-def test_a_template_is_filled_in(model, templates):
-    templates("review", REVIEW)
-    assert main(["run", "--template", "review", "--param", "language=Rust {{what}}", "fn", "main"]) == 0
-    assert prompt_of(model) == "s\nYou know Rust {{what}}.u\nReview for mistakes:\nfn main\nThat was Rust {{what}}."
-
-
-def test_a_template_may_be_a_file_and_need_no_input(model, tmp_path):
-    (tmp_path / "t.toml").write_text('prompt = "A joke about {{n}} cats."\n[defaults]\nn = 3')
-    assert main(["run", "--template", str(tmp_path / "t.toml")]) == 0
-    assert prompt_of(model) == "u\nA joke about 3 cats."
-
-
-def test_input_that_has_no_place_comes_last_and_the_option_is_the_system_prompt(model, templates):
-    templates("t", 'prompt = "Sum up."\nsystem = "theirs"')
-    assert main(["run", "-s", "mine", "--template", "t", "text"]) == 0
-    assert prompt_of(model) == "s\nmineu\nSum up.\n\ntext"
-
-
-def test_a_line_of_a_batch_may_have_parameters(model, templates, tmp_path, capfd):
-    templates("review", REVIEW)
-    lines = [{"prompt": "x", "params": {"what": "style"}}, "y"]
-    assert main(["run", "--template", "review", "--param", "language=C++", "--batch", write(tmp_path / "in", *lines)]) == 0
-    assert [p.split("u\n")[1] for p in prompts_of(model)] == [
-        "Review for style:\nx\nThat was C++.",
-        "Review for mistakes:\ny\nThat was C++.",
-    ]
-
-
-@pytest.mark.parametrize(
-    "text, args, words",
-    [
-        (None, [], "no .*mine.toml"),
-        ("prompt = ", [], "expected TOML"),
-        ("prompt = 5", [], "expected prompt and system as texts"),
-        ("system = 'x'", [], "expected prompt"),
-        ("prompt = 'a'\ntemp = 0", [], "found 'temp'"),
-        ("prompt = 'a'\ndefaults = 5", [], "defaults as a table"),
-        ("prompt = 'a'\n[defaults]\nx = []", [], "found x"),
-        ("prompt = '{{x}}'", [], "expected --param x="),
-        ("prompt = '{{input}}'", [], "expected a prompt, -f FILE or a pipe"),
-        ("prompt = '{{size}}'", ["--param", "sise=5"], "found sise; did you mean size"),
-        ("prompt = 'a'", ["--param", "x"], "expected NAME=VALUE"),
-        ("prompt = '{{input}}'", ["--param", "input=x"], "another name"),
-        ("prompt = 'a'\nsystem = 'b'", ["--raw"], "--raw"),
-    ],
-)
-def test_a_template_that_does_not_fit_is_one_line(model, templates, capfd, text, args, words):
-    if text is not None:
-        templates("mine", text)
-    assert main(["run", "--template", "mine", *args]) in (1, 2)
-    err = capfd.readouterr().err
-    assert re.search(words, err) and err.count("\n") == 1 and "bug" not in err
-
-
-def test_parameters_need_a_template(model, capfd):
-    assert main(["run", "--param", "a=b", "hi"]) == 2
-    assert "--template" in capfd.readouterr().err
-
-
-# bound answers
-
-
-TINY_ARGS = ["run", "--no-stdin", "--seed", "1"]
-
-
-def small(*args, **how):
-    return subprocess.run([sys.executable, "-m", "llamacli", *TINY_ARGS, *args], capture_output=True, text=True, **how)
-
-
-def test_an_answer_that_is_cut_inside_its_json_says_so():
-    schema = '{"type": "object", "properties": {"a": {"type": "string", "minLength": 40}}, "required": ["a"]}'
-    done = small("--schema", schema, "-n", "5", "--json", "Hi")
-    assert done.returncode == 1
-    assert json.loads(done.stdout)["finish_reason"] == "length"
-    assert "the answer is cut" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("schema", ['{"const": [1, 2, 3]}', '{"type": "integer", "minimum": 10000000}'])
-def test_an_answer_that_is_cut_among_what_is_certain_or_in_a_number_says_so_too(schema, tmp_path):
-    done = small("--schema", schema, "-n", "2", "Hi")
-    assert done.returncode == 1 and len(done.stdout) < 6 and "the answer is cut" in done.stderr
-    done = small("--schema", schema, "-n", "2", "--batch", write(tmp_path / "in", "Hi"))
-    assert done.returncode == 1
-    record = json.loads(done.stdout)
-    assert record["finish_reason"] == "length" and "the answer is cut" in record["error"]
-
-
-def test_a_choice_and_a_schema_from_a_file_bind(tmp_path):
-    (tmp_path / "s.json").write_text('{"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 2}')
-    done = small("--schema", str(tmp_path / "s.json"), "Hi")
-    assert done.returncode == 0 and set(json.loads(done.stdout)) <= {"a", "b"}
-    assert small("--choice", '["x, y", "z"]', "Hi").stdout in ("x, y\n", "z\n")
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--schema", '{"not": {}}'], "found not"),
-        (["--schema", "{"], "expected JSON"),
-        (["--schema", '{"type": "string"}', "--choice", "a"], "exclude each other"),
-        (["--choice", "a", "--stop", "x"], "--choice and --stop exclude"),
-        (["--choice", "a", "--ignore-eos"], "--choice and --ignore-eos exclude"),
-        (["--choice", "a,,b"], "nothing empty"),
-        (["--choice", '["a"'], "JSON list"),
-    ],
-)
-def test_what_cannot_bind_is_refused_before_the_model_loads(capfd, args, words):
-    assert main(["run", "-m", "/no/such/model.gguf", *args, "hi"]) == 2
-    err = capfd.readouterr().err
-    assert words in err and err.count("\n") == 1
-
-
-def test_a_chat_in_a_pipe_is_bound_too_and_says_when_an_answer_is_cut():
-    command = [sys.executable, "-m", "llamacli", "chat", "--schema", '{"const": {"a": [1, 2, 3]}}']
-    done = subprocess.run(command, input="one\ntwo\n", capture_output=True, text=True)
-    assert done.returncode == 0
-    assert [json.loads(line) for line in done.stdout.splitlines() if line] == [{"a": [1, 2, 3]}] * 2
-    done = subprocess.run([*command, "-n", "4"], input="one\ntwo\n", capture_output=True, text=True)
-    assert done.returncode == 1 and "the answer is cut" in done.stderr
-
-
-# the best of several answers
-
-
-def test_the_best_is_the_one_with_the_highest_mean_log_probability():
-    done = small("--best-of", "5", "--seed", "4", "--temp", "1.5", "-n", "16", "--json", "Name a colour")
-    found = json.loads(done.stdout)
-    answers = found["answers"]
-    assert [a["seed"] for a in answers] == [4, 5, 6, 7, 8]
-    assert (found["text"], found["logprob"]) == max(((a["text"], a["logprob"]) for a in answers), key=lambda pair: pair[1])
-    assert found["usage"]["completion_tokens"] == sum(a["completion_tokens"] for a in answers)
-    for answer in answers[:2]:
-        how = "--seed", str(answer["seed"]), "--temp", "1.5", "-n", "16", "--json", "--logprobs", "0"
-        alone = json.loads(small(*how, "Name a colour").stdout)
-        logprobs = [token["logprob"] for token in alone["logprobs"]["content"]]
-        assert (alone["text"], alone["finish_reason"]) == (answer["text"], answer["finish_reason"])
-        assert answer["logprob"] == pytest.approx(np.mean(logprobs), abs=1e-5)
-
-
-def test_the_best_of_several_goes_where_an_answer_goes(model, tmp_path, capfd):
-    assert main(["run", "--best-of", "3", "-o", str(tmp_path / "out"), "hi"]) == 0
-    assert (tmp_path / "out").read_text() == REPLY + "\n"
-    assert main(["run", "--best-of", "3", "-n", "4", "hi"]) == 0
-    assert capfd.readouterr().out == REPLY[:4] + "\n"
-    assert len(prompts_of(model)) == 2  # a prompt is evaluated once
-
-
-def test_an_answer_that_is_whole_is_better_than_a_likelier_one_that_is_cut():
-    done = small("--choice", "a much longer choice that is cut,no", "--best-of", "6", "--temp", "3", "-n", "2", "--json", "Hi")
-    found = json.loads(done.stdout)
-    whole = [a for a in found["answers"] if a["finish_reason"] == "stop"]
-    assert (done.returncode, found["finish_reason"]) == ((0, "stop") if whole else (1, "length"))
-
-
-def test_ctrl_c_leaves_the_best_of_what_there_is(model, capfd, monkeypatch):
-    steps, forward_each = [], model.engine.forward_each
-
-    def interrupted(*args):
-        steps.append(1)
-        if len(steps) == 5:
-            raise KeyboardInterrupt
-        return forward_each(*args)
-
-    monkeypatch.setattr(model.engine, "forward_each", interrupted)
-    assert main(["run", "--best-of", "4", "--json", "hi"]) == 130
-    found = json.loads(capfd.readouterr().out)
-    assert (found["finish_reason"], found["text"], len(found["answers"])) == ("interrupt", REPLY[:5], 4)
-
-
-@pytest.mark.parametrize(
-    "args, words",
-    [
-        (["--temp", "0"], "--temp above 0"),
-        (["--batch", "x"], "--best-of and --batch exclude each other"),
-        (["--server", "http://127.0.0.1:1"], "--best-of and --server exclude each other"),
-        (["--best-of", "0"], "from 1 to 64"),
-    ],
-)
-def test_best_of_what_makes_no_sense_is_refused(model, capfd, args, words):
-    assert main(["run", "--best-of", "2", *args, "hi"]) == 2
-    assert words in capfd.readouterr().err
