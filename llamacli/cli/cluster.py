@@ -27,13 +27,15 @@ class Action(StrEnum):
 
 def cluster(
     action: Annotated[Action, argument("start|join|status|stop", "What to do.")] = ...,
-    address: Annotated[str | None, argument("[ADDRESS]", "Of join and status: the cluster, HOST[:PORT].")] = None,
+    address: Annotated[str | None, argument("[ADDRESS]", "With join and status: the cluster, HOST[:PORT].")] = None,
     host: Annotated[
         str | None,
-        option("--host", metavar="ADDRESS", help="This machine's private address, the only one used (start: 127.0.0.1)."),
+        option(
+            "--host", metavar="ADDRESS", help="This machine's private address, by which others reach it (start: 127.0.0.1)."
+        ),
     ] = None,
     port: Annotated[
-        int | None, option("--port", metavar="N", least=1, most=65535, help="Of start: the cluster's port (6479).")
+        int | None, option("--port", metavar="N", least=1, most=65535, help="With start: the cluster's port (6479).")
     ] = None,
     model: ModelName = None,
     as_json: Json = False,

@@ -40,7 +40,9 @@ class Format(StrEnum):
 def history(
     action: Annotated[Action, argument("[list|search|show|export|delete]", "What to do (list).")] = Action.list,
     what: Annotated[list[str] | None, argument("[ID|TEXT]...", "A conversation's id or name; the words to search for.")] = None,
-    form: Annotated[Format, option("--format", metavar="md|jsonl", help="Of export: Markdown (md) or JSON lines.")] = Format.md,
+    form: Annotated[
+        Format, option("--format", metavar="md|jsonl", help="With export: Markdown (md) or JSON lines.")
+    ] = Format.md,
     as_json: Json = False,
     output: Output = None,
 ) -> None:

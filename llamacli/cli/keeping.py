@@ -66,7 +66,7 @@ class Storing:
             group="Model",
             setting=True,
             check=size,
-            help="Most that --cache takes on disk, such as 50G (default: half of what is free).",
+            help="What --cache may take on disk, such as 50G (default: half of what is free).",
         ),
     ] = None
 

@@ -46,13 +46,15 @@ def models(
     action: Annotated[Action, argument("[list|show|add|remove|check|pull]", "What to do (list).")] = Action.list,
     what: Annotated[
         list[str] | None,
-        argument("[NAME|FILE|USER/REPO[:QUANT]]...", "Of which model.", complete=lambda start: model_names()),
+        argument("[NAME|FILE|USER/REPO[:QUANT]]...", "The models that it concerns.", complete=lambda start: model_names()),
     ] = None,
     everything: Annotated[
-        bool, option("-a", "--all", help="Of list: models of other programs that are not Llama 4, too.")
+        bool, option("-a", "--all", help="With list: also models of other programs that are not Llama 4.")
     ] = False,
-    dry_run: Annotated[bool, option("--dry-run", help="Of pull: say what it would take, fetch nothing but the heads.")] = False,
-    force: Annotated[bool, option("--force", help="Of pull: even if the model cannot run here.")] = False,
+    dry_run: Annotated[
+        bool, option("--dry-run", help="With pull: say what it would take, fetch nothing but the heads.")
+    ] = False,
+    force: Annotated[bool, option("--force", help="With pull: even if the model cannot run here.")] = False,
     memory: Memory = None,
     as_json: Json = False,
     output: Output = None,

@@ -168,7 +168,7 @@ GpuLayers = Annotated[
         aliases=("-ngl", "--n-gpu-layers"),
         setting=True,
         check=_layer_count,
-        help="So many of the last layers on the GPU (default: what fits); without --device, it means --device mlx.",
+        help="How many of the last layers the GPU runs (default: what fits); without --device it implies --device mlx.",
     ),
 ]
 Context = Annotated[
@@ -276,7 +276,7 @@ class Generation(Sampling, Keeping, OnCluster):
             group="Text",
             least=1,
             setting=True,
-            help="Most tiles of a picture: fewer are faster and coarser (default: the model's, 16).",
+            help="Tiles of a picture, at most; fewer are faster and coarser (default: the model's, 16).",
         ),
     ] = None
     mmproj: Tower = None
