@@ -5,6 +5,7 @@ the whole file, checks the output and then streams it a few rows at a time. Memo
 model. Nothing is printed.
 """
 
+import errno
 import math
 import os
 import re
@@ -184,7 +185,9 @@ def _target(path: Path) -> Path:
     """The file to write: a link is followed, not replaced."""
     try:
         return path.resolve() if path.is_symlink() else path
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
+        if getattr(error, "errno", errno.ELOOP) != errno.ELOOP:
+            raise OutputError(f"{path}: expected a name for a file, found: {error.strerror}; choose another name") from None
         raise OutputError(f"{path}: expected a link to a file, found one that leads in a circle; choose another name") from None
 
 

@@ -193,6 +193,20 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError) and error.errno in (5, 28):  # of a buffered stream: help, completions
         message, code = f"stdout: expected to write, found: {error.strerror}; free some room or redirect elsewhere", 1
     else:
-        message, code = f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)", 1
+        bug = f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)"
+        message, code = _of_the_system(error) or bug, 1
     complain(message)
     return code
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """A line about what this machine lacks: threads, or a package that loads; None for any other error."""
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "expected to start a thread, found that the system gives no more; use fewer (-t), or raise its limit (ulimit -u)"
+    own = isinstance(error, ImportError) and (error.name or "").partition(".")[0] in ("llamacli", "quantize")
+    if own or not (isinstance(error, ImportError) or "load shared object" in str(error)):  # llvmlite's is an OSError
+        return None
+    cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # NumPy wraps it in a page of advice
+    return (
+        f"expected llamacli's packages to load, found: {str(cause)[:300]}; install them again, in an environment of their own"
+    )

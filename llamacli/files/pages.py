@@ -17,8 +17,8 @@ _RANDOM, _WILLNEED, _DONTNEED = 1, 3, 4
 _PIECE = 64 << 20  # bytes of one call, which cannot be interrupted
 
 
-def populate(ranges: Iterable[tuple[int, int]]) -> threading.Thread:
-    """Prefetch (address, bytes) ranges in a background thread."""
+def populate(ranges: Iterable[tuple[int, int]]) -> None:
+    """Prefetch (address, bytes) ranges in a background thread, if the system gives one."""
     libc, advice = _libc(), _POPULATE_READ if sys.platform == "linux" else _WILLNEED
 
     def work() -> None:
@@ -26,9 +26,8 @@ def populate(ranges: Iterable[tuple[int, int]]) -> threading.Thread:
             for start in range(address // mmap.PAGESIZE * mmap.PAGESIZE, address + size, _PIECE):
                 libc.madvise(start, min(_PIECE, address + size - start), advice)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+    with suppress(RuntimeError):
+        threading.Thread(target=work, daemon=True).start()
 
 
 def memory(nbytes: int) -> mmap.mmap:

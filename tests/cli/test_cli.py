@@ -38,6 +38,64 @@ def test_help_imports_neither_numba_nor_numpy():
     assert done.stdout.rstrip().endswith("set()")
 
 
+FEW_THREADS = """
+import os, sys, threading
+from llamacli.cli import main
+left, start = [int(sys.argv[1])], threading._start_new_thread
+
+def start_new_thread(*arguments, **more):
+    if not left[0]:
+        raise RuntimeError("can't start new thread")
+    left[0] -= 1
+    return start(*arguments, **more)
+
+threading._start_new_thread = start_new_thread
+os._exit(main(sys.argv[2:]))
+"""
+threads_by_name = pytest.mark.skipif(sys.version_info >= (3, 13), reason="threads start by another private name")
+
+
+@threads_by_name
+@pytest.mark.parametrize(
+    "command", [["run", "-t", "2", "-n", "1", "Hi"], ["quantize", str(environment.SMALL_MODEL), "OUT", "Q8_0"]]
+)
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_system_that_gives_no_more_threads_is_said_in_one_line(command, threads, tmp_path):
+    """As in a container with --pids-limit."""
+    words = [sys.executable, "-c", FEW_THREADS, str(threads), *command]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "found that the system gives no more; use fewer (-t)" in done.stderr.splitlines()[-1]
+    assert "a bug" not in done.stderr
+
+
+@threads_by_name
+def test_prefetching_is_left_out_where_there_is_no_thread_for_it(tmp_path):
+    words = [sys.executable, "-c", FEW_THREADS, "3", "run", "-t", "2", "-n", "1", "--temp", "0", "Hi"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "Hello\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libllvmlite.so: failed to map segment from shared object"),
+        ModuleNotFoundError("No module named 'tokenizers'", name="tokenizers"),
+        OSError("Could not find/load shared object file 'libllvmlite.so' from resource location"),
+    ],
+)
+def test_a_package_that_does_not_load_is_no_bug_of_ours(error, capfd, monkeypatch):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("llamacli.cli._run", fails)
+    assert main(["run"]) == 1
+    assert capfd.readouterr().err.startswith(f"llamacli: error: expected llamacli's packages to load, found: {error}")
+    error.name = "llamacli.nothing"
+    assert main(["run"]) == 1
+    assert ("a bug" in capfd.readouterr().err) == isinstance(error, ImportError)
+
+
 def test_model_streams_messages_and_takes_the_files_sampling_values():
     model = FakeModel(Scripted("hello"))
     assert "".join(piece.text for piece in model.stream([{"role": "user", "content": "hi"}], max_tokens=4)) == "hell"

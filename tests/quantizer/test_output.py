@@ -35,7 +35,8 @@ def test_what_is_no_file_is_not_replaced_even_with_force(scout, tmp_path):
     (tmp_path / "folder").mkdir()
     refusal(OutputError, scout[0], tmp_path / "folder", "F32", force=True)
     (tmp_path / "circle").symlink_to("circle")
-    refusal(OutputError, scout[0], tmp_path / "circle", "F32", force=True)
+    assert "in a circle" in refusal(OutputError, scout[0], tmp_path / "circle", "F32", force=True)
+    assert "found: File name too long" in refusal(OutputError, scout[0], tmp_path / ("x" * 300), "F32", force=True)
 
 
 @pytest.mark.parametrize("split", [None, 60_000])
