@@ -275,6 +275,14 @@ def start(*args, **how):
     return subprocess.Popen(fake(*args, **fakes), **{**pipes, **how})
 
 
+def sleeps(process, seconds=300):
+    """Wait until the main thread of a process does, where the system tells: it waits for something, such as input."""
+    stat, until = Path(f"/proc/{process.pid}/task/{process.pid}/stat"), time.monotonic() + seconds
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < until, "it works on"
+        time.sleep(0.01)
+
+
 class Preloaded:
     """Processes that use the miniature model and begin at once: forks of one that has imported what a chat needs."""
 

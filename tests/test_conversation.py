@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 
@@ -325,15 +324,16 @@ TALKER = """
 """
 
 
-def killed_at(path, moment):
-    """Let a process talk and kill it -9; returns the last sentence of each question and the turns that it said were kept."""
+def killed_after(path, lines):
+    """Let a process talk and kill it -9 when it has said so many lines and goes on; returns the turns that it said were kept,
+    and the last sentence.
+    """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(TALKER), str(path)], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    first = process.stdout.readline()
-    time.sleep(moment)
+    said = "".join(process.stdout.readline() for _ in range(lines))
     os.killpg(process.pid, signal.SIGKILL)
-    lines = [line.split() for line in (first + process.stdout.read()).splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line.split() for line in (said + process.stdout.read()).splitlines(keepends=True) if line.endswith("\n")]
     process.wait()
     return [int(line[1]) for line in lines if line[0] == "turn"], [line[1:] for line in lines if line[0] == "sentence"][-1]
 
@@ -346,7 +346,7 @@ def test_a_kill_at_any_moment_loses_the_sentence_under_way_at_most(path, kills):
         "".join(f"word{word} " + ("of the answer. " if word % 5 == 4 else "and ") for word in range(20)),
     )
     for _ in range(kills):
-        turns, (question, sentence) = killed_at(path, chance.uniform(0, 0.2))
+        turns, (question, sentence) = killed_after(path, chance.randrange(1, 60))
         kept += turns
         db = sqlite3.connect(path)
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -8,10 +8,10 @@ import io
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from fakes import REPLY, FakeModel, Scripted, fake, prompt_of, start
 
 import llamacli
 from llamacli import environment
-from llamacli.cli import inputs, main, options, run, tokenize
+from llamacli.cli import main, options, run, tokenize
 from llamacli.cli.console import one_line
 
 # the package
@@ -349,16 +349,25 @@ def test_empty_stdin_without_a_prompt_is_a_usage_error_and_invalid_bytes_an_erro
 
 
 @pytest.mark.parametrize("first", [b"", b"\xef\xbb\xbfHello, "], ids=["nothing yet", "a part"])
-def test_a_pipe_that_does_not_wait_is_read_to_its_end(first):
+def test_a_pipe_that_does_not_wait_is_read_to_its_end(first, monkeypatch):
+    """What is missing is written once it is waited for."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.write(writer, first)
-    with os.fdopen(reader, "rb") as stream:
-        parts = [inputs._some(stream)] if first else []
-        threading.Timer(0.1, lambda: (os.write(writer, b"world"), os.close(writer))).start()
-        while part := inputs._some(stream):
-            parts.append(part)
-    assert options.decoded(b"".join(parts), "stdin") == ("Hello, " if first else "") + "world"
+    wait, waits = select.select, []
+
+    def waited(*of):
+        if not waits:
+            os.write(writer, b"world")
+            os.close(writer)
+        waits.append(of)
+        return wait(*of)
+
+    monkeypatch.setattr(select, "select", waited)
+    with os.fdopen(reader) as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        assert options.read_stdin(options.Output().console()) == ("Hello, " if first else "") + "world"
+    assert waits
 
 
 def test_text_that_fills_any_context_is_refused_before_it_is_read_to_its_end():

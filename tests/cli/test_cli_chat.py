@@ -1,15 +1,18 @@
 """`chat` as a person meets it, on a real pseudo-terminal with a screen, over the miniature model of fakes.py; and in a pipe."""
 
+import fcntl
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
 from chatting import READY, TITLE, asked, conversation, kept
-from fakes import fake
+from fakes import fake, sleeps
 from terminal import Terminal
 
 from llamacli.store import Store
@@ -49,14 +52,24 @@ def test_a_pipe_keeps_its_backslashes_and_loses_its_mark_of_utf8():
     assert (code, out, err) == (0, "fine\n", "")
 
 
+def drained(pipe):
+    """Wait until somebody has read what was written."""
+    while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]:
+        time.sleep(0.005)
+
+
 def test_a_pipe_that_does_not_wait_is_read_to_its_end():
     read, write = os.pipe()
     os.set_blocking(read, False)
     chat = subprocess.Popen(fake("chat", reply="fine"), stdin=read, stdout=subprocess.PIPE)
-    os.close(read)
-    for part in (b"fir", b"st\n", b"second"):
-        time.sleep(0.4)
+    os.write(write, b"first\n")
+    assert chat.stdout.readline() == b"fine\n"
+    for part in (b"sec", b"ond\n", b"third"):
+        sleeps(chat)  # it has read all that there is, and was told to try again
         os.write(write, part)
+        drained(read)
+    os.close(read)
+    sleeps(chat)
     os.close(write)
     assert chat.communicate(timeout=300) == (b"fine\nfine\n", None)
     assert chat.returncode == 0

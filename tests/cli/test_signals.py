@@ -11,13 +11,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pexpect
 import pytest
-from fakes import REPLY, fake
+from fakes import REPLY, fake, sleeps
 from terminal import Terminal
 
 from llamacli.cli import main
@@ -63,14 +62,6 @@ def deaf(after, *args, code=DEAF, **how):
         process.communicate()
 
 
-def sleeps(process):
-    """Wait until the main thread does, where the system tells: in its deaf call, since nothing before that one waits."""
-    stat, until = Path(f"/proc/{process.pid}/task/{process.pid}/stat"), time.monotonic() + 300
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -102,7 +93,7 @@ def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
         "options.load_model = load",
     )
     with deaf(0, "run", "hi", code=code) as process:
-        sleeps(process)  # before, a signal is heard and proves nothing
+        sleeps(process)  # in its deaf call, since nothing before that one waits
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
