@@ -137,6 +137,19 @@ def test_numba_failing_to_write_a_function_does_not_fail_the_call(cache_folder, 
     assert "No space left" in notice
 
 
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("left", [0, 30])
+def test_what_a_power_cut_left_of_a_function_is_compiled_again(cache_folder, kind, left):
+    assert doubled()(np.arange(3)).tolist() == [0, 2, 4]
+    (file,) = cache_folder().rglob(f"*.{kind}")
+    whole = file.stat().st_size
+    os.truncate(file, left)
+    assert doubled()(np.arange(3)).tolist() == [0, 2, 4]
+    assert doubled()(np.arange(3)).tolist() == [0, 2, 4]  # as the next process
+    assert file.stat().st_size > whole // 2
+    assert kernels.notices == []
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
 def test_a_folder_that_others_can_write_to_is_not_trusted(cache_folder, mode):
     folder = cache_folder()

@@ -6,6 +6,7 @@ to a result and an exception. Drivers have neither, so a wrapper drops them; the
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FunctionType
 
@@ -25,20 +26,31 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and
 
 def dispatcher(function: FunctionType, options: dict) -> Callable:
     """What intrinsics.compiled calls: the function by Numba, which compiles it on the first call or reads it from our cache
-    folder. Where the folder cannot be used, the function is compiled in memory.
+    folder. Where the folder cannot be used, or what it has is damaged, the function is compiled in memory.
     """
-    function, plain = _implemented(function), njit(nogil=True, **options)  # compiles nothing before the first call
-    made = [_with_cache(function, options) or plain(function)]
+    function = _implemented(function)
+    plain = njit(nogil=True, **options)(function)  # compiles nothing before the first call
+    made = [_with_cache(function, options) or plain]
 
     def run(*arguments):
+        if made[0] is plain:
+            return plain(*arguments)
         try:
             return made[0](*arguments)
         except OSError as error:  # from Numba's writing: functions of arrays open no files
             not_kept(error)
-            made[:] = [plain(function)]
-        return made[0](*arguments)
+        except Exception:  # from its reading, as it checks nothing: a power cut leaves empty files
+            _forget(made[0])
+        made[0] = plain
+        return plain(*arguments)
 
     return run
+
+
+def _forget(made) -> None:
+    """Have the next process compile a dispatcher's function again."""
+    with suppress(Exception):  # Numba has no public name for it
+        made._cache.flush()
 
 
 def _with_cache(function: Callable, options: dict):
