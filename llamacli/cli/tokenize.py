@@ -1,14 +1,19 @@
-"""`llamacli tokenize`: text in, token ids on stdout, or ids in and text out. Needs the vocabulary of a file only, no engine."""
+"""`llamacli tokenize`: a text or a picture in, token ids on stdout, or ids in and text out. Needs the vocabulary of a file
+only, and for a picture the sizes of a tower, no engine.
+"""
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated
 
 from llamacli.cli.grammar import argument, option, refuse
+from llamacli.cli.images import read_pictures
 from llamacli.cli.options import (
     Json,
     ModelName,
     Output,
+    Tower,
     checked,
     find_model,
     is_model,
@@ -28,6 +33,14 @@ def tokenize(
         str | None, option("-f", "--file", metavar="FILE", group="Text", help="The text, UTF-8; - is stdin.")
     ] = None,
     model: ModelName = None,
+    image: Annotated[
+        str | None,
+        option("--image", metavar="FILE", group="Text", help="The tokens of a picture instead of a text; - is stdin."),
+    ] = None,
+    image_tiles: Annotated[
+        int | None, option("--image-tiles", metavar="N", least=1, help="Most tiles of the picture, as for run (the model's).")
+    ] = None,
+    mmproj: Tower = None,
     special: Annotated[bool, option("--special", help="Read <|...|> in the text as special tokens.")] = False,
     no_bos: Annotated[bool, option("--no-bos", help="Leave out the token that begins every text.")] = False,
     pieces: Annotated[bool, option("--pieces", help="A line for each token: its id, and its text as a JSON string.")] = False,
@@ -39,23 +52,26 @@ def tokenize(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Print the token ids of a text as a JSON list, or the text of ids.
+    """Print the token ids of a text or of a picture as a JSON list, or the text of ids.
 
     Examples:
     llamacli tokenize "How many tokens is this?"
     llamacli tokenize -m scout.gguf -f report.txt --count
     llamacli tokenize "Hello" | llamacli tokenize --decode -
+    llamacli tokenize -m scout.gguf --image photo.jpg --count
     """
     from llamacli.files.gguf import open_gguf
     from llamacli.text.tokenizer import Tokenizer
 
     console = output.console()
     words = [*(text or [])]
-    if model is None and len(words) + (prompt is not None or file is not None) > 1 and is_model(words[0]):
+    if model is None and len(words) + any(each is not None for each in (prompt, file, image)) > 1 and is_model(words[0]):
         model = one_model(words.pop(0), model)
-    given = [words or None, prompt, file, decode]
+    given = [words or None, prompt, file, decode, image]
     if sum(each is not None for each in given) > 1:
-        raise UsageError("expected one text, found several; give words, or -f FILE, or stdin")
+        raise UsageError("expected one text or picture, found several; give words, or -f FILE, or --image FILE, or stdin")
+    if image is None:
+        refuse(("image_tiles", "mmproj"), "--image with it, found none")
     if pieces and count:
         raise UsageError("expected --pieces or --count, found both; leave one of them out")
     if decode is not None:
@@ -65,6 +81,12 @@ def tokenize(
         text = tokenizer.decode(ids, special)
         console.result(json.dumps(text, ensure_ascii=False) if as_json else text)
         return
+    if image is not None:
+        refuse(("special", "no_bos"), "a text with it, found a picture")
+        gguf = open_gguf(find_model(model, console))
+        tokenizer = Tokenizer.from_gguf(gguf)
+        _print(tokenizer, _picture_ids(gguf, tokenizer, image, image_tiles, mmproj, console), pieces, count, as_json, console)
+        return
     if file is not None:
         found = read_file(file, console)
     elif words or prompt is not None:
@@ -73,6 +95,21 @@ def tokenize(
         found = read_stdin(console)
     tokenizer = Tokenizer.from_gguf(open_gguf(find_model(model, console)))
     ids = [int(id) for id in tokenizer.encode(found, bos=not no_bos, special=special)]
+    _print(tokenizer, ids, pieces, count, as_json, console)
+
+
+def _picture_ids(gguf, tokenizer, image: str, most_tiles: int | None, mmproj: str | None, console) -> list[int]:
+    """What a picture becomes in a prompt; the tower's file says how many tiles and rows, and is not run."""
+    from llamacli.llama4.config import Config
+    from llamacli.llama4.vision import VisionConfig
+    from llamacli.vision import sight
+
+    (picture,) = read_pictures([image], console)
+    tower = sight.open_tower(gguf, Config.from_gguf(gguf).n_embd, mmproj and Path(mmproj))
+    return sight.picture_ids(VisionConfig.from_gguf(tower), sight.Marks.of(tokenizer), *picture.image.size, most_tiles)
+
+
+def _print(tokenizer, ids: list[int], pieces: bool, count: bool, as_json: bool, console) -> None:
     if count:
         console.result(str(len(ids)))
     elif pieces and as_json:

@@ -19,9 +19,9 @@ from llamacli.cpu.weights import held_bytes
 from llamacli.errors import LlamacliError, ModelFileError, PictureError, PromptError, UsageError
 from llamacli.files.gguf import GGUF, open_gguf
 from llamacli.llama4.vision import VisionConfig, has_ollama_tower, has_tower, renamed
-from llamacli.prompt import Features
+from llamacli.prompt import Features, tokens
 from llamacli.vision.pictures import USUAL_BYTES, Picture, picture_size, read_picture
-from llamacli.vision.tiles import Tiles, cut, layout
+from llamacli.vision.tiles import cut, layout
 from llamacli.vision.tower import MOST, Tower, nbytes
 
 MANY = 5  # pictures of a prompt that Meta tested; so many of the largest are remembered
@@ -188,7 +188,7 @@ class Sight:
                 rows = self._tower.features(tiles.tiles, follow)
                 seconds = perf_counter() - began
             self._keep(digest, rows)
-        found = segments(tiles, rows, digest, self.marks)
+        found = segments(tiles.grid, rows, digest, self.marks)
         n_tokens = sum(len(part.rows) if isinstance(part, Features) else len(part) for part in found)
         return View(picture.name, picture.image.size, tiles.shown[::-1], tiles.grid, found, n_tokens, seconds)
 
@@ -216,15 +216,22 @@ class Sight:
         return [*found, ids[done:]]
 
 
-def segments(tiles: Tiles, rows: np.ndarray, digest: bytes, marks: Marks) -> list:
+def segments(grid: tuple[int, int], rows: np.ndarray, digest: bytes, marks: Marks) -> list:
     """A picture in a prompt, as transformers' `Llama4Processor` writes it; `rows` float32 [tiles, n, n_embd]."""
     features = [Features(marks.patch, tile, digest + b"%d" % n) for n, tile in enumerate(rows)]
     found: list = [[marks.image_start]]
     if len(features) > 1:
-        across = tiles.grid[1]
+        across = grid[1]
         for n, tile in enumerate(features[:-1], 1):
             found += [tile, [marks.tile_y_separator if n % across == 0 else marks.tile_x_separator]]
     return [*found, [marks.image], features[-1], [marks.image_end]]
+
+
+def picture_ids(c: VisionConfig, marks: Marks, width: int, height: int, most_tiles: int | None = None) -> list[int]:
+    """Ids of a prompt that a picture of this size becomes: `<|patch|>` where a row of the tower will stand."""
+    grid, _ = layout(height, width, c.image_size, tiles_allowed(c, most_tiles))
+    n_tiles, _ = expected_tokens(c, width, height, most_tiles)
+    return [int(token) for token in tokens(segments(grid, np.empty((n_tiles, c.n_rows, 0), np.float32), b"", marks))]
 
 
 def tiles_allowed(c: VisionConfig, asked: int | None) -> int:

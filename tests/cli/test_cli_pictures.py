@@ -15,10 +15,11 @@ import pytest
 import tiny_tower
 from PIL import Image
 
-from llamacli import PictureError
+from llamacli import Model, PictureError
 from llamacli.cli import main
 from llamacli.cli.chat.pictures import content, dropped, paths_in, read_again, reference
 from llamacli.environment import SMALL_MODEL
+from llamacli.prompt import tokens
 from llamacli.vision.pictures import read_picture
 
 
@@ -49,6 +50,40 @@ def made(path, seed, size=(200, 100)):
 def answer(capfd, model, *args):
     assert main(["run", "-m", model, "--temp", "0", "-n", "6", "--json", *map(str, args)]) == 0
     return json.loads(capfd.readouterr().out)
+
+
+@pytest.mark.parametrize("size, more", [((200, 100), ["--image-tiles", "2"]), ((50, 50), []), ((224, 168), [])])
+def test_tokenize_gives_the_ids_that_stand_for_a_picture_in_a_prompt(model, tmp_path, capfd, size, more):
+    """And needs no tower's arithmetic for them."""
+    path = made(tmp_path / "a.png", 1, size)
+
+    def said(*args):
+        assert main(["tokenize", "-m", model, "--image", str(path), *more, *args]) == 0
+        return capfd.readouterr().out
+
+    with Model.load(model, threads=2, ctx=512) as loaded:
+        tiles = int(more[1]) if more else None
+        expected = [int(token) for part in loaded.sight.look(path, tiles).segments for token in tokens([part])]
+    assert json.loads(said()) == expected
+    assert said("--count") == f"{len(expected)}\n"
+    lines = [line.split() for line in said("--pieces").splitlines()]
+    assert [int(id) for id, _ in lines] == expected
+    assert (lines[0][1], lines[-2][1], lines[-1][1]) == ('"<|image_start|>"', '"<|patch|>"', '"<|image_end|>"')
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--image", "PHOTO", "text"], "expected one text or picture, found several"),
+        (["--image", "PHOTO", "--no-bos"], "--no-bos: expected a text with it, found a picture"),
+        (["--image-tiles", "2", "text"], "--image-tiles: expected --image with it"),
+        (["--image", "/nowhere.png"], "/nowhere.png: expected a picture"),
+    ],
+)
+def test_tokenize_refuses_what_makes_no_sense_of_a_picture(model, photo, capfd, words, expected):
+    assert main(["tokenize", "-m", model, *(word.replace("PHOTO", str(photo)) for word in words)]) in (1, 2)
+    out, err = capfd.readouterr()
+    assert out == "" and expected in err and err.count("\n") == 1
 
 
 def test_run_says_what_the_model_saw(model, photo, capfd):
