@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import make_cli_docs
 import pytest
+
+from llamacli.cli import COMMANDS, parser
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -18,6 +21,9 @@ SCOUT = {  # what differs from the small model's config.json
     **{"vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8},
     **{"intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760},
 }
+
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
 
 
 def shown():
@@ -66,6 +72,24 @@ def test_a_command_gives_the_output_that_the_page_shows(command, output, folder)
         assert _untimed(done.stdout) == _untimed(expected)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_a_page_names_has_the_options_that_stand_behind_it(page):
+    unknown, group = [], parser()
+    names = {name: group.get_command(click.Context(group), name).params for name in COMMANDS}
+    for command, rest in re.findall(rf"(?<!\[)\bllamacli ({'|'.join(COMMANDS)})\b([^\n`]*)", page.read_text()):
+        words = re.split(r"\s#\s| [|>;&]|\.\.\.", rest.replace("\\", ""))[0].split()
+        options = {word.partition("=")[0].rstrip(",.:)]") for word in words if re.match(r"--?[a-z]", word)}
+        known = {"-h", "--help"}.union(*(p.opts for p in names[command]))
+        unknown += [(command, option) for option in sorted(options - known)]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_headings_lead_to_headings(page):
+    wanted = re.findall(r"\]\(([^)#\s:]*)#([^)\s]+)\)", page.read_text())
+    assert [(name, anchor) for name, anchor in wanted if anchor not in _anchors(page.parent / name if name else page)] == []
+
+
 def test_the_reference_and_the_manual_pages_are_those_of_the_commands():
     written = make_cli_docs.pages()
     on_disk = {f"man/{path.name}" for path in (ROOT / "docs" / "man").iterdir()} | {"cli.md"}
@@ -83,6 +107,12 @@ def test_the_manual_pages_have_what_the_help_has():
 def test_groff_reads_a_manual_page_without_a_warning(page):
     done = subprocess.run(["groff", "-ww", "-man", "-Tutf8", page], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def _anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _untimed(text):
