@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llamacli.errors import CheckpointError
+from llamacli.files.gguf import next_step
 from quantize.folder import parse_json, read_json
 
 DTYPES = {  # NumPy has no bfloat16 and no FP8: their bits
@@ -139,7 +140,10 @@ def _open_shard(path: Path) -> tuple[dict[str, Stored], mmap.mmap]:
             start, header = _header(path, file, size)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: expected a readable file, found: {getattr(error, 'strerror', None) or error}") from None
+        found = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path}: expected a readable file, found: {found}; {next_step(error, 'check the disk')}"
+        ) from None
     header.pop("__metadata__", None)
     return {name: _view(path, mapped, start, name, entry) for name, entry in header.items()}, mapped
 

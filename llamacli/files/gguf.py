@@ -8,6 +8,7 @@ strings (vocabularies) are only measured on opening and decoded on first use.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
+import errno
 import mmap
 import re
 import struct
@@ -78,6 +79,13 @@ class GGUF(NamedTuple):
     nbytes: int
     maps: list[mmap.mmap]
     paths: list[Path]
+
+
+def next_step(error: Exception, otherwise: str) -> str:
+    """What to do about a file that could not be opened, read or mapped: the file may be sound, and a limit of the process low."""
+    limits = {errno.ENOMEM: "address space (ulimit -v)", errno.EMFILE: "open files (ulimit -n)"}
+    limit = limits.get(getattr(error, "errno", None))
+    return f"raise the limit of {limit}" if limit else otherwise
 
 
 def text_of(metadata: Mapping[str, object], key: str) -> str | None:
@@ -329,7 +337,7 @@ def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:
         raise _wrong(path, "a GGUF file", "one that may not be read", "change its permissions") from None
     except (OSError, ValueError) as error:
         found = f"one that cannot be read ({getattr(error, 'strerror', None) or error})"
-        raise _wrong(path, "a GGUF file", found, "check the path and the disk") from None
+        raise _wrong(path, "a GGUF file", found, next_step(error, "check the path and the disk")) from None
     return version, values, _views(path, memoryview(mapped), cursor.pos, infos, _alignment(path, values)), mapped
 
 

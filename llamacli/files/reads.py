@@ -22,7 +22,7 @@ import numpy as np
 
 from llamacli.errors import ModelFileError
 from llamacli.files import pages
-from llamacli.files.gguf import Tensor
+from llamacli.files.gguf import Tensor, next_step
 
 BLOCK = max(4096, mmap.PAGESIZE)  # alignment of direct reads, in the file and in memory; ZFS asks for whole pages
 PIECE = pages.LARGE  # bytes of one read
@@ -251,5 +251,5 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise ModelFileError(
-            f"{path}: expected a GGUF file, found one that cannot be read ({error.strerror}); check it"
+            f"{path}: expected a GGUF file, found one that cannot be read ({error.strerror}); {next_step(error, 'check it')}"
         ) from None

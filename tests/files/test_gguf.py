@@ -1,6 +1,8 @@
 """GGUF: what writers write is read; what nobody should trust is refused in one line, at no cost."""
 
+import errno
 import io
+import mmap
 import os
 import struct
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import checkpoint
 import gguf
 import numpy as np
 import pytest
@@ -16,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interrupts import run_traced
 
-from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.errors import CheckpointError, ModelFileError, UnsupportedModelError
 from llamacli.files import gguf as gguf_module
 from llamacli.files.gguf import open_gguf
 from llamacli.llama4.config import Config
 from llamacli.text.tokenizer import Tokenizer
+from quantize.safetensors import open_checkpoint
 
 NUMBERS = {"u8": 255, "i8": -128, "u16": 65535, "i16": -32768, "u32": 2**32 - 1, "i32": -(2**31), "f32": 0.5, "bool": True,
            "u64": 2**64 - 1, "i64": -(2**63), "f64": 1e300}  # fmt: skip
@@ -489,3 +493,21 @@ class TestFuzz:
         path = tmp_path_factory.getbasetemp() / "junk.gguf"
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + junk)
         assert peak_of(path) < 300_000
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"), [(errno.ENOMEM, "ulimit -v"), (errno.EMFILE, "ulimit -n"), (errno.EIO, "check the")]
+)
+def test_a_limit_of_the_process_is_told_from_a_file_that_is_damaged(tmp_path, monkeypatch, number, advice):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "model.gguf").write_bytes(SOUND)
+    checkpoint.write_safetensors(tmp_path / "model.safetensors", {"x": ("F32", np.zeros(4, np.float32))})
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    for open_it, kind in (
+        (lambda: open_gguf(tmp_path / "model.gguf"), ModelFileError),
+        (lambda: open_checkpoint(tmp_path), CheckpointError),
+    ):
+        with pytest.raises(kind, match=f"{os.strerror(number)}.*{advice}"):
+            open_it()
