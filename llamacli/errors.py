@@ -19,6 +19,8 @@ A message is one line: the file, what was expected, what was found, what to do n
 command line prints them on stderr (cli/__init__.py).
 """
 
+import errno
+
 
 class LlamacliError(Exception):
     """Base of the tree. `str(error)` is one line for the user."""
@@ -78,3 +80,10 @@ class UsageError(LlamacliError):
     """The arguments are wrong or contradict each other."""
 
     exit_code = 2
+
+
+def next_step(error: Exception, otherwise: str) -> str:
+    """What to do about a file that could not be opened or mapped: it may be sound, and a limit of the process low."""
+    limits = {errno.ENOMEM: "address space (ulimit -v)", errno.EMFILE: "open files (ulimit -n)"}
+    limit = limits.get(getattr(error, "errno", None))
+    return f"raise the limit of {limit}" if limit else otherwise

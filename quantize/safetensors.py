@@ -15,8 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from llamacli.errors import CheckpointError
-from llamacli.files.gguf import next_step
+from llamacli.errors import CheckpointError, next_step
 from quantize.folder import parse_json, read_json
 
 DTYPES = {  # NumPy has no bfloat16 and no FP8: their bits

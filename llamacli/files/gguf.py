@@ -8,7 +8,6 @@ strings (vocabularies) are only measured on opening and decoded on first use.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
-import errno
 import mmap
 import re
 import struct
@@ -20,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from llamacli.errors import ModelFileError, UnsupportedModelError
+from llamacli.errors import ModelFileError, UnsupportedModelError, next_step
 from llamacli.files.ggml import BY_ID, TensorType
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes
@@ -79,13 +78,6 @@ class GGUF(NamedTuple):
     nbytes: int
     maps: list[mmap.mmap]
     paths: list[Path]
-
-
-def next_step(error: Exception, otherwise: str) -> str:
-    """What to do about a file that could not be opened, read or mapped: the file may be sound, and a limit of the process low."""
-    limits = {errno.ENOMEM: "address space (ulimit -v)", errno.EMFILE: "open files (ulimit -n)"}
-    limit = limits.get(getattr(error, "errno", None))
-    return f"raise the limit of {limit}" if limit else otherwise
 
 
 def text_of(metadata: Mapping[str, object], key: str) -> str | None:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llamacli.errors import ModelFileError
+from llamacli.errors import ModelFileError, next_step
 from llamacli.files import pages
-from llamacli.files.gguf import Tensor, next_step
+from llamacli.files.gguf import Tensor
 
 BLOCK = max(4096, mmap.PAGESIZE)  # alignment of direct reads, in the file and in memory; ZFS asks for whole pages
 PIECE = pages.LARGE  # bytes of one read
