@@ -1,4 +1,4 @@
-"""The seam between devices: a stage runs some layers, a cache keeps their keys and values.
+"""The interface of devices: a stage runs some layers, a cache keeps their keys and values.
 
 The engine is a row of stages. The first looks up embeddings, the last makes logits; both may have layers as well or none.
 Between two stages goes the residual stream, float32 [n_tokens, n_embd], and nothing else. How a device stores weights, which
