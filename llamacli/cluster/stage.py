@@ -235,8 +235,13 @@ class ClusterStage:
         return sum(self._row.ask(k, "held").head["answer"] for k in range(len(self._row.places))) if self._row else 0
 
     def ask_for(self, layer: int, op: str, head: dict, arrays: Sequence[np.ndarray] = ()) -> Frame:
-        """Ask the node of a layer."""
-        self._guarded(self._finish)
+        """Ask the node of a layer about keys and values; again if it is lost. The next one has none of them, and that is no
+        wrong copy: a copy knows in which row of nodes its original was (ClusterCache.opened).
+        """
+        return self._guarded(self._ask, layer, op, head, arrays)
+
+    def _ask(self, layer: int, op: str, head: dict, arrays: Sequence[np.ndarray]) -> Frame:
+        self._finish()
         return self._row.ask(next(k for k, place in enumerate(self.places) if layer in place.layers), op, head, arrays)
 
     # batches

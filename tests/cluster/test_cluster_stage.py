@@ -157,6 +157,26 @@ def test_a_copy_survives_a_loss(nodes):
     assert nodes.same([3], copies) and nodes.same([4])
 
 
+@pytest.mark.parametrize("kv", ["F16", "Q4_0"])
+@pytest.mark.parametrize("after", [0, 1, 3, 5], ids="after {} questions".format)
+def test_a_loss_while_a_copy_is_made(kv, after):
+    with closing(Nodes(kv_type=kv)) as nodes:
+        assert nodes.same(IDS[:50])
+        copies, stage, asked = nodes.new_caches(), nodes.engine.stages[0], itertools.count()
+        true = stage.ask_for
+
+        def ask_for(*how):
+            if next(asked) == after:
+                nodes.made[-1].close()
+            return true(*how)
+
+        stage.ask_for = ask_for
+        for cache, copy in zip(nodes.caches, copies, strict=True):
+            cache.copy_to(copy)
+        assert nodes.same([3], copies) and nodes.same([4])
+        assert nodes.losses == {"n2": 1}
+
+
 def test_segments_in_half_precision_are_on_the_nodes(in_segments):
     nodes = in_segments
     assert nodes.same(IDS[:77]) and all(nodes.same([id]) for id in IDS[:30])
