@@ -96,6 +96,16 @@ class ClusterCache(Positions):
         self.pieces = [piece._replace(tokens=Tokens([*piece.tokens.ids], piece.tokens.rows)) for piece in other.pieces]
 
 
+def covered(pieces: Sequence[Piece], end: int) -> bool:
+    """Whether pieces, of which each may replace the end of those before it, make all positions below `end`."""
+    reached = 0
+    for start, tokens, _ in pieces:
+        if start > reached:
+            break
+        reached = start + len(tokens.ids)
+    return reached >= end
+
+
 def parts(pieces: Sequence[Piece], end: int, chunk: int) -> Iterator[tuple[Tokens, int, bool]]:
     """The batches of pieces below `end`: tokens, first position, whether the bits are those of single tokens."""
     for start, tokens, alone in pieces:

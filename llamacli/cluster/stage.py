@@ -17,7 +17,7 @@ from contextlib import suppress
 import numpy as np
 
 from llamacli import errors
-from llamacli.cluster.cache import FEW, ClusterCache, Piece, parts
+from llamacli.cluster.cache import FEW, ClusterCache, Piece, covered, parts
 from llamacli.cluster.row import PING_EVERY, NodeLost, Place, Row, node_error
 from llamacli.cluster.wire import Frame, LinkClosed
 from llamacli.cpu.buffers import MAX_BATCH
@@ -179,6 +179,7 @@ class ClusterStage:
             return
         back: dict[ClusterCache, int] = {}
         for batch in self._under_way.values():
+            batch.result = None
             for cache, pos, _ in batch.runs if not batch.repeats else ():
                 back[cache] = min(back.get(cache, pos), pos)
         for cache, pos in back.items():
@@ -308,13 +309,13 @@ class ClusterStage:
         if "error" in item.head:
             raise node_error(item)
         batch.result = self._stream_of(item, len(batch.tokens.ids), len(batch.runs))
-        del self._under_way[batch.number]
         first, total = 0, len(batch.tokens.ids)
         for cache, pos, n in batch.runs:
             rows = {at - first: row for at, row in batch.tokens.rows.items() if first <= at < first + n}
             single = n == 1 and (total < FEW or batch.alone)
             cache.take(Piece(pos, Tokens(batch.tokens.ids[first : first + n], rows), batch.alone or single))
             first += n
+        del self._under_way[batch.number]  # last: what an interrupt leaves under way is forgotten by `abandon`
 
     def _stream_of(self, frame: Frame, *lengths: int) -> np.ndarray:
         """The stream that the last node sent, of one of these lengths. NodeLost if it sent something else."""
@@ -326,17 +327,17 @@ class ClusterStage:
     # a node is lost
 
     def _open(self) -> None:
+        self.opened += 1  # first: no cache may count as held by nodes that have just begun
         self._row = Row(self._open_row(self._recent_losses()), self._secret)
-        self.opened += 1
 
     def _leave_row(self) -> None:
         """Close the row; what is under way is sent to the next one."""
-        if self._row:
-            self._row.close()
-        self._row = None
+        row, self._row = self._row, None  # first: nothing comes from a closed one
         self._under_way = {number: batch for number, batch in self._under_way.items() if not batch.repeats}
         for batch in self._under_way.values():
             batch.sent = False
+        if row:
+            row.close()
 
     def _recent_losses(self) -> Counter:
         return Counter(name for at, name in self._losses if time.monotonic() - at < FORGET)
@@ -381,16 +382,17 @@ class ClusterStage:
 
     def _evaluate_again(self, cache: ClusterCache, end: int) -> None:
         """Have the nodes make a cache's keys and values below `end` anew, in the batches of the first time."""
-        pieces, cache.pieces, cache.opened = cache.pieces, [], self.opened
+        pieces = cache.pieces
+        if not covered(pieces, end):
+            raise DeviceError("a conversation of which a part was not evaluated here is lost with its node; ask again")
         try:
+            cache.pieces = []
             for part, start, alone in parts(pieces, end, self.config.chunk_size):
                 self._send(Batch(next(self._numbers), part, [(cache, start, len(part.ids))], alone, repeats=True))
                 self._make_way()
             while any(batch.repeats for batch in self._under_way.values()):
                 self._receive()
+            cache.opened = self.opened
         except BaseException:
-            cache.pieces, cache.opened = pieces, 0
+            cache.pieces = pieces
             raise
-        if end and (not cache.pieces or cache.pieces[-1].start + len(cache.pieces[-1].tokens.ids) < end):
-            cache.pieces, cache.opened = pieces, 0
-            raise DeviceError("a conversation whose beginning was read from a snapshot is lost with its node; ask again")

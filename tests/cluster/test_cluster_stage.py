@@ -1,6 +1,7 @@
 """A model whose layers are on nodes: every logit has the bytes of one process, whatever happens to the nodes."""
 
 import itertools
+import sys
 import threading
 import time
 from collections import Counter
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from llamacli import Model
-from llamacli.cluster import progress, row
+from llamacli.cluster import cache as cluster_cache
+from llamacli.cluster import progress, row, stage
 from llamacli.cluster.node import Node
 from llamacli.cluster.row import NodeLost, Place
 from llamacli.cluster.stage import ClusterStage
@@ -244,6 +246,54 @@ def test_an_interrupt_leaves_the_cache_where_whole_batches_ended(nodes):
     assert nodes.same(IDS[:80])
 
 
+def interrupted_at(event, functions, action):
+    """Whether `action` came to so many lines of these functions of the stage and its caches; there it is interrupted."""
+    files, left = {stage.__file__, cluster_cache.__file__}, [event]
+
+    def trace(frame, kind, argument):
+        if frame.f_code.co_filename in files and frame.f_code.co_name in functions:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        return trace if frame.f_code.co_filename in files else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_what_an_interrupt_at_any_line_of_a_result_leaves_is_made_anew_after_a_loss(nodes):
+    for event in range(1, 45):  # of the first two parts of a batch
+        ours, theirs = nodes.caches = nodes.new_caches()
+        assert nodes.same(IDS[:50])
+        assert interrupted_at(event, ("_receive", "take"), lambda ours=ours: nodes.engine.forward(IDS[:400], ours))
+        if ours.pos > 50:
+            nodes.one.forward(IDS[: ours.pos - 50], theirs)
+        nodes.made[-1].close()
+        assert nodes.same([7]), event
+
+
+def test_what_an_interrupt_at_any_line_leaves_when_layers_are_opened_anew_is_sound(nodes):
+    functions, event, begun = ("_leave_row", "_open", "_send_waiting", "_evaluate_again", "_look_out"), 0, True
+    nodes.cuts = ()
+    while begun:
+        event += 1
+        nodes.caches = ours, _ = nodes.new_caches()
+        assert nodes.same(IDS[:50])
+        nodes.made[-1].close()
+        begun = interrupted_at(event, functions, lambda ours=ours: nodes.engine.forward([5], ours))
+        if not begun:
+            ours.truncate(50)
+        assert nodes.same([5]) and nodes.same([6]), event
+    assert event > 30
+
+
 def test_segments_that_a_broken_off_call_wrote_over_are_evaluated_again(in_segments):
     """The nodes are through with the call that fails, so their newest segments are those of tokens that do not count."""
     session, cache, sink = Session(in_segments.engine, None, 512), in_segments.one.new_cache(512), in_segments.made[-1]._next
@@ -446,8 +496,6 @@ def test_a_node_that_its_neighbour_does_not_reach_is_lost(nodes, monkeypatch):
 
 
 def test_a_loss_is_forgotten_and_a_node_that_is_there_again_gets_layers_when_a_prompt_begins(nodes, monkeypatch):
-    from llamacli.cluster import stage
-
     monkeypatch.setattr(stage, "LOOK_EVERY", 0.05)
     assert nodes.same(IDS[:50])
     both, nodes.cuts = nodes.cuts, ()
