@@ -64,7 +64,7 @@ FILE_SAMPLING = {  # general.sampling.* to keywords of Sampler
     **{"mirostat_tau": "mirostat_tau", "mirostat_eta": "mirostat_eta"},
 }
 KV_TYPES = ("F16", "Q8_0", "Q4_0")
-DEFAULT_CTX = 8192  # tokens; the file's own limit may be 10 million, which no memory holds
+DEFAULT_CTX = 8192  # tokens; a file's own limit may be 10 million, too many for any memory
 
 
 class Model:
@@ -88,8 +88,9 @@ class Model:
         mmproj: GGUF | None = None,
         room: int | None = None,
     ):
-        """`nbytes`: what the model may come to hold, which models loaded later must leave to it. `mmproj`: its vision tower,
-        whose bytes are among them; a tower that is opened later takes its bytes from `room` (None: any) and from slots.
+        """`nbytes`: the most bytes that the model may hold; models that are loaded later must leave them free. `mmproj`: its
+        vision tower, whose bytes `nbytes` includes. A tower that is opened later takes its bytes from `room` (None: no limit)
+        and from slots.
         """
         from threading import Lock
 
@@ -124,22 +125,21 @@ class Model:
 
         `memory`: bytes that the process will stay below (None: what the machine has free, less a reserve). `experts`: "mapped",
         used where they lie in the file; "slots", some of them kept in memory and the others read when they are needed; "auto",
-        slots if the model does not fit into the memory. `logits_rows`: rows of logits that the caller will keep at a time; they
+        slots if the model does not fit into the memory. `logits_rows`: rows of logits that the caller keeps at a time; they
         count as the model's memory. `device`: "cpu"; "mlx", layers on a GPU through MLX; "auto", the same where Metal is, else
         the CPU. `gpu_layers`: how many of the last layers go there, None: as many as its memory holds. `kv`: type of keys and
-        values, "f16", "q8_0" or "q4_0"; on a GPU the first only. `mmproj`: the file of the vision tower, or True for
-        the one beside the model; memory is kept for it. False: the one beside the model is opened with the first picture, and
-        takes its memory from what is left, then from slots; MemoryLimitError if that is too little.
-        `sessions`: how many will hold a full context at a time; the memory is planned for them. `kv_file`: a folder, or the
-        path of a file that does not exist, for the keys and values that memory does not hold; nothing is left there.
-        `cluster`: the address of a cluster whose nodes hold the layers (docs/cluster.md); `memory` and `threads` are then each
-        node's. `cluster_layers`: how many each node gets, empty: chosen by memory and speed. `told`: called with a line when a
-        node is left out or lost.
-        `more_sessions`: at most so many besides, as far as memory has room for them once all weights are in it and everything
-        else is planned as without them. The attribute `sessions` says how many in all.
+        values, "f16", "q8_0" or "q4_0"; on a GPU the first only. `mmproj`: the file of the vision tower, or True for the one
+        beside the model; memory is kept for it. False: the one beside the model is opened with the first picture, and takes its
+        memory from what is left, then from slots; MemoryLimitError if that is too little. `sessions`: how many will hold a full
+        context at a time; the memory is planned for them. `kv_file`: a folder, or the path of a file that does not exist, for
+        the keys and values that memory does not hold; nothing is left there. `cluster`: the address of a cluster whose nodes
+        hold the layers (docs/cluster.md); `memory` and `threads` are then each node's. `cluster_layers`: how many each node
+        gets, empty: chosen by memory and speed. `told`: called with a line when a node is left out or lost. `more_sessions`:
+        the most sessions beyond `sessions`. They only take memory that is left when all weights are in memory; they change
+        nothing else in the plan. The attribute `sessions` is the total.
 
-        UsageError for counts below 1, ModelFileError if the file is unsound, UnsupportedModelError if it is sound but not for
-        this engine, MemoryLimitError if the memory does not even hold what every token needs.
+        UsageError for counts below 1, ModelFileError if the file is damaged, UnsupportedModelError if the engine cannot run a
+        sound file, MemoryLimitError if the memory cannot hold the weights that every token uses.
         """
         from concurrent.futures import ThreadPoolExecutor
         from dataclasses import replace
@@ -228,8 +228,9 @@ class Model:
     def snapshots(self, limit: int | None = None, exact: bool = True) -> Snapshots:
         """Where a session reads the beginnings of prompts from and keeps them (llamacli/snapshots.py).
 
-        `limit`: bytes of all models' snapshots; None: half of what the disk has free and they take. `exact`: answers have the
-        same bytes as without; else a conversation's answers are kept, too. ModelFileError if the model's file has gone.
+        `limit`: bytes of all models' snapshots; None: half of the sum of the disk's free bytes and their bytes. `exact`:
+        answers have the same bytes as without snapshots; else the answers of a conversation are kept, too. ModelFileError if
+        the model's file no longer exists.
         """
         if hasattr(self.engine.stages[0], "places"):
             raise UsageError(
@@ -264,7 +265,7 @@ class Model:
             return self._sight
 
     def _take_room(self, path, nbytes: int) -> None:
-        """Count bytes that were not planned for; slots are given back for what is too much."""
+        """Count bytes that were not planned for; slots are given back where too little memory is left."""
         from llamacli.plan.machine import reserve
 
         given = 0
@@ -291,8 +292,8 @@ class Model:
         A content may be a list of parts, {"type": "text", "text": ...} or {"type": "image", "image": ...} with a path, bytes, a
         `data:` URL, a picture of Pillow or a View of `sight`. Rows of pictures are prompt.FeatureRow. `image_tiles`: the most
         tiles of a picture's grid, fewer being faster and coarser. `tools`: definitions of functions that the model may call, as
-        text/template.py has them. PictureError for what is no picture or cannot be seen. `limit`: ContextFullError if there are
-        more tokens, before any picture is looked at.
+        text/template.py has them. PictureError for data that is not a picture, or that the tower cannot encode. `limit`:
+        ContextFullError if there are more tokens, before the tower encodes any picture.
         """
         ids, found = self._rendered(messages, tools)
         if limit is not None:
@@ -308,7 +309,7 @@ class Model:
         return tokens(self.sight.prompt(ids, views))
 
     def count_tokens(self, messages: Sequence[dict], image_tiles: int | None = None, tools: Sequence[dict] = ()) -> int:
-        """How many tokens `prompt_ids` makes. Pictures count by their sizes: the tower does not look at them."""
+        """How many tokens `prompt_ids` makes. Pictures count by their sizes: the tower does not run."""
         return self._count(*self._rendered(messages, tools), image_tiles)
 
     def _rendered(self, messages: Sequence[dict], tools: Sequence[dict]) -> tuple[list[int], list]:
@@ -396,7 +397,7 @@ class Model:
         image_tiles: int | None = None,
         **settings,
     ) -> Iterator[Piece]:
-        """Answer a conversation with tools that the model may call, piece by piece; the calls themselves are no text of it.
+        """Answer a conversation with tools that the model may call, piece by piece. The pieces do not contain the calls.
 
         `tools`: Python functions, whose annotations and docstrings describe them, or a tools.loop.Toolbox, which can also ask
         before each call and limit rounds and time. The last piece's reason is one of Session's, or one of tools.loop.answer's.
@@ -408,12 +409,12 @@ class Model:
 
 
 def default_ctx(config) -> int:
-    """Tokens of a context that nobody asked for: what the file claims, at most DEFAULT_CTX."""
+    """The context length, in tokens, where the caller gives none: the file's own, at most DEFAULT_CTX."""
     return min(DEFAULT_CTX, config.context_length or DEFAULT_CTX)
 
 
 def sampling_defaults(metadata) -> dict[str, float]:
-    """Sampling values by a file's metadata, as llama.cpp names them; Llama 4's where it says nothing or nonsense."""
+    """Sampling values from a file's metadata, whose keys are llama.cpp's; Llama 4's own where a value is missing or invalid."""
     from llamacli.text.settings import SETTINGS, checked
 
     values = {name: SETTINGS[name][0] for name in ("temp", "top_p")}
@@ -434,7 +435,7 @@ def _tokenizer(gguf):
 
 
 def _tower(gguf, config, path, threads: int | None) -> tuple[GGUF, int]:
-    """A vision tower's file, and the bytes that it and its buffers take."""
+    """The file of a vision tower, and the bytes of its weights and buffers."""
     from pathlib import Path
 
     from llamacli.cpu.kernels.cores import default_threads

@@ -1,8 +1,8 @@
-"""The program's door: `llamacli` and `python -m llamacli` both call `start`.
+"""Entry point of the program: `llamacli` and `python -m llamacli` both call `start`.
 
-Until the signal handlers of cli/signals.py are there, Ctrl-C and SIGTERM end the process without a word, as they end a program
-that has not said anything. The interpreter's own handler would show a traceback of whatever is being imported, so `start` comes
-before all imports but those of this module and its package, which are small for that reason.
+Until cli/signals.py has installed its handlers, Ctrl-C and SIGTERM end the process without a message. The interpreter's own
+handler for Ctrl-C would show a traceback of the import under way. So `start` restores the system's handling before other
+modules are imported, and this module and its package import little.
 """
 
 import _signal  # built in; `signal` imports more

@@ -1,4 +1,4 @@
-"""What the engine keeps of one sequence: a device.Cache for each stage, moved together.
+"""The engine's cache of one sequence: a device.Cache for each stage, with the same position in all of them.
 
 In: the stages' caches. Out: `Cache`, which truncates, exports, restores and copies keys and values of all layers.
 """
@@ -15,7 +15,7 @@ COPIED = 4096  # positions of a layer that are copied at a time
 
 
 class Cache:
-    """One sequence's keys and values: a device.Cache for each stage, which move together."""
+    """One sequence's keys and values: a device.Cache for each stage, with the same position in all of them."""
 
     def __init__(self, parts: Sequence, ctx: int):
         self.parts, self.ctx = parts, ctx
@@ -36,8 +36,8 @@ class Cache:
         return sum(part.nbytes for part in self.parts)
 
     def reserve(self, n: int) -> None:
-        """Make room for `n` more tokens; ContextFullError past ctx, UsageError if the next one would see what a call that broke
-        off has written over: `truncate` says how far back is sound.
+        """Make room for `n` more tokens. ContextFullError past ctx. UsageError if an interrupted call has overwritten positions
+        that the next token attends to; `truncate` returns the last position that is safe.
         """
         if n and any(part.sound(self.pos) < self.pos for part in self.parts):
             raise UsageError(f"expected a cache that holds {self.pos} positions, found an interrupted one: truncate it first")
@@ -55,7 +55,7 @@ class Cache:
         """Fill an empty cache with what this one holds."""
         layers = [layer for part in self.parts for layer in part.layers]
         held = {layer: self.held(layer) for layer in layers}
-        empty = any(len(within) == 0 for within in held.values())  # a ring without a token of the last chunk: at its edge
+        empty = any(len(within) == 0 for within in held.values())  # an empty ring: the position is at a chunk's edge
         other.reserve(min(self.pos + empty, other.ctx))
         for layer, within in held.items():
             for start in range(within.start, within.stop, COPIED):
@@ -67,7 +67,7 @@ class Cache:
             copy.copied_from(part)
 
     def agree(self) -> None:
-        """After an interrupt that moved some parts only: all go back to the first position."""
+        """After an interrupt that advanced only some parts: set all to the smallest position."""
         if any(part.pos != self.pos for part in self.parts):
             lowest, self.pos = self.pos, max(part.pos for part in self.parts)
             self.truncate(lowest)

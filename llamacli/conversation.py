@@ -1,13 +1,12 @@
-"""Conversations that last: a tree of messages in memory, written to SQLite as it grows.
+"""Persistent conversations: a tree of messages in memory, written to SQLite as it grows.
 
-In: questions, answers piece by piece, the commands that change a conversation. Out: messages for a chat template, and what the
-store knows of earlier conversations (store.py has the database).
+In: questions, answers piece by piece, the commands that change a conversation. Out: messages for a chat template, and records
+in the store (store.py has the database).
 
 A conversation is a tree: every message names its parent, and the branch that ends at the head is what is sent to the model. So
 undo, regenerate and edit move the head and delete nothing. An answer is written sentence by sentence; a process that is killed
-loses the sentence under way at most. Where two processes go on with one conversation, the one that is second to speak writes
-its branch as a conversation of its own. A store that fails never stops a conversation, which goes on in memory. `trouble` says
-both, once.
+loses at most the sentence under way. Where two processes continue one conversation, the second to write saves its branch as a
+new conversation. If the store fails, the conversation continues in memory. `trouble` reports both cases, once.
 """
 
 import json
@@ -86,7 +85,7 @@ class Conversation:
         return bool(self.messages) and self.messages[-1].role == "user"
 
     def answer(self) -> "Answer":
-        """The answer to the last question, to be filled. It joins the branch with its first character."""
+        """An empty answer to the last question. It joins the branch when its first text is added."""
         if not self.unanswered:
             raise PromptError("nothing to answer: ask something first")
         return Answer(self)
@@ -98,7 +97,7 @@ class Conversation:
         return Answer(self, self.messages[-1])
 
     def retract(self) -> Callable[[], None]:
-        """Take the last answer off the branch, to answer its question anew. Returns what puts it back."""
+        """Take the last answer off the branch, to answer its question anew. Returns a function that puts it back."""
         if not self.messages:
             raise PromptError("nothing to answer again: ask something first")
         if self.unanswered:
@@ -126,7 +125,7 @@ class Conversation:
         return forgotten
 
     def drop(self, turns: int = 1) -> int:
-        """Send the oldest turns to the model no longer; they stay in the conversation. Returns how many turns that were."""
+        """Stop sending the oldest turns to the model; they stay in the conversation. Returns their number."""
         questions = [i for i in range(self.start, len(self.messages)) if self.messages[i].role == "user"]
         dropped = min(turns, max(0, len(questions) - 1))  # the latest question always stays
         if dropped:
@@ -242,7 +241,7 @@ class Answer:
 
 
 def title(question: str) -> str:
-    """The first line of a question that is no picture, shortened."""
+    """The first line of a question that does not name a picture, shortened."""
     lines = [line.strip() for line in question.splitlines() if line.strip()]
     line = next((line for line in lines if not line.startswith("![")), "a picture" if lines else "")
     return line if len(line) <= TITLE else line[: TITLE - 1].rstrip() + "…"
@@ -265,9 +264,9 @@ def as_markdown(name: str, model: str, created: float | None, system: str, messa
 
 
 def from_jsonl(text: str, where: str) -> tuple[str, list[Message]]:
-    """(system prompt, messages) of what `as_jsonl` wrote. PromptError where a line is none of it."""
+    """(system prompt, messages) from the text that `as_jsonl` wrote. PromptError for an invalid line."""
     system, messages = "", []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold other ends of lines as they are
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at characters within a text
         try:
             record = json.loads(line) if line.strip() else None
             role, content = (record["role"], record["content"]) if record is not None else ("", "")

@@ -44,7 +44,7 @@ class Cache(Protocol):
         """Forget positions from `pos` on. Returns the position reached, which may be smaller: evaluate again from there."""
 
     def sound(self, pos: int) -> int:
-        """The position, at most `pos`, from which a text can go on without `truncate`."""
+        """The largest position up to `pos` from which evaluation can continue without `truncate`."""
 
     def held(self, layer: int) -> range:
         """Positions whose keys and values of a layer can be exported."""
@@ -64,10 +64,10 @@ class Cache(Protocol):
         """Write what `export_segments` returned."""
 
     def in_blocks(self, end: int) -> None:
-        """Positions below `end` were restored, but for what segments hold of them."""
+        """Note that positions below `end` were restored in blocks, without their segments."""
 
     def copied_from(self, other: "Cache") -> None:
-        """All that `other` holds was restored here: take over what it knows beside keys and values."""
+        """Copy the state of `other` except its keys and values, which were restored here."""
 
 
 class Run(NamedTuple):
@@ -113,8 +113,8 @@ class Stage(Protocol):
     notices: list[str]  # what a user should know about the weights and how they are read
     bytes_per_token: int  # bytes of weights read to decode one token
     products_per_token: int  # multiply-adds of the layers' weights for one token
-    alike: int  # sequences that may share a call, a token each, without a change of any bit; 1 if the device does not know
-    alone: bool  # set if each token's result should have the bits that it has alone; a device that cannot may ignore it
+    alike: int  # sequences, one token each, that may share a call with results identical to separate calls; 1 if unknown
+    alone: bool  # if set, each token's result should have the bits of a call of its own; a device may ignore it
     timings: Counter | None  # if set, seconds by (layer or None, operation) are added here
     follow: Callable[[float], None] | None  # if set, called now and then inside `forward`, with the share of it that is done
 
@@ -122,11 +122,12 @@ class Stage(Protocol):
         """An empty cache of the stage's layers for one sequence."""
 
     def forward(self, x: Tokens | np.ndarray, runs: Sequence[Run]) -> np.ndarray:
-        """The residual stream after the stage's layers, float32 [n, n_embd], for tokens of one or several sequences in a row.
+        """The residual stream after the stage's layers, float32 [n, n_embd], for tokens of one or several sequences, one after
+        the other.
 
         `x`: the stream before them, or Tokens for the first stage. Writes keys and values beyond `cache.pos` and leaves `pos`
-        to the caller, so that an interrupted call leaves the cache as it was. The result may be a view that lasts until the
-        stage's next call, or, of the last stage, what `logits` or np.asarray waits for.
+        to the caller, so that an interrupted call leaves the cache as it was. The result may be a view that is valid until the
+        stage's next call. The last stage may return a pending result, which `logits` or np.asarray waits for.
         """
 
     def logits(self, x: np.ndarray, first: int = 0) -> np.ndarray:
@@ -142,7 +143,7 @@ class Stage(Protocol):
         """Clear an interrupt before the next call."""
 
     def abandon(self) -> None:
-        """Forget batches whose result nobody waited for, and set their caches' `pos` to before them, after a failure."""
+        """After a failure: discard batches whose results were not read, and set `pos` of their caches back to before them."""
 
     def chosen(self, n: int) -> np.ndarray:
         """The experts that the last batch's `n` tokens chose, int64 [layers, n * n_experts_used]."""
@@ -154,7 +155,7 @@ class Stage(Protocol):
         """The counts since the last call, None if nothing is fetched."""
 
     def after_fork(self) -> None:
-        """In a forked child: drop state that another thread of the parent may have left half changed."""
+        """In a forked child: drop state that a thread of the parent may have been changing."""
 
     def close(self) -> None:
         """Release threads and memory; no other call may follow."""

@@ -35,12 +35,12 @@ from llamacli.plan.machine import memory_short
 from llamacli.positions import segment
 from llamacli.prompt import FeatureRow
 
-PARTS = 4  # of a batch that goes through the nodes of a cluster: equal ones, that follow each other and change no bit
+PARTS = 4  # parts of a batch on a cluster: of equal size, they pass from node to node; results have the same bits as without
 _engines: weakref.WeakSet = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """In a forked child the threads of the parent are gone, and one may have held a lock or been in the middle of a call."""
+    """In a forked child the parent's threads do not exist, but one may have held a lock or been inside a call."""
     for engine in _engines:
         engine._lock = threading.RLock()
         for stage in engine.stages:
@@ -68,15 +68,15 @@ class Engine:
     ):
         """`slots`: how many routed experts of all layers are kept in memory, the others being read when they are needed; 0: all
         are used where the file is mapped. `max_batch`: pairs of a token and an expert that go through a layer together. `cuts`:
-        layers at which another stage begins; 0 parts the embedding from the layers, n_layers the head. `gpu_layers`: so many of
-        the last layers, and the head, run on MLX; the others and the embedding on the CPU. Slots are the CPU's layers', or, if
-        all layers run on MLX, those'. `kv_file`: where caches keep what memory does not hold; None: all of it is in memory.
-        `cluster`: a stage of all layers, which runs them elsewhere.
+        layers at which another stage begins; 0 separates the embedding from the layers, n_layers the head. `gpu_layers`: the
+        number of last layers that run on MLX, with the head; the others and the embedding run on the CPU. Slots hold experts of
+        the CPU's layers, or of MLX's if all layers run there. `kv_file`: where caches keep keys and values that memory does not
+        hold; None: all are in memory. `cluster`: a stage of all layers, which runs them elsewhere.
         """
         self.config, self.threads, self.gpu_layers = config, threads or default_threads(), gpu_layers
         self._path, self._closed, self._interrupted = gguf.path, False, False
         self._most, self._cluster = buffers.tokens(config, max_batch), cluster
-        # tokens of a batch from which on its length changes no bit: all products take panels
+        # the batch size, in tokens, from which results do not depend on it: all products use panels
         mixture = any(map(config.is_moe, range(config.n_layers)))
         all_groups = -(-matmul.FEW * config.n_experts // max(1, config.n_experts_used)) if mixture else 0
         self._steady = max(buffers.MIN_BATCH, matmul.few_tokens(), all_groups)
@@ -127,7 +127,7 @@ class Engine:
         return Cache([stage.new_cache(ctx) for stage in self.stages], ctx)
 
     def watch(self) -> list[Inputs]:
-        """From now on sum up the squares of all inputs to the layers' products; a call more begins anew (CpuStage.watch)."""
+        """Start to sum the squares of all inputs to the layers' products; another call starts again (CpuStage.watch)."""
         with self._lock:
             self._check_open()
             return [inputs for stage in self.stages for inputs in stage.watch()]
@@ -140,7 +140,7 @@ class Engine:
 
     @property
     def _max_batch(self) -> int:
-        """Tokens of a batch; of a cluster, whose nodes may change, no more than all of them have planned memory for."""
+        """The most tokens of a batch. On a cluster, whose nodes may change, at most what every node has planned memory for."""
         return min(self._most, self._cluster.most) if self._cluster else self._most
 
     @property
@@ -155,7 +155,7 @@ class Engine:
 
     @property
     def products_per_token(self) -> int:
-        """Multiply-adds of weights for one token, those of the output matrix apart: a prompt needs these once."""
+        """Multiply-adds of weights for one token, without the output matrix: a prompt needs that one only once."""
         return sum(stage.products_per_token for stage in self.stages)
 
     # A token's keys, values and logits have the same bits in all batches of at least `_steady` tokens; in smaller ones kernels
@@ -163,25 +163,25 @@ class Engine:
 
     @property
     def arithmetic(self) -> str:
-        """What decides about the last bits of keys and values, but for the model: another value, other bits."""
+        """A text that names everything except the model that changes the last bits of keys and values."""
         kernels = sources_digest(Path(matmul.__file__).parents[1])
         keys = f"{self.config.kv_type} {segment(self.config)}"
         return f"{kernels} {chosen_target().name} {keys} {min(self._steady, self._max_batch)} {self.gpu_layers}"
 
     def batch_of(self, pos: int) -> range:
-        """The positions of the batch in which `pos` is evaluated if a long prompt is from its start."""
+        """Positions of the batch that contains `pos` when a long prompt is evaluated from its start."""
         chunk = self.config.chunk_size
         at = pos % chunk if chunk else pos
         start = pos - at % self._max_batch
         return range(start, start + self._batch_size(start, self._max_batch))
 
     def may_begin(self, pos: int, n: int) -> bool:
-        """Whether a prompt of `n` tokens, evaluated from `pos` to the end of that batch and on, has the bits of a whole one."""
+        """Whether a prompt of `n` tokens has the same bits evaluated from `pos` on as evaluated from its start."""
         batch = self.batch_of(pos)
         return pos == batch.start or min(batch.stop, n) - pos >= self._steady
 
     def steady_end(self, n: int) -> int:
-        """How many of a prompt's `n` positions have bits that they have in every longer prompt, too."""
+        """How many of a prompt's `n` positions have the same bits in every longer prompt."""
         batch = self.batch_of(n)
         return n if n == batch.start or n - batch.start >= self._steady else batch.start
 
@@ -189,10 +189,9 @@ class Engine:
         """Evaluate tokens after what `cache` holds and remember them. A token is an id or a prompt.FeatureRow.
 
         Returns the last token's logits, float32 [n_vocab], or with `all_logits` those of every token from ids[first] on,
-        [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so an interrupted call leaves it sound;
-        one with segments (positions.py) may have to be truncated before the next call, which says so.
-        `alone`: each token's result has the bits that it has in a call of its own, as far as a few tokens share the reading of
-        weights at all; on the CPU only.
+        [len(ids) - first, n_vocab]. The cache moves on only when a batch is through, so it is valid after an interrupted call.
+        A cache with segments (positions.py) may need `truncate` before the next call, which raises UsageError otherwise.
+        `alone`: each token's result has the bits of a call of its own; for a few tokens, on the CPU only.
         """
         tokens = self._tokens(ids)
         with self._calling(alone):
@@ -200,7 +199,7 @@ class Engine:
 
     @contextmanager
     def _calling(self, alone: bool = False) -> Iterator[None]:
-        """One call at a time; what a call that fails has under way is forgotten."""
+        """Allow one call at a time; discard the pending work of a call that fails."""
         with self._lock:
             self._check_open()
             for stage in self.stages:
@@ -223,9 +222,10 @@ class Engine:
         return self.begin_each(ids, caches)()
 
     def begin_each(self, ids: Sequence[Sequence], caches: Sequence[Cache]) -> Callable[[], np.ndarray]:
-        """`forward_each` in two halves: what this returns waits for the logits.
+        """Begin a `forward_each`; returns a function that waits for the logits.
 
-        Up to `depth` such calls may be under way together, with other caches each. Abandoned if a call in between failed.
+        Up to `depth` such calls may be under way at a time, each with its own caches. The function raises Abandoned if another
+        call failed meanwhile.
         """
         tokens = [self._tokens(some) for some in ids]
         with self._calling():
@@ -239,12 +239,12 @@ class Engine:
 
     @property
     def alike(self) -> int:
-        """How many sequences keep their bits when a token of each is evaluated together."""
+        """How many sequences, one token each, can be evaluated together with the bits of separate calls."""
         return min(stage.alike for stage in self.stages)
 
     @property
     def depth(self) -> int:
-        """How many calls of `begin_each` keep all stages busy: several if these are on several machines."""
+        """How many calls of `begin_each` keep all stages busy: more than one if the stages are on several machines."""
         return getattr(self.stages[0], "depth", 1)
 
     def _check_open(self) -> None:
@@ -286,7 +286,7 @@ class Engine:
             if all_logits and done + n > first:
                 row = max(0, first - done)
                 found = self.stages[-1].logits(x, row)
-                if len(found) == len(ids) - first:  # all from one batch: not copied, they may take hundreds of megabytes
+                if len(found) == len(ids) - first:  # all from one batch: not copied, since they may take hundreds of megabytes
                     result = found
                 else:
                     result = np.empty((len(ids) - first, self.config.n_vocab), np.float32) if result is None else result
@@ -308,7 +308,7 @@ class Engine:
         def finish() -> np.ndarray:
             nonlocal found
             for x, ending, sequences, ends in begun:
-                if hasattr(x, "ends"):  # of a cluster, which sends no others
+                if hasattr(x, "ends"):  # a cluster sends only these
                     x = x.ends()[ending]
                 elif len(ending) < len(x):
                     x = np.array(x)[ends[ending]]
@@ -349,7 +349,7 @@ class Engine:
         return finish
 
     def _begin(self, caches: Sequence[Cache], make_room: bool) -> None:
-        """Before a call: forget earlier interrupts and their traces."""
+        """Before a call: clear earlier interrupts."""
         self._interrupted = False
         for stage in self.stages:
             stage.resume()
@@ -360,7 +360,7 @@ class Engine:
             self._make_room()
 
     def _run_stages(self, x: Tokens, runs: Sequence[tuple[Cache, int]]) -> np.ndarray:
-        """The stream after all stages, for runs of so many tokens each."""
+        """The residual stream after all stages, for runs of the given numbers of tokens."""
         for k, stage in enumerate(self.stages):
             x = stage.forward(x, [Run(cache.parts[k], n) for cache, n in runs])
         if self.follow_routing:
@@ -384,7 +384,7 @@ class Engine:
             before += len(stage.layers)
 
     def shrink(self, nbytes: int) -> int:
-        """Give back slots, up to so many bytes; returns how many."""
+        """Release slots of up to `nbytes` bytes; returns the bytes released."""
         given = 0
         with self._lock:
             for stage in self.stages:
@@ -398,7 +398,7 @@ class Engine:
         if (short := short - self.shrink(short)) > 0:
             raise MemoryLimitError(
                 f"{self._path}: expected the memory that was free when it was loaded, found {short / 1e9:.2f} GB more in "
-                f"use than a limit now allows, by this program or others in its group; raise it, or start anew with a "
+                f"use than a limit now allows, by this program or others in its group; raise it, or start again with a "
                 f"smaller context"
             )
 

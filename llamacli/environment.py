@@ -23,7 +23,7 @@ SMALL_MODEL = MODELS / "scout-tiny" / "scout-tiny.gguf"
 
 
 def model() -> str | None:
-    """The model that the user prefers, a file or a name."""
+    """The model used when -m is absent, a file or a name."""
     return os.environ.get("LLAMACLI_MODEL") or None
 
 
@@ -90,7 +90,7 @@ def debug() -> bool:
 
 
 def wired_gigabytes() -> float:
-    """How much a Mac's GPU may wire, which macOS then can neither swap nor compress; 0: nothing, the default.
+    """How many gigabytes a Mac's GPU may wire: macOS can neither swap nor compress them; 0, the default: none.
 
     Wiring has been reported to panic macOS under load (docs/machines.md), so only this variable asks for it.
     """
@@ -122,7 +122,7 @@ def templates_folder() -> Path:
 
 
 def cache_root() -> Path:
-    """The folder of what can be made again: compiled kernels, snapshots, random models of `bench --shape`."""
+    """The folder of files that can be made again: compiled kernels, snapshots, random models of `bench --shape`."""
     named = os.environ.get("LLAMACLI_CACHE")
     return Path(named) if named else _user_folder("XDG_CACHE_HOME", ".cache")
 
@@ -133,7 +133,7 @@ def snapshots_folder() -> Path:
 
 
 def state_folder() -> Path:
-    """The folder of what should last, such as conversations."""
+    """The folder of files that must be kept, such as conversations."""
     return _user_folder("XDG_STATE_HOME", ".local/state")
 
 

@@ -53,7 +53,7 @@ class ContextFullError(LlamacliError):
 
 
 class CutAnswerError(LlamacliError):
-    """An answer ended before it was all that it is bound to."""
+    """An answer ended before it was all that its schema, grammar or choice requires."""
 
 
 class MemoryLimitError(LlamacliError):
@@ -65,7 +65,7 @@ class DeviceError(LlamacliError):
 
 
 class DownloadError(LlamacliError):
-    """A model cannot be fetched. What has come is kept, and the next try goes on from there."""
+    """A model cannot be fetched. The bytes received are kept, and the next try continues after them."""
 
 
 class ServerError(LlamacliError):
@@ -83,7 +83,7 @@ class UsageError(LlamacliError):
 
 
 def next_step(error: Exception, otherwise: str) -> str:
-    """What to do about a file that could not be opened or mapped: it may be sound, and a limit of the process low."""
+    """The advice for a file that could not be opened or mapped because a limit of the process is too low."""
     limits = {errno.ENOMEM: "address space (ulimit -v)", errno.EMFILE: "open files (ulimit -n)"}
     limit = limits.get(getattr(error, "errno", None))
     return f"raise the limit of {limit}" if limit else otherwise

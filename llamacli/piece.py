@@ -1,4 +1,4 @@
-"""What an answer is made of: pieces of text as they come, and how many tokens and seconds they took.
+"""`Piece`, a part of an answer as it streams, and `Stats`, the tokens and seconds that an answer took.
 
 It imports no NumPy: a client of a server (client/) needs nothing else of a session.
 """
@@ -39,10 +39,12 @@ class Stats:
 
     @property
     def prefill_tps(self) -> float | None:
-        """Prompt tokens evaluated per second, reused ones not counted."""
+        """Prompt tokens evaluated per second, without those reused."""
         return (self.prompt_tokens - self.cached_tokens) / self.prefill_s if self.prefill_s else None
 
     @property
     def decode_tps(self) -> float | None:
-        """Tokens evaluated per second after the prompt, sampling included, the reader's time not."""
+        """Tokens evaluated per second after the prompt, with sampling, without the time that the caller takes between
+        pieces.
+        """
         return self.decoded / self.decode_s if self.decoded and self.decode_s else None

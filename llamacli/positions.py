@@ -45,7 +45,7 @@ class Positions:
         if n:
             self._newest = need - 1
         if n and self.segment:
-            held = min(self._halves, self.pos)  # what is written from now on is
+            held = min(self._halves, self.pos)  # later positions are written in half precision
             self._halves = max(held, (self._newest // self.segment - 1) * self.segment)
         return need
 
@@ -53,7 +53,7 @@ class Positions:
         """Forget tokens from `pos` on; returns the position reached, at most `pos`: evaluate again from there.
 
         A ring holds only the chunk that was last written to, even if its tokens have been forgotten since. To go back into an
-        older one, its tokens must be evaluated again from its start. So it is with segments.
+        older one, its tokens must be evaluated again from its start. The same holds for segments.
         """
         pos = max(0, min(pos, self.pos))
         chunk = max(self._chunks, default=0)
@@ -63,16 +63,18 @@ class Positions:
         return self.pos
 
     def sound(self, pos: int) -> int:
-        """`pos`, or the start of its segment if that is no longer held in half precision: a text can go on from there."""
+        """The largest position up to `pos` from which evaluation can continue: `pos`, or the start of its segment if that is
+        not held in half precision.
+        """
         start = pos // self.segment * self.segment if self.segment else pos
         return start if start < self._halves else pos
 
     def in_blocks(self, end: int) -> None:
-        """Positions below `end` were restored: none of them is held in half precision."""
+        """Note that positions below `end` were restored: none of them is held in half precision."""
         self._halves = max(self._halves, end)
 
     def copied_from(self, other: "Positions") -> None:
-        """Keys and values are known, rings and segments hold what those of `other` do."""
+        """Copy the state of `other`, whose keys and values were copied here."""
         self._newest, self._halves = max(self._newest, other._newest), other._halves
 
     def export_segments(self, layer: int) -> np.ndarray:
@@ -106,7 +108,7 @@ class Positions:
         return slice(first, first + end - start)
 
     def _capacity(self, layer: int, held: int, need: int) -> int:
-        """Slots that a layer with `held` of them should have for `need` positions: twice as many, at most what it can use."""
+        """Slots to allocate for a layer that has `held` and needs `need`: twice as many, at most the number that it can use."""
         chunk = self._chunks[self.layers.index(layer)]
         if held >= need or (chunk and held == chunk):
             return held

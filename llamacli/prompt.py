@@ -55,7 +55,7 @@ def tokens(prompt: Iterable[int | FeatureRow | Features | Sequence[int]]) -> lis
         raise PromptError("expected token ids or features, found text: encode it first")
     found: list[Token] = []
     for part in prompt:
-        if type(part) is int:  # nearly all of them; to ask for a protocol costs microseconds
+        if type(part) is int:  # the common case first: checking for a protocol takes microseconds
             found.append(part)
         elif isinstance(part, Features):
             if np.ndim(part.rows) != 2:

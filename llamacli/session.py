@@ -1,8 +1,8 @@
-"""One conversation with a model: which tokens the cache holds, and THE decode loop.
+"""One conversation with a model: the tokens that its cache holds, and the decode loop.
 
 In: an engine, a tokenizer, ids and a sampler. Out: logits, or `Piece`s of text that end with a finish reason. `sync` reuses
 what the cache has in common with the new prompt. An interrupt (Ctrl-C) at any point leaves the session usable: `ids` lists
-only tokens whose evaluation succeeded, and whatever a broken-off call may have written is forgotten before the next one.
+only tokens whose evaluation succeeded, and whatever an interrupted call may have written is discarded before the next call.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,7 +21,7 @@ from llamacli.speculation import Guesses
 
 
 class StopStrings:
-    """Watches a stream of text for stop strings; holds back what may turn out to be the start of one."""
+    """Finds stop strings in a stream of text; holds back text that may begin one."""
 
     def __init__(self, stops: Sequence[str]):
         self._stops = [stop for stop in stops if stop]
@@ -50,20 +50,20 @@ class StopStrings:
 
 
 class Session:
-    """Holds the evaluated tokens in `ids`, at most `ctx`. `stats` tells of the latest `stream`."""
+    """Holds the evaluated tokens in `ids`, at most `ctx`. `stats` are those of the latest `stream`."""
 
     def __init__(self, engine, tokenizer, ctx: int, snapshots: Snapshots | None = None, exact: bool = False):
-        """`snapshots`: where beginnings of prompts are read from and kept; with exact ones each begins from these alone.
-        `exact`: of an earlier prompt only that is reused which changes no bit of the next one's logits.
+        """`snapshots`: where beginnings of prompts are read from and kept; with exact snapshots a prompt reuses nothing else.
+        `exact`: reuse an earlier prompt only as far as the next one's logits keep their bits.
         """
         self.engine, self.tokenizer, self.ctx, self.snapshots, self.exact = engine, tokenizer, ctx, snapshots, exact
-        self._steady = 0  # positions below this one have the bits that they have in every prompt
+        self._steady = 0  # positions below this one have the same bits in every prompt with these tokens
         self.cache = engine.new_cache(ctx)
         self.ids: list[Token] = []
         self.stats = Stats()
         self.speculate = False  # whether tokens that the text repeats are guessed and evaluated together (speculation.py)
         self._pictures = False  # whether a token may be a row of features
-        self._touched = 0  # positions below this one may have been written, by a finished call or by one that broke off
+        self._touched = 0  # positions below this one may have been written, by a finished or an interrupted call
         self._reached: np.ndarray | None = None  # the logits after `ids`, if `sync` made them and nothing came since
 
     def eval(self, prompt: Sequence) -> np.ndarray:
@@ -93,8 +93,8 @@ class Session:
         return self._evaluate(ids[len(self.ids) :])
 
     def recall(self, prompt: Sequence) -> int:
-        """Before the first part of a prompt is evaluated: hold what the cache shares with all of it, and what snapshots keep of
-        it. Returns how many tokens that is; the last one is never among them.
+        """Prepare to evaluate a prompt in parts: keep the tokens that the cache shares with it, and read more of it from
+        snapshots. Returns how many tokens are then held, never the prompt's last one.
         """
         ids = self._keep_common(prompt)
         if self.snapshots and not self.snapshots.exact:
@@ -102,9 +102,9 @@ class Session:
         return len(self.ids)
 
     def fork(self) -> "Session":
-        """Another session that holds the same, and goes on by itself; from `sync` on with the same bytes."""
+        """An independent copy of the session. After `sync` its answers have the same bytes as the original's."""
         other = Session(self.engine, self.tokenizer, self.ctx)
-        ids = self._rewind(len(self.ids))  # what a call that broke off has left is sorted out first
+        ids = self._rewind(len(self.ids))  # discards what an interrupted call may have written
         if ids:
             self._steady = min(self._steady, len(self.ids))
             self._evaluate(ids)
@@ -114,7 +114,7 @@ class Session:
         return other
 
     def shares(self, prompt: Sequence) -> int:
-        """How many tokens of a prompt need not be evaluated here, about: a cache may have to forget more."""
+        """Roughly how many tokens of a prompt need no evaluation here: the cache may have to discard more."""
         if self.snapshots:
             return 0
         common = _common(self.ids, tokens(prompt))
@@ -130,9 +130,9 @@ class Session:
     ) -> Iterator[Piece]:
         """Answer the prompt piece by piece, until a stop token, a stop string, `max_tokens` or a full context.
 
-        `begun`: the end of the prompt, if that is the beginning of the answer. Tokens that the sampler's constraint forces are
-        evaluated together, as a prompt is. Under a constraint the reason "stop" means that the answer is whole, so it takes no
-        stop strings. On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the
+        `begun`: text at the end of the prompt that is the beginning of the answer. Tokens that the sampler's constraint forces
+        are evaluated together, as a prompt is. Under a constraint the reason "stop" means that the answer is whole, so it takes
+        no stop strings. On Ctrl-C the text held back comes first, as a piece with finish_reason "interrupt", then the
         KeyboardInterrupt.
         """
         return self.answer(prompt, sampler, max_tokens, stop, begun)
@@ -146,8 +146,8 @@ class Session:
         begun: Sequence[int] = (),
         shared: bool = False,
     ) -> Generator["Piece | Pending", np.ndarray, None]:
-        """THE decode loop, as `stream` says. `shared`: what is to be evaluated after the prompt comes as `Pending`, and whoever
-        drives several of these loops (together.py) sends the last token's logits back.
+        """The decode loop of `stream`. `shared`: the loop yields tokens after the prompt as `Pending`; the caller, which runs
+        several such loops (together.py), evaluates them and sends the last token's logits back.
         """
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens: expected at least 1, found {max_tokens}; None sets no limit")
@@ -157,7 +157,7 @@ class Session:
         stats = self.stats = Stats(prompt_tokens=len(ids))
         decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
-        drafts: list[int] = []  # ids that were evaluated on a guess and are not said yet
+        drafts: list[int] = []  # ids that were evaluated as guesses and are not yet part of the answer
         try:
             ahead = sampler.begin(begun)  # ids that come next
             said: list[Token] = []  # that are not evaluated yet
@@ -199,7 +199,7 @@ class Session:
                     guesses.said(token)
                 text, stopped = watch.push(decoder.push(token))
                 yield Piece(text, token, logprobs=chosen)
-                chosen = None  # those that were forced were not chosen
+                chosen = None  # a constraint forced these: the sampler did not choose them
                 if stopped or (sampler.over and not ahead):
                     reason = "stop"
                     break
@@ -219,12 +219,12 @@ class Session:
         yield Piece(tail, None, reason)
 
     def _history(self, unsaid: int = 0) -> list[int]:
-        """The ids that were said, for penalties, all but the last `unsaid`: positions of pictures are no words."""
+        """The ids that penalties count: all but the last `unsaid`, without positions of pictures."""
         ids = self.ids[: len(self.ids) - unsaid] if unsaid else self.ids
         return [t for t in ids if type(t) is int] if self._pictures else ids
 
     def _guesses(self, sampler, shared: bool) -> Guesses | None:
-        """What may come next, if that is asked for and can be exact."""
+        """The guesses at next tokens, if they are asked for and can be exact."""
         if not self.speculate or shared or sampler.constraint is not None or self._pictures or self.engine.fetches:
             return None
         return Guesses(self.ids)
@@ -239,7 +239,7 @@ class Session:
         return found[:end]
 
     def _keep_common(self, prompt: Sequence) -> list[Token]:
-        """Forget what a prompt does not begin with; returns its tokens."""
+        """Truncate the cache to the longest beginning of a prompt; returns the prompt's tokens."""
         ids = tokens(prompt)
         if not ids:
             raise PromptError("the prompt is empty: expected at least one token")
@@ -269,7 +269,7 @@ class Session:
                 self._evaluate_until(edge, ids)
                 self._keep()
             return self._evaluate(ids[len(self.ids) :])
-        finally:  # on Ctrl-C as well: what was evaluated need not be again
+        finally:  # on Ctrl-C as well, so that the evaluated part need not be evaluated again
             self._keep()
 
     def _sync_exactly(self, ids: list[Token]) -> np.ndarray:
@@ -297,7 +297,7 @@ class Session:
         self.snapshots.keep(self.cache, self.ids, self.engine.steady_end(n) if self.snapshots.exact else n)
 
     def _evaluate(self, ids: list[Token]) -> np.ndarray:
-        """Forward `ids` from where the cache stands. Only those that the engine is through with count as held."""
+        """Forward `ids` from the cache's position. Only tokens of finished batches count as held."""
         ids = self._claim(ids)
         try:
             return self.engine.forward(ids, self.cache)
@@ -305,7 +305,7 @@ class Session:
             self._take(ids)
 
     def _evaluate_rows(self, said: list[Token], proposed: list[int]) -> list[np.ndarray]:
-        """The logits after `said`, and after each of the ids `proposed` behind it; with the bits that single tokens have."""
+        """The logits after the id `said` and after each of the guesses `proposed`, with the bits of single tokens."""
         if not proposed:
             return [self._evaluate(said)]
         ids = self._claim([*said, *proposed])
@@ -315,9 +315,9 @@ class Session:
             self._take(ids)
 
     def _claim(self, ids: list[Token]) -> list[Token]:
-        """Before `ids` are evaluated; returns what is to be."""
+        """Prepare the evaluation of `ids`; returns the tokens to evaluate."""
         if len(self.ids) + len(ids) > self.ctx:
-            raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start anew")
+            raise ContextFullError(f"the context of {self.ctx} tokens is full: raise it with -c, or start a new conversation")
         self._reached = None
         if self._touched > len(self.ids):
             ids = self._rewind(len(self.ids)) + ids
@@ -325,15 +325,15 @@ class Session:
         return ids
 
     def _take(self, ids: list[Token]) -> None:
-        """After `ids`, as claimed, were evaluated or broken off: the batches that are through are kept."""
+        """Note the tokens of finished batches after `ids` were evaluated or interrupted."""
         self.ids.extend(ids[: max(0, self.cache.pos - len(self.ids))])
         self._pictures = self._pictures or any(type(t) is not int for t in ids)
 
     def _rewind(self, length: int) -> list[Token]:
-        """Forget from `length` on; returns the ids that the cache had to forget besides, to be evaluated again.
+        """Truncate to `length` tokens; returns the ids before it that the cache had to discard, to be evaluated again.
 
-        A call that broke off may have written past the cache's own position, into a ring even over older tokens. So the cache
-        is set to the last position that may have been written, and `truncate` returns how far back is safe.
+        An interrupted call may have written past the cache's own position and, in a ring, over older tokens. So the cache is
+        set to the last position that may have been written, and `truncate` returns how far back is safe.
         """
         if self._touched > length or len(self.ids) > length:
             self._reached = None
@@ -354,10 +354,11 @@ class Pending(NamedTuple):
 
 
 def begin_together(pending: Sequence[Pending]) -> Callable[[], Sequence[np.ndarray | Exception]]:
-    """Begin to evaluate what some sessions of one engine wait for. What it returns waits for the last token's logits of each,
-    float32 [n_vocab]; nobody may use the sessions until then. `Engine.depth` says how often this can be under way.
+    """Begin to evaluate the pending tokens of several sessions of one engine. Returns a function that waits for the last
+    token's logits of each, float32 [n_vocab]; the sessions must not be used before. At most `Engine.depth` such calls may be
+    under way.
 
-    If that fails, each is evaluated alone, and an error stands in the place of what it concerns.
+    If one fails, each session is evaluated alone, and an error takes the place of its logits.
     """
     held = [len(session.ids) for session, _ in pending]
     begun = failed = None
@@ -380,7 +381,9 @@ def begin_together(pending: Sequence[Pending]) -> Callable[[], Sequence[np.ndarr
 
 
 def _evaluate_alone(session: Session, held: int, ids: list[Token]) -> np.ndarray | Exception:
-    """What `ids` after the first `held` tokens give, or why not; some may have been evaluated by a call that broke off."""
+    """The logits after `ids`, which follow the first `held` tokens, or the error. An interrupted call may have evaluated some
+    of them.
+    """
     try:
         return session._evaluate(session._rewind(held) + ids)
     except Exception as error:

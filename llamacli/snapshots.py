@@ -1,12 +1,13 @@
-"""Keys and values of prompts, kept on disk, so that a text which begins as an earlier one did is read back, not evaluated anew.
+"""Keys and values of prompts on disk: a text that begins as an earlier one is read back instead of evaluated.
 
 In: a cache and the tokens that it holds. Out: files; and a cache filled from them. A prefix is kept in blocks of positions. A
 block's name is a hash of the model and of all tokens up to the block's end, so texts that begin alike share their blocks. A
 block has two files: NAME.all holds the layers that see every position, NAME.chunk those that see their chunk only, and is kept
-for the chunk in which a prompt ended: to go on from a position, only its own chunk is needed of these layers.
+for the chunk in which a prompt ended: to continue from a position, these layers need only its own chunk.
 
-A file is written under another name and renamed, and ends with a checksum; what is missing, damaged or of another version
-counts as absent, and the text is evaluated. Files are the user's alone (0600). Beyond `limit` bytes the least recently used go.
+A file is written under another name and renamed, and ends with a checksum; a file that is missing, damaged or of another
+version counts as absent, and the text is evaluated. Only the user can read the files (0600). Beyond `limit` bytes the least
+recently used go.
 """
 
 import contextlib
@@ -29,8 +30,8 @@ from llamacli.files.gguf import GGUF
 from llamacli.prompt import Token
 
 VERSION = 1
-BLOCK = 256  # positions of a block, or a part of them that divides a chunk
-SMALLEST = 32  # a chunk without such a part is a block of its own
+BLOCK = 256  # the most positions of a block, which must divide a chunk
+SMALLEST = 32  # the fewest; where none divides a chunk, a block is a whole chunk
 DIGEST = 32  # bytes of a name
 ALL, CHUNK = ".all", ".chunk"  # suffixes
 _HEAD = struct.Struct(f"<8sQ{DIGEST}s")  # magic, bytes of keys and values, the block's name
@@ -41,7 +42,7 @@ AHEAD = 4  # files that are read at once
 
 
 class Kept(NamedTuple):
-    """What a folder of snapshots holds."""
+    """Files and bytes of a folder of snapshots."""
 
     files: int
     nbytes: int
@@ -54,7 +55,7 @@ def held(folder: Path) -> Kept:
 
 
 def clear(folder: Path) -> Kept:
-    """Remove all snapshots; returns what that was. OSError if one of them cannot be removed."""
+    """Remove all snapshots; returns their files and bytes. OSError if one of them cannot be removed."""
     found = held(folder)
     for path, _, _ in _files(folder):
         path.unlink(missing_ok=True)
@@ -62,9 +63,9 @@ def clear(folder: Path) -> Kept:
 
 
 def identity(gguf: GGUF) -> bytes:
-    """A hash that tells a model from all others: sizes and times of its files, and some bytes of every tensor.
+    """A hash that identifies a model: sizes and times of its files, and some bytes of every tensor.
 
-    OSError if a file has gone.
+    OSError if a file no longer exists.
     """
     digest = blake2b(digest_size=DIGEST)
     for path in gguf.paths:
@@ -82,11 +83,13 @@ class Snapshots:
     """The snapshots of one model in a folder, which is made when something is written.
 
     `exact`: only what was evaluated as part of a whole prompt is kept and read, so that an answer has the same bytes with and
-    without snapshots. Else whatever a conversation evaluated, token by token too, whose last bits may differ.
+    without snapshots. Else everything that a conversation evaluated is kept, token by token too, whose last bits may differ.
     """
 
     def __init__(self, folder: Path, engine: Engine, model: bytes, limit: int | None = None, exact: bool = True):
-        """`model`: its `identity`. `limit`: bytes of the whole folder; None: half of what the disk has free and it takes."""
+        """`model`: its `identity`. `limit`: bytes of the whole folder; None: half of the sum of the disk's free bytes and the
+        folder's.
+        """
         self.exact, self.notices = exact, []  # notices: why something was not kept
         self._folder, self._engine, self._limit = folder, engine, limit
         config = engine.config
@@ -99,11 +102,11 @@ class Snapshots:
         self._seed = blake2b(about.encode() + model, digest_size=DIGEST).digest()
 
     def restore(self, cache: Cache, tokens: Sequence[Token]) -> int:
-        """Fill a cache, which holds the first cache.pos of `tokens`, with more of them; returns how many it then holds: fewer
-        than before if a file turns out to be damaged after later ones were read.
+        """Extend a cache that holds the first cache.pos of `tokens`; returns how many it then holds: fewer than before if a
+        file is damaged and later ones were already read.
 
-        The last token is never among them, since its logits are not kept. An interrupt leaves the cache in need of `truncate`,
-        as one of `Engine.forward` does.
+        The last token is never restored, since its logits are not kept. After an interrupt the cache needs `truncate`, as after
+        one of `Engine.forward`.
         """
         names = self._names(tokens, len(tokens) - 1)
         while True:
@@ -119,7 +122,9 @@ class Snapshots:
             cache.truncate(before)  # a ring may hold some of a later chunk now
 
     def keep(self, cache: Cache, tokens: Sequence[Token], end: int) -> None:
-        """Write the blocks of tokens[:end], which the cache holds, that the folder does not have. A failure is a notice."""
+        """Write the blocks of tokens[:end] that the folder lacks; the cache holds these tokens. A failure is added to
+        `notices`.
+        """
         names = self._names(tokens, end)
         if not names:
             return
@@ -130,8 +135,8 @@ class Snapshots:
             self._notice(f"{self._folder}: the prompt is not kept: {error.strerror or error}")
 
     def last_edge(self, n: int) -> int:
-        """The edge of a chunk at which a prompt of `n` tokens should be kept as well, since the next one may part from it
-        before that, as where a text is followed by another question. 0: its own chunk is enough.
+        """A chunk's edge at which a prompt of `n` tokens should also be kept, since a similar prompt may differ near the end,
+        as where another question follows the same text. 0: its last chunk is enough.
         """
         edge = n // self._chunk * self._chunk if self._chunk else 0
         return edge if 2 * (n - edge) < self._chunk else 0
@@ -156,7 +161,7 @@ class Snapshots:
         return names
 
     def _longest(self, names: list[str], start: int, n: int) -> int:
-        """The most positions from which the rest of `n` can be evaluated; `start` if none are kept beyond."""
+        """The most positions that can be restored so that the rest of `n` can be evaluated; `start` if no more are kept."""
         there = {path.name for path, _, _ in _files(self._folder)} if names else set()
         whole = next((i for i, name in enumerate(names) if name + ALL not in there), len(names))
         for i in range(whole, start // self._size, -1):
@@ -169,7 +174,7 @@ class Snapshots:
     # reading
 
     def _read(self, cache: Cache, names: list[str], end: int) -> bool:
-        """Whether all blocks from cache.pos to `end` were sound; one that is not is removed."""
+        """Read the blocks from cache.pos to `end`; returns whether all were sound. A damaged one is removed."""
         blocks = end // self._size
         first = (end // self._chunk * self._chunk if self._chunk else end) // self._size
         wanted = [(i, CHUNK) for i in range(first, blocks)] if self._layers[CHUNK] else []
@@ -185,7 +190,7 @@ class Snapshots:
         return True
 
     def _load(self, name: str, kind: str) -> memoryview | None:
-        """The keys and values of a block's file; None if it is missing, damaged or not that block's."""
+        """The keys and values of a block's file; None if it is missing, damaged or of another block."""
         try:
             raw = self._path(name, kind).read_bytes()
         except OSError:
@@ -211,7 +216,7 @@ class Snapshots:
         return at == len(payload)
 
     def _touch(self, names: list[str]) -> None:
-        """Mark blocks as used now, the first ones last: they go last, since those behind them need them."""
+        """Mark blocks as used, the first blocks last, so that they are removed last: later blocks need them."""
         now = time.time_ns()
         for i, name in enumerate(names):
             for kind in (ALL, CHUNK):
@@ -279,7 +284,7 @@ class Snapshots:
 
 
 def _files(folder: Path) -> list[tuple[Path, int, int]]:
-    """Path, bytes and time of use of each snapshot; what a killed process left is removed once it is old."""
+    """Path, bytes and time of use of each snapshot; old unfinished files of killed processes are removed."""
     found = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

@@ -1,18 +1,18 @@
-"""Guesses at the tokens to come, from what the text has said before: no second model.
+"""Guesses at the next tokens from repetitions in the text: speculative decoding without a second model.
 
 In: the ids so far. Out: ids that may come next: those that followed the last place with the same latest ids. The decode loop
-evaluates them with the token before in one call, and takes as many as it would have said anyway, so the text stays what it is.
-After wrong guesses fewer are proposed, after right ones more: where a text repeats itself by chance, a try costs one token.
-Where guessing takes longer than it saves, nothing is proposed for a while.
+evaluates them in one call with the token before, and accepts those that it would have chosen anyway, so the text does not
+change. After wrong guesses fewer are proposed, after right ones more: where a text repeats itself by chance, a try costs one
+token. Where guessing takes longer than it saves, nothing is proposed for a while.
 """
 
 from collections.abc import Sequence
 
-LENGTHS = (4, 3, 2)  # ids that must have come before in the same order, the longest first
+LENGTHS = (4, 3, 2)  # lengths of the latest ids to find earlier in the text, the longest first
 MOST = 7  # ids proposed at a time
-FIRST, GROWTH = 3, 3  # ids proposed at first; after a try, GROWTH times those that were right, and one
+FIRST, GROWTH = 3, 3  # ids proposed at first; after a try, GROWTH times the number that were right, plus one
 MEASURED = 8  # evaluations over which the time of a token is averaged
-PAUSE = 16  # single evaluations after guesses that did not pay; twice as many each time
+PAUSE = 16  # single evaluations after guesses that took longer than they saved; doubled each time
 
 
 class Guesses:
@@ -22,7 +22,7 @@ class Guesses:
         self._ids: list[int] = []
         self._places: dict[tuple[int, ...], int] = {}  # some ids in a row, to what followed them last
         self._settles, self._pause, self._next_pause = settles, 0, PAUSE
-        self._seconds: list[float | None] = [None, None]  # a token's, on average, without and with guesses
+        self._seconds: list[float | None] = [None, None]  # average seconds of a token, without and with guesses
         self._tried = 0  # evaluations with guesses since the last pause
         self._most = FIRST
         self._spent, self._guessed, self._given = 0.0, False, 0  # the latest evaluation: time, whether with guesses, tokens
@@ -31,7 +31,7 @@ class Guesses:
         self._given = 0
 
     def said(self, id: int) -> None:
-        """One more id of the text."""
+        """Add the next id of the text."""
         at = len(self._ids)
         for n in LENGTHS:
             if at >= n:
@@ -51,11 +51,11 @@ class Guesses:
             at = self._places.get(tuple(self._ids[-n:])) if len(self._ids) >= n else None
             if at is not None:
                 found = self._ids[at : at + MOST]
-                return (found * MOST)[: max(0, min(most, self._most))]  # at the text's end, what repeats itself goes on
+                return (found * MOST)[: max(0, min(most, self._most))]  # a match at the text's end repeats
         return []
 
     def spent(self, seconds: float, guessed: bool) -> None:
-        """An evaluation took so long; what is said until the next one came from it."""
+        """Note the seconds of an evaluation; the ids added until the next call came from it."""
         self._spent, self._guessed, self._given = seconds, guessed, 0
 
     def _account(self) -> None:

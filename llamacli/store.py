@@ -7,7 +7,7 @@ Schema, `PRAGMA user_version` 1:
     chat     id, name, model, system, created, changed; head: the last message of the current branch; first: of those sent
     message  id, chat, parent, role, content, finish (NULL: the answer broke off), created
     words    FTS5 over message.content, trigrams, so that any part of a word and text without spaces are found
-    typed    what was typed at the prompt, for its history
+    typed    lines typed at the prompt, for its history
 """
 
 import os
@@ -72,7 +72,7 @@ class StoredMessage(NamedTuple):
 
 
 class HeadMovedError(LookupError):
-    """Another process went on with the conversation: its head is not the message that this one left there."""
+    """Another process changed the conversation: its head is not the message that this process wrote last."""
 
 
 class Found(NamedTuple):
@@ -164,7 +164,7 @@ class Store:
         ).fetchall()
         found, branch, at = {row[0]: row for row in rows}, [], chat.head
         while at in found:
-            *message, at = found.pop(at)  # popped: a damaged file may hold a circle
+            *message, at = found.pop(at)  # pop: a damaged file may contain a cycle
             branch.append(StoredMessage(*message))
         return branch[::-1]
 
@@ -196,7 +196,7 @@ class Store:
         words = text.split()
         if not words:
             raise UsageError("expected words to search for, found none")
-        long = [word for word in words if len(word) >= 3]  # an index of trigrams knows no shorter ones
+        long = [word for word in words if len(word) >= 3]  # a trigram index cannot find shorter words
         where = ["id IN (SELECT rowid FROM words WHERE words MATCH ?)"] if long else []
         where += [r"content LIKE ? ESCAPE '\'"] * (len(words) - len(long))
         values = [" ".join('"' + word.replace('"', '""') + '"' for word in long)] if long else []
@@ -212,7 +212,7 @@ class Store:
         with self._transaction():
             self._db.execute("DELETE FROM typed WHERE text IN (SELECT content FROM message WHERE chat = ?)", (chat,))
             self._db.execute("DELETE FROM chat WHERE id = ?", (chat,))
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log held the text, too
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the write-ahead log also contains the text
 
     def remember(self, text: str) -> None:
         """Append to the prompt's history."""

@@ -1,4 +1,4 @@
-"""Answers of several sessions of one engine at once: their tokens are evaluated together, and weights are read once for all.
+"""Answers several sessions of one engine at once: their tokens are evaluated together, so that weights are read once for all.
 
 In: requests. Out: pieces, each with the number of its request. Every session runs the decode loop of session.py; this drives
 the loops side by side.
@@ -13,11 +13,11 @@ import numpy as np
 from llamacli.session import Pending, Piece, Session, begin_together
 
 WIDTH = 8  # sessions that answer at a time
-WORTH_COPYING = 64  # tokens of a prompt that another session holds, from which on a copy of it is cheaper
+WORTH_COPYING = 64  # the tokens of a prompt from which copying another session's cache is faster than evaluating them
 
 
 class Request(NamedTuple):
-    """What `Session.stream` takes, and the session, which no other request may have."""
+    """The arguments of `Session.stream`, and the session, which no other request may use."""
 
     session: Session
     prompt: Sequence
@@ -27,28 +27,28 @@ class Request(NamedTuple):
 
 
 class Answers:
-    """Answers under way, each under a number of its caller's choice. Their pieces come with these numbers.
+    """Answers under way, each under a number of its caller's choice. Each piece comes with its answer's number.
 
-    An error ends the answer that it concerns, and comes in a piece's place. Where the layers are on several machines, the
-    answers are evaluated in as many groups, which follow each other, so that all machines work.
+    An error ends its answer and takes the place of a piece. Where the layers are on several machines, the answers form as many
+    groups, which pass from machine to machine so that all of them work.
     """
 
     def __init__(self):
         self._loops: dict[int, Generator] = {}
         self._pending: dict[int, Pending] = {}
-        self._groups: deque[tuple[list[int], Callable]] = deque()  # under way: numbers, what waits for what they found
+        self._groups: deque[tuple[list[int], Callable]] = deque()  # numbers, and what waits for their logits
         self._found: list[tuple[int, np.ndarray | Exception]] = []  # by groups that are through
 
     def __len__(self) -> int:
         return len(self._loops)
 
     def begin(self, number: int, request: Request) -> Iterator[tuple[int, Piece | Exception]]:
-        """Evaluate the prompt, and say what needs no further evaluation."""
+        """Evaluate the prompt; returns the pieces that need no further evaluation."""
         self._loops[number] = request.session.answer(*request[1:], shared=True)
         return self._advance(number, None)
 
     def step(self) -> Iterator[tuple[int, Piece | Exception]]:
-        """Evaluate what the answers wait for, a token each as a rule; of several groups the one that was begun first."""
+        """Evaluate the pending tokens of the answers, usually one each; of several groups, the one that was begun first."""
         self._begin_groups()
         if self._groups and not self._found:
             self._wait()
@@ -67,7 +67,7 @@ class Answers:
         self._found.extend(zip(numbers, wait(), strict=True))
 
     def settle(self) -> None:
-        """Wait for what is under way: a session may be copied then."""
+        """Wait for the groups under way, so that a session may be copied."""
         while self._groups:
             self._wait()
 
@@ -86,8 +86,8 @@ class Answers:
         self._found.clear()
 
     def interrupt(self, interrupt: KeyboardInterrupt) -> Iterator[tuple[int, Piece]]:
-        """The last pieces of all answers after a KeyboardInterrupt, which has ended the one that it met. One whose prompt was
-        not looked at yet has none.
+        """The last pieces of all answers after a KeyboardInterrupt, which has already ended the answer under way. An answer
+        whose prompt was not yet begun has none.
         """
         self.abandon()
         for number, loop in self._loops.items():
@@ -95,7 +95,9 @@ class Answers:
                 yield number, loop.throw(interrupt)
 
     def _advance(self, number: int, found: np.ndarray | Exception | None) -> Iterator[tuple[int, Piece | Exception]]:
-        """Run a loop to its next Pending or its end: on from the logits that it waits for, or by the error in their place."""
+        """Run a decode loop to its next Pending or its end. It receives the logits that it waits for, or the error in their
+        place.
+        """
         loop = self._loops[number]
         try:
             said = loop.throw(found) if isinstance(found, Exception) else loop.send(found)
@@ -104,7 +106,7 @@ class Answers:
                 said = next(loop)
             self._pending[number] = said
         except StopIteration:
-            self._loops.pop(number, None)  # `end` may have been quicker
+            self._loops.pop(number, None)  # `end` may have removed it already
         except Exception as error:
             self._loops.pop(number, None)
             yield number, error
