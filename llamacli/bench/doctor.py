@@ -1,6 +1,7 @@
-"""What this machine has and whether llamacli's parts do here what they should: for an owner to run and to report.
+"""Checks this machine: what hardware and packages it has, and whether kernels and models give right results on it.
 
-In: a model's path, an encoder by type. Out: `Finding`s, one after the other; a check that this machine cannot make says why.
+In: a model's path, an encoder by type. Out: `Finding`s, one after the other; one that cannot be made on this machine gives the
+reason.
 """
 
 import os
@@ -28,7 +29,7 @@ SLOTS = 1e-3  # the same arithmetic, but for sums in another order
 ON_CPU, ON_MLX, IN_SLOTS = "model on the CPU", "model on MLX", "model on MLX, experts in slots"
 WAYS = {ON_CPU: {"device": "cpu"}, ON_MLX: {"device": "mlx"}, IN_SLOTS: {"device": "mlx", "experts": "slots"}}
 PROMPT, ANSWER, CTX = 128, 32, 256  # tokens
-BY_HAND = (  # what takes hours, gigabytes or another start
+BY_HAND = (  # checks that take hours or gigabytes, or need variables set before the start
     ("a model of Scout's shape", "llamacli bench --shape scout --layers 4 --device mlx"),
     ("command buffers as MLX has them", "MLX_MAX_MB_PER_BUFFER=50 MLX_MAX_OPS_PER_BUFFER=50 llamacli bench --device mlx"),
     ("faster waits (Metal)", "MLX_METAL_FAST_SYNCH=1 llamacli bench --device mlx"),

@@ -1,5 +1,5 @@
-"""What this machine can do at best: reading memory, the yardstick for decode, and multiplying, the one for prefill: bytes, as
-products with weights do, and float32, as attention does.
+"""Measures this machine's limits: the speed of reading memory, which limits decode, and of multiplying, which limits prefill.
+Products with weights multiply bytes, attention multiplies float32.
 
 Out: numbers in GB/s (1e9 bytes) and Gop/s (1e9 operations; a multiply-add is two).
 """
@@ -62,7 +62,7 @@ def _multiply(module, target):
     """multiply(x, rounds, out): in each round `run` vectors of x times every one of as many right sides as there are sums.
 
     The left side comes from the nearest cache, as in a matrix product: a constant one would let the compiler take the
-    multiplication out of the loop. Loads have ports of their own, so they cost the products nothing.
+    multiplication out of the loop. Loads use other ports than products, so they do not slow them down.
     """
     s = Simd(module, target, "multiply", 3)
     x, rounds, out = s.args
@@ -136,10 +136,10 @@ def _median_seconds(threads: int, rounds: int, microkernel: int, data: np.ndarra
 
 
 def buffer_megabytes(threads: int, usual: int = 512) -> int:
-    """The size of a buffer that no cache holds, also where each of many cores has several MB of its own.
+    """Megabytes of a buffer that fits in no cache, even where each of many cores has several MB of cache.
 
-    It comes on top of a model, which may have taken all that a limit allows but for a reserve; so it is at most half of what is
-    free, and at least larger than most caches.
+    A loaded model may already hold nearly all memory that its limit allows. So the buffer takes at most half of what is free,
+    but never less than LEAST_BUFFER, which is larger than most caches.
     """
     return min(max(LEAST_BUFFER, memory_free() // 2 >> 20), max(usual, 16 * threads))
 

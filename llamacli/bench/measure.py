@@ -130,7 +130,7 @@ def limits(threads: int) -> tuple[float, float, float]:
 
 
 def _together(bytes_: float, floats: float, share: float) -> float:
-    """Operations a second of which `share` are done at the rate `floats`, the others at the rate `bytes_`."""
+    """Operations a second if a share `share` of them runs at the rate `floats` and the rest at the rate `bytes_`."""
     return 1 / ((1 - share) / bytes_ + share / floats)
 
 

@@ -100,7 +100,7 @@ def _load(path: str, threads: int, ids: list[int], repack: bool, kv: int, fill: 
     options.swa_full = False
     options.type_k = options.type_v = kv
     if kv != BY_NAME["F16"].id or fill is not None:
-        options.flash_attn_type = 1  # llama.cpp multiplies values in blocks in no other way, and else keeps values transposed
+        options.flash_attn_type = 1  # quantized values need flash attention; without it llama.cpp also stores values transposed
     context = cpp.llama_init_from_model(model, options)
     if not context:
         raise SystemExit(f"{path}: llama.cpp has no memory for {len(ids)} tokens")
@@ -147,12 +147,12 @@ def _load(path: str, threads: int, ids: list[int], repack: bool, kv: int, fill: 
 
 
 def repeated(state: bytes, held: int, depth: int, chunk: int) -> bytearray:
-    """llama.cpp's saved state of `held` tokens as one of `depth` tokens, whose keys and values are those, again and again.
+    """A saved state of llama.cpp for `held` tokens, extended to `depth` tokens by repeating their keys and values.
 
-    A magic number and the sequence's come first; then layers that see everything; then the chunked ones, which hold the last
-    chunk only. Each part: the number of streams and of cells; position, number of sequences and sequence of each cell; whether
-    values are transposed, the number of layers; for each layer type, bytes of a row and rows of keys; then those of values
-    (llama-kv-cache.cpp). SystemExit for another layout.
+    It begins with a magic number and the number of the sequence. Then come the layers that see everything, then the chunked
+    ones, which hold the last chunk only. Each part: the number of streams and of cells; position, number of sequences and
+    sequence of each cell; whether values are transposed, the number of layers; for each layer type, bytes of a row and rows of
+    keys; then those of values (llama-kv-cache.cpp). SystemExit for another layout.
     """
     out, at, first = bytearray(state[:8]), 8, 0
     try:

@@ -38,7 +38,7 @@ def rows_held(ctx: int) -> int:
 
 
 class Scores:
-    """What is known after some windows: `add` scores one more, `record` says how the model did on all of them."""
+    """The scores of the windows so far: `add` scores one more, `record` returns the results over all of them."""
 
     def __init__(self, model, n_windows: int, ctx: int, reference=None):
         """UsageError: `reference` has another vocabulary."""
@@ -80,7 +80,7 @@ class Scores:
         return f"perplexity {np.exp(self._losses[: self.scored].mean()):.4g}" if self.scored else ""
 
     def record(self) -> dict:
-        """Of the windows scored, at least one: see `perplexity`."""
+        """The record of `perplexity` over the windows scored so far, at least one."""
         n = self.scored
         losses, others, divergences, same_top = (
             values[:n] for values in (self._losses, self._others, self._divergences, self._same_top)

@@ -1,4 +1,4 @@
-"""What a routing log says about experts: how often each is used, how often it is used again, what slots would hold.
+"""Statistics of a routing log: how often each expert is used, how often by two tokens in a row, and hit rates of slots.
 
 In: a `routing_log.Routing`. Out: arrays with one row for each layer.
 """
@@ -52,7 +52,7 @@ def _stack_distances(choices: Sequence[int]) -> Iterator[int | None]:
     """
     stack: list[int] = []
     uses: dict[int, float] = {}
-    worth = 1.0  # of a use now; earlier ones are worth less, which saves scaling them all down at every step
+    worth = 1.0  # weight of the next use; it grows, so that the weights of earlier uses need not be scaled down
     for expert in choices:
         place = stack.index(expert) if expert in uses else None
         yield place

@@ -1,15 +1,15 @@
 """The table of GGML tensor types: id in a GGUF file, name, weights per block, bytes per block.
 
-Reading and writing take these numbers from here and from nowhere else. Types without an encoder and kernels of ours are read
-back by `dequantize`, which needs the package gguf.
-Source: the GGUF specification and ggml's public type list (ggml.h, ggml-common.h); a test compares the table with gguf-py's.
+Reading and writing take these numbers from here and from nowhere else. `dequantize` converts types for which llamacli has no
+kernels to float32; it needs the package gguf. Source: the GGUF specification and ggml's public type list (ggml.h,
+ggml-common.h); a test compares the table with gguf-py's.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
 
 from llamacli.errors import UnsupportedModelError, UsageError
 
-if TYPE_CHECKING:  # the list of types is part of `--help`, which does without NumPy
+if TYPE_CHECKING:  # `--help` lists the types and must start without NumPy
     import numpy as np
 
 
@@ -24,7 +24,7 @@ class TensorType(NamedTuple):
     def row_bytes(self, n_cols: int) -> int:
         """Bytes of one row of `n_cols` weights; ValueError unless the row is a whole number of blocks."""
         if n_cols % self.block:
-            raise ValueError(f"a row of {n_cols} weights is no multiple of {self.name}'s block of {self.block}")
+            raise ValueError(f"a row of {n_cols} weights is not a multiple of {self.name}'s block of {self.block}")
         return n_cols // self.block * self.nbytes
 
 

@@ -1,9 +1,9 @@
 """Opens a GGUF: checked metadata, tensors as zero-copy views of the mapped files.
 
 In: the path of a file, or of the first part of a split model. Out: `GGUF` with `.metadata` and `.tensors`. The header is read,
-not mapped, so that a failing disk is an error and no signal. Every count is checked against a limit and against the bytes that
-are left before anything is allocated: a hostile or cut file leads to a ModelFileError, never to a large allocation. Lists of
-strings (vocabularies) are only measured on opening and decoded on first use.
+not mapped, so that a failing disk raises an error instead of SIGBUS. Every count is checked against a limit and against the
+bytes that are left before anything is allocated: a hostile or cut file leads to a ModelFileError, never to a large allocation.
+Lists of strings (vocabularies) are only measured on opening and decoded on first use.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -33,7 +33,7 @@ _LEAST_TENSOR = 8 + 4 + 8 + 4 + 8  # bytes: an empty name, one dimension, type, 
 _FIXED = 24  # bytes before the metadata
 _BLOCK = 1 << 20  # bytes read at a time
 _LENGTH = struct.Struct("<Q")  # of a string, before it
-_COMPILED = "llamacli.cpu.kernels.jit.loader"  # once it is imported, the process compiles or loads kernels anyway
+_COMPILED = "llamacli.cpu.kernels.jit.loader"  # its kernels are used only where it is imported already: importing it is slow
 _PART = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _DAMAGED = "the file is cut short or damaged"
 
@@ -81,13 +81,13 @@ class GGUF(NamedTuple):
 
 
 def text_of(metadata: Mapping[str, object], key: str) -> str | None:
-    """A value that is a text; None for none or another kind: an array of numbers cannot even be compared with a text."""
+    """The value of a key if it is a string, else None. Comparing an array with a string would raise an error."""
     value = metadata.get(key)
     return value if isinstance(value, str) else None
 
 
 def zero_ended(metadata: Mapping[str, object], key: str) -> bytes:
-    """Strings of a list, undecoded, a zero byte after each; nothing if there is none. ValueError if one holds a zero byte."""
+    """The undecoded strings of a list, each followed by a zero byte; b"" without it. ValueError: one holds a zero byte."""
     value = metadata.stored(key) if isinstance(metadata, _Metadata) else metadata.get(key)
     if not isinstance(value, (_Strings, list)):
         return b""
@@ -141,7 +141,7 @@ class _Strings(NamedTuple):
         return found
 
     def joined(self) -> bytes:
-        """The strings, undecoded, a zero byte after each."""
+        """The undecoded strings, each followed by a zero byte."""
         if _COMPILED not in sys.modules:
             return b"\0".join([*self.split(), b""])
         from llamacli.cpu.kernels.ops.strings import join  # three times as fast
@@ -153,7 +153,7 @@ class _Strings(NamedTuple):
         joined = self.joined()
         if joined.count(0) == self.count:
             return joined.decode().split("\0")[: self.count]
-        return [text.decode() for text in self.split()]  # a string holds a zero byte; it may hold millions
+        return [text.decode() for text in self.split()]  # a zero byte in a string is no separator
 
 
 class _Values(dict):
@@ -171,7 +171,7 @@ class _Metadata(Mapping):
         self._path, self._values = path, values
 
     def stored(self, key: str) -> object:
-        """The value, a list of strings as it lies in the file if nobody has asked for it yet; None if there is none."""
+        """The value of a key, None if there is none. A list of strings that has not been decoded yet is a `_Strings`."""
         return self._values.get(key)
 
     def typed(self, key: str) -> object:
@@ -284,7 +284,7 @@ class _Cursor:
         return _Strings(self._copied(start), count)
 
     def _skip_strings(self, count: int, key: str) -> None:
-        """Move behind `count` strings."""
+        """Move past `count` strings."""
         pos, left = self.pos, count
         while left:
             left, pos = _skipped(self._read, left, pos)
@@ -296,7 +296,7 @@ class _Cursor:
 
 
 def _skipped(read: bytearray, left: int, pos: int) -> tuple[int, int]:
-    """Move behind strings from `pos` on whose lengths lie in `read`: how many are left, and where the next begins."""
+    """Move past the strings from `pos` on whose lengths are in `read`: how many are left, and where the next one begins."""
     if _COMPILED in sys.modules:
         from llamacli.cpu.kernels.ops.strings import skip
 

@@ -27,7 +27,7 @@ from llamacli.files.gguf import Tensor
 BLOCK = max(4096, mmap.PAGESIZE)  # alignment of direct reads, in the file and in memory; ZFS asks for whole pages
 PIECE = pages.LARGE  # bytes of one read
 IN_FLIGHT = 8  # reads in flight: an SSD needs several to reach its full speed
-Memory = mmap.mmap | memoryview  # that is read into
+Memory = mmap.mmap | memoryview  # what files are read into
 _F_NOCACHE = 48  # macOS: fcntl for reads that leave nothing in the page cache
 
 
@@ -86,14 +86,18 @@ class TensorSlices(NamedTuple):
 
 
 class DirectReader:
-    """Open files and the threads that read them. `notices`: one line for each file that had to be read otherwise."""
+    """Open files and the threads that read them.
+
+    `notices`: one line for each file that had to be read through the page cache.
+    """
 
     def __init__(self):
         self.notices: list[str] = []
         self._files: dict[Path, int] = {}
         self._direct: dict[int, bool] = {}
         self._readers = ThreadPoolExecutor(IN_FLIGHT, "read")
-        self._clearer = ThreadPoolExecutor(1, "clear")  # a reader would do it after the reads that need this memory
+        # Its own thread: in the queue of `_readers` the reads that need this memory come first.
+        self._clearer = ThreadPoolExecutor(1, "clear")
         self._lock, self._reading, self._since, self._nbytes, self._seconds = Lock(), 0, 0.0, 0, 0.0
         self._close_files = weakref.finalize(self, _close, self._files)
 
@@ -104,12 +108,18 @@ class DirectReader:
         return TensorSlices(tensor.path, self._files[tensor.path], tensor.offset, tensor.nbytes // n)
 
     def adopt(self, path: Path, file: int, direct: bool, nbytes: int) -> TensorSlices:
-        """A file that its caller has opened, and closes, as slices of `nbytes` bytes. `direct`: whether its reads are."""
+        """Slices of `nbytes` bytes of a file that the caller has opened and will close.
+
+        `direct`: whether its reads are direct.
+        """
         self._direct[file] = direct
         return TensorSlices(path, file, 0, nbytes)
 
     def begin(self, slices: TensorSlices, k: int, memory: Memory, at: int) -> tuple[list[Future], int]:
-        """Start to read slice k into `memory` from byte `at` on: the reads, and the slice's address once they are done."""
+        """Start to read slice k into `memory` from byte `at` on.
+
+        Returns the reads, and the slice's address once they are done.
+        """
         start, size, inside = slices.span(k)
         needed, view, first, done, reads = inside + slices.nbytes, memoryview(memory), address(memory) + at, 0, []
         while done < needed:
@@ -125,7 +135,7 @@ class DirectReader:
 
         def work() -> None:
             for slot in slots:
-                if self._readers is readers:  # else `stop` was called
+                if self._readers is readers:  # `stop` replaces them
                     pages.clear(address(memory) + slot * size, size)
 
         return self._clearer.submit(work)
@@ -137,7 +147,7 @@ class DirectReader:
         return taken
 
     def stop(self) -> None:
-        """Cancel reads that have not started and wait for the others, Ctrl-C or not."""
+        """Cancel reads that have not started and wait for the others, even if Ctrl-C is pressed meanwhile."""
         old, self._readers = self._readers, ThreadPoolExecutor(IN_FLIGHT, "read")
         while True:
             try:
@@ -146,7 +156,7 @@ class DirectReader:
                 continue
 
     def close(self) -> None:
-        """End the threads, with the reads that they are in, and close the files. Closing twice is allowed."""
+        """Wait for running reads, end the threads and close the files. Closing twice is allowed."""
         for threads in (self._readers, self._clearer):
             threads.shutdown(wait=True, cancel_futures=True)
         self._close_files()
@@ -154,7 +164,7 @@ class DirectReader:
     def _open(self, path: Path) -> int:
         try:
             file, direct = open_direct(path), True
-        except OSError:  # a file system without direct reads, or no such file: the ordinary open tells
+        except OSError:  # a file system without direct reads, or no such file: the ordinary open tells which
             file, direct = _opened(path), False
         self._direct[file] = direct
         return file

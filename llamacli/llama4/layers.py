@@ -1,8 +1,8 @@
 """Llama 4's forward pass: the order of operations, written once against an operations object.
 
-In: `Operations` of some device, a Config, the weights of a layer. Out: calls in the right order; what a value is (a register of
-a recorded program, a lazy array) is the device's business. A device that records calls `layer` once for each layer and runs the
-program for every batch; one that executes calls it for every batch.
+In: `Operations` of some device, a Config, the weights of a layer. Out: calls in the right order; the device decides what a
+value is, such as a register of a recorded program or a lazy array. A device that records calls `layer` once for each layer and
+runs the program for every batch; one that executes calls it for every batch.
 
 Sources: Meta's llama-models and Hugging Face's modeling_llama4: router on raw logits, sigmoid score on the expert's input,
 interleaved rotary pairs, QK norm after rotation, attention temperature where there is no rotation, chunks where there is.

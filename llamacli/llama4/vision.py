@@ -154,7 +154,7 @@ class VisionConfig:
         return config
 
     def check(self, where: object, error: type[Exception] = ModelFileError) -> None:
-        """`error` if the sizes do not go together."""
+        """Raise `error` if the sizes do not fit together."""
         for name, (least, most) in BOUNDS.items():
             if not least <= getattr(self, name) <= most:
                 raise error(f"{where}: expected {name} of the vision tower from {least} to {most}, found {getattr(self, name)}")
@@ -254,7 +254,8 @@ def tensors(config: VisionConfig) -> Iterator[Spec]:
 def renamed(gguf: GGUF) -> dict[str, Tensor]:
     """The tower's tensors of a file by llama.cpp's names.
 
-    llama.cpp's converter calls `ln2` `attn_post_norm`, since one name of it is listed twice; such a file is meant as ours are.
+    llama.cpp's converter writes `ln2` as `attn_post_norm`, because its table of names lists one name twice. Such a tensor is
+    returned as `ln2`.
     """
     found = {name: tensor for name, tensor in gguf.tensors.items() if name.startswith(("v.", "mm."))}
     if not has_ollama_tower(gguf):

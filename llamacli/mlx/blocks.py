@@ -8,7 +8,7 @@ a piece is two runs of 16 weights that follow one another in the row and share a
                                  d[r] * ODD * q[16 * r + i] - m[r] where it is odd; b: the block's bytes
 
 ODD lets a byte pair be masked and not shifted: the second byte's values are 256 times too large, and the sum is corrected, not
-each weight. So are high nibbles, 16 times too large, by the second run's scale.
+each weight. In the same way high nibbles are 16 times too large, and the second run's scale corrects that.
 
 kernels.py defines for each language: u8 to u64, INLINE, GLOBAL and LOCAL (address spaces), TABLE, UNROLL (registers hold
 arrays only then), `half_of` and `float_of` (bits to numbers). Blocks begin at even addresses, so two bytes are read at a time.

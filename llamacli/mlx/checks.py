@@ -122,5 +122,5 @@ def wait_seconds() -> float:
 
 
 def memory_held() -> dict[str, int]:
-    """Bytes that MLX holds and held at most, adopted pages apart."""
+    """Bytes that MLX holds, held at most, and keeps for reuse; adopted pages are not counted."""
     return {"active": mx.get_active_memory(), "peak": mx.get_peak_memory(), "cached": mx.get_cache_memory()}

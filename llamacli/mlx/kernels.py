@@ -20,7 +20,7 @@ from llamacli.mlx.blocks import FORMATS, HELPERS, PIECE
 LANES = 32  # threads of a simdgroup or warp
 GROUP = 64  # threads of a threadgroup or block
 ROWS = {1: 4, 2: 4, 4: 2, 8: 2}  # rows of the matrix for each group of lanes, by rows of activations: what registers hold
-SMALL = 8  # elements from which on Metal is given an array in another address space, which is another signature
+SMALL = 8  # arrays of fewer elements are in Metal's constant address space, which changes the kernel's signature
 
 
 class Dialect(NamedTuple):
@@ -202,7 +202,7 @@ def number(expert: int) -> mx.array:
 
 
 class Matrices(NamedTuple):
-    """Experts' matrices as kernels are told of them: bytes, and their `place`."""
+    """Experts' matrices as arguments of kernels: their bytes, and their `place`."""
 
     type_name: str
     w: mx.array

@@ -30,7 +30,7 @@ class Wide:
 
     @classmethod
     def of(cls, gguf: GGUF, tensor: Tensor, dtype: mx.Dtype) -> "Wide":
-        """A tensor widened, now."""
+        """All matrices of a tensor, widened and evaluated."""
         *groups, n_rows, n_cols = tensor.shape
         count = math.prod(tensor.shape)
         values = dequantized(tensor.data, tensor.type.name, count) if has_kernels(tensor) else as_half(gguf, tensor)

@@ -18,7 +18,7 @@ from llamacli.mlx import kernels
 from llamacli.mlx.matrix import Blocks, Fetched, Wide, add_product, gate_up, gate_up_chosen
 from llamacli.mlx.streaming import Experts, Fetch
 
-PAIRS = 1 << 26  # of a query and a key that attention is handed at once: some tenths of a second, or the driver gives up
+PAIRS = 1 << 26  # of a query and a key in one call of attention, some tenths of a second: a driver ends calls that take long
 LAZY = 4  # choices of experts up to which the device alone knows them; beyond, they are read back and grouped by expert
 
 
@@ -97,7 +97,7 @@ class Operations:
                 keys[None, :, :seen],
                 values[None, :, :seen],
                 scale=self._config.head_dim**-0.5,
-                mask="causal" if end - start > 1 else None,  # of the last positions, whatever came before
+                mask="causal" if end - start > 1 else None,  # the queries are those of the last positions
             )
             out.append(found[0].swapaxes(0, 1))
             if step < n:

@@ -149,7 +149,7 @@ class MlxStage:
                         mx.eval(x)
                     elif (i + 1) % AHEAD == 0:
                         mx.async_eval(x)
-                except BaseException:  # Ctrl-C too: nothing may be taken for read that is not
+                except BaseException:  # Ctrl-C too: no expert may count as present before it has been read
                     if i in self._slots:
                         self._experts.slots.reset(i)
                     raise
@@ -192,7 +192,7 @@ class MlxStage:
         self._stopped = True
 
     def abandon(self) -> None:
-        """Every call has waited for its result."""
+        """Nothing to forget: every call waits for its result."""
 
     def resume(self) -> None:
         """Forget an interrupt."""

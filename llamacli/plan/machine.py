@@ -87,7 +87,7 @@ def resident_peak() -> int:
 
 
 def private(root: Path = Path("/")) -> int:
-    """Of it, what is this process's alone; 0 where the system does not say."""
+    """Bytes of resident memory without shared pages such as those of mapped files; 0 where the system does not say."""
     try:
         held, shared = (root / "proc/self/statm").read_text().split()[1:3]
         return (int(held) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
@@ -117,7 +117,7 @@ def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | No
         began = time.perf_counter()
 
         def lane(i: int) -> int:
-            """Read one's own pieces, each once, until time is up; returns the bytes."""
+            """Read every IN_FLIGHT-th piece once, until the time is up; returns the bytes read."""
             done, buffer = 0, buffers[i * PIECE : (i + 1) * PIECE]
             for offset in offsets[i::IN_FLIGHT]:
                 done += os.preadv(fd, [buffer], offset)
@@ -153,7 +153,7 @@ def wired() -> int | None:
 
 
 def _vm_stat() -> int | None:
-    """macOS: pages that are free or purgeable, and inactive ones as far as files lie behind them; others would be swapped."""
+    """macOS: bytes of free and purgeable pages, and of inactive pages of files. Other inactive pages would be swapped."""
     pages = _mac_pages()
     if "Pages free" not in pages:
         return None

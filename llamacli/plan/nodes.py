@@ -4,9 +4,9 @@ In: the bytes of a model's tensors, and machines: memory, speeds of memory and d
 part of a model is planned as a model is (placement.py): its experts are mapped if they fit, else some are in slots and the
 others are read from that machine's own disk.
 
-A token visits the machines one after the other, so the times add; what is minimized is their sum, and a little the sum of their
-squares, which prefers equal times: of machines that are equal for a token, equal parts are best for prompts, whose batches
-follow each other.
+A token visits the machines one after the other, so their times add up, and the sum is minimized. A small share of the sum of
+squares is added to it, which prefers equal times: where several splits are equally fast for a token, equal parts are fastest
+for prompts, whose batches are on several machines at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -98,8 +98,8 @@ def split(
     sessions: int = 1,
     name: str = "the model",
 ) -> Split:
-    """The best way to give each machine some consecutive layers, in the order of the machines, or of the layers that they have;
-    of one that has several files those of one file.
+    """Give each machine some consecutive layers so that a token takes the least time. The machines are in the given order, or
+    in the order of the layers that they have. A machine with several files uses one of them.
 
     Embedding and head stay with the first machine, whose memory holds them. `network`: bytes a second; `latency`: seconds one
     way. `slots`: experts are read even if they would fit. `layers`: how many each machine gets, in place of the best way.
@@ -123,7 +123,7 @@ def split(
         asked = ctx, slots, sessions
         key, shorter = (*machine[1:], first, end, *asked), (*machine[1:], first, end - 1, *asked)
         if key not in model.planned and model.planned.get(shorter, 0) is None:
-            model.planned[key] = None  # what does not fit does not fit with a layer more
+            model.planned[key] = None  # where these layers do not fit without the last, they do not fit with it
         if key not in model.planned:
             try:
                 placement = _place(model, machine, layers, *asked)

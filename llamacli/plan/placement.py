@@ -176,14 +176,15 @@ def place(
         least = sizes.always + kv + working + _least(config, sizes, batch, slots)
         if least <= memory or batch <= LEAST_BATCH:
             break
-        batch //= 2  # what less memory holds with smaller batches, more memory holds, too
+        batch //= 2  # with smaller batches a model that fits less memory always fits more memory, too
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots, kv_files=kv_files)
         parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
         if beside:
             parts += f", beside the model {_gb(beside)}"
         other = f"--ctx {fits} or {'' if kv_files else '--kv-file DIR or '}" if fits else ""
-        needed, found = -(-(least + beside) // 10**7) * 10**7, (memory + beside) // 10**7 * 10**7  # never equal in print
+        # Rounded up and down, so that the message never shows equal numbers.
+        needed, found = -(-(least + beside) // 10**7) * 10**7, (memory + beside) // 10**7 * 10**7
         raise MemoryLimitError(
             f"{name}: expected at least {_gb(needed)} of memory ({parts}, the rest for experts), found {_gb(found)}; "
             f"use {other}--memory {-(-needed // 10**8) / 10:.1f}G"
@@ -332,9 +333,10 @@ def products_per_token(config: Config) -> int:
 
 
 class Residency(NamedTuple):
-    """What Engine and machine.reserve are told. `slots`: of all layers; 0: all experts are mapped. `batch`: the largest.
-    `window`: positions of a kvfile.KVFile's. `nbytes`: to reserve. `room`: bytes of the memory that are left; None where nobody
-    counts.
+    """What Engine and machine.reserve are told.
+
+    `slots`: of all layers; 0: all experts are mapped. `batch`: the largest. `window`: positions of a kvfile.KVFile's. `nbytes`:
+    to reserve. `room`: bytes of the memory that are left; None where no limit is kept.
     """
 
     slots: int
@@ -397,7 +399,7 @@ def _check_converted(gguf, tensors: Iterable, memory: int) -> None:
 def plan_more_contexts(held: Residency, most: int, *asked) -> tuple[int, Residency]:
     """How many contexts fit besides, up to `most`, with all weights mapped and the batch of `held`; and what is held then.
 
-    `asked`: what plan_residency was, up to `beside`.
+    `asked`: the arguments that plan_residency was called with, up to `beside`.
     """
     *asked, beside = asked
     for more in range(most, 0, -1):
