@@ -59,7 +59,7 @@ class KVCache(Positions):
         need = self._claim(n)
         if need <= self._room:
             return
-        self._room = 0  # an interrupt from here on leaves table and layers at odds: the next call must go through all of them
+        self._room = 0  # an interrupt below leaves table and layers inconsistent: the next call must set all of them
         for i, (number, layer) in enumerate(zip(self.layers, self._layers, strict=True)):
             held = layer[0].shape[1]
             if (capacity := self._capacity(number, held, need)) > held:

@@ -2,7 +2,7 @@
 
 In: a Config, a limit, a `KVFile` (where, how many positions stay in memory). Out: `FileCache`, a device.Cache. Positions go in
 blocks. Each such layer has slots in memory for some blocks, which hold the newest positions and as many more as fit; the others
-are in the file, and cpu/kvreads.py reads them whenever attention passes over them. Chunked layers are rings in memory as ever.
+are in the file, and cpu/kvreads.py reads them whenever attention passes over them. Chunked layers stay rings in memory.
 
 A block is [keys, values][n_kv_heads, positions, kv_row_bytes], padded to whole pages. It is written to the file when its slot
 is needed for a newer one, and again only if it was changed since. The file's name is removed as soon as it is open, so nothing
@@ -232,7 +232,7 @@ class FileCache(KVCache):
         return -(-(self.pos + n) // self.block)
 
     def place(self, layer: int, block: int, at: int) -> None:
-        """From now on the block's keys and values are at this address."""
+        """Set the address of the block's keys and values."""
         before = self._row_bytes * block * self.block
         values = at + self._heads * self.block * self._row_bytes
         self._blocks[layer].table[block] = at - before, values - before

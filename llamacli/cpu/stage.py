@@ -50,10 +50,10 @@ def cpu_stages(
     """A model as stages that share threads. `n_slots`: routed experts that these layers together cache; 0: all are mapped.
 
     `n_layers`: only the embedding and the first so many layers, without the head; None: the whole model. `cuts`: layers at
-    which another stage begins; 0 parts the embedding from the layers, config.n_layers the head. Each stage that
-    fetches experts has buffers of its own for those under way, which `plan` counts once; a stage without experts is mapped.
-    `kv_file`: where caches keep what memory does not hold, None: nowhere.
-    UnsupportedModelError if heads do not fill vectors, or experts are of a type without kernels.
+    which another stage begins; 0 parts the embedding from the layers, config.n_layers the head. Each stage that fetches experts
+    has a ring of buffers, but `plan` counts only one ring; a stage without experts is mapped. `kv_file`: where caches keep what
+    memory does not hold, None: nowhere. UnsupportedModelError if heads do not fill vectors, or experts are of a type without
+    kernels.
     """
     lanes = chosen_target().lanes
     if config.head_dim % lanes:
@@ -145,7 +145,7 @@ class CpuStage:
         self.products_per_token = sum(m.n_rows * m.n_cols * times for m, times in used if m is not self._weights.output)
         if not slots:
             populate([(m.address, m.nbytes) for m, _ in used if m.n_groups == 1])
-        self._check()  # vectors were read from the map
+        self._check()  # norms were copied from the map
 
     def _fetch(self, gguf: GGUF, share: dict[int, int]) -> tuple[Slots, dict[str, int]]:
         """(slots for the routed experts, addresses of the weights that every token uses, which are read into memory)."""
@@ -204,13 +204,13 @@ class CpuStage:
                 if self._reader:
                     self._reader.start(runs, self._seeing)
                 self._run_layers(n)
-            except BaseException:  # Ctrl-C too: no read may go on into a buffer that is free
+            except BaseException:  # Ctrl-C too: no read may still write to a buffer that is free
                 if self._reader:
                     self._reader.stop()
                 raise
             finally:
-                self._runs = []  # a cache that nobody else holds may go
-        if n > 1 or not self._heads:  # of a single token, logits follow, which look at the file as well
+                self._runs = []  # do not keep caches alive that nobody else holds
+        if n > 1 or not self._heads:  # for a single token `logits` follows, which checks the file as well
             self._check()
         if self._lookup is not None:
             self._decoded += n
@@ -225,7 +225,7 @@ class CpuStage:
         self._place(x)
         total = len(x) - first
         found, parts = np.empty((total, self._config.n_vocab), np.float32), -(-total // LOGITS_BATCH)
-        for part in range(parts):  # equal ones: kernels for few rows add in another order
+        for part in range(parts):  # equal parts: kernels for few rows add in another order
             start, end = total * part // parts, total * (part + 1) // parts
             self._set_rows(len(x), first + start, end - start)
             self._run(self._head, len(self._recorded.program))
@@ -240,7 +240,7 @@ class CpuStage:
         return self._buffers["chosen"][:, : n * self._choices]
 
     def watch(self) -> list[Inputs]:
-        """From now on sum up the squares of all inputs to the layers' products; a call more begins anew.
+        """Start to sum up the squares of all inputs to the layers' products; another call starts from zero.
 
         The arrays returned grow with every batch. A routed expert sees its input times the router's score.
         """
@@ -285,7 +285,7 @@ class CpuStage:
         self._given, self._capacity = {}, 0
 
     def after_fork(self) -> None:
-        """In a forked child: forget what another thread of the parent may have been in the middle of."""
+        """In a forked child: drop state that another thread of the parent may have left half written."""
         self._recorded = self._buffers = self._stream = None
         self._capacity, self._forked = 0, True
 
@@ -429,7 +429,7 @@ class CpuStage:
         self._run(done, self._layer_ends[-1])
 
     def _report(self, layers: float) -> None:
-        """Tell whoever follows that so many of the layers are done."""
+        """Call `follow` with the share of the layers that is done."""
         if self.follow:
             self.follow(layers / max(1, len(self.layers)))
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-FAST = 3 / 4  # of the fastest core's speed: all threads meet after each step, and slower cores would be waited for
+FAST = 3 / 4  # of the fastest core's speed; threads wait for each other after each step, so slower cores would delay all
 _CPUS = "sys/devices/system/cpu"
 
 
@@ -82,7 +82,7 @@ def _fast_cores(root: Path) -> int:
 
 
 def _speed(root: Path, cpu: int) -> int:
-    """A core's speed as Linux sees it on ARM, 1024 for the fastest; also where it does not say."""
+    """A core's speed as Linux gives it on ARM: 1024 for the fastest, and where Linux gives none."""
     text = _text(root / f"{_CPUS}/cpu{cpu}/cpu_capacity")
     return int(text) if text.isdecimal() else 1024
 
@@ -98,7 +98,7 @@ def _listed(text: str) -> set[int]:
 
 
 def _text(path: Path) -> str:
-    """What a file of one line says, or nothing."""
+    """The text of a file of one line; "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, ValueError):
@@ -114,7 +114,7 @@ def _mac_cores() -> int:
 
 
 def _sysctl_text(name: str) -> str:
-    """A text that macOS knows by this name. The unnamed level is taken for one of efficiency."""
+    """A text that macOS knows by this name; "Efficiency" for a level without a name."""
     value = ctypes.create_string_buffer(64)
     return value.value.decode(errors="replace") if _sysctl(name, value) else "Efficiency"
 

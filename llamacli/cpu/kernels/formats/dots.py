@@ -7,8 +7,8 @@ in the terms of layout.py; the sums in brackets are integers. Floats add up in 8
 take int64 addresses and sizes.
 
 Each row takes two loops. The first computes the factor of every group (weight scale times activation scale) and adds up the
-minimums. The second only multiplies codes. In one loop the scales' long chain of small steps fills the core's window and the
-products wait for it: on Zen 4 a single loop, in registers of 64 bytes, reached 20 GB/s where two read 33. For the same
+minimums. The second only multiplies codes. In one loop the long chain of instructions for the scales fills the core's reorder
+buffer and the products wait: on Zen 4 a single loop, in registers of 64 bytes, reached 20 GB/s where two read 33. For the same
 reason registers have 32 bytes where the CPU has wider ones too.
 
 Q4_K, Q5_K and Q6_K are prefetched twice: far ahead into the second-level cache, which can wait for more lines of memory at a

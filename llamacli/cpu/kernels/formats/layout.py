@@ -30,7 +30,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 def signed(fmt):
-    """The format with codes 128 lower, so that they are signed bytes: some CPUs multiply no others."""
+    """The format with codes 128 lower, so that they are signed bytes: some CPUs multiply only those."""
     changed = {"piece": fmt.signed_piece, "offset": fmt.offset - 128, "largest": 127, "signed": True}
     if hasattr(fmt, "crossed"):
         changed["crossed"] = fmt.signed_crossed
@@ -69,7 +69,8 @@ def by_group(s, fmt, us, xs, largest, is_signed):
     for at, u, x in zip(registers(s, fmt), us, xs, strict=True):
         shared.setdefault(at, []).append((u, x))
     used, doublings = max(len(both) for both in shared.values()), 0  # how often sums in 16 bits can still double
-    # A group of 16 fills half a register: there VNNI's sums of four bytes save less than adding lanes of 16 bits does.
+    # A group of 16 fills half a register of 32 bytes. For such groups adding products in 16-bit lanes saves more instructions
+    # than VNNI's sums of four bytes.
     in_16_bits = s.target.dot == "maddubs" or (s.target.dot == "vnni" and fmt.group == 16)
     if in_16_bits and not is_signed and s.fits(largest) >= 2 * used:
         dots = [reduce(s.b.add, (s.pairs(u, x) for u, x in both)) for both in shared.values()]
@@ -77,7 +78,8 @@ def by_group(s, fmt, us, xs, largest, is_signed):
     else:
         dots = [s.products(*zip(*both, strict=True), largest, is_signed) for both in shared.values()]
     fours = [s.sums_of_fours(dots[k : k + 4], doublings) for k in range(0, len(dots), 4)]
-    if len(fours) == 2 and fmt.group == 32:  # a group filled a register: its first and its last weights are still apart
+    # A group spans a register: the sums of its first and its last weights are in separate lanes.
+    if len(fours) == 2 and fmt.group == 32:
         fours = [s.b.add(*(s.shuffle(fours[0], [k + j for k in (0, 8) for j in range(h, h + 4)], fours[1]) for h in (0, 4)))]
     return fours
 
@@ -91,9 +93,9 @@ def totals(s, values):
 
 
 def store_scales_and_sums(s, fmt, x, of_codes, out):
-    """Behind the 256 codes at `out`, in the order of `lanes`: the scale of each group of the activation superblock at x, then
-    what its sum is for: where a format has mins, minus the scaled sum; where it has an offset, the sum of the codes times minus
-    the offset; else nothing.
+    """Store two values for each group of the activation superblock at x, after the 256 codes at `out` and in the order of
+    `lanes`: the scales, then the terms that depend on sums. Such a term is minus the scaled sum where the format has mins, and
+    minus the offset times the sum of the codes where it has an offset other than 0; else there is none.
     """
     groups = 256 // fmt.group
     for p, (at, total) in enumerate(zip(lanes(s, fmt), of_codes, strict=True)):

@@ -17,7 +17,7 @@ from llamacli.cpu.kernels.formats.tiles import UNROLL
 from llamacli.cpu.kernels.jit.simd import Simd, f32, i8, i16, i32, i64, vec
 
 MOST = 16  # tokens of a call
-PAD = 4  # xs and outs are as long as a multiple of it
+PAD = 4  # xs and outs are padded to a multiple of it
 SUPERS = 8  # superblocks that are unpacked at a time
 VECTORS = 2  # registers of weights side by side
 
@@ -60,7 +60,8 @@ def matvecs(module, target, fmt):
     unpacked = s.add(states, s.mul(padded, of_state))
     keep = s.b.icmp_signed("!=", acc, i64(0))
     # While all tokens pass by an unpacked superblock, as many bytes of the next rows are prefetched, some of them each time.
-    # Into the second level: a CPU drops what exceeds the few misses of the first level that it can note.
+    # They go into the second-level cache: the first level tracks only a few misses at a time, and further prefetches are
+    # dropped.
     share = s.b.udiv(s.add(passes, block * formats.span(fmt) - 1), passes)
 
     def lay_out(t, _):
@@ -132,8 +133,9 @@ def matvecs(module, target, fmt):
 
 
 def _sides(s, target, n):
-    """(tokens side by side, how often): 4 where there are registers for all their sums, and 2. A third has a fourth beside it
-    that does not count.
+    """(tokens side by side, how often): 4 where there are registers for all their sums, and 2.
+
+    A token left over is multiplied beside padding, whose result is not used.
     """
     if target.width == 32:
         return [(2, s.b.lshr(s.add(n, 1), i64(1)))]
@@ -271,8 +273,7 @@ def _factors(s, codes, stride, given, k, width):
 def _short_dots(s, fmt, codes, stride, given, columns, dots):
     """The same where products come in 16 bits: they are added there as long as they fit.
 
-    The columns are a loop of their own, UNROLL at a time. All in one line, LLVM puts the sums into an order of its own, for
-    which registers run out.
+    The columns are a loop, UNROLL at a time. In straight-line code LLVM would reorder the sums, and registers would run out.
     """
     is_signed, width = hasattr(fmt, "signed"), 4 * dots[0].type.count
     run, ones = columns if is_signed else min(columns, s.fits(fmt.largest)), s.fill(i16, width // 2, 1)

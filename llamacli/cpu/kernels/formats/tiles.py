@@ -39,15 +39,15 @@ def _packed_size(fmt, target):
 
 
 def short(target):
-    """Tokens of the tiles that the last tokens take, so that fewer are multiplied in vain."""
+    """Tokens of a short tile. The last tokens of a batch take short tiles, so that less padding is multiplied."""
     return target.tile - 2
 
 
 def centre(target, fmt):
-    """What a tile takes off every code before the products are widened, by starting the integer sums below zero.
+    """What a tile subtracts from every code, by starting the integer sums of products below zero.
 
-    A format's offset, which then needs no term of its own; or half the largest code, where only so a group's sum fits 16 bits.
-    16-bit addition wraps, so it is enough that the end result fits.
+    It is the format's offset, which then needs no term of its own; or half the largest code, where a group's sum fits 16 bits
+    only with it. 16-bit addition wraps, so it is enough that the final sum fits.
     """
     if target.step == 8:
         return 0
@@ -87,7 +87,7 @@ def prepare(module, target, fmt):
             least = s.b.fsub(least, s.b.fmul(scale, rows.fill(f32, groups, float(middle))))
         if whole:
             scale, factor = fmt.whole_scales(rows, w)
-            if least is not None:  # in units of the factor; where that is 0, so are the scales in its place
+            if least is not None:  # in units of the factor; where that is 0, the scales become 0 and the factor 1
                 none = s.b.fcmp_ordered("==", factor, rows.fill(f32, groups, 0.0))
                 scale = s.b.select(none, rows.fill(i32, groups, 0), scale)
                 factor = s.b.select(none, rows.fill(f32, groups, 1.0), factor)
@@ -106,7 +106,7 @@ def prepare(module, target, fmt):
 
 
 def _in_steps(s, codes):
-    """Words of 4 bytes of each row as those of `step`."""
+    """Words of 4 bytes of each row, regrouped as words of `step` bytes."""
     if s.target.step == 4:
         return codes
     words, n = s.bits(codes, i32), s.lanes
@@ -169,10 +169,11 @@ def _start(s, fmt, middle, x, g):
 
 def tile(module, target, fmt, name="tile"):
     """tile(panel, n_supers, packed, outs, offset, acc, ahead, lines): target.tile_vectors panels, one after the other, times
-    target.tile tokens. Meanwhile it asks for what will be needed next: `lines` cache lines in each superblock, from `ahead` on.
+    target.tile tokens. Meanwhile it prefetches what will be needed next: `lines` cache lines in each superblock, from `ahead`
+    on.
 
-    Token t gets `lanes` products of each panel at outs[t] + offset. Loading a broadcast activation once for two panels is what
-    keeps the load ports out of the way of the multipliers.
+    Token t gets `lanes` products of each panel at outs[t] + offset. A broadcast activation is loaded once for two panels, so
+    that the load ports do not limit the products.
     """
     s = Simd(module, target, name, 8)
     panel0, supers, packed0, outs0, offset, acc, ahead, lines = s.args
@@ -251,10 +252,10 @@ def _products(s, fmt, w, x, part, tokens, starts, _):
 
 
 def _short_products(s, fmt, w, x, part, tokens, starts, by):
-    """_products by sums in 16 bits, which are widened as rarely as they fit: by `by`, pairs of 16-bit factors of each panel, or
-    ones. Signed codes do not fit twice.
+    """`_products` with sums in 16 bits, which are widened only before they would overflow. Widening multiplies by `by`, pairs
+    of 16-bit factors of each panel, or by ones. Two products of signed codes do not fit 16 bits, so each is widened.
 
-    The steps are a loop of their own, UNROLL at a time. All in one line, LLVM loads so far ahead that registers run out.
+    The steps are a loop, UNROLL at a time. In straight-line code LLVM would load so far ahead that registers run out.
     """
     steps, signed = fmt.group // 4, hasattr(fmt, "signed")
     run = steps if signed or starts else min(steps, s.fits(fmt.largest))

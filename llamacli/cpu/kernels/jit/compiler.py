@@ -25,8 +25,9 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}  # sums may be reordered; NaN and
 
 
 def dispatcher(function: FunctionType, options: dict) -> Callable:
-    """What intrinsics.compiled calls: the function by Numba, which compiles it on the first call or reads it from our cache
-    folder. Where the folder cannot be used, or what it has is damaged, the function is compiled in memory.
+    """What intrinsics.compiled calls: Numba's form of the function, compiled on the first call or read from our cache folder.
+
+    Where the folder cannot be used, or what it has is damaged, the function is compiled in memory.
     """
     function = _implemented(function)
     plain = njit(nogil=True, **options)(function)  # compiles nothing before the first call
@@ -37,9 +38,9 @@ def dispatcher(function: FunctionType, options: dict) -> Callable:
             return plain(*arguments)
         try:
             return made[0](*arguments)
-        except OSError as error:  # from Numba's writing: functions of arrays open no files
+        except OSError as error:  # Numba could not write its cache: functions of arrays open no files
             not_kept(error)
-        except Exception:  # from its reading, as it checks nothing: a power cut leaves empty files
+        except Exception:  # Numba reads its cache without checks: a power cut leaves empty files
             _forget(made[0])
         made[0] = plain
         return plain(*arguments)

@@ -105,7 +105,7 @@ def slow_variant() -> str | None:
 
 _DIGEST = 16  # bytes of checksum at the head of a cache file
 _libraries: dict[str, object] = {}  # code stays loaded as long as its tracker lives
-_loading = threading.Lock()  # or a second copy takes the first one's place, and its code from under the thread that runs it
+_loading = threading.Lock()  # a second copy of a library would unload the first, whose code a thread may be running
 
 
 @cache
@@ -124,7 +124,7 @@ def machine(target: Target):
 
 def optimized(build, target: Target):
     """`build(target)`, an ir.Module or its text, parsed, verified and run through LLVM's passes; no automatic vectorizing,
-    the IR already is.
+    since the IR is vectorized.
     """
     generator = machine(target)  # first: it sets LLVM up
     parsed = llvm.parse_assembly(str(build(target)))
@@ -173,7 +173,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _keep(path: Path, code: bytes) -> None:
-    """Write a cache file, whole or not at all. One that cannot be written costs time, not the answer."""
+    """Write a cache file, whole or not at all. A failure only means that the next process compiles again."""
     part = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}.part")  # containers that share a cache share process ids
     try:
         part.write_bytes(blake2b(code, digest_size=_DIGEST).digest() + code)
@@ -196,7 +196,7 @@ def _link(tag: str, code: bytes, symbols):
     try:
         return link()
     except RuntimeError:
-        _libraries["before"] = _libraries.get("jit")  # what it loaded lives as long as it does
+        _libraries["before"] = _libraries.get("jit")  # the code that it loaded lives as long as it does
         _libraries["jit"] = llvm.create_lljit_compiler(machine(chosen_target()), use_jit_link=False)
         return link()
 

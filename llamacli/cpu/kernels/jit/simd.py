@@ -209,7 +209,7 @@ class Simd:
     # half precision
 
     def from_half(self, v):
-        """float16 (as half values) to float32; infinities and NaN only where the CPU converts itself."""
+        """float16 (as half values) to float32; infinities and NaN are kept only where the CPU has the conversion."""
         scalar = not isinstance(v.type, ir.VectorType)
         if self.target.half:
             return self.b.fpext(v, f32 if scalar else vec(f32, v.type.count))
@@ -319,7 +319,7 @@ class Simd:
         n = four[0].type.count // (2 if four[0].type.element == i16 else 1)
         if self.target.neon:  # adds neighbours in one instruction
             rounds = [((0, 2, n, n + 2), (1, 3, n + 1, n + 3))] * 2
-        else:  # other than neighbours, of which LLVM makes `hadd`: three steps on x86, and slow ones on AMD's cores
+        else:  # no neighbours: of these LLVM makes `hadd`, which takes three micro-operations on x86 and is slow on AMD
             rounds = [((0, n, 1, n + 1), (2, n + 2, 3, n + 3)), ((0, 1, n, n + 1), (2, 3, n + 2, n + 3))]
         for k, picks in enumerate(rounds):
             if k == doublings:
@@ -328,7 +328,7 @@ class Simd:
         return self._widened(four[0])
 
     def _add_lanes(self, a, b, picks):
-        """The sum of two choices of 32-bit lanes of a and b; in each 4 lanes the same."""
+        """Two selections of 32-bit lanes of a and b, added. `picks` says which lanes of each four are selected."""
         element = a.type.element
         add, word = (self.b.fadd, f32) if element == f32 else (self.b.add, i32)
         a, b = self.bits(a, word), self.bits(b, word)

@@ -193,7 +193,7 @@ class AttendArguments(NamedTuple):
     positions: Address
     tables: Address
     blocks: Address
-    stop: Address  # int64: not 0 when the run is to end soon, whatever comes out
+    stop: Address  # int64: not 0 when the run is to end early; results are discarded then
     state: Address
     scratch: Address  # aligned to 64 bytes
     scratch_stride: Count
@@ -262,7 +262,8 @@ def attend(a, thread, threads):
         for head in range(0, group, QUERY_ROWS):  # a group larger than the scratch goes in parts
             in_part = min(group - head, QUERY_ROWS)
             rows = tokens * in_part
-            many = (1 if alone else in_run) * in_part >= MANY  # by the run: a short block has the bits of a longer one
+            # Depends on the run alone: a short block gives the bits of a longer one.
+            many = (1 if alone else in_run) * in_part >= MANY
             unit = a.tall if many else a.unit
             padded = (rows + unit - 1) // unit * unit
             f, total, asked = pointer(states, float32), pointer(sums, float32), pointer(queries, float32)

@@ -2,14 +2,14 @@
 
 In: the texts of tokens and the merges, each followed by a zero byte; words likewise. Out: `Merges`, whose `encode` gives ids.
 Words are merged as `tokenizers` does it: of all neighbours that merges name, those of the earliest merge first, from the left;
-a word that is a token is taken whole. Building takes a fifth of that library's time, and not the interpreter's lock.
+a word that is a token is taken whole. Building takes a fifth of that library's time and runs without the interpreter's lock.
 
 A vocabulary is three tables: the texts; `slots`, int64 [mask + 1], each some bits of a hash, where the text begins, and its id
 plus 1; `pairs`, int64 [pair_mask + 1, 2], left << 32 | right, plus 1, and what they become, rank << 32 | id. The last two are
 hashed, at most two thirds full.
 
-A text's hash is a polynomial modulo a prime at a base that is drawn anew for each vocabulary (Carter and Wegman 1979): whoever
-writes a file does not know which texts will share places, and the time of every call grows with its input alone.
+A text's hash is a polynomial modulo a prime at a base that is drawn anew for each vocabulary (Carter and Wegman 1979): the
+author of a file cannot choose texts that collide, and the time of every call depends on the size of its input alone.
 """
 
 import secrets

@@ -1,4 +1,4 @@
-"""Takes out of a vocabulary's logits what a grammar forbids.
+"""Sets the logits of tokens that a grammar forbids to minus infinity.
 
 In: float32 logits and one bit for each token, as llguidance writes them. Out: the logits in place, minus infinity where the bit
 is 0. Where 32 tokens in a row are all allowed nothing is touched, as in the middle of a text.

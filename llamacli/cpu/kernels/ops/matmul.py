@@ -166,7 +166,7 @@ class MatmulArguments(NamedTuple):
     tile: OptionalMicrokernel
     pack_short: OptionalMicrokernel
     tile_short: OptionalMicrokernel
-    ragged: Flag  # rows end within a superblock: `prepare` reads on into the next rows, and so not the last ones
+    ragged: Flag  # rows end within a superblock: `prepare` reads beyond them, so the last rows of a matrix take no panel
     panel_rows: Count
     tile_rows: Count
     tile_tokens: Count
@@ -185,7 +185,7 @@ class MatmulArguments(NamedTuple):
     unit: Count  # rows of an item of work are a multiple of it
     taken: Address  # int64, 0 between runs: items of work that threads have taken
     alone: Address  # int64: not 0 where tokens are to be done one by one, so that each has the bits it has alone
-    stop: Address  # int64: not 0 when the run is to end soon, whatever comes out
+    stop: Address  # int64: not 0 when the run is to end early; results are discarded then
 
 
 def arguments(
@@ -304,7 +304,7 @@ def _list_rows(a, xs, outs, group, padded):
 
 @device_function
 def _tiles_of(a, count):
-    """How many tiles of tile_tokens tokens, and after them of short_tokens, multiply the fewest in vain."""
+    """How many tiles of tile_tokens tokens, and after them of short_tokens, multiply the least padding."""
     n, n_short = (count + a.tile_tokens - 1) // a.tile_tokens, int64(0)
     for shorts in range(1, 3):
         others = (max(0, count - shorts * a.short_tokens) + a.tile_tokens - 1) // a.tile_tokens
@@ -331,8 +331,8 @@ def _pack_tokens(a, xs, packed, first, end, n_full):
 
 @device_function
 def _multiply_tiles(a, base, row, row_end, after, first, end, n_full, xs, outs, panels, packed):
-    """Rows from `row` on, whole tiles of them, times the tokens of some tiles, which are packed. The rows that follow, in the
-    end those from `after` on, are read from memory meanwhile.
+    """Rows from `row` on, whole tiles of them, times the tokens of some tiles, which are packed. Meanwhile the rows that follow
+    are prefetched, at the end those from `after` on.
 
     Where the tokens fit into the second-level cache, each tile's rows pass by all of them; else as many as fit there.
     """
@@ -443,5 +443,5 @@ def matmul(a, thread, threads):
                 ready = int64(not tiled)
             item = atomic_add(a.taken, 1) if sharing > 1 else item + 1
         before += items
-    if sharing > 1 and item == before + threads - 1:  # the last to come in vain
+    if sharing > 1 and item == before + threads - 1:  # the last thread that found no item
         atomic_store(a.taken, 0)

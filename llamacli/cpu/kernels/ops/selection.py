@@ -1,7 +1,7 @@
 """Selects among weights of a vocabulary: the fewest that add up to a sum, and one of them by chance.
 
 In: float32 [n], none negative. Out: a `Bound` that says which stay, their indices, or one index. The weights are passed over a
-few times and nothing is sorted: where a model thinks everything possible, thousands of tokens stay.
+few times and nothing is sorted, since thousands of tokens stay where the distribution is flat.
 """
 
 from typing import NamedTuple
@@ -65,7 +65,8 @@ def _bucket(at, n, shift, sums, enough):
 def _relevant(a, share):
     """(how many weights may be needed to reach `share` of the sum, that share): the bits of these go into `some`.
 
-    All weights up to a share of what is left over do not make that up. They are most of a vocabulary, and are passed by.
+    Weights of up to (1 - share) * sum / n are not needed, since all of them together are no more than may be missing. Most of a
+    vocabulary is that small and is skipped.
     """
     weights, bits, some = pointer(a.weights, float32), pointer(a.weights, int32), pointer(a.some, int32)
     total, left = 0.0, int64(0)
@@ -86,7 +87,7 @@ def _relevant(a, share):
 
 @kernel(_BoundArguments)
 def _bound(a, thread, threads):
-    """Find the bound, then what it leaves."""
+    """Find the bound, then the number and the sum of the weights that stay."""
     share, floor = pointer(a.limits, float64)[0], pointer(a.limits, float64)[1]
     weights, bits, some = pointer(a.weights, float32), pointer(a.weights, int32), pointer(a.some, int32)
     pointer(a.some, float32)[0] = float32(floor)
@@ -196,9 +197,9 @@ def _draw(a, thread, threads):
 
 
 def draw(weights: np.ndarray, bound: Bound, share: float) -> int:
-    """The one at which those that stay add up to more than `share` (0 to 1) of their total, in ascending order."""
+    """The index, among those that stay in ascending order, at which their sum exceeds `share` (0 to 1) of the total."""
     found = np.full(1, -1, np.int64)
-    goal = share * bound.total * (1 - 1e-12)  # as a rule less than the same weights add up to in another order
+    goal = share * bound.total * (1 - 1e-12)  # so that the same weights, added in another order, exceed it as a rule
     _run(_draw, weights, np.array(bound[:2], np.int64), np.array([goal]), found)
     return int(found[0] if found[0] >= 0 else select(weights, bound)[-1])
 

@@ -14,7 +14,7 @@ from llamacli.cpu.kernels.jit.intrinsics import Address, Count, kernel, pointer
 LENGTH = 8  # bytes of a length
 
 
-BEYOND = 1 << 40  # no list of strings reaches as far
+BEYOND = 1 << 40  # a position that no file reaches
 
 
 class _SkipArguments(NamedTuple):
@@ -40,9 +40,10 @@ def _skip(a, thread, threads):
 
 
 def skip(buffer: np.ndarray, count: int, pos: int) -> tuple[int, int]:
-    """Of `count` strings from `pos` of `buffer` (uint8) on: how many are left where it ends, and where the next one begins.
+    """Skip up to `count` strings from `pos` of `buffer` (uint8) on, those whose lengths it holds.
 
-    The last of those that are not left may end beyond it; a length that none can have counts as one that lies beyond it.
+    Returns how many are left, and where the next one begins. The last string skipped may end beyond the buffer. An impossible
+    length ends the skipping with a position beyond every file.
     """
     return tuple(_run(_skip, buffer.ctypes.data, len(buffer), count, min(pos, BEYOND)).tolist())
 

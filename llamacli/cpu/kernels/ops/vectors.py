@@ -33,7 +33,7 @@ def build(head_dim):
 def _quantize(module, target):
     """quantize(x, n_supers, out): float32 to activation superblocks (layout.py), each 32 values with d = max|x| / 127.
 
-    Values whose reciprocal would leave float32 are first multiplied by RAISE, a power of two, which changes no digit.
+    Values whose reciprocal would overflow float32 are first multiplied by RAISE, a power of two, which is exact.
     """
     s = Simd(module, target, "quantize", 3)
     x0, supers, out0 = s.args
@@ -154,8 +154,8 @@ def _softmax(module, target):
 def _product(module, target, head_dim):
     """product(a, a_stride, n_rows, b, b_stride, depth, c, c_stride, state): c[r] = a[r] . b, `span` columns of it, all float32.
 
-    n_rows is a multiple of target.tile; a's columns and b's rows are `depth` many. With a state (as in softmax) for each row,
-    what stood in c times its factor comes on top; 0: nothing does.
+    n_rows is a multiple of target.tile; a's columns and b's rows are `depth` many. With a state (as in softmax) for each row, c
+    times the state's factor is added; state 0: nothing is added.
     """
     s = Simd(module, target, "product", 9)
     a0, a_stride, n_rows, b0, b_stride, depth, c0, c_stride, state0 = s.args

@@ -114,7 +114,7 @@ class AttendTilesArguments(NamedTuple):
     span: Count  # columns that `product` makes at a time
     scale: Address  # float32
     rows: Address
-    stop: Address  # int64: not 0 when the run is to end soon, whatever comes out
+    stop: Address  # int64: not 0 when the run is to end early; results are discarded then
     scratch: Address  # aligned to 64 bytes
     scratch_stride: Count
     keys_offset: Count  # Scratch's

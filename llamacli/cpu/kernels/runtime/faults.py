@@ -4,8 +4,9 @@ Touching a page of such a file raises SIGBUS. The handler is compiled code that 
 the rest of the mapping and marks the mapping as broken. The run then ends normally with a wrong result, and the caller discards
 it because `Guard.broken` names the mapping. SIGBUS at any other address ends the process, as without this module.
 
-Another library of the process, such as libclang, may have put its handler in front: it takes it away and raises the signal
-again. Such a signal has no address, and nothing is done: the access faults again, and then this handler gets it.
+Another library of the process, such as libclang, may have installed its handler in front of this one. On a fault it removes
+itself and raises the signal again. That signal has no address, so this handler only returns: the access faults again, and the
+second fault comes here with its address.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ _SIGINFO = 4 if _LINUX else 0x40
 _READ, _FIXED_PRIVATE_ANONYMOUS = 1, 0x32 if _LINUX else 0x1012
 _i32, _i64, _pointer = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 _installed: list = []  # the table of mappings, kept as long as the process lives
-_choosing = threading.Lock()  # or two models that are loaded at once take the same rows
+_choosing = threading.Lock()  # without it two models that are loaded at once would take the same rows
 
 
 class Guard:
@@ -40,7 +41,8 @@ class Guard:
             if not _installed:
                 _install()
             state, table = _installed
-            free = np.flatnonzero(table[:, 1] == 0)[: len(maps)]  # past MOST, faults are what they always were
+            # Maps beyond MOST are not guarded: a fault there ends the process.
+            free = np.flatnonzero(table[:, 1] == 0)[: len(maps)]
             self._table, self._rows = table, free
             for row, mapped in zip(free, maps, strict=False):
                 start = np.frombuffer(mapped, np.uint8).ctypes.data

@@ -68,7 +68,7 @@ def _run_steps(control, thread, threads):
 
 @kernel(None)
 def worker_loop(control, thread, threads):
-    """A worker's whole life."""
+    """What a worker thread runs: it waits for runs and takes part in each, until the pool is closed."""
     ticket = 0
     while True:
         await_change(control, TICKET, ticket, thread, BETWEEN_RUNS)
