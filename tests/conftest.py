@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a test times nothing
 settings.load_profile("any machine")
 
-# a run in the background of a script inherits an ignored SIGINT and would pass it on to every command under test
+# a run in the background of a script inherits an ignored SIGINT, one under nohup an ignored SIGHUP, and would pass them on to
+# every command under test
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 KEPT = ("LLAMACLI_CACHE", "LLAMACLI_SIMD")  # who runs the tests may choose these
 
@@ -34,7 +36,7 @@ def no_settings(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
     """Commands that run in this process change them, and child processes would inherit them."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
