@@ -123,7 +123,7 @@ class Row:
 
     def _silent(self, k: int) -> float:
         """Seconds since anything came from node k, or went to it."""
-        moments = [self._controls[k].heard]
+        moments = [self._controls[k].heard, self._controls[k].moved]
         if self.links:
             moments += [self.links[0].moved] if k == 0 else []
             moments += [self.links[1].heard] if k == len(self.places) - 1 else []

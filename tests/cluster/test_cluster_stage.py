@@ -1,6 +1,7 @@
 """A model whose layers are on nodes: every logit has the bytes of one process, whatever happens to the nodes."""
 
 import itertools
+import socket
 import sys
 import threading
 import time
@@ -319,6 +320,38 @@ def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):
     assert nodes.same([9])
     assert "no answer" in nodes.said[0]
     stuck._busy.release()
+
+
+def slowly(address, rate):
+    """The address of a network that takes so many bytes a second on their way to a node."""
+    own = socket.create_server(("127.0.0.1", 0))
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+
+    def pass_on(source, target, pause):
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+                time.sleep(len(data) * pause)
+
+    def serve():
+        while True:
+            near, far = own.accept()[0], socket.create_connection(address)
+            for way in ((near, far, 1 / rate), (far, near, 0)):
+                threading.Thread(target=pass_on, args=way, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return own.getsockname()
+
+
+def test_a_node_that_keys_and_values_go_to_for_longer_than_the_patience_is_not_lost(nodes, monkeypatch):
+    monkeypatch.setattr(row, "PATIENCE", 1.0)
+    monkeypatch.setattr(row, "PING_EVERY", 0.1)
+    monkeypatch.setattr(Node, "_op_restore", lambda self, frame: None)
+    places = [place._replace(address=slowly(place.address, 16e6)) for place in nodes.open(Counter())]
+    links = row.Row(places, SECRET)
+    links.ask(1, "restore", {}, [np.zeros(48 << 20, np.uint8)])  # 3 s
+    assert links.lost is None
+    links.close()
 
 
 @pytest.mark.parametrize("gets_on", [False, True])
