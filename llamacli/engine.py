@@ -133,9 +133,13 @@ class Engine:
             return [inputs for stage in self.stages for inputs in stage.watch()]
 
     def take_io_stats(self) -> IoStats | None:
-        """What was read since the last call, None if all experts are mapped."""
-        with self._lock:
+        """What was read since the last call, None if all experts are mapped, or if a call is under way in another thread."""
+        if not self._lock.acquire(blocking=False):  # a forgotten answer may end in a thread that this call waits for
+            return None
+        try:
             found = [io for stage in self.stages if (io := stage.take_io_stats()) is not None]
+        finally:
+            self._lock.release()
         return sum(found[1:], start=found[0]) if found else None
 
     @property

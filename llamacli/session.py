@@ -64,6 +64,7 @@ class Session:
         self.speculate = False  # whether tokens that the text repeats are guessed and evaluated together (speculation.py)
         self._pictures = False  # whether a token may be a row of features
         self._touched = 0  # positions below this one may have been written, by a finished or an interrupted call
+        self._turn = 0  # calls so far that changed what is held: an abandoned answer is out of date by it
         self._reached: np.ndarray | None = None  # the logits after `ids`, if `sync` made them and nothing came since
 
     def eval(self, prompt: Sequence) -> np.ndarray:
@@ -71,6 +72,7 @@ class Session:
         ids = tokens(prompt)
         if not ids:
             raise PromptError("nothing to evaluate: expected at least one token id, found none")
+        self._turn += 1
         return self._evaluate(self._rewind(len(self.ids)) + ids)
 
     def sync(self, prompt: Sequence) -> np.ndarray:
@@ -78,6 +80,7 @@ class Session:
 
         What the cache shares with it from the start is kept. ContextFullError if it has more than `ctx` tokens.
         """
+        self._turn += 1
         if self._reached is None or self.ids != tokens(prompt):
             self._reached = self._sync(self._keep_common(prompt))
         else:
@@ -96,6 +99,7 @@ class Session:
         """Prepare to evaluate a prompt in parts: keep the tokens that the cache shares with it, and read more of it from
         snapshots. Returns how many tokens are then held, never the prompt's last one.
         """
+        self._turn += 1
         ids = self._keep_common(prompt)
         if self.snapshots and not self.snapshots.exact:
             self._restore(ids)
@@ -157,13 +161,14 @@ class Session:
         stats = self.stats = Stats(prompt_tokens=len(ids))
         decoder, watch = self.tokenizer.stream(), StopStrings([stop] if isinstance(stop, str) else stop)
         stopped = False
+        self._turn = turn = self._turn + 1
         drafts: list[int] = []  # ids that were evaluated as guesses and are not yet part of the answer
         try:
             ahead = sampler.begin(begun)  # ids that come next
             said: list[Token] = []  # that are not evaluated yet
             chosen = None
             began = perf_counter()
-            rows = [self.sync(ids)]  # logits after each of the ids evaluated last
+            rows, turn = [self.sync(ids)], self._turn  # logits after each of the ids evaluated last
             stats.prefill_s = perf_counter() - began
             stats.prefill_io = self.engine.take_io_stats()
             guesses = self._guesses(sampler, shared)
@@ -210,10 +215,11 @@ class Session:
             yield Piece("" if stopped else watch.push(decoder.flush())[0] + watch.flush(), None, "interrupt")
             raise
         finally:
-            if drafts:
+            latest = turn == self._turn  # else the answer was abandoned, and the session has gone on since
+            if drafts and latest:
                 self._rewind(len(self.ids) - len(drafts))
             stats.decode_io = self.engine.take_io_stats()
-            if self.snapshots and not self.snapshots.exact:
+            if latest and self.snapshots and not self.snapshots.exact:
                 self._keep()
         tail = "" if stopped else watch.push(decoder.flush())[0] + watch.flush()
         yield Piece(tail, None, reason)

@@ -75,6 +75,21 @@ def test_an_answer_that_is_left_or_interrupted_holds_only_what_was_said():
     assert "".join(p.text for p in guessing.stream([BOS, 1, HEADER], Greedy())) == REPLY
 
 
+def test_an_answer_that_was_left_takes_nothing_from_what_the_session_holds_since():
+    """It ends whenever it is forgotten, perhaps in the middle of the next one."""
+    guessing, prompt = session(Scripted(REPLY, chunk=64)), [BOS, 1, HEADER]
+    left = guessing.stream(prompt, Greedy())
+    said = 0
+    while len(guessing.ids) <= len(prompt) + said:  # until there are guesses that are not said yet
+        said += next(left).id is not None
+    following = guessing.stream([BOS, 2, HEADER], Greedy())
+    text = [next(following).text for _ in range(9)]
+    held = list(guessing.ids)
+    left.close()
+    assert guessing.ids == held
+    assert "".join([*text, *(piece.text for piece in following)]) == REPLY
+
+
 # guesses
 
 

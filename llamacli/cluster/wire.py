@@ -156,6 +156,8 @@ class Link:
             self._closed = True
             with suppress(OSError):
                 self._sock.close()
+            with suppress(queue.Full):  # else the writing thread is at a frame, which fails
+                self._outgoing.put_nowait(None)
             self.received.put(LinkClosed(str(getattr(error, "strerror", None) or error)))
 
     def _read(self, count: int) -> Frame:

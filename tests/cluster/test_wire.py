@@ -224,6 +224,16 @@ def test_a_link_knows_when_bytes_came_and_when_they_went(listener):
     assert far.received.get(timeout=300).arrays[0].nbytes == 64 << 20
 
 
+def test_a_link_whose_other_side_is_gone_leaves_no_thread(listener):
+    before = set(threading.enumerate())
+    ours, theirs = pair(listener)
+    theirs.close()
+    assert isinstance(ours.received.get(), LinkClosed)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive(), thread.name
+
+
 def test_a_stranger_that_says_nothing_or_rubbish_gets_no_link(listener, monkeypatch):
     monkeypatch.setattr(wire, "GREETING", 0.2)
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n" * 10):

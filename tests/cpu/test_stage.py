@@ -230,6 +230,21 @@ os._exit(0)
 """
 
 
+def test_an_answer_that_ends_in_a_thread_which_a_call_waits_for_does_not_wait_for_that_call(tmp_path):
+    """Where Python collects garbage, a forgotten answer ends, be it in a thread that reads experts."""
+    model, others = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf")), []
+
+    def follow(done, total):
+        others.append(threading.Thread(target=model.take_io_stats, daemon=True))
+        others[-1].start()
+        others[-1].join(20)
+        assert not others[-1].is_alive()
+
+    model.follow_progress = follow
+    model.forward([1, 2, 3], model.new_cache(16))
+    assert others
+
+
 @pytest.mark.parametrize("held", ["free", "held"])
 @pytest.mark.parametrize(("experts", "answer"), [("mapped", "right"), ("slots", "load the model again")])
 def test_a_forked_child_gets_the_right_answer_or_an_error(experts, answer, held, tmp_path):
