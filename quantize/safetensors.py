@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from llamacli.errors import CheckpointError, next_step
+from llamacli.files.pages import map_file
 from quantize.folder import parse_json, read_json
 
 DTYPES = {  # NumPy has no bfloat16 and no FP8: their bits
@@ -137,7 +138,7 @@ def _open_shard(path: Path) -> tuple[dict[str, Stored], mmap.mmap]:
             raise CheckpointError(f"{path}: expected a safetensors file, found {size} bytes; download it again")
         with path.open("rb") as file:
             start, header = _header(path, file, size)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = map_file(file, size)
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or error
         raise CheckpointError(

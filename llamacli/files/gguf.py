@@ -21,6 +21,7 @@ import numpy as np
 
 from llamacli.errors import ModelFileError, UnsupportedModelError, next_step
 from llamacli.files.ggml import BY_ID, TensorType
+from llamacli.files.pages import map_file
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # struct codes
 _STRING, _ARRAY = 8, 9
@@ -322,7 +323,7 @@ def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:
                 raise _wrong(path, f"a GGUF of at least {_FIXED} bytes", f"{size}", "download it again")
             cursor = _Cursor(path, file, size)
             version, values, infos = _header(cursor)
-            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+            mapped = map_file(file, size)
     except FileNotFoundError:
         raise _wrong(path, "a GGUF file", "nothing of that name", "check the path") from None
     except PermissionError:

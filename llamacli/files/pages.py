@@ -1,20 +1,35 @@
-"""Memory pages: allocation on huge pages, and hints to the kernel about prefetching and dropping them.
+"""Memory pages: files as memory, allocation on huge pages, and hints to the kernel about prefetching and dropping them.
 
-In: addresses and sizes in bytes. Hints are best effort: what the system cannot do is skipped without an error.
+In: open files, addresses and sizes in bytes. Hints are best effort: what the system cannot do is skipped without an error.
 """
 
 import ctypes
+import errno
 import mmap
 import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import BinaryIO
 
 LARGE = 2 << 20  # bytes of a huge page
 _POPULATE_READ = 22  # Linux 5.14 and newer: fault the pages in, many in one call
 _POPULATE_WRITE = 23  # the same for pages that will be written to
 _RANDOM, _WILLNEED, _DONTNEED = 1, 3, 4
 _PIECE = 64 << 20  # bytes of one call, which cannot be interrupted
+
+
+def map_file(file: BinaryIO, nbytes: int) -> mmap.mmap:
+    """The first `nbytes` of an open file as read-only memory. OSError or ValueError if it cannot be mapped.
+
+    Some file systems have private maps only: FUSE with direct_io, as some network drives are mounted.
+    """
+    try:
+        return mmap.mmap(file.fileno(), nbytes, access=mmap.ACCESS_READ)
+    except OSError as error:
+        if error.errno != errno.ENODEV:
+            raise
+        return mmap.mmap(file.fileno(), nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
 
 
 def populate(ranges: Iterable[tuple[int, int]]) -> None:

@@ -1,6 +1,10 @@
 """Every microkernel in every variant that this CPU runs, against gguf-py and NumPy; with `-m arm` ARM's variants, emulated."""
 
+import ctypes
+import mmap
+import os
 import re
+import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -399,6 +403,57 @@ def test_a_product_stays_within_its_rows_and_its_scratch(name, threads, alone):
             np.testing.assert_allclose(out[:, :n_rows], want, atol=1e-3 * np.abs(want).max())
         assert np.isnan(out[:, n_rows:]).all()
         assert (scratch[:, layout.end :] == 0xAB).all()
+
+
+def before_a_gap(rows):
+    """A copy of rows that ends where memory does: a byte read beyond is SIGSEGV, as beyond the last tensor of a mapped file."""
+    size = -(-rows.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + size), mmap.PAGESIZE, 0) == 0
+    copy = np.frombuffer(memory, np.uint8, rows.nbytes, size - rows.nbytes).reshape(rows.shape)
+    copy[:] = rows
+    return copy
+
+
+def multiply_before_a_gap(name):
+    """Products of every kind with the chosen variant; AssertionError if one is wrong."""
+    rng, pool = np.random.default_rng(8), Pool(2)
+    block = formats.QUANTIZED[name].block if name in formats.QUANTIZED else 1
+    for n_cols in {256: (256, 512), 32: (32, 512, 352), 1: (7, 512, 203)}[block]:
+        for n_rows in (5, 33, 97):
+            raw, meant = random_rows(name, n_rows, n_cols, rng)
+            raw = before_a_gap(raw)
+            m = matmul.Matrix(raw.ctypes.data, name, 1, n_rows, n_cols, raw.shape[1])
+            for n in (1, 3, 8, 33, 300):
+                x = np.zeros((n, -(-n_cols // 256) * 256), np.float32)
+                x[:, :n_cols] = rng.standard_normal((n, n_cols))
+                codes, rounded = activations(x, chosen_target())
+                codes, layout = np.ascontiguousarray(codes.reshape(n, -1)), matmul.Scratch.of(n, n_rows, n_cols)
+                scratch = np.zeros(2 * layout.end + 64, np.uint8)
+                scratch = scratch[-scratch.ctypes.data % 64 :][: 2 * layout.end].reshape(2, -1)
+                out, flags, program = np.zeros((n, n_rows), np.float32), np.zeros(2, np.int64), Program()
+                table = np.concatenate([[0, n], np.arange(n)]).astype(np.int64)
+                rows = matmul.Rows(x.ctypes.data, x.strides[0], codes.ctypes.data, codes.strides[0])
+                to, stop = matmul.Rows(out.ctypes.data, out.strides[0]), flags.ctypes.data
+                given = m, rows, to, table.ctypes.data, scratch, layout, program.counter(), stop, stop + 8
+                program.add(matmul.matmul, matmul.arguments(*given))
+                pool.run(program.seal())
+                want = (x if block == 1 else rounded)[:, :n_cols] @ meant.T
+                np.testing.assert_allclose(out, want, atol=1e-3 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", [*formats.QUANTIZED, *formats.FLOATS])
+def test_a_product_reads_nothing_beyond_its_rows(name):
+    matmul.microkernels(name)  # compiled here, as a child cannot keep it for the next one
+    if (child := os.fork()) == 0:
+        try:
+            multiply_before_a_gap(name)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("damage", [lambda code: b"", lambda code: code[:-9], lambda code: code[:99] + b"?" + code[100:]])

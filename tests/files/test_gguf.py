@@ -511,3 +511,24 @@ def test_a_limit_of_the_process_is_told_from_a_file_that_is_damaged(tmp_path, mo
     ):
         with pytest.raises(kind, match=f"{os.strerror(number)}.*{advice}"):
             open_it()
+
+
+def test_a_file_system_without_shared_maps_is_mapped_privately(tmp_path, monkeypatch):
+    """As FUSE refuses them with direct_io."""
+    true = mmap.mmap
+
+    def private_only(*arguments, access=0, **more):
+        if access == mmap.ACCESS_READ:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return true(*arguments, **more)
+
+    (tmp_path / "model.gguf").write_bytes(SOUND)
+    checkpoint.write_safetensors(tmp_path / "model.safetensors", {"x": ("F32", np.arange(4, dtype=np.float32))})
+    expected = open_gguf(tmp_path / "model.gguf").tensors["a"].data
+    monkeypatch.setattr(mmap, "mmap", private_only)
+    found = open_gguf(tmp_path / "model.gguf").tensors["a"].data
+    assert (found == expected).all()
+    assert not found.flags.writeable
+    values = open_checkpoint(tmp_path)["x"].data
+    assert values.tolist() == [0, 1, 2, 3]
+    assert not values.flags.writeable
