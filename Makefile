@@ -35,14 +35,14 @@ format: $(VENV)/.installed-dev ## Repair style
 bench: $(VENV)/.plot ## Measure MODEL=file at two depths; ARGS="--compare" for more; draws bench.png
 	$(BIN)/llamacli bench -m $(MODEL) -p 512,4096 -d 0,8192 --startup --plot bench.png $(ARGS)
 
-clean: ## Remove .venv and everything that is made again
+clean: ## Remove .venv and everything that can be made again
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## This list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' Makefile
 
-# Some systems' Python comes without ensurepip; the system's pip fills such an environment from outside.
+# Some systems' Python comes without ensurepip; there the system's pip installs into the environment.
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: expected Python 3.11 or newer, found $$(python3 -V 2>&1 || echo none); install it" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --clear --without-pip $(VENV)

@@ -108,7 +108,7 @@ def convert(
     metadata, rows, notices, inputs, maps, sight, _ = source
     if layers is None:
         for key in [key for key in metadata if key == RECIPE_KEY or key.startswith("quantize.imatrix.")]:
-            del metadata[key]  # of another conversion
+            del metadata[key]  # they describe the conversion that made the source
         metadata |= recipe.metadata | {"general.quantization_version": 2}
         shapes = {name: source.shape for name, source in rows.items()}
         types, more = choose_types(recipe, shapes, tensor_types, imatrix is not None)

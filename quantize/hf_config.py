@@ -68,7 +68,7 @@ class _Reader:
         value = self.values.get(key)
         value = default if value is None else value
         least, most = BOUNDS[field] if field else (0, 1e30)
-        if type(value) not in (int, float) or not least <= value <= most or value <= 0:  # NaN is not
+        if type(value) not in (int, float) or not least <= value <= most or value <= 0:  # NaN fails the comparison
             raise self.refuse(key, f"a positive number from {least:g} to {most:g}" if field else "a positive number")
         return float(value)
 
@@ -185,9 +185,11 @@ def _rope(c: _Reader, head_dim: int) -> tuple[float, np.ndarray | None]:
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise CheckpointError(f"{c.where}: expected rope_type llama3 or default, found {str(kind)[:40]}; no GGUF can say that")
+        raise CheckpointError(
+            f"{c.where}: expected rope_type llama3 or default, found {str(kind)[:40]}; a GGUF cannot express it"
+        )
     r = _Reader(c.where, scaling)
-    with np.errstate(all="ignore"):  # what leaves float32 is refused below
+    with np.errstate(all="ignore"):  # overflow of float32 is refused below
         divisors = rope_divisors(
             theta,
             head_dim,

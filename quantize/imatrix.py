@@ -84,7 +84,9 @@ def checked(path: Path, name: str, sums: np.ndarray, counts: np.ndarray) -> Entr
         sums, counts = np.ascontiguousarray(sums, np.float32), np.ascontiguousarray(counts, np.float32)
     for values, what in ((sums, "sums of squares"), (counts, "counts")):
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise ModelFileError(f"{path}: expected {what} from 0 on for {name!r:.80}, found negative or no numbers; {_HINT}")
+            raise ModelFileError(
+                f"{path}: expected {what} from 0 on for {name!r:.80}, found negative, infinite or NaN; {_HINT}"
+            )
     return Entry(sums, counts)
 
 

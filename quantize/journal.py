@@ -132,7 +132,7 @@ def _clean_up(files: Sequence[File], job: str, log: Path) -> str:
     if found.finished:
         count = sum(len(file.tensors) for file in files)
         return f"{len(found.finished)} of {count} tensors are kept in {parts[0].name}, the same command continues there"
-    if found.nbytes:  # this job's; else another's finished tensors are still there
+    if found.nbytes:  # the log is this job's; another job's parts and log are kept
         for path in (*parts, log):
             with contextlib.suppress(OSError):  # the error that led here is the one to report
                 path.unlink(missing_ok=True)
@@ -281,11 +281,10 @@ def _identity(path: Path) -> list[int] | None:
 
 def _write_part(file: File, journal: BinaryIO, finished: dict[str, _Finished], maker: Maker) -> None:
     """Complete the part, keeping the good tensors at its beginning."""
+    # `disk` syncs finished tensors while the next ones are made, so that little is left to write at the end.
     with (
         os.fdopen(os.open(part_of(file.path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b") as out,
-        ThreadPoolExecutor(
-            1, "sync"
-        ) as disk,  # while it writes, the next tensors are made: the end is not left waiting for all
+        ThreadPoolExecutor(1, "sync") as disk,
     ):
         left = deque(file.tensors)
         if out.read(len(file.head)) == file.head:

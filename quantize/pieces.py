@@ -110,5 +110,5 @@ class Threads:
             yield waiting.popleft().result()
 
     def close(self) -> None:
-        """Wait for what is under way, forget the rest."""
+        """Wait for the pieces in progress and cancel the others."""
         self._pool.shutdown(wait=True, cancel_futures=True)

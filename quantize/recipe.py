@@ -24,7 +24,7 @@ TYPES = (  # that tensors can be written in
     *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
-NARROWER = {  # types in blocks of 32, for rows that are no multiple of 256
+NARROWER = {  # types in blocks of 32, for rows that are not a multiple of 256
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",
@@ -180,7 +180,7 @@ def choose_types(
         else:
             kind, layer = _kind_and_layer(name)
             if name == TOKEN_EMBD and OUTPUT not in shapes:
-                kind = "output"  # tied: the one matrix gets what an output would get
+                kind = "output"  # tied: the embedding gets the type of an output
             place = model._replace(layer=layer)
             rules = (type_name for parts, holds, type_name in recipe.rules if kind in parts and holds(place))
             wanted[name] = next(rules, recipe.base)
@@ -249,7 +249,7 @@ def _fallbacks(wanted: dict[str, str], types: dict[str, TensorType]) -> list[str
         if kind.name != wanted[name]:
             odd.setdefault((wanted[name], kind.name), []).append(name)
     return [
-        f"{len(names)} tensors are {found} instead of {kind}, their rows are no multiple of {BY_NAME[kind].block}: "
+        f"{len(names)} tensors are {found} instead of {kind}, their rows are not a multiple of {BY_NAME[kind].block}: "
         f"{names[0]} first"
         for (kind, found), names in odd.items()
     ]

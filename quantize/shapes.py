@@ -23,7 +23,8 @@ from llamacli.llama4.vocabulary import BYTE_LETTERS
 from quantize.writer import ALIGNMENT, check_output, header, write_file
 
 PIECE = 16 << 20  # bytes made at a time
-# of a block of scale 1: where its scale stands, where that of its minima, the spread of its weights, their mean in minima
+# Of a block whose scale is 1: the byte of its scale, the byte of the scale of its minimums, the spread of its weights, and
+# their mean in units of a minimum.
 _SCALES = {"Q4_K": (0, 2, 190.0, 7.5), "Q6_K": (208, None, 1350.0, 0.0)}
 
 SCOUT = Config(

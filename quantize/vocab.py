@@ -65,10 +65,10 @@ def read_vocab(folder: Path, n_vocab: int, config: dict) -> tuple[dict[str, obje
         value = generation.get(key)
         if value is None or not generation.get("do_sample", True):
             continue
-        if type(value) in (int, float) and 0 <= value <= most:  # NaN is not
+        if type(value) in (int, float) and 0 <= value <= most:  # NaN fails the comparison
             fields[f"general.sampling.{field}"] = kind(value)
         else:
-            notices.append(f"generation_config.json: {key} {value!r:.20} left out, which is no number from 0 to {most}")
+            notices.append(f"generation_config.json: {key} {value!r:.20} left out, which is not a number from 0 to {most}")
     return fields, notices
 
 
@@ -76,7 +76,7 @@ def _reserved(name: str, first: int, stop: int) -> list[str]:
     return [f"{name}reserved_special_token_{i}" for i in range(first, stop)]
 
 
-# What this engine takes: field, its type, the most it may be.
+# Values of generation_config.json that this engine uses: field, type, largest value.
 SAMPLING = {"temperature": ("temp", float, 5), "top_p": ("top_p", float, 1), "top_k": ("top_k", int, 1 << 20)}
 SPECIALS = [  # in the order of their ids, from the first one after the ranks
     *("begin_of_text", "end_of_text", "fim_prefix", "fim_middle", "fim_suffix"),

@@ -325,7 +325,7 @@ def _open_part(path: Path) -> tuple[int, dict, dict[str, Tensor], mmap.mmap]:
             version, values, infos = _header(cursor)
             mapped = map_file(file, size)
     except FileNotFoundError:
-        raise _wrong(path, "a GGUF file", "nothing of that name", "check the path") from None
+        raise _wrong(path, "a GGUF file", "no file of that name", "check the path") from None
     except PermissionError:
         raise _wrong(path, "a GGUF file", "one that may not be read", "change its permissions") from None
     except (OSError, ValueError) as error:
@@ -387,7 +387,7 @@ def _further_parts(path: Path, values: dict, count: int) -> list[Path]:
         raise _wrong(path, "the first part of a split model", f"part {int(name['no'])}", f"open {parts[0].name}")
     for no, part in enumerate(parts, 1):
         if not part.exists():
-            raise _wrong(part, f"part {no} of a model of {count}", "nothing of that name", "put all parts into one folder")
+            raise _wrong(part, f"part {no} of a model of {count}", "no file of that name", "put all parts into one folder")
     return parts[1:]
 
 

@@ -40,14 +40,16 @@ from quantize.encoders.parts import (
 
 
 def affine(s, fmt, room):
-    """Scale and minimum of each lane; minimums at most 0 where a superblock stores their negatives as unsigned integers."""
+    """Find scale and minimum of each lane.
+
+    Minimums are at most 0 where a superblock stores their negatives as unsigned integers.
+    """
     b, top = s.b, float(fmt.LEVELS.high)
     zero = s.zeros(f32, LANES)
     low, high, sw, sx, sxx = extremes(s, fmt, room, room.x)
     mean = ratio_of(s, sx, sw)
-    rest, spread = centre(
-        s, fmt, room, mean
-    )  # from here on around the mean: a few heavy weights leave nothing of det otherwise
+    # From here on weights are taken around their mean: otherwise det would cancel out where a few weights are much heavier.
+    rest, spread = centre(s, fmt, room, mean)
     unsigned = fmt.INTEGERS is not None
     if unsigned:
         low = s.fmin(low, zero)
@@ -60,7 +62,7 @@ def affine(s, fmt, room):
         origin = fmt.LEVELS.level(s, offset)
         sl, sl2, sxl = pass_over(s, fmt, room, inverse, offset, b.fadd(origin, splat(s, ROUND)))
         det = s.fma(sw, sl2, b.fneg(b.fmul(sl, sl)))
-        varied = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-6), b.fmul(sw, sl2)))  # else rounding is all there is
+        varied = b.fcmp_ordered(">", det, b.fmul(splat(s, 1e-6), b.fmul(sw, sl2)))  # otherwise det is only rounding error
         scale = b.select(varied, ratio_of(s, b.fsub(b.fmul(sw, sxl), b.fmul(sl, rest)), det), zero)
         at_origin = ratio_of(s, b.fsub(rest, b.fmul(scale, sl)), sw)
         free = b.fsub(at_origin, b.fmul(scale, origin))
@@ -111,7 +113,7 @@ def affine(s, fmt, room):
         _affine_halves(s, fmt, room, scale, minus, b.fadd(low, mean), b.fadd(high, mean), sw, sxx)
     else:
         found = Line(scale, s.fmax(minus, zero), mean_level, curve)
-        pinned = b.fcmp_ordered(">=", low, most)  # the minimum is 0 and stays it
+        pinned = b.fcmp_ordered(">=", low, most)  # groups without negative weights: the minimum is 0
         level, curve = b.select(pinned, zero, b.fneg(low)), b.select(pinned, sxx, spread)
         whole = Line(span, s.fmax(b.fneg(b.fadd(low, mean)), zero), level, curve)
 
@@ -127,7 +129,7 @@ def _affine_halves(s, fmt, room, scale, minus, low, high, sw, sxx):
     b, zero = s.b, s.zeros(f32, LANES)
 
     def attempt(d, m, best):
-        """This d with the half float that suits its codes best."""
+        """Try this d with the best half float m for its codes."""
         left = left_over(s, fmt, room, d, m)
         other = half_of(s, b.fsub(m, ratio_of(s, left.e, sw)))
         by = b.fsub(other, m)
@@ -164,7 +166,7 @@ def _affine_superblock(s, fmt, room, found, whole_span, least, sw, sxx):
     zero = s.zeros(f32, LANES)
 
     def follow(line, sc, d):
-        """The minimum that suits this integer scale."""
+        """The best minimum for this integer scale."""
         return s.fmax(s.fma(line.level, s.fma(d, sc, b.fneg(line.scale)), line.minus), zero)
 
     def neighbours(line, d, m, sc, mc, around):

@@ -45,7 +45,7 @@ def affine_grid(s, fmt, room, low, span, to_zero):
             sums, sum_l2, sum_xl = _sums(s, fmt, room, level, True)
             product = s.to_float(b.sub(b.mul(sum_xl, s.fill(i32, LANES, n)), b.mul(sums, total)))
             spread = s.to_float(b.sub(b.mul(sum_l2, s.fill(i32, LANES, n)), b.mul(sums, sums)))
-            spread = s.fmax(spread, splat(s, 1.0))  # of levels all alike: the scale is 0
+            spread = s.fmax(spread, splat(s, 1.0))  # 0 where all levels are equal: the scale is 0 then
             sum_l, against, more = s.to_float(sums), product, s.zeros(f32, LANES)
             if to_zero is not None:  # where the best minimum would be above 0, the best line through 0
                 above = b.fcmp_ordered(">", b.fmul(beyond, spread), b.fmul(product, sum_l))
@@ -169,7 +169,7 @@ def _rounded_high(s, a, b):
 def _by_register(s, names, element, a, b):
     """x86's instruction on each register of the words, by its names of AVX2 and AVX-512; None on other processors.
 
-    LLVM knows these instructions by patterns of plain operations, too, but not wherever they stand.
+    LLVM also recognizes these instructions in patterns of plain operations, but not in every place.
     """
     if not s.target.triple.startswith("x86") or s.target.dot == "plain":
         return None

@@ -150,7 +150,7 @@ def _linear_superblock(s, fmt, room, scale, sl2, reach, least, one_sided, sxx):
     best = descend(scale, sl2, fmt.REFITS, HALVES, [zero, zero, everything])
     exact = b.fcmp_ordered("<", best[2], b.fmul(everything, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     d, sc, _ = s.loop(any_of(s, exact, min(-fmt.LEVELS.low, SPANS)), best, exactly)
-    if integers.high <= 31:  # where few of few levels are in use, the best integers may lie far apart
+    if integers.high <= 31:  # with few levels, of which one side is used, the best integer may be far from the nearest
         one_sided = over_block(s, one_sided, b.and_, per_block)
         other = neighbours(d, splat(s, integers.low), (0, any_of(s, one_sided, integers.high + 1 - integers.low)))[0]
         sc = b.select(one_sided, other, sc)

@@ -13,7 +13,7 @@ from quantize.encoders.levels import LANES, Uniform, splat
 
 UNROLL = 4
 SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may be worth giving up
-SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; the lowest one may matter little
+SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; with weights the lowest one may matter little
 SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
 TIE = 2e-7  # of the error taken off: less is rounding
 EXACT = 0.1  # the same share: ten times closer than usual, where the half floats' rounding is what is left
@@ -75,7 +75,7 @@ class Left(NamedTuple):
 
 
 def left_over(s, fmt, room, a, m):
-    """The error itself, weight by weight: where the fit is all but exact, the closed form is all rounding."""
+    """The error, summed weight by weight: where the fit is almost exact, the closed form is only rounding error."""
     inverse = inverse_of(s, a)
 
     def part(first, a, m, inverse, offset, minus):
@@ -147,19 +147,21 @@ def ratio_of(s, a, b):
 
 
 def inverse_of(s, a):
-    """1 / a, or 0 where that would not be a sane number."""
+    """1 / a, or 0 where |a| is at most 1e-30."""
     sane = s.b.fcmp_ordered(">", s.fabs(a), splat(s, 1e-30))
     return s.b.select(sane, s.b.fdiv(splat(s, 1.0), s.b.select(sane, a, splat(s, 1.0))), s.zeros(f32, LANES))
 
 
 def half_of(s, v):
-    """Rounded to half precision, finite, as float32."""
+    """v rounded to half precision, bounded to finite values, as float32."""
     bounded = s.fmin(s.fmax(v, splat(s, -HALF_MAX)), splat(s, HALF_MAX))
     return s.from_half(s.to_half(bounded))
 
 
 def unit_of(s, v):
-    """The same, but only zero becomes zero: that is a candidate by itself."""
+    """As `half_of`, but only zero becomes zero: smaller values become the smallest half float. Zero is tried as a candidate of
+    its own.
+    """
     zero = s.zeros(f32, LANES)
     above, below = (
         s.b.select(s.b.fcmp_ordered(op, v, zero), splat(s, at), zero) for op, at in ((">", HALF_MIN), ("<", -HALF_MIN))
@@ -168,7 +170,7 @@ def unit_of(s, v):
 
 
 def steps_of(s, h):
-    """A half float's neighbours, next to zero also zero's."""
+    """The half floats above and below h; of zero, the smallest ones of both signs."""
     step = s.fmax(s.b.fmul(s.fabs(h), splat(s, 0.75 * 2.0**-10)), splat(s, HALF_MIN))
     return half_of(s, s.b.fadd(h, step)), half_of(s, s.b.fsub(h, step))
 
@@ -190,14 +192,17 @@ def better(s, new, old, error, least):
 
 
 def clearly_better(s, new, old, error, least, slight):
-    """The same, but of equals the first stays, by more than rounding: groups that are alike get scales that are alike."""
+    """As `better`, but the new candidate must win by more than rounding error, so that similar groups get similar scales."""
     margin = s.fma(s.fabs(least), splat(s, TIE), slight)
     values, _ = better(s, [*new, error], [*old, least], error, s.b.fsub(least, margin))
     return values[:-1], values[-1]
 
 
 def exact_levels(s, fmt, span, least, most, best, attempt):
-    """Where the fit is all but exact, the half float decides: every level that `span` could be, for these lanes alone."""
+    """Where the fit is almost exact, the rounding of the half float decides.
+
+    For those lanes try a scale for each level that `span` could be.
+    """
     exact = s.b.fcmp_ordered("<", least, s.b.fmul(most, splat(s, EXACT / len(fmt.LEVELS.values) ** 2)))
     levels = [v for v in fmt.LEVELS.values if v]
     inverses = ir.Constant(vec(f32, len(levels)), [1 / v for v in levels])

@@ -1,20 +1,20 @@
 """The search for scales: sixteen groups of weights side by side, one in each lane, every candidate tried on all of them.
 
 In: float32 weights, and perhaps how much each column matters. Out: machine code that turns them into blocks. A group of 16 or
-32 weights has one scale, or a scale and a minimum; the K formats store these as small integers times a half float for the
-whole superblock of 8 or 16 groups, so a search has two floors:
+32 weights has one scale, or a scale and a minimum; the K formats store these as small integers times a half float for the whole
+superblock of 8 or 16 groups, so a search has two stages:
 
     each group    scales on a grid -> codes -> the scale (and minimum) of least squared error for these codes, a few times over
     superblock    the best of some half floats -> integers near each group's scale, each tried with codes of its own -> the half
                   float of least squared error for these integers, and once more
 
-The error is the plain squared one, or with weights the weighted one; nothing is guessed from magnitudes. affine.py is for
+The error is the plain squared one, or with weights the weighted one; magnitudes are not used as weights. affine.py is for
 weight = scale * code + minimum, linear.py for weight = scale * level, parts.py has what they share. What differs between
 formats, levels and layout of bytes, is in the formats' own modules.
 
-The closed forms are least squares: for codes l, weight factors w and x ~ a l + b, the sums of w, w x, w l, w l^2 and w x l
-say the best a and b, and the error without another look at the weights. Among half floats, where rounding decides, the error
-itself is summed, and zeros are a candidate like any other. A fit that is all but exact gets a longer search.
+The closed forms are least squares: for codes l, weight factors w and x ~ a l + b, the sums of w, w x, w l, w l^2 and w x l give
+the best a and b and the error without another pass over the weights. Among half floats, where rounding decides, the error
+itself is summed, and zeros are a candidate like any other. An almost exact fit gets a longer search.
 """
 
 from typing import NamedTuple

@@ -10,7 +10,7 @@ from llamacli.cpu.kernels.jit.intrinsics import call, compiled
 from llamacli.cpu.kernels.ops.matmul import microkernels
 
 LINE = 32  # bfloat16s of a cache line: transposed reads of whole lines waste none
-_TILE = 16  # source rows of a tile: its 16 x 32 values stay in the nearest cache
+_TILE = 16  # source rows of a tile: its 16 x 32 values stay in the first-level cache
 
 
 @compiled()

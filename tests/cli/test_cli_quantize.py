@@ -85,7 +85,7 @@ def test_a_source_that_is_not_there_is_said_before_the_compiler_is_loaded():
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TESTS.parent)
     assert child.stdout == "1 False\n"
     assert child.stderr.count("\n") == 1
-    assert "missing.gguf: expected a GGUF file, found nothing of that name" in child.stderr
+    assert "missing.gguf: expected a GGUF file, found no file of that name" in child.stderr
 
 
 def test_help_without_docstrings():

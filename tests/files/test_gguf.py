@@ -284,7 +284,7 @@ class TestWhatIsNoModel:
         assert "at least 24 bytes, found 4" in refused(b"GGUF")
 
     def test_nothing_there(self, tmp_path):
-        with pytest.raises(ModelFileError, match="nothing of that name"):
+        with pytest.raises(ModelFileError, match="no file of that name"):
             open_gguf(tmp_path / "absent.gguf")
 
     def test_a_folder(self, tmp_path):

@@ -119,7 +119,7 @@ def test_rows_of_no_256_get_a_type_of_32s_and_a_notice_says_so():
     types, notices = choose_types(find_recipe("Q4_K_S"), tensors)
     assert [kind.name for kind in types.values()] == ["Q5_0", "Q5_0", "Q4_K"]
     assert len(notices) == 1
-    assert "2 tensors are Q5_0 instead of Q4_K, their rows are no multiple of 256: blk.0.ffn_up.weight first" in notices[0]
+    assert "2 tensors are Q5_0 instead of Q4_K, their rows are not a multiple of 256: blk.0.ffn_up.weight first" in notices[0]
 
 
 def test_rows_of_no_32_stay_f16():
