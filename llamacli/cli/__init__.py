@@ -43,12 +43,12 @@ def enter() -> None:
 
     try:
         _allow_files()
-        code = main(started=signals.install)  # before, a signal ends the process at once: there is nothing to keep
+        code = main(started=signals.install)  # until then a signal ends the process at once, since there is nothing to keep
         if sys.stderr is not None:
             sys.stderr.flush()
         if code not in (HUNG_UP, INTERRUPTED, TERMINATED):
             os._exit(code)
-    except KeyboardInterrupt:  # before main began, or while it was already leaving
+    except KeyboardInterrupt:  # before main began, or after it returned
         code = INTERRUPTED
     except SystemExit as leaving:
         code = leaving.code
@@ -56,7 +56,7 @@ def enter() -> None:
 
 
 def _allow_files() -> None:
-    """Let this process have many files open: a split model takes two descriptors for each part, and macOS allows 256."""
+    """Raise the limit of open files: a split model takes two descriptors for each part, and macOS allows 256 by default."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -145,7 +145,9 @@ def parser(started: Callable[[], None] = lambda: None):
 
 
 def _occupy_standard_streams() -> None:
-    """Give a closed standard stream to the void, or the next file opened would get its number and our output."""
+    """Open /dev/null in place of a closed standard stream, since the next file opened would get its descriptor and our
+    output.
+    """
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
@@ -155,18 +157,18 @@ def _occupy_standard_streams() -> None:
 
 def _flushed(code: int) -> int:
     if sys.stdout is not None:
-        sys.stdout.flush()  # help and completions come through here; answers are never buffered
+        sys.stdout.flush()  # help and completions are buffered; answers never are
     return code
 
 
 def _quietly(code: int) -> int:
-    """Let what is still buffered for a dead stream fall into the void instead of raising at the interpreter's end."""
+    """Discard what is still buffered for a broken stream, so that the interpreter does not raise an error when it ends."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        void = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(void, sys.stdout.fileno())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
     return code
 
 
@@ -200,13 +202,13 @@ def _report(error: Exception) -> int:
 
 
 def _of_the_system(error: Exception) -> str | None:
-    """A line about what this machine lacks: threads, or a package that loads; None for any other error."""
+    """A message for an error of this machine: no more threads, or a package that cannot be loaded; None for any other error."""
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return "expected to start a thread, found that the system gives no more; use fewer (-t), or raise its limit (ulimit -u)"
     own = isinstance(error, ImportError) and (error.name or "").partition(".")[0] in ("llamacli", "quantize")
     if own or not (isinstance(error, ImportError) or "load shared object" in str(error)):  # llvmlite's is an OSError
         return None
-    cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # NumPy wraps it in a page of advice
+    cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error  # NumPy wraps the cause in a long text
     return (
         f"expected llamacli's packages to load, found: {str(cause)[:300]}; install them again, in an environment of their own"
     )

@@ -2,9 +2,9 @@
 
 In: JSON lines, each a text or an object with `prompt` or `messages`, and if wanted `images` (before the prompt), `system`, `id`
 and `params` (of a template). Out: a JSON line for each, in the same order: `line` (its number), `id`, `text`, `finish_reason`,
-`usage` and, of what was seen, `images`; or `error`; and `input`, a hash of the line that was asked. A result is written with
-one call, so that a file ends in a whole line, or in one that was cut and is answered anew. A file is checked before the first
-answer, but for the pictures that it names; lines from a pipe are answered as they come.
+`usage` and, with pictures, `images`; or `error`; and `input`, a hash of the input line. A result is written with one call, so
+that a file ends in a whole line, or in one that was cut and is answered anew. A file is checked before the first answer,
+without the pictures that it names; lines from a pipe are answered as they come.
 """
 
 import fcntl
@@ -33,11 +33,11 @@ from llamacli.errors import (
     UsageError,
 )
 
-WIDTH = 8  # lines at a time, where nobody says how many
+WIDTH = 8  # most lines answered at a time without --parallel
 MOST_WAITING = 512  # lines that may be asked before the first of them is answered
 _KEYS = ("prompt", "messages", "images", "system", "id", "params")
 _LONGEST = 16 << 20  # bytes of a line
-_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # ends of lines to some who read them
+_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # some readers treat these as line ends
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def pictured(self) -> bool:
-        """Whether it names pictures."""
+        """Whether the line names pictures."""
         return bool(self.images) or any(isinstance(message["content"], list) for message in self.messages or ())
 
 
@@ -115,7 +115,7 @@ def answer_all(
 
 
 class Crew:
-    """Sessions that answer side by side; what they found comes out in the order in which they were asked."""
+    """Sessions that answer at the same time; results are returned in the order of the requests."""
 
     def __init__(self, model, prompts, sights, options, extract: bool, console: Console, width: int):
         from llamacli.together import Answers
@@ -148,7 +148,7 @@ class Crew:
         )
 
     def _session_for(self, ids: list):
-        """A free session: the one that holds most of the prompt; in its place a copy of a busy one that holds much more."""
+        """A free session for a prompt: the one that holds most of it, or a copy of a busy one that holds much more."""
         from llamacli.together import WORTH_COPYING
 
         free = max(self._free, key=lambda session: session.shares(ids))
@@ -161,7 +161,7 @@ class Crew:
         return busy.fork()
 
     def finished(self, wait: bool = False) -> Iterator[tuple[Request, dict]]:
-        """What is found and next in order, once a session is free; with `wait` all that was asked."""
+        """Wait for a free session; returns the results that are next in order. With `wait`: all results."""
         while self._answers and (wait or not self._free or self._held_up()):
             self._take(self._answers.step())
         while self._asked and (asked := next(iter(self._asked.values()))).found is not None:
@@ -170,7 +170,7 @@ class Crew:
             yield asked.request, asked.found
 
     def _held_up(self) -> bool:
-        """Whether many results wait for the first line's."""
+        """Whether many finished results wait for that of an earlier line."""
         return len(self._asked) > MOST_WAITING and next(iter(self._asked.values())).found is None
 
     def _take(self, pieces) -> None:
@@ -191,7 +191,7 @@ class Crew:
 
 @dataclass
 class _Asked:
-    """A line under way, and what was found in the end."""
+    """A line that is being answered, and its result."""
 
     request: Request
     session: object = None
@@ -201,7 +201,7 @@ class _Asked:
     views: Sequence = ()
 
     def whole(self, reason: str, extract: bool) -> dict:
-        """The result of an answer that ended."""
+        """Make the result of an answer that ended."""
         text = next(iter(code_blocks(self.text)), self.text) if extract else self.text
         stats = self.session.stats
         usage = {"prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.completion_tokens}
@@ -216,7 +216,7 @@ class _Asked:
 
 
 def _requests(name: str) -> Iterator[Request]:
-    """The lines of a file or, for "-", of stdin. Empty ones count but ask nothing. PromptError names the one that is wrong."""
+    """The lines of a file or, for "-", of stdin. Empty lines are counted and skipped. PromptError names an invalid line."""
     if name == "-":
         yield from _parsed("stdin", stdin_lines(_LONGEST))
         return
@@ -243,7 +243,7 @@ def _parsed(name: str, lines: Iterator[bytes]) -> Iterator[Request]:
 
 
 def _number(text: str) -> float:
-    """ValueError for what is no number in JSON, and could not be written again."""
+    """ValueError for a constant that JSON does not have, such as NaN, and that could not be written."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"the number {text:.40}")
     return value
@@ -284,7 +284,7 @@ def _is_message(found) -> bool:
 
 
 def _is_part(found) -> bool:
-    from llamacli.text.template import picture_of  # late: it loads what help does without
+    from llamacli.text.template import picture_of  # late: help does not need it
 
     if not isinstance(found, dict) or found.get("type") not in ("text", "image", "image_url"):
         return False
@@ -302,14 +302,14 @@ def _messages(request: Request, prompts, name: str) -> list[dict]:
 
 
 class Results:
-    """Where results go: stdout, or a file that grows by whole lines and may have some from an earlier run."""
+    """The output: stdout, or a file that grows by whole lines and may hold results of an earlier run."""
 
     def __init__(self, path: Path | None, console: Console):
         self._path, self._console, self._end = path, console, 0
         self._file, self._resuming = None, False
 
     def __enter__(self) -> "Results":
-        """OutputError for a file that cannot be written, or that another run writes to."""
+        """OutputError if the file cannot be written, or if another run writes to it."""
         if self._path is None:
             return self
         try:
@@ -334,12 +334,12 @@ class Results:
             self._file.close()
 
     def has(self, request: Request) -> bool:
-        """Whether the file has this result; asked in order. OutputError if it has something else in its place."""
+        """Whether the file has this result; called in order of lines. OutputError if the file has something else there."""
         if not self._resuming:
             return False
         start = _head(request)
         raw = self._file.readline(len(start))
-        if raw != start[: len(raw)]:  # another's file may be one endless line
+        if raw != start[: len(raw)]:  # an unrelated file may be one line of any length
             raise self._foreign(f"something else where its result {request.line} would be")
         raw += self._file.readline()
         if raw.endswith(b"\n"):
@@ -367,11 +367,11 @@ class Results:
         return OutputError(f"{self._path}: expected the results of this batch, found {found}; choose another name")
 
     def add(self, request: Request, found: dict) -> None:
-        """Write one result. A file has it whole, on the disk, or not at all."""
+        """Write one result. In a file it is either complete and on the disk, or absent."""
         named = {} if request.id is None else {"id": request.id}
         record = {"line": request.line, **named, **found, "input": request.digest}
         text = json.dumps(record, ensure_ascii=False).translate(_ENDS)
-        data = text.encode("utf-8", "backslashreplace")  # an id may have half of a pair; JSON escapes it as Python does
+        data = text.encode("utf-8", "backslashreplace")  # an id may hold a lone surrogate, which JSON escapes
         if self._file is None:
             self._console.result(data.decode())
             return
@@ -387,5 +387,5 @@ class Results:
 
 
 def _head(request: Request) -> bytes:
-    """How a result's line begins."""
+    """The beginning of a result's line."""
     return f'{{"line": {request.line}, '.encode()

@@ -1,7 +1,7 @@
 """`llamacli bench`: speed of prefill and decode beside what the machine allows, and beside llama.cpp.
 
 In: a file, or the name of a shape, of which a random file with few layers is then made. Out: tables or JSON on stdout.
-bench/measure.py measures, this module shows.
+bench/measure.py measures; this module prints.
 """
 
 import json
@@ -39,7 +39,7 @@ LONGEST = 1 << 24  # tokens
 
 
 class ShapeName(StrEnum):
-    """Models whose shape a random file can take."""
+    """Models whose shape a random file can have."""
 
     scout = "scout"
     maverick = "maverick"
@@ -176,7 +176,7 @@ def bench(
             _show_profiles(records, console)
         if shape:
             _show_whole(records, shape.value, layers, console)
-    if plot:  # last: if it cannot be written, the numbers have been shown
+    if plot:  # last, so that the numbers are shown even if the image cannot be written
         picture.draw([record for record in records if "depth" in record], title, plot)
 
 
@@ -195,7 +195,7 @@ def _earlier(path: Path) -> dict[str, float]:
 
 
 def _value(record: dict) -> float:
-    """What --against compares: the larger the better."""
+    """The value that --against compares; larger is better."""
     return 1 / record["seconds"] if record["test"] == "startup" else record["tokens_per_second"]
 
 
@@ -212,7 +212,7 @@ def _check_room(config, longest: int) -> None:
 
 
 def _peers(model, measure, longest: int, fill: bool):
-    """llama.cpp as it is, which keeps a rearranged copy of the weights, where memory holds one; and without that."""
+    """Two settings of llama.cpp: its default, which keeps a repacked copy of the weights, if memory holds it; and without."""
     from llamacli.bench.peer import Peer
     from llamacli.files.ggml import BY_NAME
     from llamacli.plan.machine import memory_free
@@ -226,7 +226,7 @@ def _peers(model, measure, longest: int, fill: bool):
 
 @contextmanager
 def _random_file(name: str, layers: int, tests, keep: bool, console):
-    """The file of a shape in the cache folder, made if it is not there, removed afterwards unless it is to be kept."""
+    """The random file of a shape in the cache folder: made if absent, and removed afterwards unless it is to be kept."""
     from llamacli.cpu.kernels import cache_folder
     from quantize.shapes import SHAPES, write
 

@@ -1,9 +1,9 @@
-"""`run --best-of N`: several answers to one prompt, and the one that the model finds likeliest.
+"""`run --best-of N`: samples several answers to one prompt and selects the likeliest.
 
-In: a prompt's ids. Out: what `run` writes, of the answer with the highest mean log probability of its tokens, by the model's
-own probabilities, before biases and temperature; the token that ends an answer does not count. With --json also all answers.
-The prompt is evaluated once; then up to eight answers at a time are evaluated together. Answer k, from 0, has the seed of
---seed plus k, and the text that `run` gives with that seed, where several sequences have the bytes of each alone.
+In: a prompt's ids. Out: what `run` writes, for the answer with the highest mean log probability of its tokens. The
+probabilities are the model's own, before biases and temperature; the token that ends an answer does not count. With --json also
+all answers. The prompt is evaluated once; then up to eight answers at a time are evaluated together. Answer k, from 0, has the
+seed of --seed plus k, and the text that `run` gives with that seed, where several sequences have the bytes of each alone.
 """
 
 import copy
@@ -21,7 +21,7 @@ from llamacli.together import sample_several
 
 @dataclass
 class Sampled:
-    """One answer, as far as it is there."""
+    """One answer, complete or under way."""
 
     seed: int
     text: str = ""
@@ -46,14 +46,16 @@ class Sampled:
 
 
 class BestAnswer(Answer):
-    """Of several answers one goes to where an answer belongs."""
+    """Samples several answers and writes the best one where `run` writes its answer."""
 
     def __init__(self, n: int, *args):
         super().__init__(*args)
         self._n, self._found, self._binds = n, [], False
 
     def take(self, model, ids: list, options: Generation, logprobs: int | None = None, views=(), messages=()) -> None:
-        """As `Answer.take`. On Ctrl-C the best of those that ended counts, or, if none did, of what there is."""
+        """As `Answer.take`. On Ctrl-C the best of the finished answers is written or, if there is none, the best of the
+        unfinished.
+        """
         console, self._views, self._logprobs = self._console, views, None if logprobs is None else []
         self._tokenizer, stats, samplers = model.tokenizer, Stats(prompt_tokens=len(ids)), []
         first_seed = time.time_ns() % (1 << 32) if options.seed is None else options.seed

@@ -1,6 +1,6 @@
-"""What --schema, --grammar and --choice bind an answer to.
+"""The options --schema, --grammar and --choice, which constrain an answer.
 
-In: the options' words. Out: keywords for `Model.sampler`. What can be refused without a model is refused before it loads.
+In: the options' values. Out: keywords for `Model.sampler`. Errors that need no model are raised before it is loaded.
 """
 
 import json
@@ -13,7 +13,9 @@ LARGEST = Limit(16 << 20)  # a schema or a grammar
 
 
 def binding(schema: str | None, grammar: str | None, choice: str | None, stops: bool, ignore_eos: bool, here: bool) -> dict:
-    """The keyword and the value of what is asked for; empty for nothing. `here`: this process binds, not a server."""
+    """The keyword for `Model.sampler` and its value; empty without these options. `here`: this process enforces it, not a
+    server.
+    """
     asked = {"--schema": schema, "--grammar": grammar, "--choice": choice}
     asked = {name: value for name, value in asked.items() if value is not None}
     if not asked:
@@ -49,14 +51,14 @@ def _choices(words: str) -> list[str]:
 
 
 def check_whole(sampler, reason: str | None) -> None:
-    """CutAnswerError if an answer that is bound to something did not end by itself. Even a number may have lost its end."""
+    """CutAnswerError if a constrained answer was cut. Even a number may lack its last digits."""
     if sampler.constraint is not None and reason != "stop":
         limit = {"length": "the -n limit", "context": "the full context"}.get(reason, "an interrupt")
         raise CutAnswerError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")
 
 
 def slowness(sampler, stats) -> str | None:
-    """A word about a grammar that takes more than a tenth of an answer's time, and a noticeable one."""
+    """A note about a grammar that takes more than a tenth of the answer's time, and a noticeable time; "" otherwise."""
     seconds, tokens = getattr(sampler.constraint, "seconds", 0.0), max(1, stats.completion_tokens)
     if seconds < 0.5 or seconds < 0.1 * stats.decode_s:
         return None

@@ -1,4 +1,4 @@
-"""`llamacli cluster`: several machines that hold a model's layers together: start, join, status, stop.
+"""`llamacli cluster`: divide a model's layers over several machines: start, join, status, stop.
 
 In: an action and an address. Out: lines, a table of nodes or JSON on stdout.
 """

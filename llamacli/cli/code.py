@@ -1,6 +1,6 @@
 """Blocks of code in an answer: what `run -x` writes and `/copy code` copies.
 
-In: Markdown. Out: the text of its fenced blocks, in lists and quotations too.
+In: Markdown. Out: the texts of its fenced blocks, including those in lists and quotations.
 """
 
 

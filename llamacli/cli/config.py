@@ -48,7 +48,7 @@ def config(
 
 
 def _checked(key: str, value: str):
-    """The value as TOML would hold it. UsageError if the option does not take it."""
+    """The value as TOML has it. UsageError if the option does not accept it."""
     kind, spec = settings.known()[key]
     if kind is bool:
         if value.lower() not in ("true", "false"):

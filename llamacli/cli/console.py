@@ -1,7 +1,7 @@
-"""Where bytes meet the terminal: answers to stdout, everything else to stderr, colour only where it is wanted.
+"""Output to the terminal: answers to stdout, everything else to stderr, colours only where they are wanted.
 
-In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece at once and nothing is left to fail at the end;
-notes, tables and progress. Tables on a terminal are drawn by rich; in a pipe they are plain aligned text of any width.
+In: text. Out: bytes on descriptor 1, unbuffered, so that a pipe gets each piece at once and no write can fail when the process
+ends; notes, tables and progress. Tables on a terminal are drawn by rich; in a pipe they are plain aligned text of any width.
 """
 
 import errno
@@ -24,12 +24,12 @@ DIM, RED, CYAN, BOLD, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[36m", "\x1b[1m", "\x1
 CLEAR = "\x1b[K"  # the rest of the line
 SHADES, PLAIN_SHADES = " ░▒▓█", " .:+#"
 HEAT = (16, 17, 18, 54, 90, 126, 162, 198, 203, 208, 214, 220, 227)
-MOST_CELLS = 128  # columns of a picture where the reader has no width
-# what a terminal obeys or hides: C0, C1, bidirectional controls, separators of lines, invisible and tag characters
+MOST_CELLS = 128  # columns of a picture if stdout is not a terminal
+# characters that a terminal obeys or hides: C0, C1, bidirectional controls, line separators, invisible and tag characters
 _STEERING = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb\\ud800-\\udfff\\U000e0000-\\U000e007f]"
 )
-NUMBER = re.compile(r"-|([-+]|about )?[0-9][0-9.,]*( to [0-9.,]+)?( [^ 0-9]{1,7}){0,2}|")  # a cell that stands to the right
+NUMBER = re.compile(r"-|([-+]|about )?[0-9][0-9.,]*( to [0-9.,]+)?( [^ 0-9]{1,7}){0,2}|")  # a cell that is aligned to the right
 DRAW_EVERY, LOG_EVERY, QUIET_FOR = 0.1, 10.0, 60.0  # seconds: of a bar, of lines with -v, before lines without it
 
 
@@ -45,17 +45,17 @@ def visible(text: str) -> str:
 
 
 def amount(nbytes: float) -> str:
-    """Bytes for a reader."""
+    """A number of bytes with a unit, such as 1.50 GB."""
     return _scaled(nbytes, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), f"{nbytes} B")
 
 
 def count(n: float) -> str:
-    """A large number for a reader."""
+    """A large number with a unit."""
     return _scaled(n, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)), f"{n:.0f}")
 
 
 def rate(n: float) -> str:
-    """A speed with the digits that repeat: two, or all before the point from 100 up rounded to two."""
+    """A speed rounded to two significant digits: further ones differ from run to run."""
     if n >= 100:
         places = 10 ** (len(str(int(n))) - 2)
         return f"{round(n / places) * places:.0f}"
@@ -87,7 +87,7 @@ def _to_stderr(text: str) -> None:
             sys.stderr.write(text)
             sys.stderr.flush()
     except (OSError, ValueError):
-        pass  # nobody is left to tell
+        pass  # stderr is gone
 
 
 def _coloured(stream, color: str) -> bool:
@@ -105,7 +105,7 @@ def is_terminal(stream) -> bool:
 
 
 def is_gone(terminal) -> bool:
-    """Whether what was a terminal was taken away."""
+    """Whether a stream was a terminal that is now closed."""
     try:
         termios.tcgetattr(terminal.fileno())
     except termios.error as error:
@@ -123,7 +123,7 @@ class Console:
         self.talks = not quiet and (verbose or is_terminal(sys.stderr))
         self._color = color
         self._last = ""  # the last character of the answer under way; empty before its first
-        self._bar = False  # whether a bar, or what is waited for, may stand on the line where stderr is
+        self._bar = False  # whether a progress line may be on the current line of stderr
 
     def note(self, text: str) -> None:
         """A remark beside the answer."""
@@ -135,13 +135,13 @@ class Console:
         _to_stderr((f"\r{CLEAR}" if self._bar else "") + text + "\n")
 
     def ask(self, sign: str) -> None:
-        """The sign before a line to be typed, where readline does not write it."""
+        """Write the prompt sign before a typed line, where readline does not write it."""
         _to_stderr(sign)
 
     def question(self, text: str) -> str:
-        """The line that is typed as the answer to a question, "" at the end of stdin.
+        """Show a question and read the line typed after it, "" at the end of stdin.
 
-        What was typed before the question stood there is no answer to it, and is thrown away.
+        Keys typed before the question was shown are discarded.
         """
         import termios
 
@@ -155,7 +155,7 @@ class Console:
         self.say(_folded(f"llamacli: {one_line(text)}"))
 
     def fail(self, text: str) -> None:
-        """What went wrong in a program that goes on."""
+        """Report an error after which the program continues."""
         text = _folded(one_line(text))
         self.say(f"{RED}{text}{PLAIN}" if _coloured(sys.stderr, self._color) else text)
 
@@ -186,7 +186,9 @@ class Console:
         return size.columns or 80, size.lines or 24
 
     def wrap(self) -> Callable[[str], str]:
-        """What breaks an answer between words, where stdout is a terminal; elsewhere nothing does."""
+        """A function that breaks the pieces of an answer between words if stdout is a terminal, and else leaves them as they
+        are.
+        """
         if not is_terminal(sys.stdout) or environment.dumb_terminal():
             return lambda text: text
         from llamacli.cli.wrap import WordWrap
@@ -194,7 +196,7 @@ class Console:
         return WordWrap(_width(1)).push
 
     def end(self, always: bool = True) -> None:
-        """The answer is over: make sure that it ends in a newline. `always` False: only if there was an answer."""
+        """End the answer with a newline unless it has one. `always` False: only if there was an answer."""
         last, self._last = self._last, ""
         if last != "\n" and (last or always):
             _write(b"\n")
@@ -214,9 +216,9 @@ class Console:
     ) -> None:
         """A result as aligned columns to stdout.
 
-        The columns `numbers` stand to the right; None: of a table with a head, those that hold numbers alone. Where a terminal
-        is too narrow the columns `spare` give way one after the other, then each row becomes lines of its own; a number is
-        never folded. `to_stderr`: a note beside the result.
+        The columns `numbers` are aligned to the right; None: in a table with a head, the columns that hold only numbers. If a
+        terminal is too narrow, the columns `spare` are left out one after the other, then each row is printed as several lines;
+        a number is never wrapped. `to_stderr`: the table is a note beside the result.
         """
         to = sys.stderr if to_stderr else sys.stdout
         body = [tuple(one_line(cell) for cell in row) for row in rows]
@@ -262,9 +264,10 @@ class Console:
         return "\n".join(line.rstrip() for line in text.rstrip("\n").split("\n"))
 
     def shades(self, title: str, rows: Iterable[tuple[str, Sequence[float]]]) -> None:
-        """A picture to stdout: a row a label, a cell a number from 0 to 1, the larger the denser, or the brighter in colours.
+        """Draw a heat map on stdout: a row for each label, a cell for each number from 0 to 1; larger numbers are denser or, in
+        colours, brighter.
 
-        Where a terminal is too narrow neighbours share a cell, which shows the largest of them.
+        If a terminal is too narrow, neighbours share a cell, which shows the largest of them.
         """
         rows = [(one_line(label), values) for label, values in rows]
         margin, columns = 2 + max(len(label) for label, _ in rows), len(rows[0][1])
@@ -282,9 +285,9 @@ class Console:
 
     @contextmanager
     def waiting(self, words: Callable[[], str], after: float = 1.0):
-        """While inside, from `after` seconds on, a line on a terminal that says what is waited for; gone at the end.
+        """A context that, after `after` seconds, shows on a terminal what is waited for, and removes the line at the end.
 
-        `words` is asked again and again. Yields a function that takes the line away before the end. In a pipe: nothing.
+        `words` is called repeatedly for the text. Yields a function that removes the line earlier. In a pipe it shows nothing.
         """
         if not self.talks or not is_terminal(sys.stderr):
             yield lambda: None
@@ -328,7 +331,8 @@ class Console:
     def progress(self, what: str, nbytes: bool = False):
         """Yields update(done, total, label, weights) for a long job, as `Meter` takes it.
 
-        On a terminal a line that redraws itself and is gone at the end; elsewhere plain lines, with -v or if it takes long.
+        On a terminal it redraws one line, which it removes at the end; elsewhere it writes plain lines, with -v or if the job
+        takes long.
         """
         if not is_terminal(sys.stderr) or environment.dumb_terminal():
             yield self._log_progress(Meter(what, nbytes=nbytes))
@@ -378,12 +382,14 @@ def _is_numeric(cells: Sequence[str]) -> bool:
 
 
 def _room(widths: Sequence[int], kept: Sequence[int]) -> int:
-    """Columns that a table takes."""
+    """Columns that a table needs."""
     return sum(widths[i] + 2 for i in kept)
 
 
 def _stacked(head: Sequence[str], body: Iterable[Sequence[str]], width: int) -> str:
-    """A row as lines of their own, for a terminal too narrow for columns: its first cell, then each other one by its head."""
+    """A row as several lines, for a terminal too narrow for columns: its first cell, then each other cell after its column's
+    head.
+    """
     widest, lines = max(map(len, head[1:]), default=0), []
     for first, *others in body:
         lines.append(f"  {first}")
@@ -394,12 +400,12 @@ def _stacked(head: Sequence[str], body: Iterable[Sequence[str]], width: int) -> 
 
 
 def _painted(value: float, wide: int) -> str:
-    """A cell on a ground from black over blue and red to yellow, of the 216 colours that terminals share."""
+    """A cell with a background from black over blue and red to yellow, of the 216 colours that terminals share."""
     return f"\x1b[48;5;{HEAT[round(value * (len(HEAT) - 1))]}m{' ' * wide}{PLAIN}"
 
 
 def _width(descriptor: int) -> int:
-    """Columns of the terminal there; a terminal may not know its width."""
+    """Columns of the terminal on this descriptor, or a default if the terminal does not report its width."""
     try:
         return os.get_terminal_size(descriptor).columns or 100
     except OSError:

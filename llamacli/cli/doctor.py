@@ -1,4 +1,4 @@
-"""`llamacli doctor`: what this machine has, and whether kernels and models compute here what they should.
+"""`llamacli doctor`: shows this machine's features and checks that kernels and models compute correct results on it.
 
 In: a model, the small one by default. Out: a line a check on stdout, or JSON. bench/doctor.py makes the checks.
 """

@@ -2,7 +2,8 @@
 
 In: a command's function; each parameter is annotated with `option(...)` or `argument(...)`, dataclass parameters stand for
 shared groups of options. Out: a click command whose values come from the command line, else from the environment, else from the
-settings file, else from the function's default. Help is printed in groups; errors of the parser become one line in our words.
+settings file, else from the function's default. Help is printed in groups; errors of the parser become one line in this
+project's form.
 """
 
 import dataclasses
@@ -21,14 +22,14 @@ from click.core import ParameterSource
 
 from llamacli.errors import UsageError
 
-OTHER = "Output and help"  # the group of options that belong to no other
-COLUMNS = {"col_max": 26, "col_spacing": 2}  # of names and of explanations
+OTHER = "Output and help"  # the group of options without another one
+COLUMNS = {"col_max": 26, "col_spacing": 2}  # columns of names and of explanations
 FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 GROUPS = ("Server", "Text", "Model", "Answer", "Sampling", "Tools", "Options", OTHER)  # in the order of the help
 
 
 class Given(str):
-    """A text value that knows where it comes from: an option, a variable, a line of the settings file."""
+    """A text value with its source: an option, a variable, or a line of the settings file."""
 
     where: str
     typed: bool  # on the command line
@@ -41,7 +42,7 @@ class Given(str):
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a parameter is called and which values it takes. `least`, `most`: bounds of a number."""
+    """The names of a parameter and the values that it takes. `least`, `most`: bounds of a number."""
 
     names: tuple[str, ...]  # as the help shows them; none for an argument
     help: str
@@ -56,7 +57,7 @@ class Spec:
     hidden: bool = False  # accepted, not shown
     setting: bool = False  # LLAMACLI_NAME and the settings file may give it, too
     check: Callable[[str, str], typing.Any] | None = None  # (text, where) -> value, or UsageError
-    complete: Callable[[str], Sequence[str]] | str | None = None  # the words that may stand here, or "file"
+    complete: Callable[[str], Sequence[str]] | str | None = None  # the words that this parameter accepts, or "file"
 
 
 def option(*names: str, help: str, metavar: str | None = None, **more) -> Spec:
@@ -73,7 +74,7 @@ def argument(metavar: str, help: str, **more) -> Spec:
 
 
 class _Type(click.ParamType):
-    """Converts a word by its Spec; the message of an error names what was written, and where."""
+    """Converts a word by its Spec; an error names the word and its source."""
 
     name = "text"
 
@@ -90,7 +91,7 @@ class _Type(click.ParamType):
         return self.read(value, *written(param, ctx))
 
     def read(self, value: str, where: str, typed: bool = True):
-        """The value that a word stands for. UsageError that begins with `where`."""
+        """The value of a word. UsageError that begins with `where`."""
         if not value and not self.spec.empty:
             raise UsageError(f"{where}: expected {self._expected()}, found ''; a variable that is not set, perhaps?")
         if self.spec.check:
@@ -166,7 +167,7 @@ class _Flag(click.types.BoolParamType):
 
 
 def read_value(kind: type, spec: Spec, text: str, where: str):
-    """What `text` means to an option of this kind and Spec, wherever it was written; UsageError that begins with `where`."""
+    """The value of `text` for an option of this kind and Spec, from any source. UsageError that begins with `where`."""
     return _Type(spec, kind).read(text, where)
 
 
@@ -178,7 +179,9 @@ _UNITS = {
 
 
 def byte_count(text: str, where: str) -> int:
-    """A size such as 48G, 500 MB or 2GiB in bytes; G is 10^9, Gi 2^30. UsageError else, also for a number without a unit."""
+    """A size such as 48G, 500 MB or 2GiB in bytes; G is 10^9, Gi 2^30. UsageError for anything else, such as a number without a
+    unit.
+    """
     found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([KMGT]?I?)B?", text.strip().upper())
     if found and not found[2] and text.strip()[-1:].isdigit():
         raise UsageError(
@@ -192,13 +195,13 @@ def byte_count(text: str, where: str) -> int:
 
 
 def size(text: str, where: str) -> str:
-    """The text, if it is a size: a check of an option."""
+    """Check of an option: returns the text if it is a size."""
     byte_count(text, where)
     return text
 
 
 def token_count(text: str, where: str, least: int = 1) -> int:
-    """A number of tokens such as 8192, 128K or 1M, which is 1,048,576; UsageError else."""
+    """A number of tokens such as 8192, 128K or 1M, which is 1,048,576. UsageError for anything else."""
     word = text.strip().upper()
     digits, unit = (word[:-1], word[-1]) if word[-1:] in ("K", "M") else (word, "")
     count = int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20}[unit] if digits.isascii() and digits[:13].isdigit() else 0
@@ -233,7 +236,7 @@ def typed(names: Sequence[str]) -> list[str]:
 
 
 def refuse(names: Sequence[str], expected: str) -> None:
-    """UsageError if one of these parameters is on the command line, where nothing would obey it; `expected`: what would."""
+    """UsageError if one of these parameters is on the command line but has no effect; `expected`: where it has one."""
     if given := typed(names):
         raise UsageError(f"{given[0]}: expected {expected}; leave it out")
 
@@ -351,9 +354,10 @@ def command(function: Callable) -> Command:
 
 
 def _flat(function: Callable) -> tuple[list[tuple], dict[str, type]]:
-    """(name, annotation, default) of all parameters, dataclasses spread out; and the dataclasses by their parameter's name.
+    """(name, annotation, default) of all parameters, dataclasses replaced by their fields; and the dataclasses by their
+    parameter's name.
 
-    A dataclass's own fields come before those that it inherits, so that the help shows the model before its cluster.
+    A dataclass's own fields come before inherited ones, so that the help shows the model before its cluster.
     """
     parameters, groups = [], {}
     for p in inspect.signature(function).parameters.values():
@@ -367,7 +371,7 @@ def _flat(function: Callable) -> tuple[list[tuple], dict[str, type]]:
 
 
 def kind_of(annotation) -> tuple[type, Spec, bool]:
-    """Of a parameter's annotation: the kind of a value, the Spec, and whether there may be several."""
+    """From a parameter's annotation: the type of a value, the Spec, and whether the parameter takes several values."""
     kind, spec = typing.get_args(annotation)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
@@ -415,7 +419,7 @@ def _parameter(name: str, annotation, default) -> click.Parameter:
 
 
 def explain(error: click.ClickException) -> str:
-    """An error of the parser in our words."""
+    """An error of the parser as one line in this project's form."""
     context = getattr(error, "ctx", None)
     where = context.command_path if context else "llamacli"
     see = f"(see {where} --help)"

@@ -108,7 +108,7 @@ def _search(store: "Store", text: str, console: Console, as_json: bool) -> None:
 
 
 def _write(store: "Store", chat: "StoredChat", console: Console, action: Action, form: Format) -> None:
-    """The current branch of a conversation: for a reader, or for a program."""
+    """Write the current branch of a conversation, as Markdown or as JSON lines."""
     from llamacli.conversation import as_jsonl, as_markdown
 
     messages = store.branch(chat)

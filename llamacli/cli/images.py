@@ -1,4 +1,4 @@
-"""Pictures of the command line: read before the model is loaded, looked at with progress, told in a line.
+"""Pictures on the command line: reads them before the model is loaded, encodes them with progress, describes each in a line.
 
 In: names of files, bytes of stdin. Out: pictures, views (vision/sight.py), contents of messages.
 """
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 
 def read_pictures(names: Sequence[str], console: Console, send: bool = False) -> list["Picture | str"]:
-    """The pictures of these files; - is stdin. PictureError for the first that is none. `send`: as a server takes them."""
+    """The pictures of these files; - is stdin. PictureError for the first file that is not one. `send`: in the form that a
+    server takes.
+    """
     if not names:
         return []
     from llamacli.vision.pictures import read_picture
@@ -34,7 +36,9 @@ def read_pictures(names: Sequence[str], console: Console, send: bool = False) ->
 
 
 def sent(source: bytes | str) -> str:
-    """A file, or bytes of stdin, as a server takes a picture. PictureError for what could not be read here either."""
+    """A file, or bytes of stdin, in the form that a server takes. PictureError for a picture that could not be read here
+    either.
+    """
     from llamacli.client.remote import data_url
     from llamacli.vision.pictures import file_bytes, read_picture, shown
 
@@ -49,21 +53,21 @@ def sent(source: bytes | str) -> str:
 def listed_picture(source: str, folder: Path) -> "Picture":
     """A picture that a file of prompts names: a `data:` URL, or a path, from the file's `folder` on if it is relative.
 
-    PictureError for what is no plain file: whoever wrote the prompts must not make the program wait for a pipe or a device.
+    PictureError unless it is a regular file: a file of prompts must not make the program wait for a pipe or a device.
     """
     from llamacli.vision.pictures import read_picture, shown
 
     if source.startswith(("data:", "http:", "https:")):
         return read_picture(source)
     path = folder / source
-    with suppress(OSError, ValueError):  # no path at all: read_picture says so
+    with suppress(OSError, ValueError):  # not a path: read_picture reports it
         if path.exists() and not path.is_file():
             raise PictureError(f"{shown(source)}: expected a picture, found no plain file; name one")
     return read_picture(path, shown(source))
 
 
 def picture_in(data: bytes, send: bool = False) -> "Picture | str | None":
-    """The picture that bytes of stdin are; None for a text. `send`: as a server takes it."""
+    """The picture in bytes of stdin; None for a text. `send`: in the form that a server takes."""
     if may_be_picture(data):
         from llamacli.vision.pictures import looks_like_picture, read_picture
 
@@ -73,7 +77,7 @@ def picture_in(data: bytes, send: bool = False) -> "Picture | str | None":
 
 
 def look(model, pictures: Sequence["Picture"], most_tiles: int | None, console: Console) -> list["View"]:
-    """Pictures as the model sees them. Says how far it is, and what became of each picture."""
+    """Encode pictures with the vision tower. Shows progress, and a line about each picture."""
     if not pictures:
         return []
     from llamacli.vision.sight import MANY, describe
@@ -104,19 +108,19 @@ def look(model, pictures: Sequence["Picture"], most_tiles: int | None, console: 
 
 
 class Sights:
-    """What the model sees of a batch's pictures: those before each prompt, and those that a line names."""
+    """The encoded pictures of a batch: those before each prompt, and those that a line names."""
 
     def __init__(self, model, pictures: Sequence["Picture"], folder: Path, most_tiles: int | None, console: Console):
-        """`pictures` come before each prompt. `folder`: where relative paths of lines begin."""
+        """`pictures` come before each prompt. `folder`: the folder of relative paths in lines."""
         self._model, self._folder, self._most_tiles = model, folder, most_tiles
         self._before = look(model, pictures, most_tiles, console)
 
     def before(self, sources: Sequence[str]) -> list["View"]:
-        """What comes before a prompt, which names these pictures. PictureError names the one that cannot be seen."""
+        """The views before a prompt that names these pictures. PictureError names one that cannot be encoded."""
         return [*self._before, *map(self._look, sources)]
 
     def within(self, messages: Sequence[dict]) -> tuple[list[dict], list["View"]]:
-        """Messages with what is seen in the place of each picture; and all that is seen, in order."""
+        """Messages with a view in place of each picture; and all views, in order."""
         from llamacli.text.template import picture_of
 
         views: list[View] = []
@@ -144,7 +148,7 @@ def content(views: Sequence["View"], text: str) -> str | list[dict]:
 
 
 def cost_rows(found: dict) -> list[tuple[str, str]]:
-    """What a vision tower takes (sight.cost), as rows of a table."""
+    """The cost of a vision tower (sight.cost), as rows of a table."""
     return [
         ("file", found["file"]),
         ("weights", f"{amount(found['weights_bytes'])}, and {amount(found['working_bytes'])} to work in"),

@@ -25,8 +25,8 @@ from llamacli.cli.options import (
 )
 from llamacli.errors import OutputError
 
-EVERY = 30.0  # seconds of work that an interrupt or a crash may cost
-MOST_PART = 20  # but at most one part in so many is spent on writing
+EVERY = 30.0  # seconds between writings: the most work that an interrupt or a crash loses
+MOST_PART = 20  # writing takes at most this part of the time
 
 
 def imatrix(
@@ -88,7 +88,7 @@ def imatrix(
 
 
 class _Keeper:
-    """Writes the sums after whole windows. An interrupted window leaves sums of half a layer, so they are never written."""
+    """Writes the sums after whole windows only: an interrupted window has added inputs to some layers and not to others."""
 
     def __init__(self, path: Path, inputs: list, dataset: str, ids, force: bool, console):
         """`inputs`: the engine's sums. `ids`: all windows. `force`: whether the first writing may replace a file."""
@@ -105,7 +105,7 @@ class _Keeper:
         self._due = time.monotonic() + EVERY
 
     def keep(self, n_windows: int) -> None:
-        """Write the file if that is due. A full disk may have room again later: a warning."""
+        """Write the file if that is due. An error is a warning, since a full disk may have room again later."""
         began = time.monotonic()
         if n_windows == len(self._ids) or began < self._due:
             return
@@ -125,7 +125,7 @@ class _Keeper:
         self.matrix, self.written = matrix, n_windows
 
     def report(self) -> dict:
-        """What the file holds, fit for JSON."""
+        """The contents of the file, as a record fit for JSON."""
         from llamacli.llama4.tensors import find
 
         # a layer's gate, up and down see the same tokens

@@ -1,6 +1,6 @@
 """Finds and loads the model that the options name, and reads texts from files and stdin.
 
-In: words from the command line. Out: a path, a loaded `Model`, text; errors name the option, variable or file that was wrong.
+In: words of the command line. Out: a path, a loaded `Model`, text; errors name the option, variable or file that was wrong.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from llamacli.cli.grammar import meant
 from llamacli.errors import ModelFileError, PromptError, UsageError
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)  # USER/REPO[:QUANT]
-MOST_BYTES = 512  # of a token: the longest of Llama 4's have a quarter
+MOST_BYTES = 512  # most bytes of a token: four times Llama 4's longest
 MOST_SENT = 64 << 20  # bytes of a text for a server
 
 
@@ -34,7 +34,9 @@ class Limit(NamedTuple):
 
 
 def context_limit(ctx: int, served: bool, larger: str = "use a larger -c") -> Limit:
-    """Bytes that fill a context of `ctx` tokens in any case; a server knows its own. `larger`: how there is a larger one."""
+    """The number of bytes that fills a context of `ctx` tokens whatever the text; a server checks its own. `larger`: advice for
+    a larger context.
+    """
     if served:
         return Limit(MOST_SENT)
     return Limit(ctx * MOST_BYTES, f"so many fill a context of {ctx} tokens in any case: shorten it or {larger}")
@@ -48,7 +50,7 @@ def model_names(start: str = "") -> list[str]:
 
 
 def named_model(name: str) -> Path | None:
-    """The file of a model's name, or of USER/REPO[:LABEL]; None if it is no name of one."""
+    """The file of a model's name, or of USER/REPO[:LABEL]; None if no model has that name."""
     from llamacli.library.installed import find
 
     found = find(name)
@@ -56,8 +58,8 @@ def named_model(name: str) -> Path | None:
 
 
 def is_model(word: str) -> bool:
-    """Whether a word is surely meant as a model: the name of one, or a .gguf that is there."""
-    with contextlib.suppress(OSError, ValueError):  # a word may be no path at all
+    """Whether a word names a model: the name of one, or an existing .gguf file."""
+    with contextlib.suppress(OSError, ValueError):  # a word need not be a valid path
         return (word.endswith(".gguf") and os.path.isfile(word)) or named_model(word) is not None
     return False
 
@@ -70,7 +72,9 @@ def one_model(given: str | None, model: str | None) -> str | None:
 
 
 def model_and_text(words: list[str], model: str | None, file: str | None) -> tuple[str | None, str]:
-    """The model and the file of a text, by words in any order or by -m and -f; the text is stdin if that is piped."""
+    """The model and the file of a text, from words in any order or from -m and -f; a piped stdin is the text if no file is
+    named.
+    """
     for word in words:
         if is_model(word) or (word.endswith(".gguf") and model is None):
             model = one_model(word, model)
@@ -116,7 +120,7 @@ def find_model(name: str | None, console: Console) -> Path:
 
 
 def load_model(path: Path, threads: int | None, ctx: int | None, console: Console, **more):
-    """`Model.load` with words for a wait, a limit beyond the model's, and slow tensor types."""
+    """`Model.load` with notes: a progress line, a context beyond the model's own, slow tensor types."""
     from llamacli import Model
     from llamacli.cpu.kernels.jit.loader import slow_variant
 
@@ -143,7 +147,7 @@ def show_kernel_notices(console: Console) -> None:
 
 
 def _loading(path: Path) -> str:
-    """What is waited for: the compiler, which is imported only where kernels are missing, or the file."""
+    """The text of the progress line: the compiler, which is imported only where kernels are missing, or the file."""
     if "numba" in sys.modules:
         return "compiling the kernels for this machine, once ..."
     return f"loading {path.name} ({amount(path.stat().st_size)}) ..."
@@ -151,7 +155,7 @@ def _loading(path: Path) -> str:
 
 @contextlib.contextmanager
 def patience(console: Console, words: str, seconds: float = 3.0):
-    """Say `words` if what is done inside takes long."""
+    """A context that shows `words` if it takes long."""
     timer = threading.Timer(seconds, console.note, [words])
     timer.daemon = True
     timer.start()
@@ -162,7 +166,7 @@ def patience(console: Console, words: str, seconds: float = 3.0):
 
 
 def checked(text: str, where: str) -> str:
-    """`text` from the command line if it is sound Unicode; PromptError else."""
+    """`text` from the command line; PromptError unless it is valid Unicode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -174,7 +178,7 @@ def checked(text: str, where: str) -> str:
 
 def decoded(data: bytes, where: str) -> str:
     """`data` as text; PromptError unless it is UTF-8."""
-    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is no text
+    data = data.removeprefix(b"\xef\xbb\xbf")  # a byte order mark is not part of the text
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -189,10 +193,10 @@ def read_stdin(console: Console, limit: Limit | None = None) -> str:
 
 
 def read_stdin_bytes(console: Console, limit: Limit | None = None, more: int = 0, hint: str = "") -> bytes:
-    """All of stdin. A descriptor that cannot be read, as nohup leaves it, counts as empty.
+    """All of stdin. A descriptor that cannot be read, such as under nohup, counts as empty.
 
-    PromptError for more than `limit`, which is not read; a picture may have `more` bytes. `hint` is added to what
-    is said where it takes long.
+    PromptError for more than `limit`, which is not read; a picture may have `more` bytes. `hint` is added to the note that is
+    shown if reading takes long.
     """
     if not _readable(sys.stdin):
         return b""
@@ -205,12 +209,12 @@ def read_stdin_bytes(console: Console, limit: Limit | None = None, more: int = 0
 
 
 def may_be_picture(data: bytes) -> bool:
-    """Whether bytes begin as a file of a picture may."""
+    """Whether bytes may be the beginning of a picture file."""
     return data[:1] in (b"\x89", b"\xff", b"G", b"R", b"I", b"M") or data[4:8] == b"ftyp"
 
 
 def _all(read: Callable[[], bytes], limit: Limit | None, where: str) -> bytes:
-    """What `read` returns until it returns nothing."""
+    """All bytes that `read` returns until it returns none."""
     parts, size = [], 0
     while part := read():
         size += len(part)
@@ -262,7 +266,7 @@ def _readable(stream) -> bool:
 
 
 def stdin_is_piped() -> bool:
-    """Whether stdin is there, can be read and is no terminal."""
+    """Whether stdin is open for reading and not a terminal."""
     return not is_terminal(sys.stdin) and _readable(sys.stdin)
 
 

@@ -1,4 +1,4 @@
-"""`llamacli inspect`: what a GGUF holds and what it will need, without loading it; or what a routing log tells.
+"""`llamacli inspect`: shows what a GGUF contains and the memory it needs, without loading it; or evaluates a routing log.
 
 In: a path. Out: a table or one JSON object on stdout. `describe` gathers, `_show` lays out. A sound GGUF of another
 architecture is described too, with the reason why it cannot be run. cli/routing.py shows a log.
@@ -149,7 +149,7 @@ def _tokenizer(meta) -> dict:
 
 
 def _license(meta) -> str | None:
-    """The licence, its name where it has one of its own, and where to read it."""
+    """The licence's identifier or own name, and its address."""
     found = (_text(meta.get(f"general.license{end}")) for end in ("", ".name", ".link"))
     return ", ".join(text for text in found if text) or None
 

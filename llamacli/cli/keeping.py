@@ -1,4 +1,4 @@
-"""Options of sessions: the type of keys and values, what of them is kept on disk, guesses.
+"""Options of sessions: the type of keys and values, their files on disk, speculation.
 
 In: what the parser found. Out: a session.
 """
@@ -66,7 +66,7 @@ class Storing:
             group="Model",
             setting=True,
             check=size,
-            help="What --cache may take on disk, such as 50G (default: half of what is free).",
+            help="Most bytes that --cache may take on disk, such as 50G (default: half of the free space).",
         ),
     ] = None
 

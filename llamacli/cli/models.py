@@ -46,24 +46,24 @@ def models(
     action: Annotated[Action, argument("[list|show|add|remove|check|pull]", "What to do (list).")] = Action.list,
     what: Annotated[
         list[str] | None,
-        argument("[NAME|FILE|USER/REPO[:QUANT]]...", "The models that it concerns.", complete=lambda start: model_names()),
+        argument("[NAME|FILE|USER/REPO[:QUANT]]...", "The models to act on.", complete=lambda start: model_names()),
     ] = None,
     everything: Annotated[
         bool, option("-a", "--all", help="With list: also models of other programs that are not Llama 4.")
     ] = False,
     dry_run: Annotated[
-        bool, option("--dry-run", help="With pull: say what it would take, fetch nothing but the heads.")
+        bool, option("--dry-run", help="With pull: show the disk and memory it needs; fetch only the files' headers.")
     ] = False,
-    force: Annotated[bool, option("--force", help="With pull: even if the model cannot run here.")] = False,
+    force: Annotated[bool, option("--force", help="With pull: fetch even if the model cannot run here.")] = False,
     memory: Memory = None,
     as_json: Json = False,
     output: Output = None,
 ) -> None:
     """Models on this machine: list, show NAME, add FILE [NAME], remove NAME, check [NAME], pull USER/REPO[:QUANT].
 
-    Those of Ollama and of the Hugging Face hub's cache are used where they lie. pull fetches a GGUF from the hub: it says first
-    what the model takes, goes on where it was cut off, and checks every byte. check reads files again, those whose checksum is
-    known: what was pulled, and what the other programs keep.
+    Models of Ollama and in the Hugging Face hub's cache are used in place. pull fetches a GGUF from the hub: it first shows the
+    disk and memory that the model needs, continues an interrupted download, and verifies the checksum. check reads files again
+    and compares them with known checksums: those of pulled models and of the other programs' models.
 
     Examples:
     llamacli models
@@ -214,7 +214,7 @@ def _add(file: Path, name: str | None, console: Console) -> None:
 
 
 def _check(names: list[str], console: Console) -> None:
-    """Read files of which a checksum is known. ModelFileError at the end if one has another."""
+    """Read the files with known checksums. ModelFileError at the end if one differs."""
     from llamacli.library.checksums import known, sha256_of
     from llamacli.library.installed import installed
 
@@ -273,7 +273,7 @@ def _remove(names: list[str], console: Console) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """A folder and those around it, up to that of all models, if nothing is left in them."""
+    """Remove a folder and its parents, up to the models folder, as far as they are empty."""
     top = environment.models_folder()
     while folder != top and top in folder.parents and not any(folder.iterdir()):
         folder.rmdir()
@@ -316,7 +316,7 @@ def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bo
 
 
 def _plan(pull, variant, memory: int | None, force: bool) -> tuple[list[str], dict]:
-    """What the model takes of disk and memory, in lines and as a record. An error if that is not there, unless by `force`."""
+    """The disk and memory that the model needs, as lines and as a record. An error if there is too little, unless `force`."""
     free, here = pull.check_room(), variant.nbytes - pull.missing
     try:
         words, plan = _planned(pull.header(), memory)
@@ -335,7 +335,7 @@ def _plan(pull, variant, memory: int | None, force: bool) -> tuple[list[str], di
 
 
 def _planned(gguf, memory: int | None) -> tuple[str, dict]:
-    """What the model will take in memory, in words and in numbers. MemoryLimitError if it cannot run."""
+    """The memory that the model needs, as text and as a record. MemoryLimitError if it cannot run."""
     from llamacli.cpu.kernels.cores import default_threads
     from llamacli.cpu.weights import held_bytes
     from llamacli.llama4.config import Config

@@ -1,4 +1,4 @@
-"""A text to a new file: never over one that is there, and whole or not at all.
+"""Writes a text to a new file: it never replaces an existing file, and leaves no partial one.
 
 In: a path, a text. Out: the file, or an OutputError.
 """
@@ -11,7 +11,7 @@ from llamacli.errors import OutputError
 
 
 def check_new(path: Path) -> None:
-    """OutputError unless a new file can be made there; said before an answer is computed, which may take long."""
+    """OutputError unless a new file can be made there. Called before an answer is computed, which may take long."""
     if os.path.exists(path) or not os.path.isdir(path.parent):
         found = "one that exists" if os.path.exists(path) else "no such folder"
         raise OutputError(f"{path}: expected the name of a new file, found {found}; choose another name")

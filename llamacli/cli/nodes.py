@@ -10,7 +10,7 @@ from typing import Annotated
 from llamacli.cli.grammar import option
 from llamacli.errors import UsageError
 
-NONE = "none"  # an address that stands for no cluster, in spite of the settings
+NONE = "none"  # the address that means no cluster and overrides the settings
 
 
 def cluster_address(text: str, where: str) -> str | None:

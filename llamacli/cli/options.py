@@ -34,7 +34,7 @@ from llamacli.cli.nodes import OnCluster
 from llamacli.cli.sampling import Sampling
 from llamacli.errors import UsageError
 
-__all__ = [  # what commands take from here, wherever it is defined
+__all__ = [  # names that commands import from here, some defined in other modules
     "KV",
     "Context",
     "DeviceName",
@@ -83,7 +83,7 @@ class Color(StrEnum):
 
 
 class Placing(StrEnum):
-    """Where routed experts are."""
+    """Where routed experts are kept."""
 
     auto = "auto"
     mapped = "mapped"
@@ -91,7 +91,7 @@ class Placing(StrEnum):
 
 
 class Device(StrEnum):
-    """What runs layers."""
+    """The device that runs layers."""
 
     cpu = "cpu"
     mlx = "mlx"
@@ -232,7 +232,7 @@ class Output:
 
 @dataclasses.dataclass
 class Generation(Sampling, Keeping, OnCluster):
-    """What decides about an answer; the same for `run` and `chat`."""
+    """The options of an answer, the same for `run` and `chat`."""
 
     model: ModelName = None
     server: Annotated[
@@ -371,14 +371,14 @@ class Generation(Sampling, Keeping, OnCluster):
 
     @property
     def limit(self) -> Limit:
-        """Bytes of text that surely fill the context, or that a server takes."""
+        """The number of bytes of text that surely fills the context, or that a server accepts."""
         return context_limit(self.ctx or DEFAULT_CTX, self.server is not None)
 
     def load(self, console: Console, sessions: int = 1, pictured: bool = False, more_sessions: int = 0):
         """The model, with a note when loading takes long; with --routing-log its choices of experts are logged.
 
-        `sessions`, `more_sessions`: as for Model.load. `pictured`: it will be shown pictures, whether or not --image names
-        one. With --server the model is the server's (client/remote.py).
+        `sessions`, `more_sessions`: as for Model.load. `pictured`: the vision tower is needed even if --image names no picture.
+        With --server the model is the server's (client/remote.py).
         """
         if isinstance(self.system, Given) and self.system.typed and re.fullmatch(r"-?\d+", self.system):
             console.note(f"the system prompt is the number {self.system}; --seed {self.system} sets the seed")
@@ -417,7 +417,9 @@ class Generation(Sampling, Keeping, OnCluster):
         return remote
 
     def sampler(self, model, console: Console, logprobs: int | None = None):
-        """The sampler that the options and the model's defaults ask for, bound if it is to be. `logprobs`: as for Sampler."""
+        """The sampler of the options and the model's defaults, with its constraint if there is one. `logprobs`: as for
+        Sampler.
+        """
         return super().sampler(model, console, logprobs, **self.bound)
 
 

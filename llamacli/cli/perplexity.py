@@ -1,4 +1,6 @@
-"""`llamacli perplexity`: how well a model predicts a text, and how far it is from another. quality.py measures, this shows."""
+"""`llamacli perplexity`: measures how well a model predicts a text, and its divergence from another model. bench/quality.py
+measures; this module prints.
+"""
 
 import json
 import os
@@ -103,8 +105,8 @@ def _show(scores, n_windows: int, title: str, as_json: bool, console) -> None:
 
 
 def _shares(paths: list, memory: int | None) -> list[dict]:
-    """The memory of each model. Of two, the first is held to the part that its file is of both, so that the other finds room;
-    what the first holds then counts against the limit of the second (placement.plan_residency).
+    """The memory of each model. Of two, the first gets the share that its file has of both files, so that memory is left for
+    the other; the bytes of the first then count against the limit of the second (placement.plan_residency).
     """
     if len(paths) == 1:
         return [{} if memory is None else {"memory": memory}]

@@ -1,7 +1,8 @@
-"""`llamacli plan`: whether a model runs in some memory, what of it is resident, how fast it should be; nothing is loaded.
+"""`llamacli plan`: whether a model runs in a given memory, which part of it is resident, and the expected speed; nothing is
+loaded.
 
 In: a GGUF, of which the header is read, or a Hugging Face folder, of which config.json is enough; memory, context, speeds.
-Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine, and this module shows.
+Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine, and this module prints.
 """
 
 import dataclasses
@@ -33,15 +34,15 @@ from llamacli.cli.options import placement as placement_of
 from llamacli.cli.split import Network, Nodes
 from llamacli.errors import MemoryLimitError, UsageError
 
-ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, of a machine of which nothing is known
+ASSUMED_DISK, ASSUMED_BANDWIDTH = 3.0, 50.0  # GB/s, assumed for an unknown machine
 CONTEXTS = (8192, 32768, 131072, 1048576)
-LARGEST = 10 << 20  # Scout's own limit, which only a file holds
+LARGEST = 10 << 20  # Scout's own limit, which config.json does not give
 PROMPTS = (512, 4096)
 LONGEST = 1 << 31  # tokens
 
 
 class Model(NamedTuple):
-    """What is planned: `tensors` their names and bytes, `sizes` the same as placement.Sizes, `notices` what else to know."""
+    """The model to plan: `tensors`: names and bytes; `sizes`: the same as placement.Sizes; `notices`: lines for the user."""
 
     title: str
     config: object
@@ -49,7 +50,7 @@ class Model(NamedTuple):
     sizes: object
     parameters: int
     notices: list[str]
-    vision: dict | None = None  # what the vision tower beside the file takes (vision/sight.py)
+    vision: dict | None = None  # the cost of the vision tower beside the file (vision/sight.py)
 
 
 def _recipes(start: str) -> list[str]:
@@ -263,7 +264,7 @@ def _speeds(path: Path, disk: list[float] | None, bandwidth: list[float] | None,
     else:
         found["disk"] = [ASSUMED_DISK], "assumed"
     read = multiply = None
-    if here and not bandwidth:  # a given bandwidth is that of another machine, whose arithmetic is not known either
+    if here and not bandwidth:  # a given bandwidth is another machine's, whose arithmetic speed is unknown
         read, multiply = _limits(threads)
     found["bandwidth"] = (
         (bandwidth, "given") if bandwidth else ([read], "measured") if read else ([ASSUMED_BANDWIDTH], "assumed")
@@ -273,7 +274,7 @@ def _speeds(path: Path, disk: list[float] | None, bandwidth: list[float] | None,
 
 
 def _limits(threads: int) -> tuple[float, float]:
-    """GB/s and Gop/s of this machine, from a look that is short and takes little memory."""
+    """GB/s and Gop/s of this machine, from a short measurement that takes little memory."""
     from llamacli.bench.limits import buffer_megabytes, multiply_gops, read_gbps
 
     return read_gbps(threads, buffer_megabytes(threads, 256), rounds=3), multiply_gops(threads, steps=1_000_000, rounds=3)
@@ -308,7 +309,7 @@ def _record(model: Model, speeds: dict, plans: list, memories: list[int], placem
 
 
 def _with_pictures(model: Model, planned: dict, speeds: dict, placement, many: dict) -> dict:
-    """What a plan becomes when pictures are shown: the tower and what it works in are held beside the rest."""
+    """The plan with pictures: the tower's weights and buffers are resident, too."""
     tower = model.vision["weights_bytes"] + model.vision["working_bytes"]
     try:
         if planned["mode"] is None:
@@ -338,7 +339,7 @@ def _planned(p, disk: float, bandwidth: float, compute: float | None, placement)
 
 
 def _of_file(p, disk: float, bandwidth: float, placement) -> dict:
-    """What keys and values in a file take and cost when the context is full."""
+    """The size and the cost of keys and values in a file when the context is full."""
     full = placement.decode_seconds(p, disk * 1e9, bandwidth * 1e9, p.ctx)
     return {
         "kv_window": p.window,
@@ -399,7 +400,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
 
 
 def _verdict(p, planned: dict) -> str:
-    """The answer before the numbers."""
+    """The summary line above the tables."""
     speed = f"about {rate(planned['tokens_per_second'])} tokens/s"
     if p.mode == "mapped":
         return f"It fits: {amount(p.resident)} of {amount(p.memory)} with a context of {p.ctx} tokens, {speed}."
@@ -428,7 +429,7 @@ def _mode(p) -> str:
 
 
 def _show_many(record: dict, console) -> None:
-    """Tokens a second: memory and its speed down, disks across."""
+    """A table of tokens per second: a row for each memory and its speed, a column for each disk."""
     disks = record["speeds"]["disk"]["values"]
     rows, cells = [], iter(record["plans"])
     for first in cells:

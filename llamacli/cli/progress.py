@@ -1,4 +1,4 @@
-"""How far a long job is, how fast it goes and when it will end: as a bar of any width, or as words for a log.
+"""Progress of a long job, with its speed and the time left: as a bar of any width, or as text for a log.
 
 In: what is done, step by step, and a clock. Out: text without a line end; the caller writes it.
 """
@@ -10,12 +10,12 @@ from collections.abc import Callable
 WINDOW = 20.0  # seconds that a speed is measured over
 BAR = 8, 40  # its narrowest and widest
 SETTLED = 0.5  # seconds before a speed is worth telling
-LABEL = 12  # a label is shortened to this before the time left gives way
+LABEL = 12  # a label is shortened to this before the time left is omitted
 GAP = "  "
 
 
 class Meter:
-    """`what` names the job. After `update`, `bar` and `words` say where it stands."""
+    """`what` names the job. After `update`, `bar` and `words` give its progress."""
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic, nbytes: bool = False):
         """`nbytes`: bytes are counted, and their speed is shown."""
@@ -27,7 +27,7 @@ class Meter:
     def update(self, done: int, total: int, label: str = "", weights: int | None = None) -> None:
         """`done` of `total`; where `weights` are counted, those are bytes, and speeds are shown.
 
-        What was done before the first call counts for no speed: a job taken up again begins in the middle.
+        Work done before the first call does not count for the speed, since a continued job does not begin at 0.
         """
         now = self._clock()
         self._samples.append((now, done, weights))
@@ -38,7 +38,7 @@ class Meter:
         self._done, self._total, self.share = done, total, min(1.0, done / total) if total else 0.0
 
     def bar(self, width: int, filled: str = "━", empty: str = "─", paint: Callable[[str, str], str] | None = None) -> str:
-        """One line of at most `width` columns: as many parts as fit, the least important left out first.
+        """One line of at most `width` columns: as many parts as fit; the least important are omitted first.
 
         `paint(text, part)` may add colour to "filled", "empty" and "speed".
         """
@@ -64,7 +64,7 @@ class Meter:
         return f"{self._what}: " + ", ".join(part.strip() for part in parts if part)
 
     def _speeds(self) -> list[str]:
-        """Weights or megabytes a second, or both, of a constant width; none as long as nobody knows."""
+        """Weights or megabytes per second, or both, in a constant width; empty until they are known."""
         (then, _, weights), (now, _, weights_now) = self._samples[0], self._samples[-1]
         if self._nbytes and now - then >= SETTLED:
             return [f"{_short(self._rate())} MB/s"]
@@ -73,12 +73,12 @@ class Meter:
         return [f"{_short((weights_now - weights) / (now - then))} M weights/s", f"{_short(self._rate())} MB/s"]
 
     def _rate(self) -> float:
-        """What is done in a second."""
+        """The progress per second."""
         (then, done, _), (now, done_now, _) = self._samples[0], self._samples[-1]
         return (done_now - done) / (now - then) if now > then else 0.0
 
     def _left(self) -> list[str]:
-        """The time to the end; none as long as nobody knows."""
+        """The time left; empty until it is known."""
         if self._samples[-1][0] - self._samples[0][0] < SETTLED or self._rate() <= 0:
             return []
         since = self._clock() - self._samples[-1][0]

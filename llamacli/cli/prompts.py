@@ -1,6 +1,6 @@
-"""What `run` asks the model: text, a system prompt, and a template that they fill in.
+"""The prompt of `run`: text, a system prompt, and a template that they fill in.
 
-In: text from words, files and pipes; what one line of a batch adds. Out: messages, or the text alone with --raw, and their ids.
+In: text from words, files and pipes; the fields of a batch's line. Out: messages, or the text alone with --raw, and their ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ def joined(*parts: str) -> str:
 
 @dataclass
 class Prompts:
-    """`text` comes before what a line of a batch asks, or is all. `system`: of the options. `raw`: no chat template.
-    `pictured`: pictures come before the text, which may be empty then.
+    """`text` comes before the text of a batch's line, or is the whole prompt. `system`: of the options. `raw`: no chat
+    template. `pictured`: pictures come before the text, which may be empty then.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Prompts:
         return [*self._system(system), {"role": "user", "content": text}]
 
     def of_messages(self, messages: list[dict]) -> list[dict]:
-        """Messages that a line of a batch has as they are; the options' system prompt comes before them if they have none."""
+        """The messages that a line of a batch gives; the options' system prompt comes first if they have none."""
         if self.text or self.template or self.raw or self.pictured:
             raise UsageError(
                 "messages: expected no other text, picture, template or --raw beside them, found one; leave it out"
@@ -76,8 +76,8 @@ class Prompts:
         return [*before, {**last, "content": content(views, last["content"])}] if views else messages
 
     def ids(self, model, messages: list[dict], views: Sequence = ()) -> list:
-        """Tokens, `views` of pictures before the last text. ContextFullError for more text than fills the context, before it
-        becomes tokens.
+        """Tokens, `views` of pictures before the last text. ContextFullError for more text than fits the context, before it is
+        tokenized.
         """
         from llamacli.session import check_length  # late: it imports NumPy, and help does not
 

@@ -1,4 +1,5 @@
-"""`llamacli quantize`: a Hugging Face folder or a GGUF to a GGUF of another type. The package quantize converts, this shows.
+"""`llamacli quantize`: a Hugging Face folder or a GGUF to a GGUF of another type. The package quantize converts; this module
+prints.
 
 In: paths, a recipe, options. Out: the file; progress and a table of what it holds on stderr; the plan of a dry run, or with
 --json one object, on stdout.
@@ -23,7 +24,7 @@ from llamacli.errors import UsageError
 from llamacli.llama4.tensors import Role, find, role_of
 from quantize.recipe import DEFAULT, RECIPES, find_recipe
 
-_GROUPS = {  # of the table at the end, by kind or role of their tensors
+_GROUPS = {  # groups of the final table, by kind or role of tensors
     "ffn_gate_exps": "experts, gate",
     "ffn_up_exps": "experts, up",
     "ffn_down_exps": "experts, down",
@@ -146,7 +147,7 @@ def quantize(
     else:
         some = None
     if dry_run or some is not None:
-        cluster = None  # of the settings: nothing is encoded
+        cluster = None  # a cluster of the settings is ignored: nothing is encoded
     out, type_name = _out_and_type(out, type_word, type_name)
     path = output_path(out) if out is not None else default_out(Path(source), type_name)
     try:
@@ -181,7 +182,7 @@ quantize.notes = "\n".join(
 
 
 def _nodes(cluster: str | None, threads: int | None, console):
-    """Those of a cluster, if there is one."""
+    """The nodes of the cluster, if one is given."""
     if cluster is None:
         return nullcontext()
     from llamacli.cluster.control import encoders
@@ -226,9 +227,9 @@ def _override(text: str) -> tuple[str, str]:
 
 
 class Follow:
-    """Passes on how far the file is, and how many weights that is; before the work it says what the user should know.
+    """Shows the progress of the file, with the count of weights, and notices before the work.
 
-    `told` are the notices that were said. With `nodes` of a cluster it says what share each has made.
+    `told`: the notices shown so far. With `nodes` of a cluster it shows the share of each.
     """
 
     def __init__(self, update: Callable[[int, int, str, int], None], warn: Callable[[str], None], nodes=None):
@@ -308,7 +309,7 @@ def _show_plan(report, by_type: list[dict], console) -> None:
 
 
 def group_of(name: str) -> str:
-    """The row of the table that a tensor counts in."""
+    """The row of the final table that counts a tensor."""
     if role_of(name) is Role.VISION:
         return _GROUPS[Role.VISION]
     found = find(name)
@@ -316,7 +317,7 @@ def group_of(name: str) -> str:
 
 
 def summary(tensors: list[dict], key: Callable[[dict], str]) -> list[dict]:
-    """Tensors by what `key` makes of them, in the order they first appear: name, count, types, weights, nbytes, rmse."""
+    """Tensors grouped by `key`, in the order of first appearance: name, count, types, weights, nbytes, rmse."""
     groups: dict[str, list[dict]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor)
@@ -327,7 +328,7 @@ def summary(tensors: list[dict], key: Callable[[dict], str]) -> list[dict]:
 
 
 def _sums(tensors: Iterable[dict]) -> dict:
-    """Weights and bytes; the relative error of all of them together, if every one is known."""
+    """The sum of weights and of bytes, and the relative error of all together, if each is known."""
     weights, nbytes, errors = sum(t["weights"] for t in tensors), sum(t["nbytes"] for t in tensors), None
     whole = sum(t["energy"] or 0.0 for t in tensors)
     if whole and all(t["energy"] is not None for t in tensors):

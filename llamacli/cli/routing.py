@@ -1,4 +1,4 @@
-"""How `llamacli inspect --routing` shows a log: a picture of the experts used, how often they repeat, what slots would bring.
+"""Output of `llamacli inspect --routing`: a heat map of the experts used, how often they repeat, and hit rates of slots.
 
 In: a log's path. Out: the picture and tables, or one JSON object, on stdout; an image if asked for. bench/routing.py computes
 the numbers.
@@ -7,11 +7,11 @@ the numbers.
 import json
 from pathlib import Path
 
-SLOTS_SHOWN = 16  # rows of the table of slots at most; of more experts those that are powers of 2
+SLOTS_SHOWN = 16  # most rows of the table of slots; with more experts, powers of 2 only
 
 
 def show_routing(path: Path, plot: Path | None, as_json: bool, console) -> None:
-    """Read a log and show what it tells."""
+    """Read a log and print its evaluation."""
     from llamacli.bench import routing, routing_log
 
     if plot:

@@ -1,7 +1,7 @@
 """`llamacli run`: one prompt, one answer on stdout.
 
-In: words, files, stdin. Out: the answer's bytes and one newline, or one JSON object. On a terminal also how far the prompt has
-been read, until the first token.
+In: words, files, stdin. Out: the answer's bytes and one newline, or one JSON object. On a terminal also the progress of the
+prompt, until the first token.
 """
 
 import json
@@ -52,8 +52,10 @@ def run(
         option("-f", "--file", metavar="FILE", group="Text", help="Text before the prompt; repeatable, - is stdin."),
     ] = None,
     raw: Annotated[bool, option("--raw", group="Text", help="Continue the text as it is: no chat template.")] = False,
-    no_stdin: Annotated[bool, option("--no-stdin", group="Text", help="Leave stdin alone (for ssh, cron and loops).")] = False,
-    single_turn: Annotated[bool, option("-st", "--single-turn", hidden=True, help="What run always does.")] = False,
+    no_stdin: Annotated[bool, option("--no-stdin", group="Text", help="Do not read stdin (for ssh, cron and loops).")] = False,
+    single_turn: Annotated[
+        bool, option("-st", "--single-turn", hidden=True, help="Accepted; run always answers once.")
+    ] = False,
     out: Annotated[
         str | None, option("-o", "--output", metavar="FILE", group=OTHER, help="Write the answer to a new file, not to stdout.")
     ] = None,
@@ -175,7 +177,7 @@ def run(
     messages = prompts.messages()
     with tooling.box(console) as box:
         began = time.perf_counter()
-        contexts = 1 if best_of is None else min(best_of, SEVERAL) + 1  # that of the prompt, and of each answer under way
+        contexts = 1 if best_of is None else min(best_of, SEVERAL) + 1  # for the prompt, and for each answer under way
         model = options.load(console, contexts, pictured=bool(pictures))
         load_s = time.perf_counter() - began
         if options.server is None:
@@ -195,7 +197,7 @@ def run(
 
 
 def _model_first(model: str | None, words: list[str], more: bool, console: Console) -> tuple[str | None, list[str]]:
-    """`run MODEL PROMPT`, as other programs have it: the first word is the model if it surely names one."""
+    """`run MODEL PROMPT`, as in other programs: the first word is the model if it names one."""
     if model is not None or not words or not is_model(words[0]):
         return model, words
     name, rest = str(words[0]), words[1:]
@@ -211,7 +213,7 @@ def _model_first(model: str | None, words: list[str], more: bool, console: Conso
 def _text(
     words: list[str], files: list[str], images: list[str], no_stdin: bool, console: Console, options: Generation
 ) -> tuple[str, list["Picture | str"]]:
-    """stdin, then the files, then the words, a blank line between each two; and the pictures. stdin may be one of them."""
+    """The text of stdin, the files and the words, with blank lines between; and the pictures. stdin may be a picture."""
     limit, send = options.limit, options.server is not None
     pictures = read_pictures(images, console, send)
     parts = [read_file(name, console, limit) for name in files]
@@ -227,7 +229,7 @@ def _text(
 
 
 class Answer:
-    """Streams one answer to where it belongs, and says its end."""
+    """Writes one answer to its destination as it streams, and reports how it ended."""
 
     def __init__(self, console: Console, load_s: float, as_json: bool, out: Path | None, whole: bool, extract: bool, box=None):
         """`box`: tools that the model may call (tools/loop.Toolbox)."""
@@ -247,9 +249,10 @@ class Answer:
         views: Sequence = (),
         messages: Sequence[dict] = (),
     ) -> None:
-        """Answer `ids`, in which pictures stand as `views`; what was said is kept on Ctrl-C and SIGTERM.
+        """Answer `ids`, whose pictures are `views`; on Ctrl-C and SIGTERM the text so far is kept.
 
-        `logprobs`: as --logprobs. `messages` are what the ids are of, and are answered where there are tools.
+        `logprobs`: as --logprobs. `messages`: the conversation that the ids are made of; with tools, it is answered instead of
+        the ids.
         """
         self._views = views
         self._logprobs = None if logprobs is None else []
@@ -310,7 +313,7 @@ class Answer:
             if self._box is not None:
                 record["usage"], record["tool_calls"] = self._box.usage, self._box.record
             text = json.dumps(record | self._more(), ensure_ascii=False)
-        elif self._box is not None and self._box.calls:  # nothing here runs them: they are the answer
+        elif self._box is not None and self._box.calls:  # no tool runs here: the calls are the answer
             calls = "".join(json.dumps(call, ensure_ascii=False) + "\n" for call in self._box.record if "result" not in call)
             self._show_calls(text, calls)
             return
@@ -325,15 +328,15 @@ class Answer:
             self._console.end(always=reason != "interrupt")
 
     def _wanted(self, text: str) -> str:
-        """What of an answer is written."""
+        """The part of an answer that is written."""
         return next(iter(code_blocks(text)), text) if self._extract else text
 
     def _more(self) -> dict:
-        """What the JSON object has besides."""
+        """Further fields of the JSON object."""
         return {}
 
     def _show_calls(self, text: str, calls: str) -> None:
-        """The calls, a line each, behind what was said."""
+        """Write the calls after the text, a line each."""
         if self._out is not None:
             self._write(f"{text}\n{calls}" if text.strip() else calls)
             return
@@ -343,7 +346,7 @@ class Answer:
         self._console.piece(calls)
 
     def _write(self, text: str) -> None:
-        """To the file; an answer that finds no place there is shown, since it may have taken long."""
+        """Write the answer to the file. If that fails, write it to stdout, since it may have taken long."""
         text = text if text.endswith("\n") else text + "\n"
         try:
             write_new(self._out, text)
@@ -354,7 +357,9 @@ class Answer:
 
 @contextmanager
 def reading(console: Console, model):
-    """While a prompt is read, from a second on: how far it is. Yields a function to call at the first token."""
+    """A context that shows the progress of a prompt that takes more than a second. Yields a function to call at the first
+    token.
+    """
     began, signs, meter = time.monotonic(), console.signs(), None
     streams = any(getattr(stage, "slots", None) for stage in getattr(model.engine, "stages", ()))
     what = "reading the prompt and experts" if streams else "reading the prompt"
@@ -410,7 +415,7 @@ def likely(tokenizer, piece) -> dict:
 
 def describe(stats, reason: str | None, load_s: float | None = None) -> str:
     """The line about speed after an answer."""
-    parts = [f"{stats.prompt_tokens} prompt tokens"] if stats.prompt_tokens else []  # a server counts at the end
+    parts = [f"{stats.prompt_tokens} prompt tokens"] if stats.prompt_tokens else []  # a server sends its counts at the end
     if parts and stats.cached_tokens:
         parts[0] += f" ({stats.cached_tokens} kept from before)"
     if parts and stats.prefill_tps:
@@ -428,7 +433,7 @@ def describe(stats, reason: str | None, load_s: float | None = None) -> str:
 
 
 def describe_io(io, tokens: int, seconds: float) -> str:
-    """What the answer's tokens asked of the disk."""
+    """The reads that the answer's tokens needed, as a line."""
     from llamacli.plan.machine import resident_words
 
     asked = io.hits + io.misses

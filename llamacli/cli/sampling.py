@@ -1,4 +1,4 @@
-"""The sampling options of `run` and `chat`, and the sampler that they ask for.
+"""The sampling options of `run` and `chat`, and the sampler made from them.
 
 In: what the parser found. Out: a sampler. There is an option for each setting of text/settings.py, which has their defaults and
 ranges.
@@ -24,8 +24,8 @@ HELP = {  # setting: metavar, help, names of other programs
     "typical_p": ("P", "Locally typical sampling; 1 is off.", "--typical", "--typical-p"),
     "top_n_sigma": ("N", "Logits at most N standard deviations below the best; 0 is off.", "--top-nsigma"),
     "repeat_penalty": ("X", "Penalty on repetition, from {least:g} to {most:g}; 1 is off."),
-    "presence_penalty": ("X", "Taken off the logit of a token that occurred; 0 is off."),
-    "frequency_penalty": ("X", "Taken off for each time that a token occurred; 0 is off."),
+    "presence_penalty": ("X", "Subtracted from the logit of a token that occurred; 0 is off."),
+    "frequency_penalty": ("X", "Subtracted for each time that a token occurred; 0 is off."),
     "repeat_last_n": ("N", "Tokens that the three penalties look back on; -1 is all."),
     "dry_multiplier": ("X", "DRY: penalty on carrying on a repetition; 0 is off."),
     "dry_base": ("X", "DRY: factor for each further token of a repetition."),
@@ -38,7 +38,7 @@ HELP = {  # setting: metavar, help, names of other programs
     "mirostat_tau": ("X", "Mirostat: the surprise to aim at.", "--mirostat-ent"),
     "mirostat_eta": ("X", "Mirostat: its rate of learning.", "--mirostat-lr"),
 }
-OTHER_NAMES = {  # of steps, in other programs
+OTHER_NAMES = {  # names of steps in other programs
     **{"temp": "temperature", "nucleus": "top_p"},
     **dict.fromkeys(("typical", "typical_p", "typ"), "typ_p"),
 }
@@ -76,7 +76,7 @@ class Mirostat(StrEnum):
 
 
 def order(text: str, where: str) -> str:
-    """Checks --samplers: names of steps in their order. UsageError for a name that is none, or one given twice."""
+    """Checks --samplers: names of steps in their order. UsageError for an unknown name, or one given twice."""
     names = _names(text)
     for name in names:
         if name not in DEFAULT_ORDER:
@@ -110,7 +110,7 @@ def _id_and_bias(text: str, where: str = "--logit-bias") -> tuple[int, float]:
 
 @dataclasses.dataclass
 class Sampling(_Numbers):
-    """A field for each setting, None where the model decides."""
+    """A field for each setting; None: the model's default."""
 
     mirostat: Annotated[
         Mirostat,
@@ -166,7 +166,7 @@ class Sampling(_Numbers):
     ] = None
 
     def sampler(self, model, console: Console, logprobs: int | None = None, **more):
-        """The sampler that the options and the model's defaults ask for. `logprobs`, `more`: for Model.sampler."""
+        """The sampler of the options and the model's defaults. `logprobs`, `more`: for Model.sampler."""
         seed = time.time_ns() % (1 << 32) if self.seed is None else self.seed
         if console.verbose:
             console.note(f"seed {seed}")

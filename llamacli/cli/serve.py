@@ -1,6 +1,6 @@
 """`llamacli serve`: a model for other programs, by OpenAI's and Anthropic's protocols.
 
-In: requests on a socket. Out: on stdout one line, the address; on stderr what goes wrong.
+In: requests on a socket. Out: on stdout one line, the address; on stderr errors and notes.
 """
 
 from typing import Annotated
@@ -47,7 +47,7 @@ def serve(
             "--api-key",
             metavar="KEY",
             group="Server",
-            help="Ask clients for this key; repeatable. LLAMACLI_API_KEY hides it from other users.",
+            help="Require this key from clients; repeatable. Other users cannot see it in LLAMACLI_API_KEY.",
         ),
     ] = None,
     api_key_file: Annotated[
@@ -55,7 +55,7 @@ def serve(
     ] = None,
     cors: Annotated[
         list[str] | None,
-        option("--cors", metavar="ORIGIN", group="Server", help="Let web pages of this origin in, such as https://a.example."),
+        option("--cors", metavar="ORIGIN", group="Server", help="Allow web pages of this origin, such as https://a.example."),
     ] = None,
     parallel: Annotated[
         int,
@@ -154,7 +154,7 @@ def serve(
 
 
 def _keys(given: list[str] | None, file: str | None, console) -> list[str]:
-    """The keys of all sources; UsageError for one that no header could carry."""
+    """The keys of all sources; UsageError for one that a header cannot hold."""
     keys = [*(given or ())]
     if file is not None:
         keys += [line.strip() for line in read_file(file, console, Limit(1 << 20)).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""The settings file: what a user would otherwise repeat on every command line, as TOML in the user's configuration folder.
+"""The settings file: defaults of options, as TOML in the user's configuration folder.
 
 In: config.toml with keys such as `model`, `temp`, `max-tokens`. Out: values for the parser, which takes an option first, then a
 LLAMACLI_NAME variable, then this file, then the model's own default. `llamacli config` (config.py) shows and edits the file.
@@ -13,16 +13,16 @@ from llamacli.errors import OutputError, UsageError
 
 
 def path() -> Path:
-    """Where the file lies, whether it exists or not."""
+    """The file's path, whether it exists or not."""
     return environment.config_file()
 
 
 def read() -> dict:
-    """Its keys and values, empty without a file. UsageError if it cannot be read, is no TOML or has keys of no setting."""
+    """Its keys and values, empty without a file. UsageError if it cannot be read, is not TOML or has unknown keys."""
     try:
         data = path().read_bytes()
     except OSError as error:
-        if os.path.exists(path()):  # not so in a folder that this user may not look into, such as that of another one
+        if os.path.exists(path()):  # `exists` would be False in a folder that this user may not enter
             raise UsageError(
                 f"{path()}: expected a file of settings, found: {error.strerror}; make it readable or move it away"
             ) from None
@@ -61,7 +61,7 @@ def defaults(command) -> dict:
 
 
 def current(key: str) -> tuple[object, str]:
-    """A setting's value and where it comes from: None and "" if nowhere."""
+    """A setting's value and its source: None and "" if it is not set."""
     variable = f"LLAMACLI_{key.upper().replace('-', '_')}"
     if os.environ.get(variable):
         return os.environ[variable], variable
@@ -78,13 +78,13 @@ def model() -> str | None:
 
 
 def write(key: str, value) -> None:
-    """Set `key`, or remove it if `value` is None. Comments and order of the file stay; it is for this user's eyes only.
+    """Set `key`, or remove it if `value` is None. Comments and order are preserved, and only the user can read the file.
 
-    A link stays one: the file that it names is written.
+    If it is a symbolic link, its target is written.
     """
     import tomlkit
 
-    read()  # an unsound file is not overwritten
+    read()  # an invalid file is not overwritten
     file = Path(os.path.realpath(path()))
     document = tomlkit.parse(file.read_text("utf-8-sig")) if file.exists() else tomlkit.document()
     if value is None:

@@ -1,11 +1,11 @@
-"""Ctrl-C, SIGTERM and SIGHUP: heard wherever the program is, and the process then dies of them.
+"""Ctrl-C, SIGTERM and SIGHUP: handled whatever code is running; the process then ends by the signal.
 
 The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM, and SIGHUP, which comes when the terminal is closed
-or the connection to it lost) in the main thread, so that a command can keep what it has. Compiled code hears none. So a thread
-of its own watches the descriptor to which the interpreter writes the number of each signal. It asks the engines to end their
-calls. Where the main thread does not answer within GRACE seconds all the same, it ends the process, unless the command said
-that it goes on (`chat`); a second signal ends it at once. Ending means: restore the terminal, then die of the signal, so that a
-shell's loop stops as well.
+or the connection to it lost) in the main thread, so that a command can keep what it has. Compiled code cannot be interrupted by
+an exception. So a thread of its own watches the descriptor to which the interpreter writes the number of each signal. It asks
+the engines to end their calls. If the main thread still does not run the handler within GRACE seconds, it ends the process,
+unless the command continues after a signal (`chat`); a second signal ends it at once. To end the process, it restores the
+terminal and raises the signal with its default handling, so that a shell's loop stops as well.
 """
 
 import os
@@ -17,27 +17,27 @@ import weakref
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 
-GRACE, TURN = 0.3, 0.005  # seconds for the main thread to run a handler; after which it is looked at again
-UNWINDING = 3.0  # seconds for it to end then: an exception raised in a callback is lost
+GRACE, TURN = 0.3, 0.005  # seconds for the main thread to run a handler; seconds between checks
+UNWINDING = 3.0  # seconds for it to end afterwards: an exception raised in a callback is lost
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _State:
-    """What the handlers and the watching thread share."""
+    """State shared by the handlers and the watching thread."""
 
     writer = -1  # the descriptor that the interpreter writes to
     watching = False
-    answers = 0  # times that the main thread ran a handler
-    obeying: int | None = None  # the answer to the signal that is being obeyed
-    survived = False  # whether the command went on after that one
-    survives = False  # the command goes on after a first Ctrl-C
+    answers = 0  # number of times that the main thread ran a handler
+    obeying: int | None = None  # the value of `answers` for the signal that is being handled
+    survived = False  # whether the command continued after that signal
+    survives = False  # the command continues after a first Ctrl-C
     unhurried = False  # the command may take its time to end
     engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
     last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
 
 
 def install() -> None:
-    """Take the signals over. One that was ignored when the program started, as under nohup, stays ignored."""
+    """Install the handlers. A signal that was ignored when the program started, as under nohup, stays ignored."""
     for number in _NUMBERS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -45,7 +45,7 @@ def install() -> None:
 
 
 def arm() -> None:
-    """Watch again, after a library such as asyncio took the descriptor away."""
+    """Set the wakeup descriptor again, after a library such as asyncio replaced it."""
     if not _State.watching:
         reader, _State.writer = os.pipe()
         os.set_blocking(_State.writer, False)
@@ -56,15 +56,15 @@ def arm() -> None:
 
 
 def interrupts(engine) -> None:
-    """Have a signal end the engine's call, which may be in compiled code for seconds (Engine.interrupt)."""
+    """Have signals end this engine's calls, which may be in compiled code for seconds (Engine.interrupt)."""
     _State.engines.add(engine)
 
 
 def die(number: int) -> None:
-    """End this process by the signal itself."""
+    """End this process by the signal, with its default handling."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(number, signal.SIG_DFL)
-    else:  # where the interpreter lets no handler be set
+    else:  # Python sets handlers in the main thread only
         import ctypes
 
         ctypes.CDLL(None).signal(int(number), None)
@@ -74,7 +74,7 @@ def die(number: int) -> None:
 
 @contextmanager
 def last_words(say: Callable[[], None]):
-    """While inside, `say` is called if the process must end while the main thread is in compiled code."""
+    """A context in which `say` is called if the process must end while the main thread is in compiled code."""
     _State.last_words.append(say)
     try:
         yield
@@ -84,10 +84,12 @@ def last_words(say: Callable[[], None]):
 
 @contextmanager
 def surviving():
-    """While inside, a first Ctrl-C that the main thread does not hear is left to it: the command goes on afterwards."""
+    """A context in which a first Ctrl-C never ends the process: the main thread handles it when it can, and the command
+    continues.
+    """
     before, _State.survives = _State.survives, True
     if _State.watching:
-        arm()  # the editor's event loop takes the descriptor away
+        arm()  # the editor's event loop replaces the descriptor
     try:
         yield
     finally:
@@ -97,7 +99,7 @@ def surviving():
 
 @contextmanager
 def unhurried():
-    """While inside, a command that has heard the first signal may take its time: it writes what it has to disk."""
+    """A context without a time limit after the first signal: the command writes its results to disk."""
     _State.unhurried = True
     try:
         yield
@@ -106,16 +108,16 @@ def unhurried():
 
 
 def obeyed() -> None:
-    """The command has dealt with the signal and goes on; the next one is a first one again."""
+    """Note that the command has handled the signal and continues; the next signal counts as the first."""
     _State.obeying = None
 
 
 @contextmanager
 def at_once():
-    """While inside, the first signal ends the process: by the system itself, or, where there are last words, after these.
+    """A context in which the first signal ends the process: by default handling or, if there are `last_words`, after these.
 
-    A library that is called here may hold the interpreter's lock for a third of a second, in which no thread of ours hears
-    anything. The compiler calls back into Python where an exception cannot travel on: it would be printed, and the interrupt
+    A library that is called here may hold the interpreter's lock for a third of a second, so that no thread of ours can handle
+    a signal. The compiler calls back into Python where an exception cannot propagate: it would be printed, and the interrupt
     lost.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -143,8 +145,8 @@ def _handle(number, frame):
 
 
 def _watch(reader: int) -> None:
-    """Answers are counted, since the main thread may be through with a signal before this thread has read of it."""
-    seen, deaf = 0, False  # answers to earlier signals; whether the last one had none in time
+    """Answers are counted, since the main thread may handle a signal before this thread has read its number."""
+    seen, deaf = 0, False  # answers to earlier signals; whether the last signal had none in time
     while data := os.read(reader, 1):
         number = data[0]
         if number not in _NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
@@ -156,7 +158,7 @@ def _watch(reader: int) -> None:
         survives = _State.survives
         for engine in list(_State.engines):
             engine.interrupt()
-        for _ in range(round(GRACE / TURN)):  # where others leave this process little of the processor, each turn lasts longer
+        for _ in range(round(GRACE / TURN)):  # on a busy machine each turn takes longer than TURN
             if _State.answers != seen:
                 break
             time.sleep(TURN)
@@ -185,7 +187,7 @@ def _tell(text: str) -> None:
 
 
 def _end(number: int) -> None:
-    """Die of the signal from any thread: the last words first, then a fresh line on a terminal."""
+    """End the process by the signal, from any thread: `last_words` first, then a line end on a terminal."""
     for say in reversed(_State.last_words):
         with suppress(Exception):
             say()

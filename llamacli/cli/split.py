@@ -1,4 +1,4 @@
-"""`llamacli plan --nodes`: which layers go to which machine, and the speed to expect. plan/nodes.py decides, this shows.
+"""`llamacli plan --nodes`: the layers of each machine, and the expected speed. plan/nodes.py computes; this module prints.
 
 In: the model of plan.py, sizes of memory, speeds. Out: tables or JSON on stdout. Needs neither a cluster nor Ray.
 """
@@ -14,7 +14,7 @@ from llamacli.errors import UsageError
 LATENCY = 100e-6  # seconds one way, of a wired network
 NETWORKS = (1.0, 10.0, 40.0)  # Gbit/s
 MOST = 64  # nodes
-MOST_VALUES = 16  # values in a list each of which makes a plan
+MOST_VALUES = 16  # most values of a list, each of which makes a plan
 
 Nodes = Annotated[
     str | None,

@@ -7,8 +7,8 @@ In: NAME.toml of the user's templates folder, or a file; parameters. Out: the pr
     [defaults]
     what = "mistakes"
 
-`{{input}}` is what the command line, files and pipes give; a prompt without it has that at its end. A value is never searched
-for places again.
+`{{input}}` is the text of the command line, files and pipes; it is appended to a prompt without this place. Places inside a
+value are not filled.
 """
 
 import re
@@ -46,7 +46,7 @@ def parameters(words: Sequence[str]) -> dict[str, str]:
 
 @dataclass
 class Template:
-    """A prompt, maybe a system prompt, and values for places that nobody fills."""
+    """A prompt, an optional system prompt, and default values of places."""
 
     path: Path
     prompt: str
@@ -55,7 +55,7 @@ class Template:
 
     @classmethod
     def find(cls, name: str, console) -> "Template":
-        """By its name or its file. PromptError if there is none, or if it is no template."""
+        """Find a template by its name or its file. PromptError if there is none, or if the file is not a template."""
         path = environment.templates_folder() / f"{name}.toml"
         if name.endswith(".toml") or len(Path(name).parts) != 1:
             path = Path(name).expanduser()

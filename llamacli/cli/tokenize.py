@@ -1,5 +1,5 @@
-"""`llamacli tokenize`: a text or a picture in, token ids on stdout, or ids in and text out. Needs the vocabulary of a file
-only, and for a picture the sizes of a tower, no engine.
+"""`llamacli tokenize`: a text or a picture in, token ids on stdout, or ids in and text out. Reads only the vocabulary of a file
+and, for a picture, the sizes of a tower.
 """
 
 import json
@@ -42,9 +42,9 @@ def tokenize(
     ] = None,
     mmproj: Tower = None,
     special: Annotated[bool, option("--special", help="Read <|...|> in the text as special tokens.")] = False,
-    no_bos: Annotated[bool, option("--no-bos", help="Leave out the token that begins every text.")] = False,
+    no_bos: Annotated[bool, option("--no-bos", help="Omit the token that begins every text.")] = False,
     pieces: Annotated[bool, option("--pieces", help="A line for each token: its id, and its text as a JSON string.")] = False,
-    count: Annotated[bool, option("--count", help="The number of tokens alone.")] = False,
+    count: Annotated[bool, option("--count", help="Print only the number of tokens.")] = False,
     decode: Annotated[
         str | None,
         option("--decode", metavar="IDS", help="The other way: the text of ids, such as 15,16 or a JSON list; - is stdin."),
@@ -99,7 +99,7 @@ def tokenize(
 
 
 def _picture_ids(gguf, tokenizer, image: str, most_tiles: int | None, mmproj: str | None, console) -> list[int]:
-    """What a picture becomes in a prompt; the tower's file says how many tiles and rows, and is not run."""
+    """The ids of a picture in a prompt. The tower's file gives the numbers of tiles and rows; the tower does not run."""
     from llamacli.llama4.config import Config
     from llamacli.llama4.vision import VisionConfig
     from llamacli.vision import sight
@@ -123,7 +123,7 @@ def _print(tokenizer, ids: list[int], pieces: bool, count: bool, as_json: bool, 
 
 
 def _piece(tokenizer, id: int) -> dict:
-    """A token's id, bytes and text; bytes that are no text alone are written <0xC3>."""
+    """A line with a token's id and text; bytes that are not a whole character are written as <0xC3>."""
     data = tokenizer.token_bytes(id, special=True)
     try:
         piece = data.decode()

@@ -1,7 +1,7 @@
-"""Options about tools: what the model may call, who allows it, how long it may take.
+"""Options of tools: what the model may call, which calls need permission, how long a call may take.
 
-In: what the parser found. Out: a Toolbox, or None. At a terminal each call is asked for, in a pipe nothing runs that was not
-allowed beforehand. What a call says is shown on stderr, its control characters as escapes.
+In: what the parser found. Out: a Toolbox, or None. At a terminal the user is asked before each call; in a pipe only tools of
+--allow-tools run. Calls are shown on stderr, with control characters as escapes.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Tooling:
 
     @property
     def asked(self) -> bool:
-        """Whether there are tools."""
+        """Whether the options name tools."""
         return bool(self.tools or self.functions)
 
     def __post_init__(self) -> None:
@@ -80,10 +80,10 @@ class Tooling:
 
     @contextlib.contextmanager
     def box(self, console: Console, aside=contextlib.nullcontext) -> Iterator["Toolbox | None"]:
-        """The tools, ready to run; at the end their programs are ended. None if there are none.
+        """A context with the tools, ready to run; it ends their programs. None if there are no tools.
 
-        `aside()` is a context in which something else than the answer may be shown and typed. UsageError if something could run
-        that nobody can be asked about.
+        `aside()` is a context that pauses the display of the answer, for other output and input. UsageError if a tool could run
+        without permission and there is no terminal to ask on.
         """
         if not self.asked:
             yield None
@@ -105,7 +105,7 @@ class Tooling:
                 source = files.from_python(path)
                 stack.callback(source.close)
                 tools += source.tools
-            if aside is contextlib.nullcontext:  # nothing of an answer is drawn that a sign could disturb
+            if aside is contextlib.nullcontext:  # no display of an answer that a line could disturb
                 tools = [_with_sign(tool, console) for tool in tools]
             ask = _asking(console, aside)
             allowed = self._allowed([tool.name for tool in tools], any(tool.run for tool in tools), ask)
@@ -143,7 +143,7 @@ class Tooling:
 
 
 def _asking(console: Console, aside):
-    """What asks before each call where somebody types, else None."""
+    """A function that asks before each call if there is a terminal, else None."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         return None
     always: set[str] = set()
@@ -161,7 +161,7 @@ def _asking(console: Console, aside):
 
 
 def _with_sign(tool, console: Console):
-    """The tool, with a line on a terminal while it runs for long."""
+    """The tool, with a line on a terminal if it runs for long."""
     if tool.run is None:
         return tool
 
@@ -178,7 +178,7 @@ def shown(call: "Call") -> str:
 
 
 def _whole(call: "Call") -> str:
-    """All of a call, on one line: who allows it must see what it says."""
+    """The whole call on one line: the user must see all of it before allowing it."""
     arguments = ", ".join(f"{one_line(key)}={json.dumps(value, ensure_ascii=False)}" for key, value in call.arguments.items())
     return one_line(f"{call.name}({arguments})")
 

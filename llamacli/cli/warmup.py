@@ -1,4 +1,4 @@
-"""`llamacli warmup`: compile now, once, whatever this machine may need, so that no later start has to.
+"""`llamacli warmup`: compiles all kernels that this machine may need, so that no later start has to.
 
 In: nothing. Out: one line on stdout; OutputError if the cache folder cannot keep the code. Compiles the microkernels of every
 tensor type and of the usual head sizes, all drivers, the machine limits of `bench` and the encoders of `quantize`.
@@ -42,7 +42,7 @@ def _files(folder) -> set[str]:
 
 
 def _compile_all() -> None:
-    import llamacli.cpu.kernels.ops.masks  # with these come the drivers
+    import llamacli.cpu.kernels.ops.masks  # these import the drivers, too
     import llamacli.engine  # noqa: F401
     from llamacli.bench import limits
     from llamacli.cpu.kernels.formats import layout as formats
@@ -67,7 +67,7 @@ def _compile_all() -> None:
 
 
 def _compile_conversion() -> None:
-    """What `quantize` calls, with arrays like those that it has: a checkpoint's are read-only."""
+    """Compile the functions that `quantize` calls, for arrays like a checkpoint's, which are read-only."""
     import numpy as np
 
     import quantize.encoders

@@ -1,13 +1,13 @@
 """Breaks an answer between words at the edge of a terminal, while it streams.
 
-In: pieces of text, as they come. Out: the same pieces, written at once; where a word turns out not to fit, it is taken back
-from the end of the line and begins the next one. Only for a terminal: in a pipe the bytes are the model's.
+In: pieces of text, as they come. Out: the same pieces, written at once; a word that does not fit is erased from the end of the
+line and written on the next one. Used on a terminal only: in a pipe the bytes are the model's.
 """
 
 import unicodedata
 
 TAB = 8
-JOINERS = "\u200d\ufe0f"  # of emoji
+JOINERS = "\u200d\ufe0f"  # modifiers of emoji
 
 
 class WordWrap:
@@ -15,7 +15,7 @@ class WordWrap:
 
     def __init__(self, width: int):
         self._width = max(10, width)
-        self._column, self._word = 0, ""  # where the cursor is; what was written since the last space, if it may move
+        self._column, self._word = 0, ""  # the cursor's column; the text since the last space, if it may still move
 
     def push(self, text: str) -> str:
         """What to write for the next piece."""
