@@ -417,9 +417,7 @@ class Generation(Sampling, Keeping, OnCluster):
         return remote
 
     def sampler(self, model, console: Console, logprobs: int | None = None):
-        """The sampler of the options and the model's defaults, with its constraint if there is one. `logprobs`: as for
-        Sampler.
-        """
+        """The sampler of the options and the model's defaults, with its constraint if any. `logprobs`: as for Sampler."""
         return super().sampler(model, console, logprobs, **self.bound)
 
 
