@@ -1,4 +1,4 @@
-"""Anthropic's protocol: /v1/messages and its count of tokens, and its errors.
+"""Anthropic's protocol: /v1/messages, its token count, and its errors.
 
 In: checked fields, or events of answers. Out: an `Ask`, and bodies or events as the API reference has them
 (docs.anthropic.com/en/api/messages, 2026).
@@ -27,14 +27,14 @@ KINDS = {
 
 
 class Form:
-    """How an answer is to be written."""
+    """The format of an answer."""
 
     def __init__(self, model: str, stream: bool, stops: list[str]):
         self.id, self.model, self.stream, self.stops = f"msg_{token_hex(12)}", model, stream, stops
 
 
 def read(fields: Fields, model, name: str) -> tuple[Ask, Form]:
-    """A request to /v1/messages."""
+    """Read a request to /v1/messages."""
     asking.refuse(fields, mcp_servers=None, container=None)
     settings = asking.sampling(fields, model.config.n_vocab)
     stops = fields.texts("stop_sequences", asking.MOST_STOPS)
@@ -71,7 +71,7 @@ def _conversation(fields: Fields) -> tuple[list[dict], calling.Offer | None]:
 
 
 def _messages(message: Fields) -> list[dict]:
-    """A message as the chat template takes it; one of results of calls becomes a message for each."""
+    """Messages for the chat template; a message with results of calls becomes one message for each."""
     role = message.text("role")
     if role not in ("user", "assistant", "system"):
         raise message.wrong("role", "user, assistant or system")
@@ -118,7 +118,7 @@ class _Answer:
     def add(self, piece) -> None:
         if piece.id is not None:
             self.usage["output_tokens"] += 1
-            if self._form.stops:  # the text of the pieces ends before them
+            if self._form.stops:  # calls come after the text of the pieces
                 self._said += self._decoder.push(piece.id)
         if piece.finish_reason:
             self.reason = REASONS.get(piece.finish_reason, "end_turn")
@@ -188,11 +188,11 @@ def _event(kind: str, **more) -> str:
 
 
 def error_body(refusal: Refusal) -> dict:
-    """An error as the protocol has it."""
+    """An error in the protocol's form."""
     kind = KINDS.get(refusal.status, "api_error" if refusal.status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": str(refusal)}}
 
 
 def failed(refusal: Refusal, told: int) -> str:
-    """The last event of a stream that ends by an error."""
+    """The last event of a stream that ends with an error."""
     return _event("error", error=error_body(refusal)["error"])

@@ -1,7 +1,7 @@
-"""The web application: routes, who may use them, limits, errors.
+"""The web application: routes, access control, limits, errors.
 
-In: a model and `Limits`. Out: `Server.app`, an ASGI application. Work on a request that takes long, such as tokenizing, is done
-in threads for it, so that streams go on meanwhile; pictures are looked at in another one, so that texts do not wait for them.
+In: a model and `Limits`. Out: `Server.app`, an ASGI application. Long work on a request, such as tokenizing, runs in threads,
+so that streams continue meanwhile; the vision tower runs in another thread, so that text requests do not wait for it.
 """
 
 import asyncio
@@ -33,24 +33,24 @@ from llamacli.serve.scheduler import MOST_WAITING, PLACES, Begun, Scheduler, Sto
 from llamacli.serve.stream import KEEP_ALIVE, Answering, EventStream, while_there
 
 PREPARED = 4  # requests that are read and tokenized at a time
-OPEN = ("/", "/health", "/v1/health")  # no key is asked for
+OPEN = ("/", "/health", "/v1/health")  # routes without a key
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may ask for. `rate`: requests a minute of each client, None for any number."""
+    """Limits for clients. `rate`: requests per minute of each client, None for any number."""
 
     places: int = PLACES
     waiting: int = MOST_WAITING
     body: int = 16 << 20  # bytes
     body_seconds: float = 60.0
-    bodies: int | None = None  # bytes of all requests under way together, None: of 16 that are as large as they may be
+    bodies: int | None = None  # bytes of all requests under way together; None: 16 of the largest size
     rate: int | None = None
     keep_alive: float = KEEP_ALIVE
 
 
 class Server:
-    """One model and its application. `keys`, `origins`, `hosts`: as for Guard. `report`: gets lines for stderr."""
+    """One model and its application. `keys`, `origins`, `hosts`: as for Guard. `report`: called with lines for stderr."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Server:
         report: Callable[[str], None] = lambda text: None,
         log: Callable[[str], None] | None = None,
     ):
-        """`log`: gets a line about each request."""
+        """`log`: called with a line about each request."""
         self.model, self.name, self.limits, self.created = model, name, limits, int(time.time())
         self._guard, self._report = Guard(keys, origins, hosts, limits.rate), report
         self.scheduler = Scheduler(model, limits.places, limits.waiting, snapshots, lambda error: tell_bug(error, report))
@@ -100,17 +100,17 @@ class Server:
         yield "POST", "/v1/messages", self._messages
         yield "POST", "/v1/messages/count_tokens", self._count
 
-    # who may, and what goes wrong
+    # access control and errors
 
     def _guarded(self, path: str, handler: Callable[[Request], Awaitable[Response]]) -> Endpoint:
-        """The handler behind all checks; errors become answers in the protocol's form."""
+        """A handler with all checks before it; errors become responses in the protocol's form."""
 
         async def answer(request: Request) -> Response:
             try:
                 self._guard.check(request, anybody=path in OPEN)
                 response = await handler(request)
             except ClientDisconnect:
-                response = Response(status_code=499)  # nobody is left to read it
+                response = Response(status_code=499)  # the client has left
             except Exception as error:
                 response = self._refused(refusal_of(error, self._report), path)
             self.metrics.request(path, response.status_code)
@@ -133,26 +133,26 @@ class Server:
         self._log.line("-", error.status_code)
         return JSONResponse(openai.error_body(refusal), error.status_code, error.headers)
 
-    # work that takes long
+    # long work in threads
 
     async def _read(self, request: Request, read: Callable[[Fields], object]):
-        """What `read` makes of the body's fields."""
+        """The result of `read` on the body's fields."""
         body = await self._bodies.read(request)
         return await self._prepared(request, lambda: read(Fields(read_json(body))))
 
     async def _prepared(self, request: Request, work: Callable[[], object]):
-        """What `work` gives in a thread for such work. ClientDisconnect if the client leaves before."""
+        """The result of `work`, run in a thread. ClientDisconnect if the client leaves before it ends."""
         self._check_works()
         return await while_there(request.receive, asyncio.get_running_loop().run_in_executor(self._preparing, work))
 
     def _check_works(self) -> None:
-        """Stopping if the threads for such work are ended, or soon will be."""
+        """Raise Stopping if the threads have ended or are about to end."""
         if not self.scheduler.works:
             raise Stopping("the server is stopping; ask again later")
 
     async def _seen(self, request: Request, prompt: Sequence[int] | asking.Pictured) -> Sequence:
-        """The tokens of a prompt, once its pictures were looked at. No more requests than are answered at a time have theirs
-        looked at or remembered; the others wait. Pictures of several requests take turns.
+        """The tokens of a prompt after its pictures were encoded. Views are held for at most as many requests as are answered
+        at a time; other requests wait. Pictures of several requests take turns.
         """
         if not isinstance(prompt, asking.Pictured):
             return prompt
@@ -163,11 +163,11 @@ class Server:
         return await self._prepared(request, lambda: prompt.ids(self.model))
 
     async def _looked_at(self, request: Request, picture):
-        """What the tower makes of a picture, in the thread for these. If the client leaves, the tower stops."""
+        """Encode a picture in the tower's thread. If the client leaves, the tower stops."""
         gone = threading.Event()
         self._check_works()
 
-        def follow(*_):  # an interrupt before the tower begins would be forgotten
+        def follow(*_):  # an interrupt before the tower begins would be lost
             if gone.is_set():
                 raise KeyboardInterrupt
 
@@ -201,7 +201,7 @@ class Server:
         return await self._answer(request, responses, responses.read)
 
     async def _answer(self, request: Request, protocol, read) -> Response:
-        """An answer in a protocol, as a stream or whole. `read` makes an Ask and a form of fields."""
+        """An answer in a protocol, as a stream or as one body. `read` makes an Ask and a form from fields."""
 
         def prepare(fields: Fields):
             ask, form = read(fields, self.model, self.name)
@@ -224,7 +224,7 @@ class Server:
                 answering.cancel()
 
     async def _counted(self, answering: Answering, ask: asking.Ask, request: Request) -> AsyncIterator:
-        """The events of an answer; its tokens are counted, and the time of the first is taken."""
+        """The events of an answer; counts its tokens and notes the time of the first."""
         record = request.state.record
         async for choice, event in answering:
             if record.first is None and not isinstance(event, Begun):
@@ -233,7 +233,7 @@ class Server:
             record.usage.add(choice, ask.n, event)
             yield choice, event
 
-    # the small ones
+    # other routes
 
     async def _page(self, request: Request) -> Response:
         return page()
@@ -247,7 +247,7 @@ class Server:
         return PlainTextResponse(self.metrics.text(self.scheduler), media_type="text/plain; version=0.0.4")
 
     async def _models(self, request: Request) -> Response:
-        """OpenAI's list, and the one with sizes of the context that Codex reads."""
+        """OpenAI's list of models, and the list with context sizes that Codex reads."""
         sizes = {"slug": self.name, "display_name": self.name, "context_window": self.model.ctx}
         return JSONResponse({"object": "list", "data": [self._about()], "models": [sizes]})
 

@@ -1,7 +1,7 @@
-"""What requests of all protocols ask for: prompts as ids, sampling settings, limits.
+"""The parts of a request that all protocols share: prompts as ids, sampling settings, limits.
 
-In: checked fields and the model. Out: an `Ask`. Whatever would change the answer and cannot be done is refused, never passed
-over; names that only describe the request, such as `metadata` and `user`, are.
+In: checked fields and the model. Out: an `Ask`. A field that would change the answer but is not supported is refused; fields
+that only describe the request, such as `metadata` and `user`, are ignored.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 @dataclass
 class Ask:
-    """What is to be answered. Each prompt gets `n` answers. `settings`: for Model.sampler."""
+    """A request for answers: `n` for each prompt. `settings`: for Model.sampler."""
 
     prompts: Sequence["Sequence[int] | Pictured"]
     settings: dict = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Ask:
     offer: Offer | None = None
 
     def check(self) -> None:
-        """Refusal for what contradicts itself."""
+        """Refusal for fields that contradict each other."""
         if self.stop and self.settings.keys() & {"schema", "grammar"}:
             raise Refusal(
                 "stop: expected none with a format or a call that must be, which end the answer; leave it out",
@@ -85,7 +85,7 @@ def _biases(fields: Fields, n_vocab: int) -> dict[int, float]:
 
 
 def binding(fields: Fields) -> dict:
-    """What the answer is bound to, as a keyword for Model.sampler: `response_format`, or `grammar`."""
+    """The constraint of the answer, as a keyword for Model.sampler: from `response_format` or `grammar`."""
     found = {}
     if "response_format" in fields:
         found = response_format(fields.object("response_format"), nested=True)
@@ -112,7 +112,7 @@ def response_format(form: Fields, nested: bool) -> dict:
 
 
 def bound(found: dict, offer: Offer | None) -> dict:
-    """What the answer is bound to by its format, or by a call that it must be."""
+    """The constraint of the answer: by its format, or by a tool call that is required."""
     if found and offer:
         raise Refusal(
             "expected no tools beside an answer that is bound, found both; leave one of them out, or set tool_choice to none",
@@ -131,14 +131,14 @@ def max_tokens(fields: Fields, *names: str) -> int | None:
 
 
 def refuse(fields: Fields, **allowed) -> None:
-    """Refuse fields that are asked for and cannot be met; `allowed`: the only value that changes nothing, of each name."""
+    """Refuse fields that are not supported; `allowed`: for each name the only value that changes nothing."""
     for name, value in allowed.items():
         if name in fields and fields.raw(name) not in (value, [], {}, False):
             raise Refusal(f"{name}: this server does not support it; leave it out", code="unsupported_parameter", param=name)
 
 
 def content(part_of: Fields, name: str = "content") -> str | list[dict]:
-    """What a message says: a string, or parts as Model.prompt_ids takes them."""
+    """The content of a message: a string, or parts as Model.prompt_ids takes them."""
     value = part_of.raw(name, "")
     if isinstance(value, str):
         return value
@@ -146,7 +146,7 @@ def content(part_of: Fields, name: str = "content") -> str | list[dict]:
 
 
 def joined(parts: list[dict]) -> str | list[dict]:
-    """Parts, as one text if they are nothing else."""
+    """Parts, or one text if all of them are texts."""
     return parts if any(part["type"] != "text" for part in parts) else "".join(part["text"] for part in parts)
 
 
@@ -178,14 +178,14 @@ def picture(url) -> dict:
 
 @dataclass
 class Pictured:
-    """A conversation with pictures in data URLs that nobody has looked at yet; there is room for it."""
+    """A conversation with pictures in data URLs that are not yet encoded; it fits the context."""
 
     messages: Sequence[dict]
     tools: Sequence[dict]
 
     @property
     def parts(self) -> list[dict]:
-        """The parts of messages that are pictures; `image` may be replaced by what the tower sees."""
+        """The parts of messages that are pictures; the caller may replace `image` by a view."""
         contents = [message["content"] for message in self.messages if isinstance(message["content"], list)]
         return [part for content in contents for part in content if part["type"] == "image"]
 
@@ -195,7 +195,7 @@ class Pictured:
 
 
 def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Sequence[int] | Pictured:
-    """The tokens of a conversation with the tools that are offered, if there is room for an answer behind them."""
+    """The tokens of a conversation with its tools, if the context has room for an answer after them."""
     found = Pictured(messages, offer.definitions if offer else ())
     for message in messages:
         parts = message["content"] if isinstance(message["content"], list) else [{"text": message["content"]}]
@@ -207,7 +207,7 @@ def prompt(model, messages: Sequence[dict], offer: Offer | None = None) -> Seque
 
 
 def count(model, messages: Sequence[dict], offer: Offer | None = None) -> int:
-    """How many tokens that is; no picture is looked at."""
+    """The number of these tokens; no picture is encoded."""
     found = Pictured(messages, offer.definitions if offer else ())
     if found.parts:
         try:
@@ -224,7 +224,7 @@ def count(model, messages: Sequence[dict], offer: Offer | None = None) -> int:
 
 
 def check_text(text: str, model) -> None:
-    """Refusal for a text that does not fit whatever its tokens are, before it is cut into them, which takes long."""
+    """Refusal for a text that is too long for the context whatever its tokens are, before it is tokenized, which takes long."""
     size = len(text.encode())
     if size > model.ctx * model.tokenizer.most_bytes:
         raise Refusal(
@@ -236,13 +236,13 @@ def check_text(text: str, model) -> None:
 
 
 def check_room(ids: Sequence[int], ctx: int) -> Sequence[int]:
-    """The prompt, if an answer of one token fits behind it."""
+    """The prompt, if an answer of one token fits after it."""
     check_count(len(ids), ctx)
     return ids
 
 
 def check_count(n: int, ctx: int) -> None:
-    """Refusal unless an answer of one token fits behind `n`."""
+    """Refusal unless an answer of one token fits after `n`."""
     if n >= ctx:
         raise Refusal(
             f"the prompt has {n} tokens and the context holds {ctx}: shorten the messages, or start the server with a "

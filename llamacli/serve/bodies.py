@@ -1,7 +1,7 @@
 """Bodies of requests: counted as they come, each and all together, before anything is parsed.
 
-In: a request. Out: the bytes of its body, or a Refusal. Who is refused has a little time to send the rest, which is thrown
-away, so that it then reads the answer.
+In: a request. Out: the bytes of its body, or a Refusal. A refused client has a few seconds to send the rest, which is
+discarded, so that it then reads the response.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ class Bodies:
 
     def __init__(self, most: int, seconds: float, total: int):
         self._most, self._seconds, self._total = most, seconds, total
-        self.held = 0  # bytes of all
+        self.held = 0  # bytes of all bodies
 
     async def read(self, request: Request) -> bytes:
-        """The body. It counts until what `request.state.held` (an ExitStack) holds is given back."""
+        """Read the body. It counts until `request.state.held` (an ExitStack) is closed."""
         declared = request.headers.get("content-length", "")
         refused = self._too_large() if declared.isdigit() and int(declared) > self._most else None
         if refused and "expect" in request.headers:
@@ -58,13 +58,13 @@ class Bodies:
 
 
 class _Share:
-    """What one request takes of all."""
+    """The share of one request."""
 
     def __init__(self, bodies: Bodies):
         self._bodies, self._size = bodies, 0
 
     def take(self, n: int) -> Refusal | None:
-        """Count `n` bytes more, or say why not."""
+        """Count `n` more bytes. Refusal if there are too many."""
         bodies = self._bodies
         if self._size + n > bodies._most:
             return bodies._too_large()

@@ -1,7 +1,7 @@
 """Tools that a request offers, and the calls in its answer.
 
 In: definitions as the protocols have them; events of answers. Out: an `Offer`; the same events with the calls taken out of the
-text, each as a `Called`. Nothing is run here: whoever asked runs the tools and comes back with the results.
+text, each as a `Called`. Nothing is run here: the client runs the tools and sends the results in its next request.
 """
 
 import json
@@ -21,7 +21,7 @@ MOST_TOOLS = 1024
 
 
 class Called(NamedTuple):
-    """A call that is whole. `index`: its number in the answer."""
+    """A complete call. `index`: its number in the answer."""
 
     index: int
     id: str
@@ -34,8 +34,8 @@ class Called(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """The tools of a request. `must`: names of those of which one has to be called, none: as the model likes. `several`: an
-    answer may have more than one call.
+    """The tools of a request. `must`: names of the tools of which one must be called; empty: the model decides. `several`: an
+    answer may have several calls.
     """
 
     tools: Sequence[Tool]
@@ -44,11 +44,11 @@ class Offer(NamedTuple):
 
     @property
     def definitions(self) -> list[dict]:
-        """As chat templates take them."""
+        """The tools as chat templates take them."""
         return [tool.definition for tool in self.tools]
 
     def binding(self) -> dict:
-        """The keyword for Model.sampler that makes the answer a call, if it must be one."""
+        """The keyword for Model.sampler that makes the answer a call, if one is required."""
         named = [tool for tool in self.tools if tool.name in self.must]
         return {"schema": call_schema(named)} if named else {}
 
@@ -56,7 +56,7 @@ class Offer(NamedTuple):
 def offer(tools: Sequence[Fields], schema: str, choice: tuple[str, str | None], several: bool) -> Offer | None:
     """The offer of some definitions; `schema` is the field with parameters, `choice` auto, none, any, or tool and its name.
 
-    None if there are none. Refusal for a definition that is unsound, and for a choice that is not there.
+    None if there are none. Refusal for an invalid definition or choice.
     """
     if len(tools) > MOST_TOOLS:
         raise Refusal(f"tools: expected at most {MOST_TOOLS}, found {len(tools)}", param="tools", code="invalid_value")
@@ -81,7 +81,7 @@ def offer(tools: Sequence[Fields], schema: str, choice: tuple[str, str | None], 
 
 
 def arguments(call: Fields, name: str) -> dict:
-    """The arguments of an earlier call: an object, or one as JSON."""
+    """The arguments of an earlier call: an object, or its JSON text."""
     value = call.raw(name, {})
     if isinstance(value, str):
         try:
@@ -99,7 +99,7 @@ def earlier(name: str, arguments: dict) -> dict:
 
 
 async def calls(events, offered: Offer) -> AsyncIterator[tuple[int, Begun | Piece | Called]]:
-    """Events of answers with each call as a Called. An answer that ends by itself after a call has the reason "tool_calls"."""
+    """Events of answers with each call as a Called. The reason of an answer that stops after a call becomes "tool_calls"."""
     orders = {tool.name: tool.order for tool in offered.tools}
     parsers: dict[int, CallParser] = {}
     told: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""A route as an ASGI application, and a line about each request.
+"""A route as an ASGI application, and a log line for each request.
 
-In: a handler of requests. Out: an `Endpoint`, which gives back what a request holds once its answer is over; lines with time,
-route, status, tokens and speed. No line has anything that a client wrote: no content, no key, no address.
+In: a handler of requests. Out: an `Endpoint`, which releases a request's resources when its response ends; lines with time,
+route, status, tokens and speed. A line contains no data of a client: no content, no key, no address.
 """
 
 import time
@@ -15,20 +15,20 @@ from llamacli.serve.openai import Usage
 
 
 class Record:
-    """What is known of a request: when it began and had its first token, by time.monotonic; the tokens of its answers."""
+    """Measurements of a request: the times of its begin and its first token, by time.monotonic; the tokens of its answers."""
 
     def __init__(self):
         self.began, self.first, self.usage = time.monotonic(), None, Usage()
 
 
 class Log:
-    """Lines about requests, for `write`, unless that is None."""
+    """Passes lines about requests to `write`, unless that is None."""
 
     def __init__(self, write: Callable[[str], None] | None):
         self._write = write
 
     def line(self, route: str, status: int, record: Record | None = None, cut: str | None = None) -> None:
-        """A request is over. `cut`: what ended a stream before its end."""
+        """Write the line of a finished request. `cut`: the reason why a stream ended early."""
         if self._write is None:
             return
         said = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {route} {status}" + (f" ({cut})" if cut else "")]
@@ -43,7 +43,9 @@ class Log:
 
 
 class Endpoint:
-    """`answer` makes a response of a request; its state has a `record` and `held`, an ExitStack that ends with the answer."""
+    """`answer` makes the response to a request, whose state has a `record` and `held`, an ExitStack that is closed after the
+    response.
+    """
 
     def __init__(self, route: str, answer: Callable[[Request], Awaitable[Response]], log: Log):
         self._route, self._answer, self._log = route, answer, log

@@ -1,6 +1,6 @@
-"""The fields of a request, checked, and what a request is refused with.
+"""Checks the fields of a request.
 
-In: the bytes of a body. Out: values of the type and range that a protocol asks for, or a `Refusal`, which names the field.
+In: the bytes of a body. Out: values of the type and range that a protocol requires, or a `Refusal`, which names the field.
 """
 
 import json
@@ -15,16 +15,16 @@ _MISSING = object()
 
 
 class Refusal(LlamacliError):
-    """A request that is answered by an error. `status`: HTTP's; `code`, `param`: as in OpenAI's protocol."""
+    """The error with which a request is answered. `status`: HTTP's; `code`, `param`: as in OpenAI's protocol."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None, retry: int = 0):
-        """`retry`: seconds after which the same request may do."""
+        """`retry`: seconds after which the client may send the request again."""
         super().__init__(message)
         self.status, self.code, self.param, self.retry = status, code, param, retry
 
 
 def read_json(body: bytes) -> dict:
-    """The object that a body holds."""
+    """The JSON object of a body."""
     try:
         value = json.loads(body, parse_constant=_no_number)
         if found := _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
@@ -41,7 +41,7 @@ def _no_number(word: str):
 
 
 class Fields:
-    """An object of a request. Every method takes a field's name and returns its value; null counts as absent."""
+    """A JSON object of a request. Every method takes a field's name and returns its value; null counts as absent."""
 
     def __init__(self, values: dict, where: str = ""):
         self._values, self._where = values, where

@@ -1,4 +1,4 @@
-"""Who may use the server, and how often.
+"""Access control and rate limits.
 
 In: a request, before its body is read. Out: nothing, or a Refusal.
 """
@@ -17,19 +17,20 @@ MINUTE = 60
 
 
 class Guard:
-    """`keys`: one of them is asked for, unless there is none; `origins`: web pages of these are let in, "*" for all; `hosts`:
-    names by which the server may be called, None for any; `rate`: requests a minute of each client, None for any number.
+    """`keys`: a request must have one of them; empty: no key is needed; `origins`: web pages of these origins are allowed, "*"
+    for all; `hosts`: the allowed names in the Host header, None for any; `rate`: requests per minute of each client, None for
+    any number.
     """
 
     def __init__(self, keys: Sequence[str], origins: Sequence[str], hosts: Sequence[str] | None, rate: int | None):
         self._keys, self._origins, self._hosts, self._rate = [key.encode() for key in keys], set(origins), hosts, rate
-        self._latest: dict[str, deque[float]] = {}  # times of the requests of a client within a minute
+        self._latest: dict[str, deque[float]] = {}  # times of a client's requests of the last minute
 
     def check(self, request: Request, anybody: bool = False) -> None:
-        """Refusal if the request may not be answered. `anybody`: no key is asked for."""
+        """Raise Refusal if the request is not allowed. `anybody`: no key is needed."""
         host = request.headers.get("host", "")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        if self._hosts is not None and name.lower() not in self._hosts:  # a page of that name would reach us by DNS rebinding
+        if self._hosts is not None and name.lower() not in self._hosts:  # DNS rebinding lets web pages send such requests
             raise Refusal(f"expected a request to {' or '.join(self._hosts)}, found one to {name!r:.80}", 403, "wrong_host")
         origin = request.headers.get("origin")
         if origin and origin.partition("://")[2] != host and not {origin, "*"} & self._origins:
@@ -49,13 +50,11 @@ class Guard:
             self._count(self.client(request) if self._keys else _address(request), self._rate)
 
     def client(self, request: Request) -> str:
-        """Whose turn a request takes: the address it comes from, with its key, which nobody has checked where none is asked
-        for.
-        """
+        """The client that a request counts for: its address and key. The key is unchecked if the server has none."""
         return f"{_address(request)} {_key(request).decode('latin-1')}"
 
     def _knows(self, key: bytes) -> bool:
-        """Whether it is one of the keys; the time it takes tells nothing of them but their lengths."""
+        """Whether it is one of the keys; the time of the comparison reveals only their lengths."""
         return any([hmac.compare_digest(key, own) for own in self._keys])
 
     def _count(self, client: str, rate: int) -> None:
@@ -81,7 +80,7 @@ def _address(request: Request) -> str:
 
 
 def _key(request: Request) -> bytes:
-    """The key that a request gives, in OpenAI's or in Anthropic's header; empty without one."""
+    """The key in OpenAI's or Anthropic's header of a request; empty without one."""
     kind, _, key = request.headers.get("authorization", "").partition(" ")
     found = key.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
     return found.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""The socket and the web server on it (uvicorn, in a thread of its own, so that the main thread hears signals).
+"""The socket and the web server on it (uvicorn, in its own thread, so that the main thread handles signals).
 
 In: an ASGI application, a host, a port. Out: a `Listener`, which serves until it is closed.
 """
@@ -19,13 +19,13 @@ from llamacli.errors import UsageError
 CLOSING = 2  # seconds for connections to end
 MOST_CONNECTIONS = 1024
 SPARE = 64  # connections more, whose requests are refused, and files that the process opens
-IDLE = 75  # seconds that a connection may wait for its next request
-HEAD = 30  # seconds for the head of a request to come
-MOST_WAIT = 60  # seconds for a client to take what was sent
+IDLE = 75  # seconds that a connection may be idle between requests
+HEAD = 30  # seconds for a client to send the head of a request
+MOST_WAIT = 60  # seconds for a client to receive sent data
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. UsageError if that is not possible."""
+    """A listening socket; port 0: a free one. UsageError if it cannot be opened."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         found = socket.socket(family, kind, protocol)
@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -57,14 +57,14 @@ def is_local(host: str) -> bool:
 
 
 def most_connections() -> int:
-    """How many connections are served at a time: fewer where the process may not have so many files."""
+    """How many connections are served at a time; limited by the files that the process may open."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most = MOST_CONNECTIONS if allowed == resource.RLIM_INFINITY else min(MOST_CONNECTIONS, max(8, allowed - 4 * SPARE))
-    return 1 + most  # uvicorn counts the connection that asks, too
+    return 1 + most  # uvicorn counts the new connection, too
 
 
 class _Connection(H11Protocol):
-    """A connection that ends if its client does not send the head of a request, or does not take an answer."""
+    """A connection with time limits: for the head of a request, and for the client to receive a response."""
 
     _head: asyncio.TimerHandle | None = None
     _taking: asyncio.TimerHandle | None = None
@@ -96,7 +96,7 @@ class _Connection(H11Protocol):
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # a close would wait for the client to take it
+        if self.transport.get_write_buffer_size():  # `close` would wait for the client to receive the data
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()
@@ -108,7 +108,7 @@ class _Connection(H11Protocol):
 
 
 class Listener:
-    """A web server that runs. `url` is where."""
+    """A running web server at the address `url`."""
 
     def __init__(self, app, bound: socket.socket):
         host, port = bound.getsockname()[:2]
@@ -122,7 +122,7 @@ class Listener:
             log_config=None,
             log_level="critical",
             access_log=False,
-            proxy_headers=False,  # a client may not say that it is another one
+            proxy_headers=False,  # a client must not claim another address
             server_header=False,
             limit_concurrency=most_connections(),
             timeout_keep_alive=IDLE,
@@ -144,7 +144,7 @@ class Listener:
         self._ended.wait()
 
     def close(self) -> None:
-        """Take no more requests, and end."""
+        """Accept no more requests, and stop."""
         self._server.should_exit = True
         self._ended.wait(3 * CLOSING)
         self._bound.close()

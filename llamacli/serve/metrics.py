@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus reads it (text format 0.0.4).
+"""Counters of the server in Prometheus's text format 0.0.4.
 
 In: requests as they end, the scheduler's totals. Out: the text of /metrics.
 """
@@ -18,18 +18,18 @@ class Metrics:
         self._first, self._first_sum = Counter(), 0.0
 
     def request(self, route: str, status: int) -> None:
-        """A request was answered. `route`: the path of a known route."""
+        """Count an answered request. `route`: the path of a known route."""
         with self._lock:
             self._requests[route, status] += 1
 
     def first_token(self, seconds: float) -> None:
-        """The time from a request to the first token of its answer."""
+        """Count the seconds from a request to the first token of its answer."""
         with self._lock:
             self._first[next((end for end in FIRST_TOKEN if seconds <= end), float("inf"))] += 1
             self._first_sum += seconds
 
     def text(self, scheduler) -> str:
-        """All of it."""
+        """All counters as text."""
         t = scheduler.totals
         lines = []
 
@@ -46,12 +46,12 @@ class Metrics:
             *((f'{{route="{route}",status="{status}"}}', n) for (route, status), n in requests),
         )
         show("prompt_tokens_total", "counter", "Tokens of prompts.", ("", t.prompt_tokens))
-        show("cached_tokens_total", "counter", "Tokens of prompts that were held already.", ("", t.cached_tokens))
+        show("cached_tokens_total", "counter", "Prompt tokens that were reused.", ("", t.cached_tokens))
         show("completion_tokens_total", "counter", "Tokens of answers.", ("", t.completion_tokens))
         show("prompt_seconds_total", "counter", "Seconds in which prompts were evaluated.", ("", t.prompt_seconds))
-        show("decode_seconds_total", "counter", "Seconds in which answers went on.", ("", t.decode_seconds))
+        show("decode_seconds_total", "counter", "Seconds in which answers were generated.", ("", t.decode_seconds))
         ends = (("finished", t.finished), ("cancelled", t.cancelled), ("failed", t.failed))
-        show("answers_total", "counter", "Answers by their end.", *((f'{{end="{end}"}}', n) for end, n in ends))
+        show("answers_total", "counter", "Answers by finish reason.", *((f'{{end="{end}"}}', n) for end, n in ends))
         show("answers_active", "gauge", "Answers under way.", ("", scheduler.active))
         show("answers_waiting", "gauge", "Answers in the queue.", ("", scheduler.waiting))
         name, below = "first_token_seconds", 0

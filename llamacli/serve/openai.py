@@ -23,26 +23,26 @@ REASONS = {"stop": "stop", "length": "length", "context": "length", "tool_calls"
 
 @dataclass
 class Form:
-    """How an answer is to be written. `likely`: alternatives of each token, None for no probabilities at all."""
+    """The format of an answer. `likely`: alternatives of each token, None for no probabilities at all."""
 
     model: str
     chat: bool
     likely: int | None = None
     stream: bool = False
-    usage: bool = False  # a chunk with the usage at the end of a stream
+    usage: bool = False  # send a chunk with the usage at the end of a stream
 
     def __post_init__(self):
         self.id = f"{'chatcmpl' if self.chat else 'cmpl'}-{token_hex(12)}"
         self.created = int(time.time())
 
     def head(self, chunk: bool) -> dict:
-        """What every body begins with."""
+        """The first fields of every body."""
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
 def read_chat(fields: Fields, model, name: str) -> tuple[Ask, Form]:
-    """A request to /v1/chat/completions."""
+    """Read a request to /v1/chat/completions."""
     asking.refuse(fields, audio=None, functions=None, function_call="none", modalities=["text"], web_search_options=None)
     messages = [read_message(message) for message in fields.objects("messages", least=1)]
     likely = fields.whole("top_logprobs", None, 0, MOST_LIKELY)
@@ -78,7 +78,7 @@ def read_tools(fields: Fields) -> calling.Offer | None:
 
 
 def tool_choice(fields: Fields, nested: bool) -> tuple[str, str | None]:
-    """What `tool_choice` says, as calling.offer takes it. `nested`: a tool's name stands in `function`."""
+    """The field `tool_choice` as calling.offer takes it. `nested`: the tool's name is inside `function`."""
     choice = fields.raw("tool_choice", "auto")
     if isinstance(choice, dict):
         chosen = fields.object("tool_choice")
@@ -91,7 +91,7 @@ def tool_choice(fields: Fields, nested: bool) -> tuple[str, str | None]:
 
 
 def read_completion(fields: Fields, model, name: str) -> tuple[Ask, Form]:
-    """A request to /v1/completions."""
+    """Read a request to /v1/completions."""
     asking.refuse(fields, suffix=None, echo=False)
     if fields.whole("best_of", None, 1) not in (None, fields.whole("n", 1, 1)):
         raise fields.wrong("best_of", "the value of n")
@@ -142,7 +142,7 @@ class Usage:
         self.prompt = self.cached = self.completion = 0
 
     def add(self, choice: int, n: int, event) -> None:
-        """Take note of an event; choices of one prompt, `n` of them, count it once."""
+        """Count an event; the `n` choices of one prompt count its tokens once."""
         if isinstance(event, Begun):
             if choice % n == 0:
                 self.prompt += event.prompt_tokens
@@ -151,7 +151,7 @@ class Usage:
             self.completion += event.id is not None
 
     def shown(self) -> dict:
-        """As the protocol has it."""
+        """The usage in the protocol's form."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
@@ -241,7 +241,9 @@ def data(body: dict) -> str:
 
 
 def likelihoods(pieces: Sequence, chat: bool, tokenizer, offset: int = 0) -> tuple[dict, int]:
-    """Log probabilities of tokens as chat or completions have them, and how many characters these tokens end at."""
+    """Log probabilities of tokens in the form of chat or completions, and the number of characters up to the end of these
+    tokens.
+    """
 
     def named(id: int, logprob: float) -> dict:
         raw = tokenizer.token_bytes(id, special=True)
@@ -263,12 +265,12 @@ def likelihoods(pieces: Sequence, chat: bool, tokenizer, offset: int = 0) -> tup
 
 
 def error_body(refusal: Refusal) -> dict:
-    """An error as the protocol has it."""
+    """An error in the protocol's form."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(refusal.status, "server_error" if refusal.status >= 500 else "invalid_request_error")
     return {"error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code}}
 
 
 def failed(refusal: Refusal, told: int) -> str:
-    """The last event of a stream that ends by an error."""
+    """The last event of a stream that ends with an error."""
     return data(error_body(refusal))

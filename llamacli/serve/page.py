@@ -1,7 +1,7 @@
-"""The page to chat with: page.html, with headers that let it do what it does and nothing else.
+"""The chat page: page.html, with headers that allow only what it needs.
 
-Out: a response. The policy names the page's own script and style by their hashes (W3C, Content Security Policy 3): nothing
-else runs or is loaded, whatever a model says, and the page talks to this server alone.
+Out: a response. The policy lists the hashes of the page's own script and style (W3C, Content Security Policy 3): the browser
+runs and loads nothing else, whatever a model writes, and the page can send requests to this server only.
 """
 
 import base64
@@ -42,13 +42,13 @@ def _read() -> tuple[str, str]:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
-        "require-trusted-types-for": "'script'",  # no text becomes HTML, by any way
+        "require-trusted-types-for": "'script'",  # no text can become HTML
         "trusted-types": "'none'",
     }
     return text, "; ".join(f"{name} {value}" for name, value in allowed.items())
 
 
 def _hash(text: str, element: str) -> str:
-    """What the policy says of the one element of this name."""
+    """The hash of the only element of this name, as the policy lists it."""
     (inner,) = re.findall(rf"<{element}>(.*?)</{element}>", text, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"

@@ -1,7 +1,7 @@
-"""What an exception is to a client.
+"""Converts exceptions to responses.
 
-In: an exception. Out: a Refusal. Errors of the machine name files: they are told on stderr, and the client hears of them only
-that there was one.
+In: an exception. Out: a Refusal. Errors of the machine name files, so they are reported on stderr only; the client is told only
+that an error occurred.
 """
 
 import traceback
@@ -14,7 +14,7 @@ from llamacli.serve.scheduler import Broken, Busy, Stopping
 
 
 def refusal_of(error: Exception, report: Callable[[str], None]) -> Refusal:
-    """`report` gets a line for stderr where the client is not told all."""
+    """The Refusal for an exception. `report`: called with a line for stderr if the client is not told the details."""
     match error:
         case Refusal():
             return error
@@ -37,11 +37,11 @@ def refusal_of(error: Exception, report: Callable[[str], None]) -> Refusal:
             report(str(error))
             return Refusal("the model could not answer; the server's stderr says why", 500, "model_error")
     tell_bug(error, report)
-    return Refusal("an error that nobody expected; the server's stderr says which", 500, "server_error")
+    return Refusal("an unexpected error; the server's stderr says which", 500, "server_error")
 
 
 def tell_bug(error: Exception, report: Callable[[str], None]) -> None:
-    """Report an error that nobody expected."""
+    """Report an unexpected error."""
     report(f"{type(error).__name__}: {error} (a bug, please report it; LLAMACLI_DEBUG=1 shows where)")
     if environment.debug():
         report("".join(traceback.format_exception(error)))

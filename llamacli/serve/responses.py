@@ -1,7 +1,7 @@
-"""OpenAI's newer protocol, /v1/responses, which Codex speaks.
+"""OpenAI's protocol /v1/responses, which Codex uses.
 
 In: checked fields, or events of answers. Out: an `Ask`, and bodies or events as the API reference has them
-(platform.openai.com/docs/api-reference/responses, 2026). Nothing is stored: every request brings its whole conversation.
+(platform.openai.com/docs/api-reference/responses, 2026). Nothing is stored: every request contains its whole conversation.
 """
 
 import json
@@ -17,7 +17,7 @@ from llamacli.serve.openai import Usage
 from llamacli.serve.scheduler import Begun
 
 CUT = {"length": "max_output_tokens", "context": "max_output_tokens"}
-PASSED_OVER = ("reasoning", "item_reference")  # items that say nothing to the model
+PASSED_OVER = ("reasoning", "item_reference")  # items that are not shown to the model
 ECHOED = (
     "instructions",
     "max_output_tokens",
@@ -31,7 +31,7 @@ ECHOED = (
 
 
 class Form:
-    """How an answer is to be written."""
+    """The format of an answer."""
 
     def __init__(self, model: str, fields: Fields):
         self.stream, self.model, self.id = fields.flag("stream"), model, f"resp_{token_hex(16)}"
@@ -41,7 +41,7 @@ class Form:
         self._text = fields.raw("text", {"format": {"type": "text"}})
 
     def body(self, status: str, output: list[dict], usage: dict | None = None, **more) -> dict:
-        """The response as it stands."""
+        """The response object in its present state."""
         found = {
             "id": self.id,
             "object": "response",
@@ -63,7 +63,7 @@ class Form:
 
 
 def read(fields: Fields, model, name: str) -> tuple[Ask, Form]:
-    """A request to /v1/responses."""
+    """Read a request to /v1/responses."""
     for missing in ("previous_response_id", "conversation", "prompt"):
         if missing in fields:
             raise Refusal(
@@ -104,7 +104,7 @@ def _messages(fields: Fields) -> list[dict]:
             case kind if kind not in PASSED_OVER:
                 raise item.wrong("type", "message, function_call or function_call_output")
     if not found or found[-1]["role"] == "system":
-        found.append({"role": "user", "content": ""})  # a client that asks whether somebody is there
+        found.append({"role": "user", "content": ""})  # a client that checks whether the server responds
     return found
 
 
@@ -112,11 +112,11 @@ def _messages(fields: Fields) -> list[dict]:
 
 
 class _Answer:
-    """An answer, as it grows: its items and the events that tell of them."""
+    """An answer as it grows: its items and their events."""
 
     def __init__(self, form: Form):
         self._form, self._usage, self._items, self._numbers = form, Usage(), [], 0
-        self._text: list[str] | None = None  # of the message that is open
+        self._text: list[str] | None = None  # text of the open message
         self._reason = None
 
     def event(self, kind: str, **more) -> str:
@@ -125,7 +125,7 @@ class _Answer:
         return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
 
     def add(self, event, offered: bool) -> list[str]:
-        """The events that tell of an event."""
+        """The protocol's events for an event of the answer."""
         self._usage.add(0, 1, event)
         if isinstance(event, Begun):
             body = self._form.body("in_progress", [])
@@ -140,7 +140,7 @@ class _Answer:
         return [*opened, self._about("response.output_text.delta", delta=event.text, logprobs=[])]
 
     def _about(self, kind: str, **more) -> str:
-        """An event about the part of the message that is open."""
+        """An event about the part of the open message."""
         return self.event(kind, item_id=self._id, output_index=len(self._items), content_index=0, **more)
 
     def _open(self) -> list[str]:
@@ -224,6 +224,6 @@ error_body = openai.error_body
 
 
 def failed(refusal: Refusal, told: int) -> str:
-    """The last event of a stream that ends by an error after `told` others."""
+    """The last event of a stream that ends with an error after `told` other events."""
     body = {"type": "error", "code": refusal.code, "message": str(refusal), "param": refusal.param, "sequence_number": told}
     return f"event: error\ndata: {json.dumps(body)}\n\n"

@@ -1,13 +1,14 @@
-"""One engine, many clients: the thread that evaluates, and the queue before it.
+"""Schedules answers for many clients on one engine: the engine's thread and its queue.
 
 In: jobs, from any thread. Out: events, given to a job's `emit`: `Begun` once its prompt is evaluated, then the `Piece`s of its
 answer, the last with a finish reason; or one exception.
 
-Clients take turns in the queue. Prompts are evaluated one after the other, and while others answer in slices, between which
-each answer goes on by a token; the answers' tokens are evaluated together. Sessions are kept, so a prompt that begins as one
-held by a session costs the rest only; if another conversation is to go on there, a copy of the session is used.
+Clients take turns in the queue. Prompts are evaluated one after the other. While answers are under way, a prompt is evaluated
+in slices, and each answer advances by a token between two slices; the answers' tokens are evaluated together. Sessions are
+kept, so that only the rest of a prompt is evaluated if a session holds its beginning; if another conversation uses that
+session, a copy is used.
 
-An error ends the answer that it concerns. After one that nobody expected, what the session holds is not trusted any more.
+An error ends only its own answer. After an unexpected error the session is discarded.
 """
 
 import threading
@@ -26,7 +27,7 @@ from llamacli.together import WORTH_COPYING, Answers, Request
 
 PLACES = 4  # answers at a time
 MOST_WAITING = 64  # jobs
-SLICE = 256  # tokens of a prompt between two tokens of the answers under way
+SLICE = 256  # tokens of a prompt's slice between two tokens of the answers under way
 CLOSING = 10.0  # seconds for the thread to end
 
 
@@ -39,11 +40,11 @@ class Stopping(LlamacliError):
 
 
 class Broken(LlamacliError):
-    """An error that nobody expected has ended an answer. It was reported; a client need not hear more of it."""
+    """An unexpected error ended an answer. It was reported; the client is told no details."""
 
 
 class Begun(NamedTuple):
-    """A prompt was evaluated. `cached_tokens` of it were held already."""
+    """A prompt was evaluated. `cached_tokens` of it were reused."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -51,7 +52,7 @@ class Begun(NamedTuple):
 
 @dataclass
 class Totals:
-    """What was done since the start: tokens, seconds, jobs."""
+    """Totals since the start: tokens, seconds, jobs."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -64,7 +65,9 @@ class Totals:
 
 
 class Job:
-    """An answer to be given. `client`: whose turn it is; `evaluated`: tokens of the prompt so far; others as for Request."""
+    """A request for an answer. `client`: clients take turns; `evaluated`: tokens of the prompt so far; others as for
+    Request.
+    """
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class Job:
 
 
 class _Place:
-    """A session, or None until one is made anew, and the job that it answers."""
+    """A session (None until one is made) and the job that it answers."""
 
     def __init__(self, session: Session | None):
         self.session, self.job, self.used = session, None, 0
@@ -103,12 +106,12 @@ class Scheduler:
         snapshots=None,
         report: Callable[[Exception], None] = lambda error: None,
     ):
-        """`places`: answers at a time. `report`: gets the errors that nobody expected."""
+        """`places`: answers at a time. `report`: called with unexpected errors."""
         self._model, self._most_waiting, self._snapshots, self._report = model, most_waiting, snapshots, report
         self._places = [_Place(self._session()) for _ in range(places)]
         self._answers = Answers()
-        self._prompt: tuple[Job, Iterator[None]] | None = None  # the one that is being evaluated
-        self._reading: Job | None = None  # whose prompt the engine is at in this moment
+        self._prompt: tuple[Job, Iterator[None]] | None = None  # the place whose prompt is being evaluated
+        self._reading: Job | None = None  # the job whose prompt the engine evaluates at this moment
         self._waiting: dict[str, deque[Job]] = {}  # by client, in the order of their turns
         self._changed = threading.Condition()
         self._closed, self._turn = False, 0
@@ -118,7 +121,7 @@ class Scheduler:
 
     @property
     def works(self) -> bool:
-        """Whether jobs are taken."""
+        """Whether jobs are accepted."""
         return not self._closed
 
     @property
@@ -128,11 +131,11 @@ class Scheduler:
 
     @property
     def active(self) -> int:
-        """Jobs whose prompt is evaluated or whose answer is given."""
+        """Jobs whose prompt or answer is being evaluated."""
         return sum(place.job is not None for place in self._places)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all these jobs. Busy if there is no room for them, Stopping if the server ends."""
+        """Queue all these jobs. Busy if the queue has no room for them, Stopping if the server is ending."""
         with self._changed:
             if self._closed:
                 raise Stopping("the server is stopping; ask again later")
@@ -143,7 +146,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """End a job: at once if it waits or its prompt is evaluated, else with the next token. No event follows."""
+        """End a job: at once if it is queued or its prompt is being evaluated, else at the next token. No event follows."""
         with self._changed:
             job.cancelled = True
             queue = self._waiting.get(job.client, ())
@@ -157,7 +160,7 @@ class Scheduler:
             self._changed.notify()
 
     def close(self) -> None:
-        """End all jobs, by Stopping, and the thread."""
+        """End all jobs with Stopping, and end the thread."""
         with self._changed:
             self._closed = True
             self._model.engine.interrupt()
@@ -171,11 +174,11 @@ class Scheduler:
             while self._has_work():
                 try:
                     self._take_turns()
-                except KeyboardInterrupt:  # the signal watcher asks engines to end
+                except KeyboardInterrupt:  # the signal watcher interrupts engines
                     self._fail(Stopping("the server was interrupted; ask again"))
                 except Exception as error:
                     self._fail(error)
-        finally:  # nobody waits for a thread that has ended, whatever ended it
+        finally:  # whatever ended the thread, no job may wait for it
             with self._changed:
                 self._closed = True
             stopping = Stopping("the server is stopping; ask again later")
@@ -185,7 +188,7 @@ class Scheduler:
                 self._emit(job, stopping)
 
     def _take_turns(self) -> None:
-        """A slice of a prompt, and a token of each answer."""
+        """Evaluate a slice of a prompt, and a token of each answer."""
         self._drop_cancelled()
         if self._prompt is None and (job := self._next()):
             self._prompt = job, self._read(job)
@@ -204,7 +207,7 @@ class Scheduler:
             return not self._closed
 
     def _next(self) -> Job | None:
-        """The next job, if a place is free: the client's who has not had a turn for longest."""
+        """The next job, if a place is free: that of the client whose last turn is the longest ago."""
         with self._changed:
             if not self._waiting or self.active == len(self._places):
                 return None
@@ -256,8 +259,8 @@ class Scheduler:
             self._tell(place, error)
 
     def _slice_end(self, held: int) -> int:
-        """Where a slice of a prompt ends that begins after `held` tokens. Where experts are read from the file, each slice may
-        read nearly all of them, so it is as long as the engine's batch.
+        """The end of the slice of a prompt that begins after `held` tokens. If experts are read from the file, each slice may
+        read nearly all of them, so a slice is as long as the engine's batch.
         """
         engine = self._model.engine
         return engine.batch_of(held).stop if engine.fetches else held + SLICE
@@ -269,10 +272,10 @@ class Scheduler:
 
     @contextmanager
     def _interruptible(self, job: Job, held: int):
-        """While inside, `cancel` ends the engine's call by a KeyboardInterrupt."""
+        """A context in which `cancel` ends the engine's call with a KeyboardInterrupt."""
 
         def follow(done: int, total: int) -> None:
-            if job.cancelled or self._closed:  # since before the engine began, which forgets earlier interrupts
+            if job.cancelled or self._closed:  # cancelled before the engine began, which clears earlier interrupts
                 raise KeyboardInterrupt
             job.evaluated = held + done
 
@@ -287,9 +290,9 @@ class Scheduler:
                 self._reading = None
 
     def _place_for(self, prompt: Sequence[int]) -> _Place:
-        """The free place whose session this prompt goes on with; else the one that was not used for longest.
+        """The free place whose session this prompt continues; else the one unused for longest.
 
-        A prompt goes on with a session if it shares most of it, and if the rest is less than what the other place would lose.
+        A prompt continues a session if it shares most of its tokens, and if fewer tokens are lost than in the other place.
         """
         free = [place for place in self._places if place.job is None]
         oldest = min(free, key=lambda place: place.used)
@@ -302,13 +305,13 @@ class Scheduler:
         return place
 
     def _copy_from_another(self, place: _Place, job: Job) -> None:
-        """Let the place hold what another one shares with the prompt, if that is worth a copy."""
+        """Copy the tokens that another place shares with the prompt to this place, if that is worth a copy."""
         own = _common(place.ids, job.prompt)
         shared = [(_common(other.ids, job.prompt), i) for i, other in enumerate(self._places)]
         most, source = max(shared)
         if most >= own + WORTH_COPYING:
             self._answers.settle()
-            place.session = self._session()  # gives the memory back first
+            place.session = self._session()  # frees the memory first
             with self._interruptible(job, 0):
                 place.session = self._places[source].session.fork()
             place.session.snapshots = self._snapshots
@@ -331,26 +334,26 @@ class Scheduler:
                 place.job = None
         self._emit(job, event)
         if isinstance(event, Broken):
-            place.session = None  # what it holds is not known
+            place.session = None  # its contents are unknown
 
     def _emit(self, job: Job, event: Begun | Piece | Exception) -> None:
         if job.cancelled:
             return
         try:
             job.emit(event)
-        except Exception as error:  # nobody listens any more
+        except Exception as error:  # the event loop has ended
             self._tell_server(error)
             job.cancelled = True
 
     def _told(self, error: Exception) -> LlamacliError:
-        """What a job is told of an error; one that nobody expected is reported."""
+        """The error that a job receives for an exception; an unexpected one is reported."""
         if isinstance(error, LlamacliError):
             return error
         self._tell_server(error)
-        return Broken("an error that nobody expected; the server's stderr says which")
+        return Broken("an unexpected error; the server's stderr says which")
 
     def _tell_server(self, error: Exception) -> None:
-        with suppress(Exception):  # whoever cannot report does not end the thread
+        with suppress(Exception):  # a failing report must not end the thread
             self._report(error)
 
     def _give_up(self, number: int) -> None:
@@ -362,7 +365,7 @@ class Scheduler:
             self._places[number].session = None
 
     def _fail(self, error: Exception) -> None:
-        """End all jobs that have begun, and the one whose turn it is."""
+        """End all jobs that have begun, and the one being evaluated."""
         error, jobs = self._told(error), [place.job for place in self._places]
         if self._prompt and self._prompt[0] not in jobs:
             self._emit(self._prompt[0], error)

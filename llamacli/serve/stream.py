@@ -1,7 +1,7 @@
-"""Answers on the event loop's side: events of jobs in the order in which they come, and how they reach a client.
+"""Answers on the event loop: the events of jobs in order of arrival, and their stream to a client.
 
-In: what is asked for, and a scheduler. Out: `Answering`, an async iterator of events; `EventStream`, a response of server-sent
-events (WHATWG HTML, 9.2). Whoever leaves before the end has the jobs cancelled.
+In: an Ask, and a scheduler. Out: `Answering`, an async iterator of events; `EventStream`, a response of server-sent events
+(WHATWG HTML, 9.2). If a client leaves before the end, its jobs are cancelled.
 """
 
 import asyncio
@@ -49,19 +49,20 @@ class Answering:
         return choice, event
 
     def progress(self) -> str:
-        """How far the prompts are, for whoever waits."""
+        """The progress of the prompts, for a waiting client."""
         done, all_ = (sum(numbers) for numbers in zip(*((j.evaluated, len(j.prompt)) for j in self._jobs), strict=True))
         return f"{done} of {all_} tokens of the prompt" if done else "waiting"
 
     def cancel(self) -> None:
-        """End what is still under way."""
+        """Cancel the unfinished jobs."""
         for job in self._jobs:
             self._scheduler.cancel(job)
 
 
 class EventStream(Response):
-    """`events`: texts of the protocol, one each. Of the refusal that `refusal_of` makes of an exception, and of the number of
-    events that were told before, `failed` makes the last event."""
+    """`events`: texts of the protocol, one each. After an exception, `refusal_of` makes a Refusal of it, and `failed` makes the
+    last event from this and the number of earlier events.
+    """
 
     media_type = "text/event-stream"
 
@@ -78,7 +79,7 @@ class EventStream(Response):
         self._events, self._answering, self._keep_alive = events, answering, keep_alive
         self._failed, self._refusal_of = failed, refusal_of
         self._told = 0
-        self.cut: str | None = None  # what ended it before its end
+        self.cut: str | None = None  # the reason why it ended early
 
     async def __call__(self, scope, receive, send) -> None:
         leaving, following = asyncio.ensure_future(_left(receive)), None
@@ -119,7 +120,7 @@ class EventStream(Response):
 
 
 async def while_there(receive, awaitable: Awaitable):
-    """The result; ClientDisconnect if the client leaves first."""
+    """Wait for the result. ClientDisconnect if the client leaves first."""
     leaving, working = asyncio.ensure_future(_left(receive)), asyncio.ensure_future(awaitable)
     try:
         await asyncio.wait({leaving, working}, return_when=asyncio.FIRST_COMPLETED)
@@ -132,6 +133,6 @@ async def while_there(receive, awaitable: Awaitable):
 
 
 async def _left(receive) -> None:
-    """Returns once the client has left. What else it sends belongs to no request."""
+    """Returns when the client has left. Other data that it sends is ignored."""
     while (await receive())["type"] != "http.disconnect":
         pass

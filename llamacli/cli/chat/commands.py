@@ -1,6 +1,6 @@
-"""The commands of the chat: one a method of `Commands`; `COMMANDS` has their names, arguments and help.
+"""The commands of the chat: each is a method of `Commands`; `COMMANDS` has their names, arguments and help.
 
-In: a turn. Out: an answer shown, or a command obeyed. What goes wrong is raised as one of errors.py.
+In: a turn. Out: an answer shown, or a command executed. Failures are raised as exceptions of errors.py.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ MOST_READ = 64 << 20  # bytes of a file that /read takes
 
 
 class Commands:
-    """`store` None: nothing is kept. `draft` is what the next prompt begins with."""
+    """`store` None: nothing is kept. `draft`: the text in the editor when the next prompt begins."""
 
     def __init__(self, talk: Talk, console: Console, screen: Screen, store: Store | None, typed: bool):
         self.talk, self.console, self.screen, self.typed = talk, console, screen, typed
@@ -75,7 +75,7 @@ class Commands:
         return self.talk.conversation
 
     def take(self, text: str) -> None:
-        """Obey a command or answer a turn. EOFError to leave."""
+        """Execute a command or answer a turn. EOFError leaves the chat."""
         editing, self._editing, self.draft = self._editing, False, ""
         word, _, rest = text.strip().partition(" ")
         name = ALIASES.get(word.lower(), word.lower())
@@ -94,11 +94,11 @@ class Commands:
             self._show(self.talk.edit(text) if editing else self.talk.ask(text))
 
     def forget_draft(self) -> None:
-        """Ctrl-C at the prompt: a question that was to be edited stays as it is."""
+        """After Ctrl-C at the prompt: stop editing a question, which stays unchanged."""
         self.draft, self._editing = "", False
 
     def arguments(self, word: str) -> str | Iterable[str]:
-        """What may follow a command, for completion."""
+        """The possible arguments of a command, for completion."""
         name = ALIASES.get(word, word)
         if name in PATHS:
             return "path"
@@ -351,7 +351,7 @@ class Commands:
         from llamacli.files.gguf import open_gguf
 
         path = str(find_model(Given(rest, "the path after /model"), self.console))
-        open_gguf(path)  # a file that is none leaves everything as it is
+        open_gguf(path)  # a file that is not a model changes nothing
 
         def load(name: str):
             return dataclasses.replace(self.talk.options, model=name, routing_log=None).load(self.console)

@@ -1,7 +1,7 @@
-"""Turns as plain lines: from a pipe, or typed at a terminal that knows no control sequences.
+"""Reads turns as plain lines: from a pipe, or typed at a terminal without control sequences.
 
-In: bytes of stdin. Out: turns. What makes a turn of several lines is defined here, for the prompt of prompt.py too: a block in
-three quotes, after a command as well, and a line that ends in a backslash where it was typed.
+In: bytes of stdin. Out: turns. This module also defines turns of several lines, for prompt.py too: a block in three quotes,
+also after a command, and, where lines are typed, a line that ends in a backslash.
 """
 
 import os
@@ -37,7 +37,7 @@ def _after_command(text: str) -> str:
 
 
 class Lines:
-    """Turns from stdin. `typed`: somebody sits there, who sees a sign before each line."""
+    """Turns from stdin. `typed`: stdin is a terminal, which shows a prompt sign before each line."""
 
     def __init__(self, console: Console, typed: bool):
         self._console, self._typed = console, typed
@@ -55,7 +55,7 @@ class Lines:
         return unfenced(text)
 
     def type_ahead(self, data: bytes) -> None:
-        """Nothing to do: the system keeps the lines."""
+        """Empty: the system keeps the lines typed meanwhile."""
 
     def _line(self, sign: str) -> str:
         if self._typed:
@@ -71,7 +71,7 @@ class Lines:
         return text.replace("\0", "") if self._typed else text
 
     def _read(self) -> None:
-        """More bytes, also from a descriptor that does not wait or may not be read."""
+        """Read more bytes. Also works for a non-blocking descriptor, and for one that may not be read."""
         try:
             data = os.read(0, 1 << 16) if sys.stdin is not None else b""
         except BlockingIOError:

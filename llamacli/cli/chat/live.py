@@ -1,11 +1,11 @@
-"""An answer as it streams: finished blocks are printed once, only the block under way is drawn again.
+"""Renders an answer as it streams: finished blocks are printed once; only the unfinished block is redrawn.
 
 In: pieces of Markdown, the size of the terminal. Out: text for the terminal. Of a growing document only the last block can
-change. So whatever stands before it is printed for good and scrolls away as ordinary output; the last block is drawn as
-rows that fit the screen, of which only those that differ are written again. A fence is printed line by line, a list item by
-item. What scrolled out of the screen is never touched, and the scrollback ends as one rendering of the whole.
+change. So the blocks before it are printed once and scroll as ordinary output; the last block is drawn as rows that fit the
+screen, and only rows that differ are written again. A fence is printed line by line, a list item by item. Rows that scrolled
+out of the screen are never changed, and the final scrollback is one rendering of the whole text.
 
-A resized or suspended terminal has moved what was drawn: it stays as it is, and drawing begins anew below it.
+A resized or suspended terminal may have moved the drawn rows: they stay as they are, and drawing continues below them.
 """
 
 import re
@@ -18,14 +18,14 @@ from wcwidth import wcwidth
 
 from llamacli.cli.chat.markdown import HIGHLIGHTED, NARROWEST, Renderer, blank_before, parse
 
-EVERY, SHARE = 0.05, 0.1  # seconds between two drawings, at least; of a core's time, at most: the model needs it more
-SYNC = "\x1b[?2026h", "\x1b[?2026l"  # terminals that know it show what is between at once, others ignore it
+EVERY, SHARE = 0.05, 0.1  # least seconds between two drawings; most of a core's time spent on them
+SYNC = "\x1b[?2026h", "\x1b[?2026l"  # synchronized output: a terminal shows the text between these at once, or ignores them
 _FENCE = re.compile(r"( {0,3})(`{3,}|~{3,})(.*)")
 
 
 @dataclass
 class Fence:
-    """A block of code under way; `lines` are those printed already."""
+    """An unfinished block of code; `lines` are those already printed."""
 
     indent: int
     mark: str
@@ -55,11 +55,11 @@ class Live:
         self._renderer, self._write, self._size, self._clock = renderer, write, size, clock
         self._tail = ""  # the source that is not printed yet; it begins with a block
         self._gap, self._begun = False, False  # whether a blank line stands before that block; whether anything was printed
-        self._number: int | None = None  # of the item that the tail begins with, if its list began before
+        self._number: int | None = None  # number of the item at the tail's start, if its list began before
         self._fence: Fence | None = None
         self._shown: list[str] = []  # the rows on the screen that may change, the cursor at the end of the last one
         self._columns, self._due = 0, float("-inf")
-        self.disturbed = False  # something else was written to the terminal
+        self.disturbed = False  # set when other output was written to the terminal
 
     def feed(self, text: str) -> None:
         """Take a piece of the answer."""
@@ -70,7 +70,7 @@ class Live:
             self._due = self._clock() + max(EVERY, (time.thread_time() - began) / SHARE)
 
     def close(self) -> None:
-        """The answer is over: print what is left; the cursor stands at the beginning of a line."""
+        """End the answer: print the rest and leave the cursor at the beginning of a line."""
         self._draw(final=True)
 
     def _draw(self, final: bool) -> None:
@@ -85,7 +85,7 @@ class Live:
         self._shown = live
 
     def _leave(self) -> None:
-        """Let what is drawn stand, and begin anew below it."""
+        """Keep the drawn rows, and continue below them."""
         self._write("\r\n")
         self._shown, self._number, self._gap = [], None, False
         if self._fence:
@@ -93,7 +93,7 @@ class Live:
         self._tail = ""
 
     def _finished(self, final: bool) -> list[Text]:
-        """Take from the tail what cannot change any more, as lines."""
+        """Remove from the tail the blocks that cannot change, and return their lines."""
         result: list[Text] = []
         while self._fence or self._tail:
             if self._fence:
@@ -101,7 +101,7 @@ class Live:
                 if self._fence:
                     break
                 continue
-            text = self._tail if final else self._tail[: self._tail.rfind("\n") + 1]  # half a line may become anything
+            text = self._tail if final else self._tail[: self._tail.rfind("\n") + 1]  # a cut line may become any block
             blocks, lines = parse(text), text.split("\n")
             if not blocks:
                 self._gap |= "\n" in text
@@ -161,7 +161,7 @@ class Live:
         return result
 
     def _first_items(self, block, lines: list[str]) -> list[Text]:
-        """Of a list under way all items but the last are finished. Leaves the tail at the block, or at its last item."""
+        """The finished items of an unfinished list: all but the last. Leaves the tail at the block, or at its last item."""
         result, items = [], list(block.children) if block.type in ("bullet_list", "ordered_list") else []
         self._gap |= blank_before(block, lines)
         first = block.map[0]
@@ -178,7 +178,7 @@ class Live:
         self._tail = self._tail[sum(len(line) + 1 for line in lines[:first]) :]
 
     def _under_way(self) -> list[Text]:
-        """What is left of the tail, as it would be printed if it ended here."""
+        """The lines of the tail, as if the answer ended here."""
         if self._fence:
             return self._renderer.code([*self._fence.lines, self._fence.inner(self._tail)], self._fence.info, 1)
         result: list[Text] = []
@@ -190,7 +190,7 @@ class Live:
         return result
 
     def _rows(self, lines: list[Text]) -> list[str]:
-        """Lines cut into rows that no terminal wraps, whatever it thinks of the width of an emoji."""
+        """Lines cut into rows that no terminal wraps, whatever width it gives to an emoji."""
         rows = []
         for line in lines:
             cuts, used = [], 0
@@ -203,7 +203,7 @@ class Live:
         return rows
 
     def _replace(self, rows: list[str]) -> None:
-        """Write `rows` over those shown; what is the same stays untouched."""
+        """Write `rows` over those shown; equal rows are not written."""
         shown = self._shown
         same = next(
             (i for i, (old, new) in enumerate(zip(shown, rows, strict=False)) if old != new), min(len(shown), len(rows))

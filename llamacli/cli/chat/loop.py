@@ -1,4 +1,4 @@
-"""The chat from its first line to its last: what it begins with, turn after turn, and what ends it.
+"""The chat's main loop: start, turns and end.
 
 In: the options of `llamacli chat`. Out: answers on stdout, everything else on stderr.
 """
@@ -21,7 +21,7 @@ from llamacli.conversation import Conversation
 from llamacli.errors import LlamacliError, OutputError, UsageError
 from llamacli.store import Store
 
-TWICE = 1.0  # seconds between two Ctrl-C that mean it
+TWICE = 1.0  # most seconds between two Ctrl-C that leave the chat
 
 
 def talk_at_length(
@@ -77,7 +77,9 @@ def talk_at_length(
 
 
 def _store(console: Console, required: bool, wanted: bool) -> Store | None:
-    """The database, if somebody types or asks for an earlier conversation. Without it a chat works all the same."""
+    """The database of conversations, for a chat at a terminal or one that continues an earlier conversation. If it cannot be
+    opened, the chat runs without it.
+    """
     if not (required or wanted):
         return None
     try:
@@ -97,7 +99,9 @@ def _prompt(commands: Commands, store: Store | None, console: Console):
 
 
 def loop(commands: Commands, turns, console: Console, first: str) -> None:
-    """Turn after turn. Ctrl-C throws away what is typed, twice in a row it leaves. At a terminal errors are only told."""
+    """Read and answer turns. Ctrl-C discards the typed text; twice in a row it leaves. At a terminal errors are shown and the
+    chat continues.
+    """
     interrupted, typed = float("-inf"), commands.typed
     while True:
         try:
@@ -131,7 +135,7 @@ def loop(commands: Commands, turns, console: Console, first: str) -> None:
                 raise
             console.fail(f"out of memory: {error or 'an allocation failed'}; /ctx with a smaller number needs less")
         except OSError as error:
-            if not typed or is_gone(sys.stdin):  # a terminal that is gone fails at every turn
+            if not typed or is_gone(sys.stdin):  # a closed terminal fails at every turn
                 raise
             console.fail(
                 f"{error.filename or 'reading or writing'}: expected it to work, found: {error.strerror or error}; try again"
@@ -143,7 +147,7 @@ def loop(commands: Commands, turns, console: Console, first: str) -> None:
 
 
 def _lasts(error: Exception) -> bool:
-    """Whether stdout still takes answers: the error may be of a file that /export wrote."""
+    """Whether stdout can still be written: the error may be about a file that /export wrote."""
     if isinstance(error, BrokenPipeError):
         return False
     with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """Markdown to lines of a terminal.
 
-In: Markdown, the columns there are. Out: lines of styled text, each wrapped by words to the columns, but for code, whose lines
-stay whole so that they can be copied. What a model says is hostile: control characters, escapes and marks that turn the
-direction of writing are shown, never sent. HTML and link definitions are shown as they are written; a line break stays one.
+In: Markdown, the columns there are. Out: lines of styled text, wrapped between words to the columns; lines of code are not
+wrapped, so that they can be copied. A model's text is untrusted: control characters, escapes and bidirectional marks are shown
+as text, never sent to the terminal. HTML and link definitions are shown as written; a line break stays a line break.
 
 Nothing here depends on what follows later in the text: a block is rendered the same whether it stands alone or in its document
 (live.py needs that). So numbers in lists are not aligned, and a blank line stands where the source has one.
@@ -23,9 +23,9 @@ from rich.text import Text
 
 from llamacli.cli.console import visible
 
-NARROWEST = 20  # columns; below that nothing is legible and the terminal folds the lines itself
+NARROWEST = 20  # fewest columns; on narrower terminals the terminal wraps the lines itself
 HIGHLIGHTED = 400, 2000  # lines before a line of code that its colours may depend on; characters of a line that is coloured
-CELL = 6  # columns that a cell of a table keeps; where there are fewer, rows become lists
+CELL = 6  # fewest columns of a table's cell; with fewer, rows become lists
 THEME = ANSISyntaxTheme(
     {
         Token: Style(),
@@ -115,7 +115,7 @@ class Renderer:
         return Text(f"```{visible(info.strip())}", "dim")
 
     def code(self, lines: list[str], info: str, last: int | None = None) -> list[Text]:
-        """Lines of code in colour; only the `last` ones are returned, the others are what they continue."""
+        """The last `last` lines of code in colour; the lines before them are their context."""
         lines = [visible(line.expandtabs(4)) for line in lines]
         last = len(lines) if last is None else last
         lines = lines[-(last + HIGHLIGHTED[0]) :]
@@ -123,7 +123,7 @@ class Renderer:
         if self.coloured and language and max(map(len, lines), default=0) <= HIGHLIGHTED[1]:
             code = Syntax("", language, theme=THEME).highlight("\n".join(lines))
             coloured = code.split("\n", allow_blank=True)
-            if [line.plain for line in coloured[: len(lines)]] == lines:  # a lexer may strip what it thinks is needless
+            if [line.plain for line in coloured[: len(lines)]] == lines:  # a lexer may strip white space
                 return list(coloured[len(lines) - last : len(lines)])
         return [Text(line, "" if language else "cyan") for line in lines[len(lines) - last :]]
 

@@ -1,8 +1,8 @@
-"""Pictures in a conversation: a line of a question names the file and a hash of what it showed.
+"""Pictures in a conversation: a line of a question names the file and a hash of its contents.
 
 In: paths that are typed, dropped on the terminal or asked for with /image. Out: such lines; and for the model, a message's
 content with pictures in the place of the lines. Since the line is text, a conversation is stored, continued and exported with
-its pictures; the hash tells whether the file still shows the same.
+its pictures; the hash detects a changed file.
 """
 
 import os
@@ -29,7 +29,9 @@ def reference(picture: "Picture", path: Path) -> str:
 
 
 def content(text: str, look: Callable[[str, str], object]) -> str | list[dict]:
-    """A message's content: `text`, or its parts where it names pictures; `look(path, digest)` gives what the model sees."""
+    """A message's content: `text`, or its parts where it names pictures; `look(path, digest)` returns the view for the
+    model.
+    """
     parts, said = [], []
 
     def add_text() -> None:
@@ -50,7 +52,7 @@ def content(text: str, look: Callable[[str, str], object]) -> str | list[dict]:
 
 
 def read_again(path: str, digest: str) -> "Picture":
-    """The picture that a line names. PictureError if its file is gone or shows something else."""
+    """The picture that a line names. PictureError if its file is missing or has changed."""
     from llamacli.vision.pictures import read_picture, shown
 
     picture = read_picture(path)
@@ -67,9 +69,9 @@ def paths_in(text: str) -> list[Path]:
 
 
 def dropped(text: str) -> tuple[list[Path], str]:
-    """The picture files that are named in what was typed, as terminals write them when files are dropped; and the rest.
+    """The picture files named in typed text, as terminals write them when files are dropped; and the rest of the text.
 
-    Only a whole word counts that ends as a picture's name does and is a file.
+    A word counts if it is a file's name with the suffix of a picture.
     """
     paths, rest, done = [], "", 0
     for found in _TOKEN.finditer(text):

@@ -1,7 +1,7 @@
 """The prompt of the chat: an editor of several lines with history, completion and paste, by prompt_toolkit.
 
-In: keys. Out: turns. A long paste is shown as "[500 lines pasted]" and sent whole. The only module that imports
-prompt_toolkit; nothing else runs while it reads.
+In: keys. Out: turns. A long paste is shown as "[500 lines pasted]" and sent whole. Only this module imports prompt_toolkit;
+nothing else runs while it reads.
 """
 
 import asyncio
@@ -28,8 +28,8 @@ from llamacli.cli.options import checked
 from llamacli.store import Store
 
 PASTE_END = "\x1b[201~"
-TORN = 2.0  # seconds without a byte, after which a paste whose end was lost on the way counts as whole
-LONG_PASTE = 10, 2000  # lines, characters from which on a paste is only named
+TORN = 2.0  # seconds without a byte after which a paste counts as complete although its end mark is missing
+LONG_PASTE = 10, 2000  # lines and characters from which a paste is shown as a label
 LOOK = Style.from_dict(
     {
         "prompt": "bold ansicyan",
@@ -79,7 +79,7 @@ class Turns(History):
         if self._store:
             try:
                 self._store.remember(self._pastes.expand(string))
-            except Exception:  # whatever it is, the turn itself matters more; the conversation will say what is wrong
+            except Exception:  # the turn matters more; the conversation reports errors of the store
                 self._store = None
 
 
@@ -144,7 +144,9 @@ class Prompt:
         return unfenced(checked(text, "input"))
 
     async def _end_torn_pastes(self) -> None:
-        """A paste without its end would swallow every key for good, Ctrl-C too; the editor's parser knows no limit of time."""
+        """End a paste whose end mark is missing: it would take every later key, Ctrl-C too, since the editor's parser has no
+        time limit.
+        """
         app, length = self._session.app, 0
         while True:
             await asyncio.sleep(TORN)
@@ -157,7 +159,7 @@ class Prompt:
             length = now
 
     def type_ahead(self, data: bytes) -> None:
-        """Keys pressed while nobody read them."""
+        """Give the editor keys that were pressed while it did not read."""
         keys: list = []
         parser = Vt100Parser(keys.append)
         parser.feed(data.decode("utf-8", "surrogateescape"))

@@ -1,7 +1,7 @@
-"""Answers on the screen, or in a pipe.
+"""Shows answers on the screen or writes them to a pipe.
 
-In: an answer piece by piece. Out: on a terminal rendered Markdown, or text with control characters shown; elsewhere the bytes
-themselves. While an answer is written, what is typed is neither shown nor lost.
+In: an answer piece by piece. Out: on a terminal rendered Markdown, or text with control characters as escapes; elsewhere the
+unchanged bytes. While an answer is written, typed keys are not echoed and not lost.
 """
 
 import contextlib
@@ -15,20 +15,20 @@ from llamacli.cli.chat.terminal import Quiet, unbroken
 from llamacli.cli.console import Console, is_terminal, one_line, visible
 from llamacli.cli.run import describe, reading
 
-NARROWEST = 16  # columns of a text beside another
+NARROWEST = 16  # columns between two texts in a row
 RECALLED = 12  # lines of an earlier question that are shown
 
 
 class Screen:
     """`edits`: the prompt is an editor. `markdown`: answers are rendered. `stats`: a line about the speed after each answer.
-    `quiet` is the context in which nothing typed is echoed: for an editor all of the chat, else each answer.
+    `quiet`: the context without echo: the whole chat with an editor, else each answer.
     """
 
     def __init__(self, console: Console, edits: bool, plain: bool):
         self.edits, self.stats, self.stream = edits, console.verbose, sys.stdout
         self._console, self._shows = console, is_terminal(sys.stdout)
         self._markdown = self._shows and not plain and not environment.dumb_terminal()
-        self._drawn = None  # what draws the answer under way
+        self._drawn = None  # draws the answer under way
         self.quiet = Quiet(edits, console.draw if self._shows else console.ask, self._moved)
 
     @property
@@ -48,7 +48,7 @@ class Screen:
         self._console.draw(text)
 
     def row(self, head: str, text: str, left: int) -> None:
-        """A row of two columns that somebody asked for, `left` the width of the first; a second one too narrow stands below."""
+        """Show a row of two columns; `left`: width of the first. If the second would be too narrow, it is shown below."""
         room = self.size()[0] - 1 - 2 - left
         if room < NARROWEST or len(head) >= left:
             self._console.say(f"  {head}")
@@ -60,7 +60,7 @@ class Screen:
             head = ""
 
     def answer(self, talk, answer: Iterator[str], typed: bool) -> None:
-        """Show an answer to its end. Ctrl-C ends it and keeps what was said; where nobody types, it ends the chat."""
+        """Show an answer to its end. Ctrl-C ends it and keeps the text so far; without a terminal it ends the chat."""
         self._space()
         live = self._drawn = self._live() if self._markdown else None
         stopped = False
@@ -78,7 +78,7 @@ class Screen:
             except KeyboardInterrupt:
                 answer.close()
                 if not typed:
-                    raise  # nobody is there to go on talking
+                    raise  # no user can continue the chat
                 stopped = True
             finally:
                 if live:
@@ -92,7 +92,7 @@ class Screen:
 
     @contextlib.contextmanager
     def aside(self):
-        """While an answer is written, for something else: what is drawn of it stays, and the terminal is as it was."""
+        """A context for other output and input during an answer: the drawn part stays, and the terminal has its normal mode."""
         if self._drawn:
             with unbroken():
                 self._drawn.close()
@@ -100,14 +100,14 @@ class Screen:
             yield
 
     def _reading(self, talk, answer: Iterator[str], typed: bool) -> Iterator[str]:
-        """The answer's pieces; before the first one, how far the prompt has been read. Ctrl-C ends the answer, not the chat."""
+        """The answer's pieces, with the progress of the prompt before the first. Ctrl-C ends the answer, not the chat."""
         with signals.surviving() if typed else contextlib.nullcontext(), reading(self._console, talk.model) as first:
             for text in answer:
                 first()
                 yield text
 
     def message(self, message) -> None:
-        """A message of earlier."""
+        """Show an earlier message."""
         if message.role == "user":
             lines = visible(message.content).split("\n")
             if len(lines) > RECALLED:
@@ -130,7 +130,7 @@ class Screen:
             self._drawn.disturbed = True
 
     def _space(self) -> None:
-        """A blank line between what is typed and what is answered."""
+        """Write a blank line between a typed turn and its answer."""
         if self.edits and self._shows:
             self._console.draw("\n")
 

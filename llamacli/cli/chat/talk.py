@@ -1,7 +1,7 @@
-"""A conversation with a model behind it: prompts, room in the context, settings, other models.
+"""Connects a conversation with a model: prompts, free context, settings, change of models.
 
-In: a conversation, options. Out: answers piece by piece. Knows no terminal. Whatever goes wrong, the conversation stays as it
-was: a question without an answer waits for another try, and an old answer gives way only to one that came.
+In: a conversation, options. Out: answers piece by piece. It does not use the terminal. An error leaves the conversation as it
+was: an unanswered question can be tried again, and an old answer is replaced only by a new one.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SHOWN = (
     "seed",
     "max_tokens",
     "stop",
-)  # by /show even if they are as the model has them
+)  # settings that /show shows even at their defaults
 SETTINGS = (*SAMPLING, "mirostat", "samplers", "logit_bias", "dry_sequence_breaker", "ignore_eos", "seed", "max_tokens", "stop")
 FIELDS = {field.name: field for field in dataclasses.fields(Generation)}
 
@@ -52,13 +52,13 @@ class Talk:
             text += ("" if not text else "\n" if text.endswith("\n") else "\n\n") + part
         first = not self.conversation.messages and not self.conversation.name
         self.conversation.ask(text)
-        if first and self.unread:  # or it would be listed by the first line of a file
+        if first and self.unread:  # else its title would be the first line of a file
             self.conversation.rename(title(question))
         self.unread.clear()
         return self._answer(self.conversation.answer())
 
     def show(self, path: Path) -> None:
-        """Put a picture before the next question, once the model has seen it."""
+        """Encode a picture and put it before the next question."""
         from llamacli.vision.pictures import read_picture
 
         picture = read_picture(path)
@@ -89,7 +89,7 @@ class Talk:
         return answering()
 
     def proceed(self) -> Iterator[str]:
-        """Go on with an answer that was cut off. PromptError if there is none."""
+        """Continue an answer that was cut off. PromptError if there is none."""
         self.check_here("/continue")
         if self.conversation.messages and self.conversation.messages[-1].finish == "stop":
             raise PromptError("nothing to continue: the answer is complete; /regen answers anew")
@@ -102,30 +102,30 @@ class Talk:
 
     @property
     def room(self) -> str:
-        """Tokens in the context, and how many it holds, where that is known."""
+        """Tokens in the context and its limit, if known."""
         return f"{self.used} of {self.session.ctx}" if self.model.ctx else f"{self.used}"
 
     @property
     def nearly_full(self) -> bool:
-        """Whether little room is left in the context, where that is known."""
+        """Whether the context has little room left, if that is known."""
         return bool(self.model.ctx) and self.used > 0.9 * self.session.ctx
 
     @property
     def limit(self) -> Limit:
-        """Bytes of a text that surely fill the context, or that a server takes."""
+        """The number of bytes of text that surely fills the context, or that a server accepts."""
         return context_limit(self.session.ctx, self.served, "choose a larger one by -c or /ctx")
 
     @property
     def model_name(self) -> str:
-        """What answers."""
+        """The name of the model."""
         return self.model.name if self.served else Path(self.conversation.model).name
 
     def count(self, text: str) -> int | None:
-        """Tokens of a text; None where a server does not tell."""
+        """Tokens of a text; None if a server does not count them."""
         return self.model.count(text) if self.served else len(self.model.tokenizer.encode(text, bos=False, special=False))
 
     def check_here(self, name: str) -> None:
-        """UsageError for a command that a server gives no way to obey."""
+        """UsageError for a command that needs a model in this process."""
         if self.served:
             raise UsageError(
                 f"{name}: expected a model that is loaded here, found one of a server; start chat with --server none"
@@ -137,7 +137,7 @@ class Talk:
         self.session = self.options.session(self.model, ctx)
 
     def set(self, name: str, text: str) -> None:
-        """Change a setting, checked as its option is; "default" gives the model's. UsageError if it makes no sense."""
+        """Change a setting, checked as its option is; "default" gives the model's. UsageError for an invalid name or value."""
         name = name.lstrip("-").replace("-", "_")
         if name in HERE:
             self.check_here(f"/set {name}")
@@ -159,7 +159,7 @@ class Talk:
         rows = []
         for name in SETTINGS:
             value = getattr(self.options, name)
-            value = None if value == () else value  # what the parser gives for an option that may be repeated
+            value = None if value == () else value  # the parser's type for a repeatable option
             if value in (None, FIELDS[name].default) and name not in SHOWN and name not in defaults:
                 continue
             default = defaults.get(name, SAMPLING[name][0] if name in SAMPLING else None)
@@ -188,7 +188,7 @@ class Talk:
         return len(self.session.ids)
 
     def _answer(self, answer: Answer) -> Iterator[str]:
-        """Yields text, which becomes the assistant's turn even if the reader breaks off."""
+        """Yields text, which becomes the assistant's turn even if the caller stops early."""
         self.reason = None
         said, messages = answer.text, self._messages()
         definitions = self._box.definitions if self._box else ()
@@ -219,7 +219,7 @@ class Talk:
                 self._rounds.append((self.conversation.messages[-1], silent))
 
     def _messages(self) -> list[dict]:
-        """What the model is to answer, with the calls of earlier answers and their results, as long as the chat lasts."""
+        """The messages for the model, with the calls of this chat's earlier answers and their results."""
         shown = self.conversation.messages[self.conversation.start :]
         prompt = [m | {"content": content(m["content"], self._seen)} for m in self.conversation.prompt()]
         found = prompt[: len(prompt) - len(shown)]
@@ -228,7 +228,7 @@ class Talk:
         return found
 
     def _seen(self, path: str, digest: str):
-        """A picture of the conversation, looked at again where it is not known."""
+        """The view of a picture of the conversation, encoded again if it is not cached."""
         return self._views.get(digest) or self._look(read_again(path, digest), Path(path))
 
     def _look(self, picture, path: Path):
@@ -253,7 +253,7 @@ class Talk:
 
 
 def _text(value) -> str:
-    """A setting as it is typed."""
+    """A setting's value as text."""
     if isinstance(value, list | tuple):
         return " ".join(map(repr, map(str, value)))
     if isinstance(value, bool):
@@ -262,7 +262,7 @@ def _text(value) -> str:
 
 
 def _value(name: str, text: str):
-    """The value of an option, by the type and the range that the option has."""
+    """The value of a text by the option's type and range."""
     field = FIELDS[name]
     kind, spec, several = kind_of(field.type)
     where = f"/set {name}"

@@ -1,7 +1,7 @@
-"""The terminal while nobody reads it: nothing typed is echoed or lost, and the clipboard is reached by a sequence.
+"""The terminal while no prompt reads it: typed keys are not echoed and not lost.
 
-In: a terminal's descriptor. Out: the bytes typed meanwhile; text for the clipboard. Suspending (Ctrl-Z) gives the shell its
-terminal back as it was.
+Also the control sequence for the clipboard. In: a terminal's descriptor. Out: the bytes typed meanwhile; text for the
+clipboard. Suspending (Ctrl-Z) restores the shell's mode of the terminal.
 """
 
 import base64
@@ -20,13 +20,13 @@ try:
 except ImportError:  # a system without POSIX terminals
     termios = None
 
-PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # the terminal marks what is pasted
-MOST_COPIED = 100_000  # bytes in base64; terminals drop more, some without a word
+PASTE_ON, PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"  # the terminal marks pasted text
+MOST_COPIED = 100_000  # bytes in base64; terminals drop more, some silently
 
 
 class Quiet:
-    """A context without echo. `raw`: keys come one by one, as an editor wants them, and `take` returns them; else the system
-    keeps the lines typed. `moved` is called when the process was suspended and goes on.
+    """A context without echo. `raw`: single keys, as an editor needs them, which `take` returns; else the system keeps the
+    typed lines. `moved` is called when the process continues after it was suspended.
     """
 
     def __init__(self, raw: bool, write: Callable[[str], None], moved: Callable[[], None]):
@@ -41,14 +41,14 @@ class Quiet:
                 self._end.enter_context(signals.last_words(self._give_back))
                 self._silence()
                 self.drain()
-                self._typed = self._typed.replace(b"\n", b"\r")  # so far the system translated the key Enter
+                self._typed = self._typed.replace(b"\n", b"\r")  # until then the system translated the key Enter
                 self._handler = signal.signal(signal.SIGTSTP, self._suspend)
         return self
 
     def _silence(self) -> None:
         mode = termios.tcgetattr(0)
         mode[3] &= ~termios.ECHO
-        mode[3] |= termios.NOFLSH  # Ctrl-C stops the answer; what was typed stays
+        mode[3] |= termios.NOFLSH  # Ctrl-C stops the answer and keeps typed text
         if self._raw:
             mode[0] &= ~termios.ICRNL
             mode[3] &= ~termios.ICANON
@@ -68,7 +68,7 @@ class Quiet:
         termios.tcsetattr(0, termios.TCSANOW, self._before)
 
     def _give_back(self) -> None:
-        """Before the process ends while the main thread, which may hold the locks of stdout, hears nothing."""
+        """Restore the terminal before the watching thread ends the process: the main thread may hold the locks of stdout."""
         termios.tcsetattr(0, termios.TCSANOW, self._before)
         if self._raw:
             os.write(0, PASTE_OFF.encode())
@@ -76,14 +76,14 @@ class Quiet:
     def _suspend(self, signum, frame) -> None:
         self._restore()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # stops here, and goes on here
+        os.kill(os.getpid(), signal.SIGTSTP)  # the process stops and continues here
         signal.signal(signal.SIGTSTP, self._suspend)
         self._silence()
         self._moved()
 
     @contextlib.contextmanager
     def paused(self):
-        """The terminal as it was, for work that may end the process at once."""
+        """A context with the terminal's original mode, for work that may end the process at once."""
         if self._before:
             self._restore()
         try:
@@ -93,13 +93,13 @@ class Quiet:
                 self._silence()
 
     def take(self) -> bytes:
-        """What was typed since the last call."""
+        """The bytes typed since the last call."""
         self.drain()
         typed, self._typed = self._typed, b""
         return typed
 
     def drain(self) -> None:
-        """Read what was typed so far, before the system's buffer is full."""
+        """Read the typed bytes before the system's buffer is full."""
         if self._before and self._raw:
             with contextlib.suppress(OSError):
                 while select.select([0], [], [], 0)[0] and (data := os.read(0, 4096)):
@@ -116,7 +116,7 @@ class Quiet:
 
 @contextlib.contextmanager
 def unbroken():
-    """Put off a Ctrl-C until the end of what is drawn: half of it would leave the screen in disorder."""
+    """A context that defers Ctrl-C until a drawing is complete, since half of one would garble the screen."""
     came = []
     before = signal.signal(signal.SIGINT, lambda *signal: came.append(signal))
     try:
@@ -130,7 +130,7 @@ def unbroken():
 def copying(text: str, environ=os.environ) -> str:
     """The sequence (OSC 52) that makes a terminal copy `text`, over ssh too. UsageError if that is impossible.
 
-    GNU screen passes on only what is wrapped for it, in parts.
+    GNU screen forwards only sequences that are wrapped for it, in parts.
     """
     data = base64.b64encode(text.encode()).decode()
     if environ.get("TERM", "dumb") == "dumb":
