@@ -17,6 +17,7 @@ import numpy as np
 from llamacli.errors import ModelFileError, UsageError
 from llamacli.files.ggml import BY_NAME
 from llamacli.files.gguf import open_gguf
+from quantize.general import printable
 from quantize.writer import ALIGNMENT, header, write_file
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -186,9 +187,12 @@ def _read_dat(path: Path) -> Imatrix:
 
 
 def collected(path: Path, inputs: Iterable, dataset: str, chunk_count: int, chunk_size: int) -> Imatrix:
-    """An Imatrix of the sums that an engine collected (each of `inputs` has names, square_sums, counts)."""
+    """An Imatrix of the sums that an engine collected (each of `inputs` has names, square_sums, counts).
+
+    `dataset`: a file's name, whatever bytes it has.
+    """
     entries = {name: checked(path, name, sums, counts) for names, sums, counts in inputs for name in names}
-    return Imatrix(path, entries, [dataset], chunk_count, chunk_size)
+    return Imatrix(path, entries, [printable(dataset)], chunk_count, chunk_size)
 
 
 def size_of(inputs: Iterable) -> int:

@@ -33,7 +33,11 @@ def header(metadata: dict[str, object], tensors: list[tuple[str, TensorType, tup
     """
     out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
-        out += _string(key) + _value(value)
+        try:
+            out += _string(key) + _value(value)
+        except UnicodeEncodeError as error:
+            found = f"{error.object[:40]!r}; repair the source"
+            raise OutputError(f"metadata {key[:60]!r}: expected valid Unicode, found {found}") from None
     for name, kind, shape, offset in tensors:
         out += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind.id, offset)
     out += bytes(-len(out) % ALIGNMENT)
@@ -41,10 +45,7 @@ def header(metadata: dict[str, object], tensors: list[tuple[str, TensorType, tup
 
 
 def _string(text: str | bytes) -> bytes:
-    try:
-        raw = text if isinstance(text, bytes) else text.encode()
-    except UnicodeEncodeError:
-        raise OutputError(f"expected valid Unicode in the metadata, found {text[:40]!r}; repair the source") from None
+    raw = text if isinstance(text, bytes) else text.encode()
     return struct.pack("<Q", len(raw)) + raw
 
 

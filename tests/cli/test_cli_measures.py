@@ -239,6 +239,14 @@ def test_imatrix_writes_a_file_and_names_the_layers_whose_experts_saw_nothing(sc
     assert found[2:] == (["text"], 4, 10)
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file systems take UTF-8 only")
+def test_an_imatrix_of_a_text_whose_name_is_no_utf_8_is_not_lost_at_the_end(scored, capfd):
+    name = os.fsdecode(b"t\xff")
+    Path(name).write_bytes(Path("text").read_bytes())
+    assert main(["imatrix", "-f", name, "-o", "out.gguf", "-c", "10"]) == 0
+    assert read_imatrix("out.gguf").datasets == ["t\ufffd"]
+
+
 def test_imatrix_json_is_one_object(scored, capfd):
     assert main(["imatrix", "-f", "text", "-o", "out.gguf", "-c", "10", "--json"]) == 0
     record = {"out": "out.gguf", "tensors": 2, "windows": 4, "ctx": 10, "tokens": 40, "unseen": {"blk.0": [1]}}

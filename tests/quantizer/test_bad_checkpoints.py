@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from conversions import made, refusal, spoil, with_entries
 
-from llamacli.errors import CheckpointError, LlamacliError, ModelFileError, UnsupportedModelError, UsageError
+from llamacli.errors import (
+    CheckpointError,
+    LlamacliError,
+    ModelFileError,
+    OutputError,
+    UnsupportedModelError,
+    UsageError,
+)
 from quantize.convert import convert
 
 BAD_CONFIGS = {
@@ -218,3 +225,9 @@ def test_any_value_at_any_place_converts_or_is_refused_in_one_line(tmp_path, fil
                 assert "\n" not in str(error)
                 outcomes.add("refused")
     assert "refused" in outcomes
+
+
+def test_text_that_no_file_can_hold_is_refused_with_its_field(tmp_path):
+    checkpoint.write(tmp_path / "hf")
+    spoil(tmp_path / "hf", "tokenizer_config.json", json.dumps({"chat_template": "{{ messages }}\ud800"}))
+    assert "tokenizer.chat_template" in refusal(OutputError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
