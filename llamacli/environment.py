@@ -107,8 +107,8 @@ def plain_terminal() -> bool:
 
 
 def dumb_terminal() -> bool:
-    """Whether the terminal knows no control sequences."""
-    return os.environ.get("TERM") == "dumb"
+    """Whether the terminal knows no control sequences, or nobody knows which."""
+    return os.environ.get("TERM") in ("dumb", "unknown")
 
 
 def config_file() -> Path:

@@ -185,10 +185,10 @@ def _earlier(path: Path) -> dict[str, float]:
     try:
         records = json.loads(path.read_text())
         found = {str(record["test"]): float(_value(record)) for record in records if float(_value(record)) > 0}
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(
-            f"{path}: expected what `llamacli bench --json` printed, found {type(error).__name__}; make it anew"
-        ) from None
+    except OSError as error:
+        raise UsageError(f"{path}: expected what `bench --json` printed, found: {error.strerror}; check the path") from None
+    except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
+        raise UsageError(f"{path}: expected what `bench --json` printed, found something else; make it anew") from None
     if not found:
         raise UsageError(f"{path}: expected measurements by `llamacli bench --json`, found nothing to compare; make it anew")
     return found

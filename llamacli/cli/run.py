@@ -249,7 +249,7 @@ class Answer:
         views: Sequence = (),
         messages: Sequence[dict] = (),
     ) -> None:
-        """Answer `ids`, whose pictures are `views`; on Ctrl-C and SIGTERM the text so far is kept.
+        """Answer `ids`, whose pictures are `views`; on Ctrl-C, SIGTERM and an error the text so far is kept.
 
         `logprobs`: as --logprobs. `messages`: the conversation that the ids are made of; with tools, it is answered instead of
         the ids.
@@ -280,6 +280,8 @@ class Answer:
                         console.note(describe(session.stats, "interrupt", self._load_s))
                 elif not self._held:
                     console.end(always=False)
+                elif self._text and not issubclass(broken, OutputError | OSError):  # of these stdout may be the cause
+                    self._end(session.stats, "error")
         for notice in session.snapshots.notices if session.snapshots else ():
             console.note(notice)
         if reason == "rounds":

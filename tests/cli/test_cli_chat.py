@@ -309,8 +309,9 @@ def test_nothing_is_broken_in_the_middle_of_a_word_at_40_columns(begin):
     assert all(len(line) <= 40 for line in t.lines)
 
 
-def test_a_dumb_terminal_gets_no_escape_at_all(begin, tmp_path):
-    t = begin(TERM="dumb", ready="/help lists the commands", reply="**fine**")
+@pytest.mark.parametrize("name", ["dumb", "unknown"])
+def test_a_dumb_terminal_gets_no_escape_at_all(name, begin, tmp_path):
+    t = begin(TERM=name, ready="/help lists the commands", reply="**fine**")
     t.type("hello\r")
     t.wait("**fine**")
     t.type("two \\\r", "lines\r")

@@ -41,6 +41,24 @@ def test_a_fault_of_the_server_is_one_line(name, capfd, monkeypatch):
     assert "Traceback" not in err and "\x1b" not in err
 
 
+def test_what_was_said_before_a_fault_is_kept_where_an_answer_is_written_at_its_end(tmp_path, capfd):
+    with pretending(stream(said("Paris"), end=b"")) as (url, _):
+        assert run("--server", url, "-o", str(tmp_path / "out"), "Hi") == 1
+        assert (tmp_path / "out").read_text() == "Paris\n"
+        assert run("--server", url, "--no-stream", "Hi") == 1
+        assert capfd.readouterr().out == "Paris\n"
+        assert run("--server", url, "--json", "Hi") == 1
+    found = json.loads(capfd.readouterr().out)
+    assert (found["text"], found["finish_reason"]) == ("Paris", "error")
+
+
+@pytest.mark.parametrize("how", [["-o", "OUT"], ["--json"], ["--no-stream"]])
+def test_a_fault_before_the_first_word_writes_nothing(how, tmp_path, capfd):
+    with pretending(stream(end=b"")) as (url, _):
+        assert run("--server", url, *(word.replace("OUT", str(tmp_path / "out")) for word in how), "Hi") == 1
+    assert capfd.readouterr().out == "" and not (tmp_path / "out").exists()
+
+
 def test_nobody_there_is_said_with_what_to_do(capfd):
     assert run("--server", "http://127.0.0.1:1", "Hi") == 1
     assert "Connection refused" in (err := capfd.readouterr().err) and "llamacli serve" in err

@@ -133,8 +133,8 @@ def copying(text: str, environ=os.environ) -> str:
     GNU screen forwards only sequences that are wrapped for it, in parts.
     """
     data = base64.b64encode(text.encode()).decode()
-    if environ.get("TERM", "dumb") == "dumb":
-        raise UsageError("/copy: expected a terminal with a clipboard, found TERM=dumb; /export FILE writes the conversation")
+    if environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        raise UsageError("/copy: expected a terminal with a clipboard, found a dumb one; /export FILE writes the conversation")
     if len(data) > MOST_COPIED:
         raise UsageError(f"/copy: expected at most {MOST_COPIED // 4 * 3} bytes, found {len(text.encode())}; use /export FILE")
     sequence = f"\x1b]52;c;{data}\x07"
