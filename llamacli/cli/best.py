@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from llamacli.cli import signals
 from llamacli.cli.binding import check_whole
 from llamacli.cli.options import Generation
-from llamacli.cli.run import SEVERAL, Answer, describe, likely, reading
+from llamacli.cli.run import SEVERAL, Answer, likely, reading
+from llamacli.cli.stats import describe
 from llamacli.session import Stats
 from llamacli.together import sample_several
 

@@ -24,6 +24,7 @@ from llamacli.cli.newfile import check_new, write_new
 from llamacli.cli.options import Generation, Json, Output, checked, decoded, is_model, read_file, stdin_is_piped
 from llamacli.cli.progress import Meter, clock_time
 from llamacli.cli.prompts import Prompts, joined
+from llamacli.cli.stats import describe
 from llamacli.cli.templates import Template, names, parameters
 from llamacli.cli.tooling import Tooling
 from llamacli.errors import OutputError, UsageError
@@ -32,14 +33,6 @@ if TYPE_CHECKING:
     from llamacli.vision.pictures import Picture
 
 SEVERAL = 8  # answers of --best-of at a time
-REASONS = {
-    "stop": "complete",
-    "length": "stopped at the -n limit",
-    "context": "context full",
-    "interrupt": "stopped by Ctrl-C",
-    "tool_calls": "calls tools",
-    "rounds": "stopped at the --tool-rounds limit",
-}
 
 
 def run(
@@ -413,38 +406,3 @@ def likely(tokenizer, piece) -> dict:
 
     own, likeliest = piece.logprobs
     return named(piece.id, own) | {"top_logprobs": [named(id, logprob) for id, logprob in likeliest]}
-
-
-def describe(stats, reason: str | None, load_s: float | None = None) -> str:
-    """The line about speed after an answer."""
-    parts = [f"{stats.prompt_tokens} prompt tokens"] if stats.prompt_tokens else []  # a server sends its counts at the end
-    if parts and stats.cached_tokens:
-        parts[0] += f" ({stats.cached_tokens} kept from before)"
-    if parts and stats.prefill_tps:
-        parts[0] += f" at {stats.prefill_tps:.1f}/s"
-    parts.append(f"{stats.completion_tokens} answered" + (f" at {stats.decode_tps:.1f}/s" if stats.decode_tps else ""))
-    if stats.proposed:
-        parts.append(f"{stats.accepted} of {stats.proposed} guesses right")
-    if stats.decoded and (io := stats.decode_io) and io.hits + io.misses + io.kv_bytes:
-        parts.append(describe_io(io, stats.decoded, stats.decode_s))
-    if load_s is not None:
-        parts.append(f"loaded in {load_s:.2f} s")
-    if reason:
-        parts.append(REASONS.get(reason, reason))
-    return "[" + ", ".join(parts) + "]"
-
-
-def describe_io(io, tokens: int, seconds: float) -> str:
-    """The reads that the answer's tokens needed, as a line."""
-    from llamacli.plan.machine import resident_words
-
-    asked = io.hits + io.misses
-    nbytes = io.bytes_read + io.kv_bytes
-    megabytes, wait = nbytes / tokens / 1e6, 1000 * io.stall_s / tokens
-    speed = f" at {nbytes / io.reading_s / 1e9:.1f} GB/s" if io.reading_s else ""
-    experts = f"{100 * io.hits / asked:.0f} % of experts in memory, " if asked else ""
-    keys = f", {io.kv_bytes / tokens / 1e6:.0f} of it keys and values" if io.kv_bytes else ""
-    return (
-        f"{experts}{megabytes:.0f} MB a token read{keys}{speed}, {wait:.0f} of {1000 * seconds / tokens:.0f} ms waiting for "
-        f"it, {resident_words()}"
-    )

@@ -20,7 +20,7 @@ from llamacli.cli.code import code_blocks
 from llamacli.cli.console import Console, is_terminal, one_line, visible
 from llamacli.cli.newfile import write_new
 from llamacli.cli.options import Given, find_model, model_names, read_file, token_count
-from llamacli.cli.run import describe
+from llamacli.cli.stats import describe
 from llamacli.conversation import Conversation, as_jsonl, as_markdown, from_jsonl, title
 from llamacli.errors import PromptError, UsageError
 from llamacli.plan.machine import resident_words

@@ -13,7 +13,8 @@ from llamacli import environment
 from llamacli.cli import signals
 from llamacli.cli.chat.terminal import Quiet, unbroken
 from llamacli.cli.console import Console, is_terminal, one_line, visible
-from llamacli.cli.run import describe, reading
+from llamacli.cli.run import reading
+from llamacli.cli.stats import describe
 
 NARROWEST = 16  # columns between two texts in a row
 RECALLED = 12  # lines of an earlier question that are shown
