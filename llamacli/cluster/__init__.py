@@ -1,1 +1,1 @@
-"""Layers on several machines: Ray places and watches the nodes, hidden states go over sockets of ours."""
+"""Layers on several machines: Ray starts and watches the nodes; the residual stream goes through this project's own sockets."""

@@ -1,7 +1,7 @@
-"""A sequence on a cluster: its positions, and what was evaluated at them, while the nodes have its keys and values.
+"""The cache of a sequence on a cluster: its positions and the tokens evaluated at them; the nodes hold its keys and values.
 
-In: positions, and pieces of text with how they were evaluated. Out: `ClusterCache` (device.Cache); `parts`, the batches that
-make keys and values anew with the same bits, after a node was lost.
+In: positions, and the batches in which tokens were evaluated. Out: `ClusterCache` (device.Cache); `parts`, the batches that
+recompute keys and values with the same bits after a node was lost.
 """
 
 import itertools
@@ -14,8 +14,8 @@ import numpy as np
 from llamacli.device import Tokens
 from llamacli.positions import Positions
 
-FEW = 4  # tokens below which a batch has the bits of single tokens on every processor (cpu/kernels/ops/matmul.py)
-AGAIN = FEW - 1  # single tokens that are evaluated together when keys and values are made anew
+FEW = 4  # batches of fewer tokens have the bits of single tokens on every processor (cpu/kernels/ops/matmul.py)
+AGAIN = FEW - 1  # single tokens that are evaluated together when keys and values are recomputed
 
 
 class Piece(NamedTuple):
@@ -34,14 +34,14 @@ class ClusterCache(Positions):
     def __init__(self, stage, ctx: int):
         super().__init__(stage.config, ctx)
         self.number, self._stage = next(self.numbers), stage
-        self.pieces: list[Piece] = []  # what was evaluated, in order
-        self.opened = 0  # the row of nodes (ClusterStage.opened) that holds the keys and values
+        self.pieces: list[Piece] = []  # evaluated batches, in order
+        self.opened = 0  # number of the row of nodes (ClusterStage.opened) that holds the keys and values
         self._reserved = 0
         weakref.finalize(self, stage.free, self.number)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the nodes hold of all sequences."""
+        """Bytes of keys and values of all sequences on the nodes."""
         return self._stage.held_bytes()
 
     def reserve(self, n: int) -> None:
@@ -49,14 +49,14 @@ class ClusterCache(Positions):
         self._reserved = self._claim(n)
 
     def truncate(self, pos: int) -> int:
-        """Forget tokens from `pos` on, and what was evaluated at them (device.Cache)."""
+        """Forget tokens from `pos` on, and their record (device.Cache)."""
         pos = super().truncate(pos)
         while self.pieces and self.pieces[-1].start >= pos:
             self.pieces.pop()
         return pos
 
     def take(self, piece: Piece) -> None:
-        """Remember what was evaluated. Single tokens join those before them."""
+        """Record an evaluated batch. Consecutive single tokens form one piece."""
         while self.pieces and self.pieces[-1].start >= piece.start:
             self.pieces.pop()
         if self.pieces and piece.alone and (last := self.pieces[-1]).alone:
@@ -90,7 +90,7 @@ class ClusterCache(Positions):
         self._stage.ask_for(layer, "restore_segments", where, (rows,))
 
     def copied_from(self, other: "ClusterCache") -> None:
-        """Know what `other` knows, whose keys and values this one has been given."""
+        """Copy the record of `other`, whose keys and values were copied here."""
         super().copied_from(other)
         self.opened = other.opened
         self.pieces = [piece._replace(tokens=Tokens([*piece.tokens.ids], piece.tokens.rows)) for piece in other.pieces]

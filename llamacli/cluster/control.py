@@ -1,8 +1,8 @@
-"""Ray as the cluster's control plane: which nodes are alive, facts about them, and processes on them.
+"""The cluster's control plane, by Ray: the nodes that are alive, facts about them, and processes on them.
 
-In: the address of a cluster. Out: what host.py answers on each node; nodes that encode for a conversion. Ray is imported here,
-in host.py's processes and in launch.py only, and only when a cluster is asked for. Hidden states do not go through Ray
-(wire.py). Ray and the links ask for the same secret.
+In: the address of a cluster. Out: the answers of host.py on each node; nodes that encode for a conversion. Ray is imported
+here, in host.py's processes and in launch.py only, and only when a cluster is asked for. Hidden states do not go through Ray
+(wire.py). Ray and the links require the same secret.
 """
 
 import os
@@ -22,23 +22,23 @@ from llamacli.cluster.tasks import Tasks
 from llamacli.errors import DeviceError, LlamacliError, UsageError
 
 PORT = 6479
-REACHED = 3.0  # seconds in which a node must take a connection
+REACHED = 3.0  # seconds in which a node must accept a connection
 STARTING, OPENING = 40.0, 600.0  # seconds in which a node's process must answer, and must have opened its layers
-LOOK_EVERY = 0.02  # seconds between looks whether it has
+LOOK_EVERY = 0.02  # seconds between checks whether it has
 LEAVING = 5.0  # seconds in which a call of Ray must return
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4" + bytes(5)  # a greeting that a server answers: RFC 9113, 3.4
 
 
 def environ(secret: str) -> dict[str, str]:
-    """What Ray is told by variables: ask for the secret, send no statistics, be quiet."""
+    """Ray's environment variables: require the secret, send no statistics, print nothing."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secret,
-        "RAY_NUM_REDIS_GET_RETRIES": "3",  # seconds in which a cluster must let this machine in
+        "RAY_NUM_REDIS_GET_RETRIES": "3",  # seconds in which a cluster must accept this machine
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after `close` starts no cluster of its own
+        "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after `close` must not start a new cluster
     }
 
 
@@ -60,11 +60,11 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 class NoAnswer(DeviceError):
-    """A node did not say whether it can: it did not answer, or its process ended."""
+    """A node gave no answer, or its process ended."""
 
 
 class Cluster:
-    """A connection to a running cluster, as one of its nodes. One per process, as Ray has it."""
+    """A connection to a running cluster, as one of its nodes. Ray allows one per process."""
 
     def __init__(self, address: str):
         """DeviceError if no cluster answers there, or with another secret."""
@@ -87,7 +87,7 @@ class Cluster:
             keep_loopback()
         check_private(self._ray, "_private")
         check_private(self._ray._private.worker, "listen_error_messages")
-        self._ray._private.worker.listen_error_messages = lambda *_: None  # it prints to stdout; losses are told by the links
+        self._ray._private.worker.listen_error_messages = lambda *_: None  # it prints to stdout; the links report losses
         job = _job(self._ray)
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -112,13 +112,13 @@ class Cluster:
             check_private(job, "JobConfig._serialize as it was")
         self._hosts: dict[str, object] = {}
         self._names: dict[str, str] = {}  # of nodes with a process of this program, by Ray's ids
-        self._refused: dict[str, Exception] = {}  # why a node cannot encode, as it said itself, by Ray's ids
+        self._refused: dict[str, Exception] = {}  # the reasons of nodes that cannot encode, by Ray's ids
         self.latency = 0.0  # seconds one way to the farthest node, as `describe` found it
-        self._busy, self._closed = threading.Lock(), False  # held during each call of Ray; none begins after `close`
+        self._busy, self._closed = threading.Lock(), False  # held during each call to Ray; none begins after `close`
 
     @contextmanager
     def _calls(self):
-        """Ray, for calls that do not wait."""
+        """A context for calls to Ray that do not wait."""
         with self._busy:
             if self._closed:
                 raise DeviceError("expected a connection to the cluster, found that it was closed")
@@ -132,12 +132,12 @@ class Cluster:
         return named(found, self._names)
 
     def reached(self, skip: Sequence[str] = ()) -> tuple[dict[str, dict], dict[str, dict]]:
-        """Ray's facts about the nodes that take connections; {"address", "error": words} of each that does not.
+        """Ray's facts about the nodes that accept connections; {"address", "error": words} for each that does not.
 
-        A machine whose node died and that has joined again is two nodes until Ray forgets the first, of which nothing is said.
+        After a node died and its machine joined again, Ray lists two nodes for a while; the dead one is left out.
         """
         nodes = {name: node for name, node in self.alive().items() if name not in skip}
-        with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # Ray takes half a minute to notice a cable that was cut
+        with ThreadPoolExecutor(max(1, len(nodes))) as pool:  # Ray takes half a minute to notice a lost connection
             reached = dict(zip(nodes, pool.map(_reached, nodes.values()), strict=True))
         self.latency = max((seconds for seconds in reached.values() if seconds), default=0.0) / 2
         silent = {name: nodes.pop(name) for name, answers in reached.items() if answers is None}
@@ -164,9 +164,9 @@ class Cluster:
             return self._hosts[name].open.remote(**how)
 
     def encode(self, names: Sequence[str] | None, skip: Sequence[str], **how) -> dict[str, dict | Exception]:
-        """host.Host.encode on these nodes, or all others than `skip`; {} for those that are gone.
+        """host.Host.encode on these nodes, or on all except `skip`; {} for nodes that are gone.
 
-        A node that refused is asked once, since a process starts there each time; when it joins again it has another id.
+        A node that refused is not asked again, since each call starts a process there; when it joins again it has another id.
         """
         nodes, silent = self.reached(skip)
         found: dict[str, dict | Exception] = {name: NoAnswer(facts["error"]) for name, facts in silent.items()}
@@ -184,7 +184,7 @@ class Cluster:
         return {name: facts for name, facts in found.items() if names is None or name in names}
 
     def gather(self, asked: dict[str, object]) -> dict[str, dict | Exception]:
-        """What the references came to."""
+        """The results of references."""
         return self._gather(asked, OPENING)
 
     def drop(self, name: str) -> None:
@@ -195,8 +195,8 @@ class Cluster:
                 ray.kill(held)
 
     def close(self) -> None:
-        """End this program's processes on all nodes, and leave. What other threads ask for then is a DeviceError."""
-        held = self._busy.acquire(timeout=LEAVING)  # a call of Ray that waits for a cluster which has gone is not waited for
+        """End this program's processes on all nodes and disconnect. Later calls of other threads raise DeviceError."""
+        held = self._busy.acquire(timeout=LEAVING)  # do not wait for a call to Ray that hangs because the cluster has gone
         try:
             self._closed = True
             for there in list(self._hosts.values()):
@@ -229,7 +229,7 @@ class Cluster:
 
 
 def _result(ray, reference) -> dict | Exception:
-    """What a reference that is ready came to."""
+    """The result of a reference that is ready."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -240,10 +240,11 @@ def _result(ray, reference) -> dict | Exception:
 
 
 def _job(ray):
-    """What Ray is told of this program: not to have the nodes import from its folders before their own installation.
+    """The configuration of Ray's job, changed so that nodes do not import modules from this program's folders before their own
+    installation.
 
-    Ray adds these folders itself, and a public way to stop it would send the nodes another folder in their place. `made`:
-    whether Ray has asked for what it is told.
+    Ray adds these folders itself; the public way to stop it would send the nodes another folder instead. `made`: whether Ray
+    has used this configuration.
     """
 
     class Job(ray.job_config.JobConfig):
@@ -267,7 +268,7 @@ def _machine(node: dict) -> tuple[str, str]:
 def named(nodes: Sequence[dict], known: dict[str, str]) -> dict[str, dict]:
     """Ray's nodes by the names of their machines, with a part of their id where several have one name.
 
-    `known`: names by id, of nodes that keep theirs when others come and go.
+    `known`: names by id; nodes keep these when others join or leave.
     """
     machines = Counter(node["NodeManagerHostname"] for node in nodes)
     found = {}
@@ -279,7 +280,9 @@ def named(nodes: Sequence[dict], known: dict[str, str]) -> dict[str, dict]:
 
 @contextmanager
 def encoders(address: str, threads: int | None, told: Callable[[str], None]) -> Iterator[Tasks]:
-    """The nodes of a cluster, for a conversion. `threads`: of each node. `told`: hears of nodes that are left out or lost."""
+    """The nodes of a cluster, for a conversion. `threads`: of each node. `told`: called with a line about a node that is left
+    out or lost.
+    """
     cluster = Cluster(address)
 
     def open_nodes(names: Sequence[str] | None, skip: Sequence[str] = (), **how) -> dict[str, dict | Exception]:
@@ -300,7 +303,9 @@ def encoders(address: str, threads: int | None, told: Callable[[str], None]) -> 
 
 
 def _reached(node: dict) -> float | None:
-    """Seconds to Ray's process on a node and back, None if it does not answer: one that stands still takes connections."""
+    """The round trip to Ray's process on a node in seconds, None if it does not answer: a stopped process still accepts
+    connections.
+    """
     try:
         began = time.monotonic()
         with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), REACHED) as there:
@@ -314,7 +319,7 @@ def _reached(node: dict) -> float | None:
 
 @contextmanager
 def _no_stderr():
-    """Ray's core writes there while it connects, whatever it is told."""
+    """A context that discards stderr, since Ray's core writes there while it connects."""
     kept, void = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(void, 2)
@@ -326,5 +331,5 @@ def _no_stderr():
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error that says something."""
+    """The first informative line of an error."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

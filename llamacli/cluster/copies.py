@@ -2,8 +2,8 @@
 
 In: an open GGUF and layers, or the source of a conversion. Out: a digest, the same for equal copies. It covers the model's
 sizes and of each tensor, or each of these layers, name, type, shape and four pieces of 4 KiB: another model, another
-quantization or a fine-tuned one differ in every piece. Reading all of a 229 GB file would take minutes; a single flipped bit is
-not found. A copy may hold some layers only (`llamacli quantize --layers`).
+quantization or a fine-tuned one differ in every piece. Reading all of a 229 GB file would take minutes. So a single flipped bit
+is not detected. A copy may hold some layers only (`llamacli quantize --layers`).
 """
 
 from glob import escape
@@ -34,7 +34,7 @@ def digest(gguf: GGUF, config: Config, layers: range) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """The digest of what a conversion reads: all weights, and as what they are taken."""
+    """The digest of a conversion's input: all weights, and the types that they are read as."""
     total = blake2b(digest_size=16)
     for name, rows in sorted(source.all_rows.items()):
         total.update(repr((name, rows.shape)).encode())
@@ -52,14 +52,16 @@ def _sample(total, values: np.ndarray) -> None:
 
 
 def own_copy(path: str) -> Path | None:
-    """This machine's copy of what another machine calls `path`: of that name in the models folder, else at that path."""
+    """This machine's copy of the file that another machine has at `path`: the file of that name in the models folder, else the
+    one at that path.
+    """
     named, folder = Path(path), environment.models_folder()
     return next((p for p in (folder / named.name, named) if p.exists()), None)
 
 
 def own_copies(path: str) -> dict[str, range | None]:
-    """This machine's copies of a model and the layers of each (held_layers): of its name in the models folder, or what holds
-    some layers of it there (the names that `quantize --layers` gives), else at that path.
+    """This machine's copies of a model and the layers of each (held_layers): files in the models folder with its name, or with
+    the names that `quantize --layers` gives to some of its layers, else the file at that path.
     """
     named, folder = Path(path), environment.models_folder()
     some = sorted(folder.glob(escape(named.stem) + "-layers-*.gguf")) if named.suffix == ".gguf" else []
@@ -71,7 +73,7 @@ def own_copies(path: str) -> dict[str, range | None]:
 
 
 def held_layers(path: Path) -> range | None:
-    """The layers that a GGUF has; None if it has none or cannot be read, which is told when it is opened."""
+    """The layers of a GGUF; None if it has none or cannot be read. The error is reported when the file is opened."""
     try:
         found = {layer for name in open_gguf(path).tensors if (layer := layer_of(name)) is not None}
     except LlamacliError:

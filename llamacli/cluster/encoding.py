@@ -1,10 +1,9 @@
-"""A node that encodes: it reads pieces of its own copy of a conversion's source and sends them back encoded (tasks.py asks).
+"""A node that encodes: it reads pieces of its own copy of a conversion's source and returns them encoded (for tasks.py).
 
 A task is some rows of one tensor: the head {"call", "name", "type", "rows": [group, first, count]}, and perhaps an array of the
 group's weights, float32 [n_cols]. The answer is {"call", "errors"}, an error for each piece, and the pieces as arrays of bytes;
 or {"call", "error": [class, words]}. {"ping"} is answered at once, with "stalled", the seconds for which tasks under way have
-made no progress (progress.py). The program sends a node no task before an earlier one of two is answered, so that what lies
-here is bounded.
+made no progress (progress.py). A node has at most two unanswered tasks, so its memory is bounded.
 """
 
 import queue
@@ -20,13 +19,13 @@ from quantize.pieces import Piece, PieceEncoder, pieces
 
 
 class Counts:
-    """Tasks of a link. One thread counts those that are begun, another those that have ended."""
+    """Counts of a link's tasks. One thread counts those begun, another those ended."""
 
     begun = ended = 0
 
     @property
     def under_way(self) -> int | None:
-        """The number of the first that has not ended."""
+        """The number of the first task that has not ended."""
         return self.ended if self.ended < self.begun else None
 
 
@@ -34,7 +33,7 @@ class EncodingNode:
     """Encodes on `threads` threads until `close`."""
 
     def __init__(self, source: Source, secret: bytes, host: str, threads: int):
-        """`host`: the only address that is listened on."""
+        """`host`: the only address to listen on."""
         self._rows, self._encode = source.all_rows, PieceEncoder(source.maps)
         self._pool = ThreadPoolExecutor(threads, "encode")
         self._links: set[Link] = set()
@@ -42,7 +41,7 @@ class EncodingNode:
         self.address = self._listener.address
 
     def close(self) -> None:
-        """Stop listening, end what is under way."""
+        """Stop listening, and end the tasks under way."""
         self._listener.close()
         for link in list(self._links):
             link.close()
@@ -72,12 +71,12 @@ class EncodingNode:
             name, kind, part = frame.head["name"], BY_NAME[frame.head["type"]], Piece(*frame.head["rows"])
             source, weights = self._rows[name], frame.arrays[0] if frame.arrays else None
             started = [self._pool.submit(self._encode, name, kind, source, piece, weights) for piece in pieces(source, part)]
-        except Exception as error:  # whatever it is, it belongs to who asked
+        except Exception as error:  # the program gets any error of its task
             return call, error
         return call, started
 
     def _answer(self, link: Link, tasks: queue.SimpleQueue, counts: Counts) -> None:
-        """Send what comes of tasks, in their order, until the link is gone; what is under way then is not wanted any more."""
+        """Send the results of tasks in order until the link is closed; tasks under way are then cancelled."""
         while (task := tasks.get()) is not None:
             call, started = task
             try:

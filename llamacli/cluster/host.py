@@ -1,7 +1,7 @@
-"""What runs on a node of a cluster: an actor of Ray that describes its machine, and opens layers (node.py) or the source of a
-conversion (encoding.py) there.
+"""An actor of Ray on each node: it describes its machine, and opens layers (node.py) or the source of a conversion
+(encoding.py).
 
-In: calls of control.py. Out: plain dicts. Errors of llamacli go back as they are.
+In: calls of control.py. Out: plain dicts. Exceptions of llamacli are returned unchanged.
 """
 
 import os
@@ -16,7 +16,7 @@ from llamacli.cpu.kernels import sources_digest
 
 
 def version() -> str:
-    """What must be equal on all nodes: the program, by a digest of its modules."""
+    """The version that must be equal on all nodes, with a digest of the program's modules."""
     rooms = (Path(__file__).parents[1], Path(quantize.__file__).parent)
     return f"{__version__} ({''.join(sources_digest(room)[:6] for room in rooms)})"
 
@@ -39,7 +39,7 @@ class Host:
         from llamacli.environment import models_folder
         from llamacli.plan import machine
 
-        self.close()  # what an earlier opening holds is free for the next
+        self.close()  # the memory of what is open now will be free
         threads = threads or default_threads()
         copies = own_copies(path) if path else {}
         return {

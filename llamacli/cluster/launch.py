@@ -4,8 +4,8 @@ Ray replaces a loopback address by one that others can reach and then listens on
 the loopback, it is kept here, and Ray listens there alone. Ray Client, which nothing here uses and which would always listen at
 port 10001, is not started.
 
-A node whose cable was cut, or that stood still, is forgotten by Ray, and its processes end when they learn of it. A node that
-had joined joins again then, as soon as the cluster takes connections.
+Ray removes a node that was disconnected or stopped for a while, and the node's processes end when they learn of it. A node that
+had joined then joins again as soon as the cluster accepts connections.
 """
 
 import os
@@ -36,7 +36,7 @@ def check_private(holder, *names: str) -> None:
 
 
 def keep_loopback() -> None:
-    """Have Ray take 127.0.0.1 as this machine's address."""
+    """Make Ray use 127.0.0.1 as this machine's address."""
     from ray._private import services
 
     check_private(services, "get_node_ip_address")
@@ -48,7 +48,7 @@ def main() -> None:
     address = next((word.removeprefix(ADDRESS) for word in sys.argv if word.startswith(ADDRESS)), None)
     if address:
         _stay(address)  # returns in children
-    sys.modules["grpc"] = None  # no option of Ray's switches its Client off, but without this package it is not started
+    sys.modules["grpc"] = None  # Ray has no option to disable its Client, but it does not start it without this package
     from ray.scripts.scripts import main as ray
 
     if "--node-ip-address=127.0.0.1" in sys.argv:
@@ -57,12 +57,12 @@ def main() -> None:
 
 
 def record(pid: int) -> Path:
-    """The file that says that a node was started and has joined (processes.py)."""
+    """The file that records a started node, and whether it has joined (processes.py)."""
     return environment.state_folder() / "cluster" / f"{pid}.json"
 
 
 def _stay(address: str) -> None:
-    """Return in a child process, and in another whenever that ended though nobody stopped it and it had joined before."""
+    """Return in a child process; return in a new one whenever that ended without `stop` after it had joined."""
     child, stopped = 0, False
 
     def stop(number: int, _) -> None:

@@ -1,7 +1,7 @@
-"""A node: some layers of a model behind a socket. It computes what comes in and hands the result to the next node.
+"""A node: some layers of a model behind a socket. It applies them to incoming batches and sends the results to the next node.
 
 In: the node's own copy of the file, a range of layers, the cluster's secret; frames of the residual stream. Out: frames to the
-next node or, from the last one, to the program that asked (stage.py). Links to a node have a role, named by their first frame:
+next node or, from the last one, to the program (stage.py). Links to a node have a role, named by their first frame:
 
     stream    the residual stream from the node before, or from the program to the first node
     sink      results from the last node to the program
@@ -30,8 +30,8 @@ class Node:
     """Serves a stage until `close`."""
 
     def __init__(self, stage, secret: bytes, host: str, last: bool, most: int = MAX_BATCH):
-        """`stage`: a device.Stage without embedding and head. `host`: the only address that is listened on. `last`: whether no
-        layers follow. `most`: tokens for which this node's memory is planned; longer batches are evaluated in parts.
+        """`stage`: a device.Stage without embedding and head. `host`: the only address to listen on. `last`: whether no layers
+        follow. `most`: tokens for which this node's memory is planned; longer batches are evaluated in parts.
         """
         self._stage, self._secret, self._last, self._most = stage, secret, last, most
         self._chosen: list[np.ndarray] = []  # experts of the parts of the last batch, if it had parts
@@ -40,12 +40,12 @@ class Node:
         self._incoming: queue.Queue = queue.Queue(QUEUED)
         self._next: Link | None = None
         self._controls: list[Link] = []
-        self._stopped = 0  # batches up to this number are not wanted any more
+        self._stopped = 0  # batches up to this number are cancelled
         self._kept: tuple[int, np.ndarray | None] = 0, None  # the last batch's number and rows, if they were not sent whole
         self._closed = False
         self._computing: int | None = None  # the number of the batch under way here
         self._progress = Progress()
-        self._linked = threading.Event()  # set once there is somebody to send to
+        self._linked = threading.Event()  # set once the link to the receiver is open
         self._listener = Listener(host, secret, self._welcome)
         self.address = self._listener.address
         threading.Thread(target=self._compute, daemon=True, name="compute").start()
@@ -82,7 +82,7 @@ class Node:
             link.close()
 
     def _answer(self, link: Link) -> None:
-        """Questions of the program, until it is gone."""
+        """Answer the program's questions until its link is closed."""
         while isinstance(frame := link.received.get(), Frame):
             what, call = frame.head.get("op"), frame.head.get("call")
             if what == "stop":
@@ -91,7 +91,7 @@ class Node:
                 continue
             if what == "ping":
                 link.send({"call": call, "answer": None, "stalled": self._progress.stalled(self._computing)})
-            else:  # may wait for the batch that is computed, and pings must not
+            else:  # it may wait for the running batch, but pings must not
                 threading.Thread(target=self._do, args=(link, what, call, frame), daemon=True).start()
         link.close()
         self._controls.remove(link)
@@ -102,11 +102,11 @@ class Node:
                 answer = getattr(self, f"_op_{what}")(frame)
                 head, arrays = answer if isinstance(answer, tuple) else (answer, ())
                 link.send({"call": call, "answer": head}, arrays)
-            except Exception as error:  # whatever it is, it belongs to who asked
+            except Exception as error:  # the program gets any error of its question
                 link.send({"call": call, "error": [type(error).__name__, str(error)]})
 
     def _op_next(self, frame: Frame) -> str | None:
-        """Link to the node that follows; why that fails, if it does."""
+        """Connect to the next node; returns the reason if that fails."""
         try:
             self._next = connect(frame.head["address"], self._secret, "stream")
         except LinkClosed as error:
@@ -192,7 +192,7 @@ class Node:
                     self._next.send(frame.head, frame.arrays)
             except LinkClosed as error:
                 self._tell(f"its link to the next node: {error}")
-            except Exception as error:  # whatever it is, the program must learn of it
+            except Exception as error:  # the program must be told any error
                 head = {"id": number, "error": [type(error).__name__, str(error)]}
                 with suppress(LinkClosed):
                     self._next.send(head)
@@ -203,7 +203,7 @@ class Node:
                 link.send({"broken": words})
 
     def _through(self, frame: Frame) -> Frame | None:
-        """The frame with the stream after this node's layers, None if it is not wanted any more."""
+        """The frame with the stream after this node's layers, None if the batch is cancelled."""
         head, (x, *_) = frame.head, frame.arrays
         with self._busy:
             self._chosen, found, done = [], [], 0
@@ -230,7 +230,7 @@ class Node:
                 runs.append(Run(cache, n))
             try:
                 rows = np.array(self._stage.forward(x, runs))
-            except KeyboardInterrupt:  # an interrupt that may have been meant for a batch before this one
+            except KeyboardInterrupt:  # the interrupt may have been for an earlier batch
                 continue
             for run in runs:
                 run.cache.pos += run.n
@@ -238,7 +238,7 @@ class Node:
         return None
 
     def _ends(self, head: dict, rows: np.ndarray) -> Sequence[np.ndarray]:
-        """What is handed on: all rows, or, by the last node, each run's last."""
+        """The rows to send: all, or, from the last node, each run's last."""
         if not self._last or len(rows) <= WHOLE:
             return [rows]
         self._kept = head["id"], rows
@@ -246,7 +246,7 @@ class Node:
 
 
 def _parts(runs: Sequence, most: int) -> Iterator[list]:
-    """Runs (cache, ctx, pos, n) in batches of at most `most` tokens, of equal lengths."""
+    """Divide runs (cache, ctx, pos, n) into batches of equal length, at most `most` tokens each."""
     left = sum(n for *_, n in runs)
     size = -(-left // -(-left // most))
     part, room = [], size

@@ -1,6 +1,6 @@
 """Places a model's layers on the nodes of a cluster.
 
-In: a model's file, an address. Out: an Engine whose layers are on the nodes; what a node that cannot be used should do.
+In: a model's file, an address. Out: an Engine whose layers are on the nodes; advice about nodes that cannot be used.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ from llamacli.llama4.config import Config
 from llamacli.llama4.tensors import needed
 from llamacli.plan import nodes as planning
 
-TWICE = 2  # a node that was lost so often is not used for a while (stage.FORGET)
+TWICE = 2  # a node lost this often is not used for a while (stage.FORGET)
 
 
 class Placing:
@@ -41,20 +41,20 @@ class Placing:
         sessions: int = 1,
         more_sessions: int = 0,
     ):
-        """`sessions`, `more_sessions`: as for Model.load. The attribute `sessions`: how many in all, once layers are placed."""
+        """`sessions`, `more_sessions`: as for Model.load. The attribute `sessions` is the total once layers are placed."""
         self._cluster, self._gguf, self._config, self._ctx = cluster, gguf, config, ctx
         self._threads, self._memory, self._slots, self._layers = threads, memory, slots, layers
         self.sessions, self._least_sessions, self._more_sessions = sessions, sessions, more_sessions
         plain = replace(config, kv_type="F16")
         self._digest = lambda layers: copies.digest(gguf, plain, layers)
         self._model = planning.model(config, [(t.name, held_bytes(t)) for t in gguf.tensors.values()])
-        self.left_out: Callable[[str], None] = lambda words: None  # told why a node is not used
+        self.left_out: Callable[[str], None] = lambda words: None  # called with the reason why a node is not used
         self._opened = False
-        self._answered: set[str] = set()  # nodes that had an answer when the layers were placed
-        self._distrusted: set[str] = set()  # nodes that were not asked then
+        self._answered: set[str] = set()  # nodes that answered when the layers were placed
+        self._distrusted: set[str] = set()  # nodes that were not asked at that time
 
     def __call__(self, losses: Counter) -> list[Place]:
-        """Places of all layers. MemoryLimitError or DeviceError if there are none."""
+        """Place all layers and return the places. MemoryLimitError or DeviceError if that is not possible."""
         self._distrusted = _distrusted(losses)
         skip = set(self._distrusted)
         for name in losses:
@@ -64,7 +64,7 @@ class Placing:
             machines = [self._machine(name, facts) for name, facts in usable.items()]
             others = skip or (self._opened and len(machines) != len(self._layers))
             layers = () if others else self._layers  # of nodes that are left: chosen anew
-            if not self._opened:  # later it is a promise
+            if not self._opened:  # later the number is fixed
                 self.sessions = self._least_sessions
             split = self._split(machines, layers)
             if not self._opened and self._more_sessions and not self._slots:
@@ -95,7 +95,7 @@ class Placing:
                 skip.add(name)
 
     def there_again(self, losses: Counter) -> list[str]:
-        """Nodes that take connections and had no answer when the layers were placed."""
+        """Nodes that accept connections now but did not answer when the layers were placed."""
         return sorted(set(self._cluster.reached()[0]) - self._answered - _distrusted(losses))
 
     def _machine(self, name: str, facts: dict) -> planning.Machine:
@@ -122,7 +122,7 @@ class Placing:
         )
 
     def _advice(self, name: str, nodes: dict[str, dict]) -> str:
-        """How a node gets what it needs of the file: all of it, or the layers that it would have."""
+        """Advice how a node gets the file, or the layers that it would have."""
         machines = [self._machine(other, facts) for other, facts in nodes.items() if facts.get("version") == host.version()]
         with suppress(LlamacliError):
             split = self._split(machines, ())
@@ -136,7 +136,7 @@ class Placing:
         found, why = {}, [f"node {name}: lost twice, not used for some minutes" for name in sorted(self._distrusted)]
         nodes = self._cluster.describe(str(self._gguf.path.absolute()), self._threads, tuple(skip))
         answered = {name for name, facts in nodes.items() if "error" not in facts}
-        self._answered = answered | (self._answered & (skip - self._distrusted))  # at once: another thread looks at it
+        self._answered = answered | (self._answered & (skip - self._distrusted))  # at once: another thread reads it
         for name, facts in nodes.items():
             if "error" in facts:
                 problem = facts["error"]
@@ -161,7 +161,7 @@ class Placing:
 
 
 def _copy(copies: dict[str, list[int] | None], layers: range) -> str:
-    """The copy that has these layers; the first if none is known to, which is told when it is opened."""
+    """The copy that has these layers, else the first; opening it then reports what it lacks."""
     fits = (path for path, held in copies.items() if held and held[0] <= layers.start and layers.stop <= held[1])
     return next(fits, next(iter(copies)))
 
@@ -200,10 +200,10 @@ def open_engine(
     sessions: int = 1,
     more_sessions: int = 0,
 ) -> tuple[Engine, int]:
-    """An Engine whose layers are on the nodes of a cluster. `memory`: of each node. `told`: hears of nodes that are left out
-    or lost. `layers`: how many each node gets, none: chosen by speed and memory.
-    `sessions`: how many will hold `ctx` tokens at a time; `more_sessions`: at most so many besides, as far as nodes have room
-    for them once all weights are in memory. Returned beside the engine: how many in all.
+    """An Engine whose layers are on the nodes of a cluster. `memory`: of each node. `told`: called with a line about a node
+    that is left out or lost. `layers`: how many each node gets; empty: chosen by speed and memory. `sessions`: how many will
+    hold `ctx` tokens at a time; `more_sessions`: the most sessions beyond these, for which nodes have memory left when all
+    weights are in memory. Returns the engine and the number of all sessions.
 
     Closing the engine ends this program's processes on the nodes.
     """

@@ -1,7 +1,7 @@
-"""Ray's processes on this machine: started, found again and stopped by the command line.
+"""Starts, finds and stops Ray's processes on this machine, for the command line.
 
-In: addresses. Out: a record for each node that was started here, in the folder of states; errors with the end of Ray's log.
-Only processes that were started here are ever stopped, and only their folders removed.
+In: addresses. Out: a record for each node started here, in the state folder; errors with the end of Ray's log. Only processes
+that were started here are stopped, and only their folders are removed.
 """
 
 import ipaddress
@@ -27,11 +27,11 @@ from llamacli.cluster.launch import record
 from llamacli.errors import DeviceError, OutputError, UsageError
 
 STARTED = "Ray runtime started"
-PATIENCE = 90.0  # seconds in which Ray must have started
+PATIENCE = 90.0  # seconds for Ray to start
 ENDING = 10.0  # seconds in which Ray's processes must have ended; those of a cluster that has died take long
 LEAVING = 3.0  # seconds in which the last process must have left a session's folder
-ROOM = 32_000_000  # bytes on the disk of Ray's files, below which it is not started
-STORE = 80_000_000  # bytes of Ray's own store of objects, its least: nothing large goes through it
+ROOM = 32_000_000  # least free bytes on the disk of Ray's files
+STORE = 80_000_000  # bytes of Ray's object store: the least it accepts, since nothing large goes through it
 
 
 class Running(NamedTuple):
@@ -58,7 +58,9 @@ def start(host: str = "127.0.0.1", port: int = PORT) -> Running:
 
 
 def join(address: str, host: str | None = None) -> Running:
-    """Make this machine a node of the cluster at `address`; `host`: its own address there, default the one that leads there."""
+    """Make this machine a node of the cluster at `address`; `host`: its own address, default the one from which the cluster is
+    reached.
+    """
     name, port = parse_address(address)
     library()
     if environment.cluster_secret() is None:
@@ -80,7 +82,7 @@ def join(address: str, host: str | None = None) -> Running:
 
 
 def running() -> list[Running]:
-    """The nodes that were started here and run; records of others are removed. The first node of a cluster comes last."""
+    """The running nodes that were started here; records of ended ones are removed. The first node of a cluster comes last."""
     found, records = [], [*_records()]
     commands = {one.pid: one.command for one in _processes()} if records else {}
     for path, node in records:
@@ -92,7 +94,7 @@ def running() -> list[Running]:
 
 
 def stop() -> list[Running]:
-    """End the nodes that were started here, within ENDING seconds, and remove Ray's files of them; returns them."""
+    """Stop the nodes that were started here, within ENDING seconds, and remove their Ray files; returns them."""
     found = running()
     sessions = [(session, node) for node in found for session in _sessions(node.pid)]
     for node in found:
@@ -113,15 +115,16 @@ def _folder() -> Path:
 
 
 def _ray_folder() -> Path:
-    """Where Ray keeps sockets and logs: within a folder that only this user can enter, since Ray lets everybody write there.
+    """Ray's folder for sockets and logs, inside a folder that only this user can enter, since Ray lets every user write to its
+    own.
 
-    The path is short because those of sockets are.
+    The path is short because the paths of sockets are limited.
     """
     return Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()) / f"llamacli-ray-{os.getuid()}" / "ray"
 
 
 def _made_ray_folder() -> Path:
-    """The same, made. OutputError if there is no room: Ray would join, and no process would start."""
+    """Make that folder and return it. OutputError if the disk is full: Ray would join, but start no process."""
     folder = _ray_folder().parent
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -175,14 +178,14 @@ class _Process(NamedTuple):
 
 
 def _processes() -> list[_Process]:
-    """All that run. -ww: a command is not cut at the width of a terminal."""
+    """All running processes. -ww: commands are not cut at the width of a terminal."""
     listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,pgid=,command="], capture_output=True, text=True).stdout
     rows = [line.split(None, 3) for line in listed.splitlines()]
     return [_Process(int(pid), int(parent), int(group), *command) for pid, parent, group, *command in rows if command]
 
 
 def _family(pid: int) -> list[_Process]:
-    """A process and all that it started."""
+    """A process and its descendants."""
     rows, below = _processes(), {pid}
     while more := {one.pid for one in rows if one.parent in below} - below:
         below |= more
@@ -190,9 +193,9 @@ def _family(pid: int) -> list[_Process]:
 
 
 def _kill(pid: int) -> None:
-    """Kill a node's first process and all that it started. On macOS Ray puts those of a node that joined into another group."""
+    """Kill a node's first process and its descendants. On macOS Ray puts those of a joined node into another process group."""
     others = {one.group for one in _family(pid)} - {pid}
-    for group in (pid, *others):  # the first would start the others again
+    for group in (pid, *others):  # the first process would restart the others
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
 
@@ -221,8 +224,8 @@ def _remove(session: Path, address: str) -> None:
 
 
 def _in_use(session: Path, address: str) -> bool:
-    """Whether a process names the session, has a file of it open, as far as this system tells, or starts or keeps a node of
-    the same cluster, which may be about to.
+    """Whether a process may use the session: its command names it, it has a file of it open (if the system shows that), or it
+    starts or keeps a node of the same cluster.
     """
     port = address.rpartition(":")[2]
     starting = re.compile(rf"llamacli\.cluster\.launch .*(--port={port}|--address=\S*:{port})( |$)")
@@ -242,7 +245,7 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
     words += ["--block", f"--node-ip-address={host}", "--disable-usage-stats", "--num-cpus=0"]
     words += [f"--object-store-memory={STORE}", "--include-log-monitor=false", "--no-monitor"]
     with open(log, "wb") as out:
-        process = subprocess.Popen(  # -P: nothing is imported from the working folder
+        process = subprocess.Popen(  # -P: do not import from the working folder
             [sys.executable, "-P", "-m", "llamacli.cluster.launch", "start", *words],
             env=dict(os.environ) | environ(environment.cluster_secret()),
             stdin=subprocess.DEVNULL,
@@ -260,7 +263,7 @@ def _launch(words: list[str], address: str, host: str, head: bool) -> Running:
             time.sleep(0.1)
         node = Running(process.pid, address, host, head)
         record(process.pid).write_text(json.dumps(node._asdict()))
-    except BaseException:  # Ctrl-C, too, leaves nothing running
+    except BaseException:  # Ctrl-C must not leave processes running, either
         _kill(process.pid)
         raise
     return node

@@ -1,8 +1,8 @@
-"""Whether a node gets on with its work: a process whose disk hangs still answers pings.
+"""Detects a node without progress: a process whose disk hangs still answers pings.
 
-In: what is under way. Out: the seconds for which it has not gone on, which travel with the answers to pings. A process gets on
-if it reads from a disk, as the system counts it, or computes. One that hangs for STALLED seconds counts as lost: no disk takes
-so long for its next bytes, and no batch is so long that it does neither.
+In: the work under way. Out: the seconds without progress, which are sent with the answers to pings. A process makes progress if
+it reads from a disk, by the system's count, or computes. A node without progress for STALLED seconds counts as lost: no disk
+takes so long for its next bytes, and every batch does one of the two.
 """
 
 import resource
@@ -15,7 +15,7 @@ from os import sysconf
 from pathlib import Path
 
 STALLED = 60.0  # seconds without progress after which a node counts as lost
-BUSY = 0.01  # of a core: what computes uses more, and what waits, pings included, less
+BUSY = 0.01  # share of a core: computing uses more, waiting with pings less
 
 WHY = f"no progress for {STALLED:.0f} s: it answers, but neither computes nor reads, as where a disk hangs"
 
@@ -23,8 +23,8 @@ WHY = f"no progress for {STALLED:.0f} s: it answers, but neither computes nor re
 def _look() -> tuple[int, dict[int, float]]:
     """Reads and page faults of this process from disks; seconds that its threads have computed.
 
-    Ray's own threads and the main thread, which Ray has, do not count; where the system tells of no threads, they do, and a
-    node that hangs may not be noticed.
+    Ray's threads, among them the main thread, are not counted. If the system does not show threads, they are, and a hanging
+    node may not be detected.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     if sys.platform != "linux":
@@ -45,7 +45,7 @@ def hangs(head: dict) -> bool:
 
 
 class Progress:
-    """Of a node; `stalled` is called every second or so."""
+    """Progress of a node; `stalled` is called about once a second."""
 
     def __init__(self, look: Callable[[], tuple[int, dict[int, float]]] = _look):
         self._look = look
@@ -53,7 +53,7 @@ class Progress:
         self._reads, self._seconds, self._computed, self._since = 0, {}, 0.0, time.monotonic()
 
     def stalled(self, work: Hashable) -> float:
-        """Seconds for which the work that is under way, named by any value, has not gone on; 0 for None, which is no work."""
+        """Seconds without progress of the work under way, which any value identifies; 0 for None, which means no work."""
         now = time.monotonic()
         if work is None:
             self._work, self._since = None, now

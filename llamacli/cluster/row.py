@@ -1,8 +1,8 @@
 """The nodes that hold a model's layers, in their order, and the links to them.
 
-In: where opened nodes wait (host.py). Out: `Row`: a stream of batches to the first node, results of the last one in `inbox`,
-questions to each. When a node is gone, silent, cut off from its neighbour or makes no progress, `lost` says so and `inbox` gets
-None.
+In: the addresses of opened nodes (host.py). Out: `Row`: a stream of batches to the first node, results of the last one in
+`inbox`, questions to each. If a node is gone, silent, disconnected from its neighbour or makes no progress, `lost` is set and
+`inbox` gets None.
 """
 
 import itertools
@@ -35,13 +35,13 @@ class Place(NamedTuple):
     fetches: bool = False
     notices: tuple[str, ...] = ()
     pid: int = 0
-    batch: int = MAX_BATCH  # tokens that its memory is planned for
-    seconds: float = 0.0  # of a token in these layers, as planned
-    alike: int = 1  # as of device.Stage
+    batch: int = MAX_BATCH  # most tokens of a batch in its memory plan
+    seconds: float = 0.0  # seconds of a token in these layers, as planned
+    alike: int = 1  # as in device.Stage
 
 
 class NodeLost(DeviceError):
-    """A node died, went silent or lost its neighbour."""
+    """A node died, stopped answering or lost its neighbour."""
 
     def __init__(self, name: str, why: str):
         super().__init__(f"node {name}: {why}")
@@ -53,10 +53,10 @@ class Row:
 
     def __init__(self, places: Sequence[Place], secret: bytes):
         self.places, self.links = places, []
-        self.inbox: queue.Queue = queue.Queue()  # frames of results; None: something else has happened
+        self.inbox: queue.Queue = queue.Queue()  # frames of results; None: a loss or an interrupt
         self._calls, self._answers = itertools.count(1), {}
         self._closed = False
-        self.lost: NodeLost | None = None  # the first that was
+        self.lost: NodeLost | None = None  # the first lost node
         self._controls: list[Link] = []
         try:
             self._connect(secret)
@@ -83,7 +83,7 @@ class Row:
         self.links = [link(self.places[0], "stream"), link(self.places[-1], "sink")]
 
     def ask(self, k: int, op: str, head: dict | None = None, arrays: Sequence[np.ndarray] = ()) -> Frame:
-        """A question to node k and its answer. NodeLost if none comes; the node's own error else."""
+        """Ask node k and return its answer. NodeLost if none comes; else the exception that the node returns."""
         call, answer = next(self._calls), queue.SimpleQueue()
         self._answers[k, call] = answer
         try:
@@ -106,13 +106,13 @@ class Row:
         return found
 
     def tell(self, op: str, head: dict) -> None:
-        """The same to all nodes, without an answer."""
+        """Send a message to all nodes, without waiting for an answer."""
         for control in self._controls:
             with suppress(LinkClosed):
                 control.send(head | {"op": op, "call": 0})
 
     def stop(self, number: int) -> None:
-        """Batches up to this number are not wanted any more."""
+        """Cancel batches up to this number."""
         self.tell("stop", {"id": number})
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Row:
             link.close()
 
     def _silent(self, k: int) -> float:
-        """Seconds since anything came from node k, or went to it."""
+        """Seconds since the last byte from or to node k."""
         moments = [self._controls[k].heard, self._controls[k].moved]
         if self.links:
             moments += [self.links[0].moved] if k == 0 else []
@@ -130,7 +130,7 @@ class Row:
         return time.monotonic() - max(moments)
 
     def _listen(self, k: int) -> None:
-        """Answers, pongs and complaints of node k."""
+        """Receive answers, answers to pings and errors of node k."""
         while isinstance(frame := self._controls[k].received.get(), Frame):
             if progress.hangs(frame.head):
                 self._lose(k, progress.WHY)
@@ -150,7 +150,7 @@ class Row:
             asked = time.monotonic()
             self.tell("ping", {})
             time.sleep(PING_EVERY)
-            if time.monotonic() - asked > PING_EVERY + 1:  # this program was stopped, by Ctrl-Z say, not the nodes
+            if time.monotonic() - asked > PING_EVERY + 1:  # this program was suspended (Ctrl-Z), not the nodes
                 for control in self._controls:
                     control.heard = time.monotonic()
                 continue
@@ -163,13 +163,13 @@ class Row:
             return
         lost = self.lost = NodeLost(self.places[k].name, why)
         self.inbox.put(None)
-        self.close()  # who waits until a link takes a frame, waits no longer
+        self.close()  # wakes threads that wait to send a frame
         for answer in list(self._answers.values()):
             answer.put(lost)
 
 
 def node_error(frame: Frame) -> Exception:
-    """The exception that a node tells of: the same class if it is one of ours."""
+    """The exception that a node reports: of the same class if it is one of this project."""
     told = frame.head["error"]
     kind, words = map(str, told) if isinstance(told, list) and len(told) == 2 else ("", str(told)[:200])
     found = getattr(errors, kind, None) if kind else None

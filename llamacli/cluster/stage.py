@@ -1,9 +1,9 @@
-"""The layers of a cluster as one stage of the engine: embedding and head here, everything between on nodes in a row.
+"""The layers of a cluster as one stage of the engine: the embedding and the head are here, the layers on a row of nodes.
 
-In: tokens and caches, as device.Stage has them. Out: a `Rows` that waits for its result when it is looked at, so that the
-batches of a prompt follow each other through the nodes; logits. Keys and values lie on the nodes. A cache here has the
-positions and what was evaluated at them: when a node is lost, the layers are opened anew and all of it is evaluated again in
-the same batches, which gives the same bits. `Link`s and nodes: wire.py, node.py.
+In: tokens and caches, as device.Stage has them. Out: a `Rows` that waits for its result when it is read, so that the batches of
+a prompt pass through the nodes as a pipeline; logits. Keys and values are on the nodes. A cache here has the positions and the
+record of evaluated batches: when a node is lost, the layers are opened again and the same batches are evaluated again, which
+gives the same bits. `Link`s and nodes: wire.py, node.py.
 """
 
 import itertools
@@ -24,8 +24,8 @@ from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.device import Abandoned, IoStats, Run, Tokens
 from llamacli.errors import DeviceError, LlamacliError
 
-FORGET = 300.0  # seconds after which a loss speaks no more against a node
-LOOK_EVERY = 10.0  # seconds between looks for nodes that are there again
+FORGET = 300.0  # seconds after which a loss of a node no longer counts
+LOOK_EVERY = 10.0  # seconds between checks for nodes that are available again
 
 
 class Batch:
@@ -34,7 +34,7 @@ class Batch:
     def __init__(
         self, number: int, tokens: Tokens, runs: Sequence[tuple[ClusterCache, int, int]], alone: bool, repeats: bool = False
     ):
-        """`runs`: cache, first position, tokens. `repeats`: whether it only makes keys and values anew."""
+        """`runs`: cache, first position, tokens. `repeats`: whether it only recomputes keys and values."""
         self.number, self.tokens, self.runs, self.alone, self.repeats = number, tokens, runs, alone, repeats
         self.sent = False
         self.result: np.ndarray | None = None
@@ -82,14 +82,14 @@ class ClusterStage:
         """
         self.config, self.layers = config, range(config.n_layers)
         self.lost: Callable[[str], None] = lambda words: None  # told when a node is lost, and when its layers are elsewhere
-        self.opened = 0  # how often a row of nodes was opened
+        self.opened = 0  # number of rows of nodes opened so far
         self._interrupted = False
         self._local, self._open_row, self._secret, self._on_close = local, open_row, secret, on_close
         self._numbers = itertools.count(1)
         self._under_way: dict[int, Batch] = {}
         self._free: list[int] = []
         self._row: Row | None = None
-        self._losses: list[tuple[float, str]] = []  # when, and the node's name
+        self._losses: list[tuple[float, str]] = []  # time and name of lost nodes
         self._there_again, self._returned, self._looking, self._closed = there_again, (), False, False
         self._open()
 
@@ -97,7 +97,7 @@ class ClusterStage:
 
     @property
     def alone(self) -> bool:
-        """Whether each token's result is to have the bits that it has alone."""
+        """Whether each token's result must have the bits of a call of its own."""
         return self._local.alone
 
     @alone.setter
@@ -111,17 +111,17 @@ class ClusterStage:
 
     @property
     def most(self) -> int:
-        """Tokens of a batch that all nodes have the memory for."""
+        """The most tokens of a batch for which all nodes have memory."""
         return min((place.batch for place in self.places), default=MAX_BATCH)
 
     @property
     def alike(self) -> int:
-        """The fewest of all nodes, whose processors may differ, and of the head here."""
+        """The smallest `alike` of all nodes, whose processors may differ, and of the head here."""
         return min([self._local.alike, *(place.alike for place in self.places)])
 
     @property
     def depth(self) -> int:
-        """Batches that keep all nodes busy while each waits for the one before."""
+        """The number of batches under way that keeps all nodes busy."""
         seconds = [place.seconds for place in self.places]
         return max(1, round(sum(seconds) / max(seconds))) if any(seconds) else 1
 
@@ -147,9 +147,9 @@ class ClusterStage:
         return ClusterCache(self, ctx)
 
     def forward(self, x: Tokens, runs: Sequence[Run]) -> Rows:
-        """Send the batch on its way. Waits only while as many batches as there are nodes, and one more, are under way."""
+        """Send the batch to the first node. Waits only while more batches than nodes are under way."""
         if self._returned and not self._under_way and not self.alone and max(run.n for run in runs) >= FEW:
-            self._divide_anew()  # a prompt begins: the moment when evaluating a conversation again costs least
+            self._divide_anew()  # at the start of a prompt, evaluating a conversation again costs least
         batch = Batch(next(self._numbers), x, [(run.cache, run.cache.pos, run.n) for run in runs], self.alone)
         self._under_way[batch.number] = batch
         self._guarded(self._make_way)
@@ -166,15 +166,15 @@ class ClusterStage:
         self._interrupted = True
         self._local.interrupt()
         if row := self._row:
-            row.inbox.put(None)  # wakes who waits
+            row.inbox.put(None)  # wakes the waiting thread
 
     def resume(self) -> None:
-        """Forget an interrupt."""
+        """Clear an interrupt."""
         self._interrupted = False
         self._local.resume()
 
     def abandon(self) -> None:
-        """Forget what is under way. Its caches go back to before it: the nodes may or may not have written there."""
+        """Forget the batches under way and truncate their caches to before them: the nodes may have written later positions."""
         if not self._under_way:
             return
         back: dict[ClusterCache, int] = {}
@@ -190,7 +190,7 @@ class ClusterStage:
             row.stop(last)
 
     def shrink(self, nbytes: int) -> int:
-        """Nothing of it is here."""
+        """Returns 0: the weights are on the nodes."""
         return 0
 
     def chosen(self, n: int) -> np.ndarray:
@@ -207,7 +207,7 @@ class ClusterStage:
             return None
         try:
             found = [self._row.ask(k, "io").head["answer"] for k in range(len(self._row.places))]
-        except LlamacliError:  # a count is not worth an answer's end
+        except LlamacliError:  # an error of the statistics must not end an answer
             return None
         return sum((IoStats(**counts) for counts in found if counts), start=IoStats())
 
@@ -228,7 +228,7 @@ class ClusterStage:
     # caches
 
     def free(self, number: int) -> None:
-        """Have the nodes forget a cache, with the next batch."""
+        """Tell the nodes, with the next batch, to free a cache."""
         self._free.append(number)
 
     def held_bytes(self) -> int:
@@ -248,7 +248,7 @@ class ClusterStage:
     # batches
 
     def rows(self, batch: Batch, whole: bool) -> np.ndarray:
-        """A batch's result; `whole`: all rows, else perhaps only each run's last."""
+        """A batch's result. `whole`: all rows; else possibly only each run's last."""
         return self._guarded(self._rows, batch, whole)
 
     def _rows(self, batch: Batch, whole: bool) -> np.ndarray:
@@ -274,7 +274,7 @@ class ClusterStage:
             self._receive()
 
     def _send_waiting(self) -> None:
-        """Send what is under way and not sent, each after what its caches' nodes do not hold yet."""
+        """Send the unsent batches, each after the batches that restore its caches on the nodes."""
         for _, batch in sorted(self._under_way.items()):
             if not batch.sent:
                 for cache, pos, _ in batch.runs:
@@ -287,13 +287,13 @@ class ClusterStage:
         x = np.array(self._local.forward(batch.tokens, [Run(None, len(batch.tokens.ids))]))
         head = {"id": batch.number, "alone": batch.alone, "runs": [[c.number, c.ctx, pos, n] for c, pos, n in batch.runs]}
         free, self._free = self._free, []
-        with suppress(LinkClosed):  # whoever waits for the result learns of it
+        with suppress(LinkClosed):  # the reader of the result gets the error
             if free:
                 self._row.tell("free", {"caches": free})
             self._row.links[0].send(head, [x])
 
     def _receive(self) -> None:
-        """Take the next result. NodeLost, KeyboardInterrupt, or what a node raised."""
+        """Take the next result. NodeLost, KeyboardInterrupt, or the exception of a node."""
         try:
             item = self._row.inbox.get(timeout=PING_EVERY)
         except queue.Empty:
@@ -304,7 +304,7 @@ class ClusterStage:
             raise self._row.lost
         number = item and item.head.get("id")
         batch = self._under_way.get(number) if isinstance(number, int) else None
-        if batch is None:  # of a call that was interrupted
+        if batch is None:  # the batch of an interrupted call
             return
         if "error" in item.head:
             raise node_error(item)
@@ -331,8 +331,8 @@ class ClusterStage:
         self._row = Row(self._open_row(self._recent_losses()), self._secret)
 
     def _leave_row(self) -> None:
-        """Close the row; what is under way is sent to the next one."""
-        row, self._row = self._row, None  # first: nothing comes from a closed one
+        """Close the row; the batches under way are sent to the next row."""
+        row, self._row = self._row, None  # first, so that no result of a closed row is taken
         self._under_way = {number: batch for number, batch in self._under_way.items() if not batch.repeats}
         for batch in self._under_way.values():
             batch.sent = False
@@ -343,19 +343,19 @@ class ClusterStage:
         return Counter(name for at, name in self._losses if time.monotonic() - at < FORGET)
 
     def _look_out(self) -> None:
-        """After a loss: see whether nodes are there again."""
+        """After a loss: check whether lost nodes are available again."""
         while not self._closed:
             time.sleep(LOOK_EVERY)
-            with suppress(Exception):  # a control plane that ends
+            with suppress(Exception):  # the control plane may be closing
                 self._returned = tuple(self._there_again(self._recent_losses()))
 
     def _divide_anew(self) -> None:
-        self.lost(f"node {', '.join(self._returned)} is there again; the layers are divided anew")
+        self.lost(f"node {', '.join(self._returned)} is available again; the layers are divided again")
         self._returned = ()
         self._leave_row()
 
     def _guarded(self, work: Callable, *args):
-        """work(*args), again after each lost node, while the layers find a place."""
+        """Call work(*args), again after each lost node, as long as the layers can be placed."""
         lost = began = None
         while True:
             try:
@@ -364,7 +364,7 @@ class ClusterStage:
                     self._send_waiting()
                     if lost:
                         words = ", ".join(f"{p.layers.start}-{p.layers.stop - 1} on {p.name}" for p in self.places)
-                        self.lost(f"goes on after {time.monotonic() - began:.1f} s: layers {words}")
+                        self.lost(f"continues after {time.monotonic() - began:.1f} s: layers {words}")
                         lost = None
                         if not self._looking:
                             self._looking = True
@@ -373,7 +373,7 @@ class ClusterStage:
                 return work(*args)
             except NodeLost as error:
                 lost, began = error, began or time.monotonic()
-                self.lost(f"{lost}; its layers are opened anew")
+                self.lost(f"{lost}; its layers are opened again")
                 self._losses.append((time.monotonic(), lost.name))
                 self._leave_row()
             except BaseException:
@@ -381,7 +381,7 @@ class ClusterStage:
                 raise
 
     def _evaluate_again(self, cache: ClusterCache, end: int) -> None:
-        """Have the nodes make a cache's keys and values below `end` anew, in the batches of the first time."""
+        """Let the nodes recompute a cache's keys and values below `end`, in the original batches."""
         pieces = cache.pieces
         if not covered(pieces, end):
             raise DeviceError("a conversation of which a part was not evaluated here is lost with its node; ask again")

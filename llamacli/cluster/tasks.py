@@ -1,10 +1,10 @@
-"""A conversion's tensors as tasks over the nodes of a cluster: who does what, and what happens when one is lost.
+"""Distributes a conversion's tensors as tasks over the nodes of a cluster, and repeats the tasks of lost nodes.
 
 In: planned tensors; nodes that have opened their copies of the source (encoding.py). Out: encoded pieces in file order, as if
-they had been encoded here. Rows of each tensor are cut into tasks, which nodes take as they get ready, two at a time, so that
-each does as much as it can. At most WINDOW results a node wait here for those before them. A node that died, is silent or makes
-no progress is named and opened again, while others do its tasks; one that joins later is used from then on. Where a node
-reports an error, the task is done here: if that succeeds, the node is at fault and gets no more.
+they had been encoded here. Rows of each tensor are divided into tasks. A ready node gets tasks, two at a time, so faster nodes
+do more of them. At most WINDOW results per node wait here for earlier ones. A node that died, does not answer or makes no
+progress is reported and opened again, while others do its tasks; a node that joins later is used, too. If a node reports an
+error, the task is done here: if that succeeds, the node is at fault and gets no more tasks.
 """
 
 import itertools
@@ -28,19 +28,19 @@ from quantize.pieces import Encoded, Piece, PieceEncoder, pieces
 from quantize.plan import Planned
 from quantize.sources import groups_and_rows
 
-RESULT = 4 << 20  # bytes of a task's result, about
+RESULT = 4 << 20  # approximate bytes of a task's result
 HELD = 2  # tasks that a node holds: one is encoded, one is on its way
-WINDOW = 12  # tasks a node between the first that is not done and the last that was given out
+WINDOW = 12  # tasks per node between the first unfinished one and the last one sent
 PING_EVERY, PATIENCE = 1.0, 15.0  # seconds between pings; seconds without a byte after which a node counts as lost
 CLOSE = 1e-3  # relative: sums of squares are float32 within a row
-AGAIN = 5.0  # seconds until a node that could not be opened again is tried once more
-LOOK_EVERY = 30.0  # seconds between looks for nodes that have joined
+AGAIN = 5.0  # seconds until the next attempt to open a lost node
+LOOK_EVERY = 30.0  # seconds between checks for nodes that have joined
 
 Open = Callable[..., dict[str, dict | Exception]]  # opens the source on the named nodes, or all but `skip`: control.encoders
 
 
 class Task:
-    """Rows of a tensor to encode. `result`: the pieces, or the words of a node that could not."""
+    """Rows of a tensor to encode. `result`: the pieces, or the error text of a node."""
 
     numbers = itertools.count(1)
 
@@ -50,13 +50,13 @@ class Task:
 
     @property
     def frame(self) -> tuple[dict, list[np.ndarray]]:
-        """What a node is sent."""
+        """The frame for a node."""
         head = {"call": self.number, "name": self.tensor.name, "type": self.tensor.type.name, "rows": list(self.part)}
         return head, [] if self.weights is None else [self.weights]
 
 
 class Worker:
-    """A node that is ready, and what it holds."""
+    """A ready node and the tasks that it holds."""
 
     def __init__(self, name: str, link: Link, pid: int):
         self.name, self.link, self.pid = name, link, pid
@@ -67,7 +67,7 @@ class Tasks:
     """Encodes on the nodes of a cluster (pieces.Elsewhere)."""
 
     def __init__(self, open_nodes: Open, secret: bytes, told: Callable[[str], None]):
-        """`told`: hears of nodes that are left out, lost, and there again."""
+        """`told`: called with a line about a node that is left out, lost or available again."""
         self._open_nodes, self._secret, self._told = open_nodes, secret, told
         self.done: dict[str, int] = {}
         self.workers: dict[str, Worker] = {}
@@ -79,7 +79,7 @@ class Tasks:
         self._closed = False
 
     def begin(self, path: Path, source: Source, encode: PieceEncoder) -> int:
-        """Open the source on all nodes that have the same (pieces.Elsewhere). DeviceError if none has."""
+        """Open the source on all nodes that have the same copy (pieces.Elsewhere). DeviceError if none has."""
         self._encode = encode
         self._how = {"path": os.path.abspath(path), "made_by": host.version(), "digest": copies.source_digest(source)}
         why = self._open(None)
@@ -118,7 +118,7 @@ class Tasks:
                 self._todo.clear()
 
     def _result(self, task: Task) -> list[Encoded]:
-        """A task's pieces, when they are there."""
+        """Wait for the pieces of a task."""
         with self._changed:
             while task.result is None:
                 if not self.workers and not self._opening:
@@ -133,7 +133,7 @@ class Tasks:
         return task.result
 
     def _made_here(self, task: Task) -> list[Encoded]:
-        """The same by this machine's copy; its errors are the source's own."""
+        """Encode a task from this machine's copy; errors are those of the source."""
         tensor = task.tensor
         return [
             self._encode(tensor.name, tensor.type, tensor.source, piece, task.weights)
@@ -143,7 +143,7 @@ class Tasks:
     # nodes
 
     def _open(self, names: list[str] | None) -> list[str]:
-        """Open the source on nodes, and give them tasks; why some cannot."""
+        """Open the source on nodes and give them tasks; returns the reasons of those that cannot."""
         why, skip = [], {*self.workers, *self._lost, *self._refused}
         for name, facts in self._open_nodes(names, () if names else tuple(skip), **self._how).items():
             try:
@@ -163,7 +163,7 @@ class Tasks:
         return why
 
     def _give(self, worker: Worker) -> None:
-        """Send tasks to a node, as it gets ready."""
+        """Send tasks to a node whenever it holds fewer than HELD."""
         while True:
             with self._changed:
                 while not self._gone(worker) and not (self._todo and len(worker.held) < HELD):
@@ -172,11 +172,11 @@ class Tasks:
                     return
                 task = self._todo.popleft()
                 worker.held[task.number] = task
-            with suppress(LinkClosed):  # who listens to it says so
+            with suppress(LinkClosed):  # the receiving thread reports it
                 worker.link.send(*task.frame)
 
     def _take(self, worker: Worker) -> None:
-        """Take what a node answers."""
+        """Receive the answers of a node."""
         while isinstance(frame := worker.link.received.get(), Frame):
             if progress.hangs(frame.head):
                 return self._lose(worker, progress.WHY)
@@ -185,10 +185,10 @@ class Tasks:
                 continue
             try:
                 result = "{}: {}".format(*frame.head["error"]) if "error" in frame.head else _believed(task, frame)
-            except Exception as error:  # whatever a node makes up
+            except Exception as error:  # an answer may have any content
                 result = f"an answer that cannot be: {error}"
             with self._changed:
-                if self._gone(worker):  # lost meanwhile: another does this task, whose result counts
+                if self._gone(worker):  # lost meanwhile: another node does this task
                     return
                 del worker.held[task.number]
                 task.result, task.by = result, worker.name
@@ -200,7 +200,7 @@ class Tasks:
         return self._closed or self.workers.get(worker.name) is not worker
 
     def _lose(self, worker: Worker, why: str, again: bool = True) -> None:
-        """A node gets no more tasks, others those that it held; try to open it anew."""
+        """Remove a node and give its tasks to others; try to open it again."""
         with self._changed:
             if self._gone(worker):
                 return
@@ -223,10 +223,12 @@ class Tasks:
             self._lose(worker, words, again=False)
 
     def _open_again(self, name: str) -> None:
-        """Until the node is there again, or the end. Only the first attempt is waited for where no other node is left."""
+        """Try to open a node until it is available, or until the end. If no other node is left, only the first attempt is
+        waited for.
+        """
         while not self._closed and name not in self._refused:
             began = time.monotonic()
-            with suppress(Exception):  # a control plane that ends
+            with suppress(Exception):  # the control plane may be closing
                 self._open([name])
             with self._changed:
                 self._opening.discard(name)
@@ -234,20 +236,20 @@ class Tasks:
                 self._changed.notify_all()
             if back:
                 self._lost.discard(name)
-                self._told(f"node {name} is there again")
+                self._told(f"node {name} is available again")
                 return
             self._ended(began + AGAIN - time.monotonic())
 
     def _ended(self, seconds: float) -> bool:
-        """Whether this was closed, after so many seconds or at once."""
+        """Wait up to some seconds; returns whether this was closed."""
         with self._changed:
             return self._changed.wait_for(lambda: self._closed, max(0.0, seconds))
 
     def _look_out(self, said: set[str]) -> None:
-        """Use nodes that join, and those that did not answer before. `said`: what was told of them."""
+        """Use nodes that join, and those that did not answer before. `said`: the lines already shown about them."""
         while not self._ended(LOOK_EVERY):
             before = set(self.workers)
-            with suppress(Exception):  # a control plane that ends
+            with suppress(Exception):  # the control plane may be closing
                 for words in set(self._open(None)) - said:
                     said.add(words)
                     self._told(f"{words}; it is left out")
@@ -263,14 +265,14 @@ class Tasks:
             time.sleep(PING_EVERY)
             now = time.monotonic()
             for worker in list(self.workers.values()):
-                if now - asked > PING_EVERY + 1:  # this program was stopped, by Ctrl-Z say, not the nodes
+                if now - asked > PING_EVERY + 1:  # this program was suspended, for example by Ctrl-Z, and not the nodes
                     worker.link.heard = now
                 elif now - max(worker.link.heard, worker.link.moved) > PATIENCE:
                     self._lose(worker, f"no answer for {PATIENCE:.0f} s")
 
 
 def parts(tensor: Planned) -> Iterator[Piece]:
-    """The rows of each task: pieces of a group, of about RESULT bytes encoded."""
+    """The rows of each task: pieces of a group with about RESULT encoded bytes."""
     n_groups, n_rows = groups_and_rows(tensor.shape)
     piece = next(pieces(tensor.source))
     nbytes = tensor.type.row_bytes(tensor.shape[-1]) * piece.count
@@ -281,10 +283,10 @@ def parts(tensor: Planned) -> Iterator[Piece]:
 
 
 def _believed(task: Task, frame: Frame) -> list[Encoded]:
-    """An answer's pieces. ValueError or TypeError if they cannot be those that were asked for.
+    """An answer's pieces. ValueError or TypeError if they cannot be the requested ones.
 
-    The decoded rows q are as far from no weights at all as the weights x are, give or take the error:
-    | |q| - |x| | <= |x - q|. Bytes of other weights, and bytes that decode to no numbers, do not fit the errors of these.
+    The check: by the triangle inequality, the norms of the decoded rows q and of the weights x differ at most by the error: |
+    |q| - |x| | <= |x - q|. Bytes of other weights, and bytes that decode to NaN, fail it.
     """
     kind, n_cols, found = task.tensor.type, task.tensor.shape[-1], []
     asked = list(pieces(task.tensor.source, task.part))

@@ -6,7 +6,7 @@ of the caller cannot cut a frame in two. `Listener` is the side that accepts.
 On connecting each side sends 32 random bytes and proves that it knows the secret (HMAC by keyed BLAKE2b over both). A frame is:
 bytes of the head (uint32), bytes of the payload (uint64), a MAC of these lengths, a MAC of everything, the head, the payload. A
 MAC has 16 bytes, is keyed per connection and direction and covers a counter, so that frames can be neither forged, replayed nor
-reordered, and nobody else's length is believed. Memory is taken as the bytes come. Nothing is encrypted.
+reordered, and a length from anybody else is rejected. Memory is allocated as the bytes arrive. Nothing is encrypted.
 """
 
 import hmac
@@ -30,18 +30,18 @@ from llamacli.errors import DeviceError
 NONCE, MAC, KEY = 32, 16, 32
 LENGTHS = struct.Struct("<IQ")
 MOST_HEAD, MOST_PAYLOAD = 1 << 20, 1 << 32  # bytes
-FIRST = 16 << 20  # bytes that are taken for a payload before any of it has come; twice as much whenever they are full
-SENT = 1 << 18  # bytes that are given to the system at a time
+FIRST = 16 << 20  # bytes first allocated for a payload; doubled whenever they are full
+SENT = 1 << 18  # bytes per call that sends
 SEAL = LENGTHS.size + 2 * MAC  # bytes before the head
 TYPES = {"f4": np.dtype("<f4"), "f2": np.dtype("<f2"), "u1": np.dtype("u1"), "i8": np.dtype("<i8")}
-GREETING = 5.0  # seconds in which the other side must have proved itself
-SILENCE = 5.0  # seconds after which sent bytes that nobody confirms end a connection (Linux: TCP_USER_TIMEOUT)
-QUEUED = 4  # frames that wait on each side: beyond that the sender waits
-STRANGERS = 64  # connections that have not proved themselves yet
+GREETING = 5.0  # seconds for the other side to authenticate
+SILENCE = 5.0  # seconds after which unacknowledged bytes end a connection (Linux: TCP_USER_TIMEOUT)
+QUEUED = 4  # most frames that wait on each side; then the sender waits
+STRANGERS = 64  # most connections that are not yet authenticated
 
 
 class LinkClosed(DeviceError):
-    """The other side is gone, or is not who it should be."""
+    """The other side is gone, or did not prove that it knows the secret."""
 
 
 class Frame:
@@ -54,7 +54,7 @@ class Frame:
 
 
 def connect(address: Sequence, secret: bytes, role: str, timeout: float = GREETING) -> "Link":
-    """A link to (host, port); `role` says what it is for. LinkClosed if nobody is there or the secret is another."""
+    """Connect to (host, port); `role` is the purpose of the link. LinkClosed if nothing listens there or the secret differs."""
     try:
         sock = socket.create_connection(tuple(address), timeout)
     except OSError as error:
@@ -67,12 +67,14 @@ def connect(address: Sequence, secret: bytes, role: str, timeout: float = GREETI
 class Link:
     """Both directions of a connection. `received` is a queue of Frames; its last item is a LinkClosed.
 
-    `heard`, `moved`: when bytes last came, and when bytes of arrays last went, on time.monotonic's clock: a large frame on a
-    slow network is no silence. What the system takes for a network that is cut is little.
+    `heard`, `moved`: the times (time.monotonic) when bytes last came, and when bytes of arrays last went, so that a large frame
+    on a slow network does not count as silence.
     """
 
     def __init__(self, sock: socket.socket, secret: bytes, accepts: bool, received: queue.Queue | None = None):
-        """`accepts`: whether this side accepted the connection. `received`: where frames go, default a queue of its own."""
+        """`accepts`: whether this side accepted the connection. `received`: the queue for received frames, default a new
+        one.
+        """
         self._sock = sock
         self.received = queue.Queue(QUEUED) if received is None else received
         self._outgoing: queue.Queue = queue.Queue(QUEUED)
@@ -99,7 +101,7 @@ class Link:
                 return self._outgoing.put((head, arrays), timeout=0.5)
 
     def close(self) -> None:
-        """End the connection; its threads end by that."""
+        """Close the connection, which ends its threads."""
         self._closed = True
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
@@ -107,7 +109,7 @@ class Link:
             self._outgoing.put_nowait(None)
 
     def _greet(self, secret: bytes, accepts: bool, until: float) -> tuple[bytes, bytes]:
-        """Keys of both directions. OSError if the other side does not know the secret, or is not done at `until`."""
+        """The keys of both directions. OSError if the other side does not know the secret, or is not finished at `until`."""
         mine = os.urandom(NONCE)
         self._sock.settimeout(GREETING)
         self._sock.sendall(mine)
@@ -152,7 +154,7 @@ class Link:
             while True:
                 self.received.put(self._read(count))
                 count += 1
-        except Exception as error:  # whatever the other side sends
+        except Exception as error:  # the other side may send anything
             self._closed = True
             with suppress(OSError):
                 self._sock.close()
@@ -200,28 +202,28 @@ class Link:
         except Exception:  # also of a frame that cannot be written: whoever waits for it must learn that it does not come
             self._closed = True
             with suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)  # the reading thread says so
+                self._sock.shutdown(socket.SHUT_RDWR)  # the reading thread reports it
 
 
 class Listener:
-    """Accepts links until `close`. `welcome(link, role)` runs in a thread of its own for each that proved itself.
+    """Accepts links until `close`. `welcome(link, role)` runs in a thread for each authenticated link.
 
-    Who has not may hold at most STRANGERS connections. One more ends the oldest of the address that has most of them, so that
-    nobody is locked out by others' connections.
+    Others may hold at most STRANGERS connections. One more closes the oldest of the address with most of them, so that no
+    address can lock out others.
     """
 
     def __init__(self, host: str, secret: bytes, welcome: Callable[[Link, str | None], None]):
         self._secret, self._welcome = secret, welcome
-        self._greeting: dict[socket.socket, str] = {}  # who has not proved itself, oldest first, and its address
+        self._greeting: dict[socket.socket, str] = {}  # connections not yet authenticated, oldest first, and their addresses
         self._closed = False
         self._socket = socket.create_server((host, 0))
         self.address = self._socket.getsockname()[:2]
         threading.Thread(target=self._accept, daemon=True, name="accept").start()
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting."""
         self._closed = True
-        with suppress(OSError):  # wakes who waits in accept
+        with suppress(OSError):  # wakes the thread in accept
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -233,7 +235,7 @@ class Listener:
                 self._make_room()
                 self._greeting[sock] = address
                 threading.Thread(target=self._greet, args=(sock,), daemon=True).start()
-            except (OSError, RuntimeError):  # no descriptors or threads for the moment
+            except (OSError, RuntimeError):  # no descriptors or threads at the moment
                 if sock:
                     self._greeting.pop(sock, None)
                     sock.close()
@@ -264,7 +266,7 @@ def _name(dtype: np.dtype) -> str:
 
 
 def sealed(key: bytes, count: int, head: bytes, parts: Sequence) -> bytes:
-    """What stands before the head of a frame, the `count`-th of its direction."""
+    """The bytes before the head of a frame, which is the `count`-th of its direction."""
     lengths = LENGTHS.pack(len(head), sum(memoryview(part).nbytes for part in parts))
     return lengths + _mac(key, count, [lengths]) + _mac(key, count, [lengths, head, *parts])
 

@@ -170,7 +170,7 @@ def test_a_node_killed_in_the_middle_of_an_answer_changes_no_letter(two):
     assert same and length > 40
     died = [words for words in said if "died" in words]
     assert len(died) == 2 and all(words.startswith("node ") for words in died), said
-    assert sum("goes on after" in words for words in said) == 2, said
+    assert sum("continues after" in words for words in said) == 2, said
 
 
 def test_another_file_on_a_node_is_named_and_the_other_node_takes_the_layers(two):

@@ -543,7 +543,7 @@ def test_a_loss_is_forgotten_and_a_node_that_is_there_again_gets_layers_when_a_p
     nodes.waiting = []
     assert nodes.same(IDS[:20]) and len(nodes.engine.stages[0].places) == 2
     assert nodes.losses == {}
-    assert any(words.startswith("node n2 is there again") for words in nodes.said)
+    assert any(words.startswith("node n2 is available again") for words in nodes.said)
     assert nodes.same([7])
 
 
