@@ -49,7 +49,7 @@ def test_a_depth_is_filled_once_and_every_run_starts_there():
     assert calls == [(0, 20)] + [(20, 8)] * 3 + [(20, 1), (21, 1), (22, 1)] * 3
 
 
-def test_a_run_over_a_chunks_edge_gets_the_lost_tokens_back_before_the_clock_starts(monkeypatch):
+def test_tokens_lost_at_a_chunks_edge_are_evaluated_again_before_a_run_is_timed(monkeypatch):
     model, clock = FakeModel(FakeEngine(chunk=8)), []
     monkeypatch.setattr(measure, "perf_counter", lambda: clock.append(len(model.engine.calls)) or float(len(clock)))
     measure.speed(model, [Case(8, 5, False)], 1)
@@ -132,7 +132,7 @@ def test_the_arithmetic_limit_is_that_of_bytes_for_weights_and_of_floats_for_att
 
 
 @pytest.mark.parametrize("shape", [tiny.SCOUT, tiny.MAVERICK, {"used": 2}], ids=["scout", "maverick", "top-2"])
-def test_work_is_every_weight_that_a_token_meets(shape, tmp_path):
+def test_work_counts_every_weight_that_a_token_is_multiplied_with(shape, tmp_path):
     engine = load(tmp_path, **shape)
     config, file = engine.config, open_gguf(tmp_path / "tiny.gguf")
     share = config.n_experts_used / config.n_experts
@@ -147,7 +147,7 @@ def test_work_is_every_weight_that_a_token_meets(shape, tmp_path):
     assert engine.bytes_per_token == nbytes_read + ends
 
 
-def test_a_whole_model_costs_its_layers_and_the_ends_once():
+def test_extrapolation_scales_the_layers_and_counts_what_is_outside_of_them_once():
     record = {"tokens_per_second": 10.0, "profile": {"operations": {"experts": 3.0, "output": 1.0}, "layers": [1.5, 1.5]}}
     assert measure.extrapolate(record, 2, 2) == pytest.approx(10)
     assert 1 / measure.extrapolate(record, 2, 48) == pytest.approx(0.1 * (0.25 + 0.75 * 24))
@@ -170,7 +170,7 @@ def test_the_buffer_grows_with_the_threads_as_far_as_memory_allows(threads, usua
     assert bench_limits.buffer_megabytes(threads, usual) == megabytes
 
 
-def test_the_limits_are_measured_and_more_than_nothing():
+def test_the_measured_limits_are_positive():
     assert 0.1 < read_gbps(1, megabytes=16, rounds=1) < 10_000
     assert 0.1 < multiply_gops(1, steps=10_000, rounds=1) < 100_000
     assert 0.1 < multiply_floats_gops(1, steps=10_000, rounds=1) < 100_000
@@ -294,7 +294,7 @@ def test_a_saved_state_of_llama_cpp_is_repeated_to_a_depth():
             peer.repeated(wrong, 3, 21, 8)
 
 
-def test_a_peer_that_dies_is_one_line_with_its_last_words(monkeypatch, tmp_path):
+def test_a_peer_that_dies_is_reported_in_one_line_with_its_last_output(monkeypatch, tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise SystemExit('no such library')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", ":".join(p for p in sys.path if p))

@@ -79,7 +79,7 @@ def test_the_record_is_what_the_definitions_say(monkeypatch, block):
         assert record[name] == pytest.approx(value, 1e-9), name
 
 
-def test_a_model_is_at_no_distance_from_itself():
+def test_the_divergence_of_a_model_from_itself_is_zero():
     record = quality.perplexity(numbers(1), IDS, numbers(1))
     assert record["kl_max"] == pytest.approx(0, abs=1e-12)
     assert record["top1_agreement"] == 1
@@ -96,7 +96,7 @@ def test_another_vocabulary_is_refused(other):
         quality.perplexity(numbers(1), IDS, numbers(2, **other))
 
 
-def test_a_model_that_says_no_numbers_has_no_perplexity(monkeypatch):
+def test_logits_that_are_not_finite_are_refused(monkeypatch):
     monkeypatch.setattr(Numbers, "row", lambda self, ids: np.full(N_VOCAB, np.nan, np.float32))
     with pytest.raises(ModelFileError, match=r"1\.gguf: expected finite logits"):
         quality.perplexity(numbers(1), IDS)
@@ -119,8 +119,8 @@ def test_a_window_too_short_to_score_is_refused():
         quality.windows(FakeTokenizer(), "abcdefghi", 7)
 
 
-def test_after_some_windows_the_record_is_that_of_these():
-    """What Ctrl-C leaves."""
+def test_the_record_after_some_windows_covers_these():
+    """As after Ctrl-C."""
     scores = quality.Scores(numbers(1), *IDS.shape, numbers(2))
     assert scores.label == ""
     for n, window in enumerate(IDS[:3], 1):
@@ -167,8 +167,8 @@ def test_logits_that_are_kept_are_in_memory_once(tmp_path):
         tracemalloc.stop()
 
 
-def test_what_is_held_beside_a_model_leaves_less_to_it(tmp_path, monkeypatch, no_other_model):
-    """By so much as the logits take, which perplexity holds."""
+def test_memory_held_beside_a_model_is_taken_from_its_limit(tmp_path, monkeypatch, no_other_model):
+    """Perplexity holds the logits of a window."""
     path, seen = tiny.tiny_gguf(tmp_path / "tiny.gguf"), []
     real = placement.place
     monkeypatch.setattr(placement, "place", lambda *args, **more: seen.append(args[2]) or real(*args, **more))

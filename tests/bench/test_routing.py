@@ -1,5 +1,6 @@
-"""The routing log: the engine logs what the oracle chooses, what is written is read back, what it says of caches is what a
-cache would do, and how `inspect --routing` shows it."""
+"""The routing log: the engine logs the oracle's choices, a written log is read back, hit rates are those of a simulated cache,
+and `inspect --routing` shows them.
+"""
 
 import json
 from collections import Counter
@@ -141,7 +142,7 @@ def test_a_model_without_experts_has_nothing_to_log(tmp_path):
         (HEAD + f'{{"pos":0,"experts":[[0,{10**30}]]}}\n', 2),
     ],
 )
-def test_what_is_no_log_is_named_with_its_line(tmp_path, text, line):
+def test_a_file_that_is_not_a_log_is_refused_with_the_wrong_line(tmp_path, text, line):
     (tmp_path / "r.log").write_text(text)
     with pytest.raises(PromptError, match=f"r.log: expected .* in line {line} "):
         routing_log.read(tmp_path / "r.log")
@@ -177,7 +178,7 @@ def test_of_two_experts_one_may_repeat():
 
 
 def cached(choices, slots):
-    """The share of hits of a cache that is played through, the one used least of late leaving."""
+    """The hit rate of a simulated cache that evicts the expert with the least decayed count of uses."""
     held, uses, hits = set(), Counter(), 0
     for now, expert in enumerate(choices):
         hits += expert in held
@@ -189,7 +190,7 @@ def cached(choices, slots):
 
 
 @pytest.mark.parametrize("used", [1, 2])
-def test_hit_rates_are_those_of_a_cache_that_is_played_through(used):
+def test_hit_rates_are_those_of_a_simulated_cache(used):
     random = np.random.RandomState(used)
     chosen = np.stack(
         [[random.choice(6, used, replace=False, p=(0.4, 0.3, 0.1, 0.1, 0.05, 0.05)) for _ in "abc"] for _ in range(200)]
@@ -239,7 +240,7 @@ def test_what_inspect_cannot_draw_is_one_line(capfd, args, code, words):
     assert words in err
 
 
-def test_shades_grow_with_the_number_and_a_colour_is_only_where_it_is_wanted(capfd):
+def test_shades_grow_with_the_number_and_colours_are_used_only_if_asked_for(capfd):
     Console("never").shades("title", [("0", [0.0, 0.25, 0.5, 0.75, 1.0]), ("10", [1.0] * 5)])
     assert capfd.readouterr().out == "title\n   0   ░░▒▒▓▓██\n  10 ██████████\n"
     Console("always").shades("title", [("0", [0.0, 1.0])])

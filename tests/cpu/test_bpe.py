@@ -73,7 +73,7 @@ def test_merges_without_one_space_name_nothing():
     assert bpe.named(zero_ended(["a", "b", "", "ab"]), b"") == []
 
 
-def test_texts_made_to_share_places_of_a_known_hash_get_their_ids_like_any_others():
+def test_texts_that_collide_under_a_known_hash_get_their_ids_in_the_usual_time():
     """1,100 texts in ASCII that all belong into one place of a table of 2,048 by FNV-1a, spread."""
     letters = np.random.default_rng(0).integers(1, 128, (6_000_000, 8), np.uint8)
     hashes = np.full(len(letters), 0xCBF29CE484222325, np.uint64)

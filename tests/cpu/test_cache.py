@@ -80,7 +80,7 @@ def doubled():
 
 @pytest.fixture
 def read_only(monkeypatch):
-    """`read_only()`: from then on nothing can be written or removed, as on a read-only file system; root is not above that."""
+    """`read_only()`: from then on nothing can be written or removed, as on a read-only file system, not even by root."""
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -139,7 +139,7 @@ def test_numba_failing_to_write_a_function_does_not_fail_the_call(cache_folder, 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 @pytest.mark.parametrize("left", [0, 30])
-def test_what_a_power_cut_left_of_a_function_is_compiled_again(cache_folder, kind, left):
+def test_a_function_whose_cache_file_is_cut_is_compiled_again(cache_folder, kind, left):
     assert doubled()(np.arange(3)).tolist() == [0, 2, 4]
     (file,) = cache_folder().rglob(f"*.{kind}")
     whole = file.stat().st_size
@@ -159,7 +159,7 @@ def test_a_folder_that_others_can_write_to_is_not_trusted(cache_folder, mode):
 
 
 @pytest.mark.parametrize(("mode", "trusted"), [(0o775, False), (0o777, False), (0o1777, True), (0o755, True)])
-def test_nor_is_one_whose_parent_they_can_exchange_it_in(cache_folder, mode, trusted):
+def test_a_folder_is_trusted_only_if_others_cannot_replace_it_in_its_parent(cache_folder, mode, trusted):
     cache_folder().parent.chmod(mode)
     assert (cache_folder() is not None) == trusted
 
@@ -202,7 +202,7 @@ def test_a_user_without_home_and_name_has_folders_that_are_the_same_at_each_star
     assert cache_folder() is not None  # the folder below is what counts, and it is still ours
 
 
-def test_code_of_another_version_is_never_taken_for_this_ones(tmp_path, monkeypatch):
+def test_code_of_another_version_is_not_used(tmp_path, monkeypatch):
     """Some installations have no sources: bytecode alone, or an archive, where nothing can be read but the version."""
     source, found = tmp_path / "a" / "kernel.py", []
     source.parent.mkdir()

@@ -99,7 +99,7 @@ def test_a_quota_of_a_cgroup_is_the_limit_rounded_up_wherever_it_is_set(inner, o
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(-1, 8), (150_000, 2), (100_000, 1)])
-def test_version_1_too(quota, threads, linux):
+def test_a_quota_of_a_cgroup_of_version_1_is_a_limit_too(quota, threads, linux):
     root = linux(8)
     write(root / "proc/self/cgroup", "7:memory:/job\n4:cpu,cpuacct:/job\n0::/")
     write(root / "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us", quota)

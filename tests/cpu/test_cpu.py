@@ -34,7 +34,7 @@ MAC, LINUX = "arm64-apple-darwin24.0.0", "aarch64-unknown-linux-gnu"
 
 
 @pytest.mark.parametrize(("i8mm", "best"), [(0, "dotprod"), (1, "i8mm")])
-def test_a_mac_is_asked_since_llvm_says_nothing(i8mm, best, machine, sysctl):
+def test_macos_is_asked_since_llvm_reports_nothing(i8mm, best, machine, sysctl):
     machine("darwin", MAC, {})
     sysctl |= {"hw.optional.arm.FEAT_DotProd": 1, "hw.optional.arm.FEAT_I8MM": i8mm}
     assert targets(MAC, "apple-m2", cpu.features())[0].name == best
@@ -43,7 +43,7 @@ def test_a_mac_is_asked_since_llvm_says_nothing(i8mm, best, machine, sysctl):
 @pytest.mark.parametrize(
     ("hwcap", "hwcap2", "best"), [(0, 1 << 9, "plain"), (1 << 20, 0, "dotprod"), (1 << 20, 1 << 13, "i8mm")]
 )
-def test_linux_on_arm_is_asked_since_llvm_does_not_say_all(hwcap, hwcap2, best, machine, monkeypatch):
+def test_linux_on_arm_is_asked_since_llvm_does_not_report_all(hwcap, hwcap2, best, machine, monkeypatch):
     machine("linux", LINUX, {"neon": True, "lse": True})
     monkeypatch.setattr(cpu, "_auxval", {cpu.AT_HWCAP: hwcap, cpu.AT_HWCAP2: hwcap2}.get)
     assert targets(LINUX, "neoverse-n1", cpu.features())[0].name == best
@@ -59,13 +59,13 @@ def test_code_for_arm_never_uses_sve(said, machine, monkeypatch):
     assert not any(flag.startswith("+sve") for flag in flags)
 
 
-def test_on_x86_llvm_is_believed(machine):
+def test_on_x86_the_features_are_those_of_llvm(machine):
     machine("linux", "x86_64-unknown-linux-gnu", {"avx2": True, "fma": False})
     assert cpu.features() == {"avx2": True, "fma": False}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux's libc")
-def test_the_kernel_answers():
+def test_linux_tells_an_entry_of_the_auxiliary_vector():
     page_size = 6  # AT_PAGESZ
     assert cpu._auxval(page_size) in (4096, 16384, 65536)
 
@@ -79,7 +79,7 @@ def test_the_kernel_answers():
         ("darwin", 1, "plain", "install Python for arm64"),
     ],
 )
-def test_slow_kernels_are_named_with_the_way_out(platform, translated, name, said, monkeypatch):
+def test_the_slow_variant_is_reported_with_what_to_do(platform, translated, name, said, monkeypatch):
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(loader, "sysctl", {"sysctl.proc_translated": translated}.get)
     monkeypatch.setattr(loader, "chosen_target", lambda: SimpleNamespace(name=name))

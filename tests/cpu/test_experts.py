@@ -172,7 +172,7 @@ def test_a_short_prompts_experts_stay_as_guessed(recorded):
 
 
 @pytest.mark.parametrize("guesses", [[3, 1], [3]], ids=["nobody waited", "a wrong guess"])
-def test_a_read_ahead_that_failed_is_nobodys_error(recorded, monkeypatch, guesses):
+def test_a_failed_read_ahead_raises_no_error(recorded, monkeypatch, guesses):
     slots, begun = recorded(2)
     with monkeypatch.context() as disk:
         fail(disk, 1, OSError(errno.EIO, "Input/output error"))
@@ -216,7 +216,7 @@ def test_only_free_slots_are_cleared_ahead(recorded):
     assert min(at for _, at, _ in begun) == cleared[0]  # gate is at the beginning of the slot
 
 
-def test_a_second_interrupt_does_not_spoil_what_the_first_one_mends(path, monkeypatch):
+def test_a_second_interrupt_while_the_first_is_handled_leaves_everything_sound(path, monkeypatch):
     here, again, true = engine(path, 2), [KeyboardInterrupt], ThreadPoolExecutor.shutdown
 
     def shutdown(self, **how):
@@ -242,7 +242,7 @@ def test_slots_are_given_back_when_the_limit_of_memory_is_lowered(path, monkeypa
     assert largest_shrink(model) == largest_shrink(fresh) > 0  # one slot was given back
 
 
-def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path, monkeypatch):
+def test_a_limit_that_leaves_no_room_is_reported_and_the_conversation_can_go_on(path, monkeypatch):
     model = engine(path, 2)
     cache = model.new_cache(64)
     first = model.forward(IDS[:17], cache).copy()
@@ -257,7 +257,7 @@ def test_a_limit_that_leaves_no_room_is_said_and_the_conversation_can_go_on(path
 
 
 def fail(monkeypatch, after, error):
-    """os.preadv goes wrong from so many calls on; a single one might be for what nobody turns out to need."""
+    """os.preadv fails from call number `after` on. A single failure would not do: it may hit a read that is not needed."""
     true, calls = os.preadv, []
 
     def preadv(*how):
@@ -271,7 +271,7 @@ def fail(monkeypatch, after, error):
 
 @pytest.mark.parametrize("after", [1, 2, 3, 5, 8, 13, 21, 34])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_a_read_error_is_said_and_the_conversation_can_go_on(tmp_path, monkeypatch, after, slots):
+def test_a_read_error_is_reported_and_the_conversation_can_go_on(tmp_path, monkeypatch, after, slots):
     path = tiny_gguf(tmp_path / "model.gguf")
     wanted, here = conversation(engine(path, 0)), engine(path, slots)
     with monkeypatch.context() as disk:
@@ -332,7 +332,7 @@ def test_a_file_that_is_cut_while_in_use_is_an_error_not_the_end_of_the_process(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a signal that was raised cannot be told from a fault")
-def test_a_signal_that_another_librarys_handler_passed_on_takes_no_guard_away(tmp_path):
+def test_a_signal_passed_on_by_another_librarys_handler_leaves_the_guards_in_place(tmp_path):
     """As libclang does after a fault that is not its own: without an address."""
     here = engine(tiny_gguf(tmp_path / "model.gguf"), 0)
     signal.raise_signal(signal.SIGBUS)
@@ -341,7 +341,7 @@ def test_a_signal_that_another_librarys_handler_passed_on_takes_no_guard_away(tm
         here.forward(IDS[:20], here.new_cache(64))
 
 
-def test_a_file_system_without_direct_reads_does(path, monkeypatch):
+def test_experts_are_read_from_a_file_system_without_direct_reads(path, monkeypatch):
     wanted, true = conversation(engine(path, 0)), os.open
 
     def no_direct(name, flags, *more):
@@ -353,6 +353,6 @@ def test_a_file_system_without_direct_reads_does(path, monkeypatch):
     assert np.array_equal(conversation(engine(path, 2)), wanted)
 
 
-def test_an_unknown_way_is_refused(tmp_path):
+def test_an_unknown_value_of_experts_is_refused(tmp_path):
     with pytest.raises(UsageError, match="expected mapped, slots or auto, found some"):
         Model.load("models/scout-tiny/scout-tiny.gguf", experts="some")

@@ -50,8 +50,8 @@ def test_float32_logits_are_those_of_transformers(tmp_path, name):
 
 @pytest.mark.train
 @pytest.mark.parametrize("name", make_transformers.CASES)
-def test_transformers_live_with_fresh_weights(tmp_path, name):
-    """Weights where a router is all but tied are drawn again: there float16 keys may choose the other expert."""
+def test_with_new_random_weights_the_logits_are_those_of_transformers(tmp_path, name):
+    """Weights with a router that is almost tied are drawn again: there float16 keys may choose the other expert."""
     seeds, margin = np.random.default_rng(), 0.0
     while margin < TIE:
         case = make_transformers.CASES[name] | {"seed": int(seeds.integers(1 << 30))}

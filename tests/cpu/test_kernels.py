@@ -333,7 +333,7 @@ def arm_products(name, cpu, features):
         ("neoverse-v1", I8MM, "usdot", "usmmla"),
     ],
 )
-def test_arm_multiplies_bytes_with_the_best_that_the_cpu_has(name, cpu, features, row, tile):
+def test_arm_multiplies_bytes_with_the_best_instruction_of_the_cpu(name, cpu, features, row, tile):
     used = arm_products(name, cpu, features)
     assert list(used["matvec"]) == [row]
     assert list(used["tile"]) == [tile]

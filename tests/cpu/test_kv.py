@@ -198,13 +198,13 @@ class TestSegments:
         np.testing.assert_allclose(found, whole, atol=1e-2 * np.abs(whole).max())
 
     @pytest.mark.parametrize("cuts", [(1, 40), (33, 97, 98), (31, 32, 64), (10, 290)])
-    def test_the_cut_of_a_text_into_calls_does_not_matter(self, in_segments, whole, cuts):
+    def test_logits_do_not_depend_on_how_a_text_is_cut_into_calls(self, in_segments, whole, cuts):
         cache, edges = in_segments.new_cache(300), [0, *cuts, 300]
         parts = [IDS[a:b] for a, b in pairwise(edges)]
         self.near(np.concatenate([in_segments.forward(part, cache, all_logits=True) for part in parts]), whole)
 
     @pytest.mark.parametrize("cuts", [(70, 190), (97, 193), (34, 131, 226)])
-    def test_nor_do_bits_depend_on_it_where_batches_are_long(self, in_segments, whole, cuts):
+    def test_cuts_into_long_batches_give_the_same_bits(self, in_segments, whole, cuts):
         cache, edges = in_segments.new_cache(300), [0, *cuts, 300]
         parts = [in_segments.forward(IDS[a:b], cache, all_logits=True) for a, b in pairwise(edges)]
         assert np.array_equal(np.concatenate(parts), whole)
@@ -219,7 +219,7 @@ class TestSegments:
         found = [in_segments.forward(part, cache, all_logits=True) for part in parts if len(part)]
         self.near(np.concatenate(found), whole[reached:230])
 
-    def test_going_back_twice_finds_nothing_that_was_written_over(self, in_segments, whole):
+    def test_going_back_a_second_time_does_not_reuse_positions_written_over(self, in_segments, whole):
         cache = in_segments.new_cache(300)
         in_segments.forward(IDS[:70], cache)
         assert cache.truncate(40) == 40
@@ -227,7 +227,7 @@ class TestSegments:
         assert cache.truncate(20) == 0
         self.near(in_segments.forward(IDS[:70], cache, all_logits=True), whole[:70])
 
-    def test_what_was_written_over_is_so_however_often_one_goes_back(self, in_segments):
+    def test_positions_written_over_stay_lost_when_going_back_again(self, in_segments):
         cache = in_segments.new_cache(300)
         in_segments.forward(IDS[:40], cache)
         cache.reserve(60)  # for a call that broke off
@@ -332,7 +332,7 @@ def test_the_small_model_answers_nearly_alike_with_quantized_keys_and_values():
 
 
 @pytest.mark.slow
-def test_so_it_does_at_depths_of_several_chunks(tmp_path):
+def test_the_small_model_answers_nearly_alike_at_depths_of_several_chunks(tmp_path):
     """With weights in F16: in 4 bits, products of int8 activations turn a rounding into another choice of experts."""
     convert(environment.SMALL_MODEL.parent / "hf", tmp_path / "f16.gguf", "F16")
     kl = means(tmp_path / "f16.gguf", 4, 12)

@@ -65,7 +65,7 @@ def test_a_cache_in_a_file_gives_the_bytes_of_one_in_memory(kv_type, path, tmp_p
 
 
 @pytest.mark.parametrize("how", [{"slots": 8}, {"cuts": (2, 6)}, {"cuts": (4,)}], ids=["slots", "3 stages", "2 stages"])
-def test_so_it_does_beside_experts_that_are_read_and_in_stages(how, path, tmp_path):
+def test_a_cache_in_a_file_gives_the_same_bytes_with_fetched_experts_and_in_stages(how, path, tmp_path):
     assert np.array_equal(conversation(engine(path, tmp_path, **how)), conversation(engine(path)))
 
 
@@ -227,7 +227,7 @@ def test_a_file_system_without_direct_reads_is_used_all_the_same(path, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["pwrite", "preadv"])
-def test_one_that_refuses_direct_reads_late_is_too(kind, path, tmp_path, monkeypatch):
+def test_a_file_system_that_refuses_direct_reads_late_is_used_all_the_same(kind, path, tmp_path, monkeypatch):
     """As some do: the file opens, and then the first direct call is refused."""
     real, refused = getattr(os, kind), []
 
@@ -339,10 +339,10 @@ def check_a_long_text(folder, n, window):
     assert np.array_equal(np.argmax(rows, -1), np.argmax(right, -1))
 
 
-def test_a_text_longer_than_memory_is_that_of_float64(tmp_path):
+def test_a_text_longer_than_memory_has_the_logits_of_float64(tmp_path):
     check_a_long_text(tmp_path, 1 << 12, 2048)
 
 
 @pytest.mark.slow
-def test_so_is_one_of_a_million_tokens(tmp_path):
+def test_a_text_of_a_million_tokens_has_the_logits_of_float64(tmp_path):
     check_a_long_text(tmp_path, 1 << 20, 1 << 16)

@@ -82,7 +82,7 @@ def test_float32_logits_are_the_oracles(tmp_path, shape):
 
 
 def test_rope_factors_are_the_files(tmp_path):
-    """Scout's own turn short prompts too little to be noticed."""
+    """Scout's own factors change short prompts too little to be noticed."""
     factors = {"rope_freqs.weight": np.linspace(1, 4, 8, dtype=np.float32)}
     path, ids = tiny.tiny_gguf(tmp_path / "tiny.gguf", edit=lambda t: t.update(factors)), tokens(41)
     plain = tiny.tiny_gguf(tmp_path / "plain.gguf", rope_freqs=False)

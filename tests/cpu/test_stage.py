@@ -1,4 +1,4 @@
-"""The seam: a model cut into stages gives the same bytes; caches are exported and restored; sequences share a batch."""
+"""Stages: a model cut into stages gives the same bytes; caches are exported and restored; sequences share a batch."""
 
 import subprocess
 import sys

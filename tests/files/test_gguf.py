@@ -1,4 +1,4 @@
-"""GGUF: what writers write is read; what nobody should trust is refused in one line, at no cost."""
+"""GGUF: files of all writers are read; hostile and damaged files are refused in one line, without large allocations."""
 
 import errno
 import io
@@ -68,7 +68,7 @@ def refused(opened):
 
 class TestSoundFiles:
     @pytest.mark.parametrize("version", [2, 3])
-    def test_every_kind_of_value(self, opened, version):
+    def test_every_kind_of_value_is_read(self, opened, version):
         found = opened(file(PAIRS, INFOS, DATA, version=version))
         assert found.version == version
         assert {kind: found.metadata[kind] for kind in NUMBERS} == NUMBERS
@@ -98,7 +98,7 @@ class TestSoundFiles:
         data = opened(SOUND).tensors["a"].data
         assert data.tobytes() == bytes(range(256))
 
-    def test_a_file_without_tensors(self, opened):
+    def test_a_file_without_tensors_opens(self, opened):
         assert opened(file(PAIRS)).tensors == {}
 
     @pytest.mark.parametrize("alignment", [1, 8, 64, 4096])
@@ -107,7 +107,7 @@ class TestSoundFiles:
         found = opened(file(pairs, [info("a", (8,))], bytes(range(32)), alignment=alignment))
         assert found.tensors["a"].data.tobytes() == bytes(range(32))
 
-    def test_what_gguf_py_writes(self, tmp_path):
+    def test_a_file_of_gguf_py_is_read(self, tmp_path):
         path = tmp_path / "theirs.gguf"
         writer = gguf.GGUFWriter(path, "llama4")
         writer.add_block_count(3)
@@ -231,25 +231,25 @@ class TestSplitFiles:
         with pytest.raises(ModelFileError, match=r"model-00002-of-00003\.gguf: .*cut short"):
             open_gguf(paths[0])
 
-    def test_parts_that_lost_their_names(self, tmp_path):
+    def test_parts_with_other_names_are_refused(self, tmp_path):
         (tmp_path / "first.gguf").write_bytes(next(iter(self.parts())))
         with pytest.raises(ModelFileError, match=r"a name like model-00001-of-00003\.gguf"):
             open_gguf(tmp_path / "first.gguf")
 
     @pytest.mark.parametrize("changed", [{"split_no": 2}, {"split_count": 4}], ids=str)
-    def test_a_part_of_something_else(self, tmp_path, changed):
+    def test_a_part_of_another_model_is_refused(self, tmp_path, changed):
         changed = {key.replace("_", "."): number for key, number in changed.items()}
         paths = self.write(tmp_path, self.parts(**changed))
         with pytest.raises(ModelFileError, match=r"00002-of-00003\.gguf: expected split\.no 1 and split\.count 3"):
             open_gguf(paths[0])
 
-    def test_a_tensor_in_two_parts(self, tmp_path):
+    def test_a_tensor_in_two_parts_is_refused(self, tmp_path):
         first, second, _ = self.parts()
         paths = self.write(tmp_path, [first, second, second.replace(*[pair("split.no", "u16", n) for n in (1, 2)])])
         with pytest.raises(ModelFileError, match="found t1 in two"):
             open_gguf(paths[0])
 
-    def test_a_wrong_number_of_tensors(self, tmp_path):
+    def test_a_wrong_number_of_tensors_is_refused(self, tmp_path):
         first, *others = self.parts()
         changed = first.replace(*[pair("split.tensors.count", "u16", n) for n in (3, 4)])
         paths = self.write(tmp_path, [changed, *others])
@@ -268,7 +268,7 @@ class TestSplitFiles:
         ],
         ids=str,
     )
-    def test_absurd_numbers(self, tmp_path, key, kind, content):
+    def test_absurd_numbers_are_refused(self, tmp_path, key, kind, content):
         first, *others = self.parts()
         usual = {"split.no": 0, "split.count": 3, "split.tensors.count": 3}
         changed = first.replace(pair(key, "u16", usual[key]), pair(key, kind, content))
@@ -278,25 +278,25 @@ class TestSplitFiles:
 
 
 class TestWhatIsNoModel:
-    def test_other_files(self, refused):
+    def test_files_of_other_formats_are_refused(self, refused):
         assert "starts with b'PK" in refused(b"PK\x03\x04" + bytes(100))
         assert "found 0" in refused(b"")
         assert "at least 24 bytes, found 4" in refused(b"GGUF")
 
-    def test_nothing_there(self, tmp_path):
+    def test_a_missing_file_is_refused(self, tmp_path):
         with pytest.raises(ModelFileError, match="no file of that name"):
             open_gguf(tmp_path / "absent.gguf")
 
-    def test_a_folder(self, tmp_path):
+    def test_a_folder_is_refused(self, tmp_path):
         with pytest.raises(ModelFileError, match="found a folder"):
             open_gguf(tmp_path)
 
-    def test_a_pipe_does_not_wait(self, tmp_path):
+    def test_a_pipe_is_refused_without_waiting_for_it(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(ModelFileError, match="not a file"):
             open_gguf(tmp_path / "pipe")
 
-    def test_no_permission(self, tmp_path, monkeypatch):
+    def test_a_file_without_permission_is_refused(self, tmp_path, monkeypatch):
         def denied(*args, **kwargs):
             raise PermissionError(13, "Permission denied")
 
@@ -306,12 +306,12 @@ class TestWhatIsNoModel:
             open_gguf(tmp_path / "model.gguf")
 
     @pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
-    def test_impossible_names(self, name):
+    def test_impossible_names_are_refused(self, name):
         with pytest.raises(ModelFileError):
             open_gguf(name)
 
     @pytest.mark.parametrize("version, found", [(1, "version 1"), (4, "version 4"), (3 << 24, "big-endian")])
-    def test_versions(self, refused, version, found):
+    def test_other_versions_are_refused_by_name(self, refused, version, found):
         assert found in refused(file(version=version))
 
 
@@ -363,7 +363,7 @@ class TestDamagedFiles:
         monkeypatch.setattr(gguf_module, "_MAX_HEADER", 1 << 20)
         assert "at most 1 MB" in refused(file([pair("numbers", "array", ("i32", [0] * (1 << 18)))]))
 
-    def test_cut_anywhere(self, tmp_path):
+    def test_a_file_cut_at_any_byte_is_refused(self, tmp_path):
         path = tmp_path / "cut.gguf"
         for length in range(len(SOUND)):
             path.write_bytes(SOUND[:length])
@@ -371,7 +371,7 @@ class TestDamagedFiles:
                 open_gguf(path)
 
     @pytest.mark.parametrize("kind", ["string", "i32"])
-    def test_cut_in_a_list_that_ends_the_file(self, tmp_path, kind):
+    def test_a_file_cut_in_its_last_list_is_refused(self, tmp_path, kind):
         raw = file([pair("list", "array", (kind, ["a", "bcd", ""] if kind == "string" else [1, 2, 3]))])
         path = tmp_path / "cut.gguf"
         path.write_bytes(raw)
@@ -382,8 +382,8 @@ class TestDamagedFiles:
                 open_gguf(path)
 
     @pytest.mark.parametrize("count", [2**64 - 1, 2**63, 2**32, 2**31 - 1, 10**7], ids=hex)
-    def test_a_huge_number_anywhere_costs_nothing(self, tmp_path, count):
-        """Every count, length, offset and dimension of the header is hit in turn."""
+    def test_a_huge_number_anywhere_allocates_nothing(self, tmp_path, count):
+        """The number replaces 8 bytes at each place of the header in turn: every count, length, offset and dimension."""
         path, header = tmp_path / "huge.gguf", len(SOUND) - len(DATA)
         for at in range(8, header - 8):
             path.write_bytes(SOUND[:at] + struct.pack("<Q", count) + SOUND[at + 8 :])
@@ -418,19 +418,19 @@ class TestDamagedFiles:
             ([], [info(b"\xfe", (32,))], "UTF-8 in a tensor's name"),
         ],
     )
-    def test_what_is_wrong_is_said(self, refused, pairs, infos, words):
+    def test_the_message_names_what_is_wrong(self, refused, pairs, infos, words):
         assert words in refused(file(pairs, infos, bytes(1024)))
 
     def test_an_unknown_type_is_named(self, refused):
         message = refused(file([], [info("blk.0.x", (32,), kind=999)], bytes(1024)), error=UnsupportedModelError)
         assert "blk.0.x" in message and "999" in message
 
-    def test_names_cannot_write_to_the_terminal(self, refused):
+    def test_messages_escape_names_for_the_terminal(self, refused):
         refused(file([], [info("\x1b[2J\n\u202e", (32,), kind=999)], bytes(1024)))
         refused(file([pair("\x1b]0;x\x07", "u8", 1)] * 2))
         assert "..." in refused(file([], [info("x" * 60_000, (32,), kind=999)], bytes(1024)))
 
-    def test_a_list_of_strings_that_is_no_utf8(self, opened):
+    def test_a_list_of_strings_that_is_no_utf8_is_refused(self, opened):
         metadata = opened(file([pair("words", "array", ("string", ["a", b"\xff"]))])).metadata
         with pytest.raises(ModelFileError, match="UTF-8 in words"):
             metadata["words"]
@@ -460,7 +460,7 @@ HEADER = len(LLAMA4) - 64 * 260
 
 
 class TestFuzz:
-    def test_the_file_to_be_spoilt_is_sound(self, opened):
+    def test_the_file_to_be_mutated_is_sound(self, opened):
         found = opened(LLAMA4)
         assert Config.from_gguf(found).n_experts == 4
         assert Tokenizer.from_gguf(found).encode("ab") == [257, 256]
@@ -489,7 +489,7 @@ class TestFuzz:
 
     @settings(max_examples=200)
     @given(junk=st.binary(max_size=400), counts=st.tuples(st.integers(0, 5), st.integers(0, 5)))
-    def test_junk_behind_a_sound_start(self, tmp_path_factory, junk, counts):
+    def test_junk_behind_a_sound_start_is_read_or_refused(self, tmp_path_factory, junk, counts):
         path = tmp_path_factory.getbasetemp() / "junk.gguf"
         path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + junk)
         assert peak_of(path) < 300_000

@@ -82,7 +82,7 @@ def test_without_a_usable_mlx_one_line_says_so(spoil, words, small, monkeypatch,
 
 
 @pytest.mark.parametrize("spoil", [spoil for spoil, _ in MISSING.values()], ids=MISSING)
-def test_auto_then_means_the_cpu(spoil, small, monkeypatch):
+def test_without_a_usable_mlx_auto_means_the_cpu(spoil, small, monkeypatch):
     spoil(monkeypatch)
     with Model.load(small, threads=1, ctx=16, device="auto") as model:
         assert model.engine.gpu_layers == 0
@@ -113,7 +113,7 @@ def test_without_a_gpu_mlx_computes_on_the_cpu_and_says_so(small):
 
 @pytest.mark.parametrize(("asked", "wired"), [(None, []), ("40", [40 * 10**9]), ("500", [72 << 30]), ("much", []), ("-1", [])])
 def test_a_mac_tells_its_budget_and_wires_nothing_unless_asked(asked, wired, monkeypatch):
-    """What Metal would say is played here; the keys are those of MLX's documentation."""
+    """Metal's answers are simulated; the keys are those of MLX's documentation."""
     mx = needed("mlx.core")
     calls, told = [], {"device_name": "Apple M4 Max", "memory_size": 96 << 30, "max_buffer_length": 54 << 30}
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)

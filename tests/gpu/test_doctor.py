@@ -78,7 +78,7 @@ def test_every_kernel_and_the_model_are_checked_against_the_cpu(as_cpp, small):
 
 
 def test_the_pages_that_a_gpu_would_read_are_compared_with_the_file(small, monkeypatch):
-    """Metal's adoption is played by NumPy's view of the pages."""
+    """NumPy's view of the pages stands in for Metal's adoption."""
     import mlx.core as mx
 
     from llamacli.files.gguf import open_gguf

@@ -1,8 +1,9 @@
-"""The kernels' texts as the GPUs' compilers would want them, as far as a free one can tell: clang, without Apple's and NVIDIA's
-headers, of which what is used is declared here.
+"""The kernels' texts compile for Metal and CUDA, as far as clang can check this without Apple's and NVIDIA's headers. What the
+texts use of these is declared here.
 
-Metal: OpenCL knows the same address spaces. In OpenCL C 1.2 every pointer must name its own, as in Metal; in C++ for OpenCL the
-very text that Metal is given is read, in the function that MLX writes around it. CUDA: clang's own CUDA, device side.
+Metal is checked as OpenCL, which has the same address spaces. OpenCL C 1.2 shows that every pointer names its own, as in Metal;
+C++ for OpenCL reads the exact text that Metal is given, in the function that MLX writes around it. CUDA is checked by clang's
+CUDA for the device side.
 """
 
 import pytest
@@ -139,7 +140,7 @@ def test_what_cuda_is_given_is_read_without_a_complaint(name, kind):
         ("LOCAL float* q)", "GLOBAL float* q)", "address space"),
     ],
 )
-def test_a_slip_is_found(right, wrong, words):
+def test_an_error_in_a_text_is_found(right, wrong, words):
     text = as_opencl("Q4_K", "matvec", SIGNATURES["matvec"])
     assert right in text
     assert any(words in found for found in complaints(text.replace(right, wrong), "cl", "-cl-std=CL1.2"))

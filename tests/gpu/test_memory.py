@@ -103,7 +103,7 @@ print(json.dumps({"peak": held("VmHWM"), "own": held("RssAnon"), "logits": logit
 def test_a_file_of_4_gb_is_held_once(tmp_path):
     """Adopted, the process holds the file's pages and nothing of its own; copied, the copy, and the pages are given back.
 
-    The kernels run as C++, and Metal's adoption is played by NumPy's view of the pages.
+    The kernels run as C++, and NumPy's view of the pages stands in for Metal's adoption.
     """
     path, found = tmp_path / "large.gguf", {}
     shape = {"n_embd": 2560, "n_heads": 20, "n_kv_heads": 4, "n_ff": 8192, "n_ff_exp": 4096, "n_vocab": 128256}

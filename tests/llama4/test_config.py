@@ -41,7 +41,7 @@ def read(base=SCOUT, arch="llama4", rows=202_048, **changes):
     return Config.from_gguf(SimpleNamespace(path="model.gguf", metadata=metadata, tensors=tensors))
 
 
-def test_scout():
+def test_scouts_metadata_give_scouts_sizes():
     config = read()
     assert (config.n_layers, config.n_embd, config.n_heads, config.n_kv_heads, config.head_dim) == (48, 5120, 40, 8, 128)
     assert (config.n_ff, config.n_ff_exp, config.n_experts, config.n_experts_used) == (16384, 8192, 16, 1)
@@ -52,7 +52,7 @@ def test_scout():
     assert all(map(config.is_moe, range(48)))
 
 
-def test_maverick():
+def test_maverick_has_no_qk_norm_and_experts_in_every_second_layer():
     config = read(MAVERICK)
     assert not config.use_qk_norm
     assert [config.is_moe(i) for i in range(4)] == [False, True, False, True]
@@ -62,13 +62,13 @@ def test_every_fourth_layer_does_not_rotate():
     assert [i for i in range(48) if not read().uses_rope(i)] == list(range(3, 48, 4))
 
 
-def test_it_is_frozen():
+def test_a_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         read().n_layers = 3
 
 
 @pytest.mark.parametrize("key", ["attention__sliding_window", "attention__chunk_size"])
-def test_chunk_size_in_both_dialects(key):
+def test_the_chunk_size_is_read_in_both_dialects(key):
     assert read(**{key: 64}).chunk_size == 64
     assert read(**{key: 64}).no_rope_step == 4
 
@@ -81,18 +81,18 @@ def test_chunk_size_0_turns_chunks_nope_and_temperature_off():
 
 
 @pytest.mark.parametrize("prefix", ["attention__", ""])
-def test_temperature_from_the_file(prefix):
+def test_the_temperature_is_read_from_the_file(prefix):
     config = read(**{f"{prefix}temperature_length": 16, f"{prefix}temperature_scale": 0.25})
     assert (config.temperature_length, config.temperature_scale) == (16.0, 0.25)
 
 
 @pytest.mark.parametrize("value", [True, False, 1, 0])
-def test_qk_norm_from_the_file(value):
+def test_the_switch_of_the_qk_norm_is_read_from_the_file(value):
     assert read(use_qk_norm=value).use_qk_norm is bool(value)
     assert read(MAVERICK, use_qk_norm=value).use_qk_norm is bool(value)
 
 
-def test_what_may_be_absent():
+def test_absent_optional_keys_get_their_defaults():
     config = read(
         attention__key_length=ABSENT,
         attention__value_length=ABSENT,
@@ -104,7 +104,7 @@ def test_what_may_be_absent():
     assert (config.head_dim, config.rope_theta, config.n_vocab) == (128, 500_000.0, 1234)
 
 
-def test_a_model_without_experts():
+def test_a_model_may_have_no_experts():
     config = read(
         expert_count=ABSENT, expert_used_count=ABSENT, expert_feed_forward_length=ABSENT, interleave_moe_layer_step=ABSENT
     )
@@ -113,14 +113,14 @@ def test_a_model_without_experts():
     assert not any(map(read(interleave_moe_layer_step=0).is_moe, range(48)))
 
 
-def test_one_number_a_layer_is_one_number():
+def test_a_list_of_equal_numbers_is_one_number():
     assert read(expert_feed_forward_length=np.full(48, 8192, np.uint32)).n_ff_exp == 8192
     with pytest.raises(ModelFileError):
         read(expert_feed_forward_length=np.arange(48, dtype=np.uint32))
 
 
 @pytest.mark.parametrize("arch", ["llama", "clip", "", 7, None])
-def test_another_architecture(arch):
+def test_another_architecture_is_refused(arch):
     with pytest.raises(UnsupportedModelError, match="expected architecture llama4, found"):
         read(arch=arch)
 
@@ -137,7 +137,7 @@ def test_another_architecture(arch):
         "interleave_moe_layer_step",
     ],
 )
-def test_what_must_be_there(key):
+def test_a_missing_required_key_is_named(key):
     with pytest.raises(ModelFileError, match=rf"llama4.{key.replace('__', '.')} to be there"):
         read(**{key: ABSENT})
 
@@ -148,7 +148,7 @@ WHOLE = [key for key in SCOUT if key not in ("rope.freq_base", "attention.layer_
 
 @pytest.mark.parametrize("key", [*WHOLE, "attention.sliding_window", "attention.chunk_size"])
 @pytest.mark.parametrize("value", NONSENSE, ids=repr)
-def test_absurd_counts(key, value):
+def test_absurd_counts_are_refused(key, value):
     with pytest.raises(ModelFileError) as caught:
         read(SCOUT | {key: value})
     assert f"llama4.{key}" in str(caught.value)
@@ -176,7 +176,7 @@ def test_absurd_counts(key, value):
         ("context_length", [0, -1, "many"]),
     ],
 )
-def test_numbers_that_do_not_fit(key, values):
+def test_numbers_that_do_not_fit_together_are_refused(key, values):
     for value in values:
         with pytest.raises(ModelFileError, match=r"model\.gguf: expected llama4"):
             read(SCOUT | {key: value})
@@ -198,7 +198,7 @@ def test_the_embedding_must_be_there_and_as_high_as_the_vocabulary(rows):
         {"use_qk_norm": False, "interleave_moe_layer_step": 2},
     ],
 )
-def test_metadata_is_the_way_back(changes):
+def test_a_config_read_from_its_own_metadata_is_equal(changes):
     config = read(**changes)
     metadata = config.metadata | {"general.architecture": "llama4"}
     tensors = {"token_embd.weight": SimpleNamespace(shape=(202_048, 5120))}

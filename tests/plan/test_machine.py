@@ -88,7 +88,7 @@ def test_short_is_what_a_lowered_limit_no_longer_allows(linux, tmp_path):
     assert memory_short(tmp_path) == 0
 
 
-def test_files_of_nonsense_are_passed_over(linux, tmp_path):
+def test_files_without_sense_are_ignored(linux, tmp_path):
     linux("proc/self/cgroup", "\nx\n0::/a\n")
     group(linux, "sys/fs/cgroup/a", "a lot", "some")
     assert memory_free(tmp_path) == 24_000_000 * 1024

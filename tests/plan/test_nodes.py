@@ -91,7 +91,7 @@ def test_no_way_is_better_than_the_one_chosen():
             assert best <= other.seconds * 1.02  # even parts are preferred a little
 
 
-def test_what_does_not_fit_says_how_much_would():
+def test_what_does_not_fit_is_refused_with_the_memory_needed():
     with pytest.raises(MemoryLimitError, match=r"expected at least \d+\.\d+ GB on 2 nodes together"):
         split(MAVERICK, [machine(4)] * 2, 8192)
 

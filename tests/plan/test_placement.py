@@ -1,5 +1,4 @@
-"""Where bytes go under a promise of memory: Scout and Maverick by their shapes, the engine's own buffers, the arithmetic of
-speed."""
+"""What is resident under a memory limit, for Scout and Maverick by their shapes; the engine's own buffers; expected speeds."""
 
 import gc
 import re
@@ -73,7 +72,7 @@ def test_an_embedding_that_is_also_the_output_is_always_used(scout):
     assert (sizes.looked_up, sizes.always, sizes.experts) == (0, 100, (10,))
 
 
-def test_everything_is_mapped_where_it_fits_and_not_a_byte_sooner(scout):
+def test_everything_is_mapped_exactly_where_it_fits(scout):
     config, sizes = scout
     p = place(config, sizes, 128 * GB, 8192)
     assert (p.mode, p.slots, p.miss, p.read_per_token) == ("mapped", 16, 0, 0)
@@ -82,7 +81,7 @@ def test_everything_is_mapped_where_it_fits_and_not_a_byte_sooner(scout):
 
 
 @pytest.mark.parametrize("memory", [16, 24, 32, 48, 64])
-def test_slots_fill_the_memory_and_the_promise_holds(scout, memory):
+def test_slots_fill_the_memory_and_stay_within_it(scout, memory):
     config, sizes = scout
     p = place(config, sizes, memory * GB, 8192)
     assert p.mode == "slots"
@@ -156,7 +155,7 @@ def test_what_does_not_fit_is_refused_with_what_is_needed_and_a_context_that_fit
 @pytest.mark.parametrize("threads", [1, 2, 8])
 @pytest.mark.parametrize("kv_files", [0, 1])
 @pytest.mark.parametrize("slots", [False, True])
-def test_what_less_memory_holds_more_memory_holds(threads, kv_files, slots):
+def test_what_fits_less_memory_fits_more_memory(threads, kv_files, slots):
     gguf = open_gguf(SMALL_MODEL)
     config = Config.from_gguf(gguf)
     sizes = size_by_kind([(tensor.name, tensor.nbytes) for tensor in gguf.tensors.values()], config)
@@ -368,11 +367,11 @@ def p(scout):
     return place(*scout, 48 * GB, 8192)
 
 
-def test_a_slow_disk_decides_about_decode(p):
+def test_a_slow_disk_limits_decode(p):
     assert decode_seconds(p, 0.1e9, 1e15) == pytest.approx(p.read_per_token / 0.1e9, rel=1e-3)
 
 
-def test_without_misses_memory_alone_decides(scout):
+def test_without_misses_only_memory_limits_decode(scout):
     mapped = place(*scout, 128 * GB, 8192)
     sizes = mapped.sizes
     seconds = (sizes.always + sizes.one_per_layer) / (placement.REACHED_READING * 20e9) + 48 * placement.LAYER_SECONDS
@@ -380,7 +379,7 @@ def test_without_misses_memory_alone_decides(scout):
     assert decode_seconds(mapped, 1, 20e9, 10**6) > 1.5 * seconds  # keys and values are read too
 
 
-def test_an_endless_disk_hides_behind_the_products_of_the_experts(p, scout):
+def test_an_infinitely_fast_disk_is_as_good_as_mapped_experts(p, scout):
     mapped = place(*scout, 128 * GB, 8192)
     assert decode_seconds(p, 1e15, 20e9) == pytest.approx(decode_seconds(mapped, 1, 20e9))
 
@@ -397,7 +396,7 @@ def test_a_long_prompt_reads_every_expert_once_a_batch_a_short_one_those_it_touc
     assert prefill_seconds(p, 1, 1e9, None) == pytest.approx(whole / 16)
 
 
-def test_a_prompt_long_enough_costs_arithmetic(p, scout):
+def test_a_long_prompt_is_limited_by_arithmetic(p, scout):
     seconds = prefill_seconds(p, 100_000, 1e10, 1e12)
     assert seconds == pytest.approx(2e5 * products_per_token(scout[0]) / (placement.REACHED_MULTIPLYING * 1e12))
     assert kvcache.nbytes(scout[0], 0) == 0

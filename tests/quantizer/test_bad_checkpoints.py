@@ -93,7 +93,7 @@ SMALL_FILES = (
 
 @pytest.fixture(scope="module")
 def no_hang():
-    """What is still read after a minute is ended, and found to be no refusal."""
+    """A conversion that still reads after a minute fails the test."""
 
     def end(*_):
         raise AssertionError("still reading after a minute")

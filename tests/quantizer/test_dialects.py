@@ -16,7 +16,7 @@ from quantize.convert import convert
 
 
 @pytest.mark.parametrize("kind", ["no experts", "period 0", "no mixture layers"])
-def test_a_dense_model(tmp_path, kind):
+def test_a_dense_model_converts(tmp_path, kind):
     """Llama Guard 4, MobileLLM-R1."""
     weights = checkpoint.write(tmp_path / "hf", interleave_moe_layer_step=99)
     odd = {"no experts": {"num_local_experts": 0, "num_experts_per_tok": 0, "moe_layers": []}, "period 0": {"moe_layers": None}}
@@ -34,7 +34,7 @@ def test_experts_that_contradict_the_list_of_mixture_layers_are_refused(tmp_path
     assert "moe_layers" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
 
 
-def test_an_activation_that_the_engine_has_not_is_refused(tmp_path):
+def test_an_activation_that_the_engine_lacks_is_refused(tmp_path):
     checkpoint.write(tmp_path / "hf", hidden_act="gelu")
     assert "hidden_act" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
 
@@ -45,7 +45,7 @@ def test_two_ids_for_one_token_are_refused(tmp_path):
     assert "found 259 and 271 for 'hello'" in refusal(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "F32")
 
 
-def test_a_token_named_like_a_filler_is_no_second_one(tmp_path):
+def test_a_token_named_like_a_filler_gives_no_token_twice(tmp_path):
     checkpoint.write(tmp_path / "hf")
     changed(tmp_path / "hf", "tokenizer.json", lambda t: t["added_tokens"][-1].update(content="[PAD280]"))
     gguf = convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
@@ -65,7 +65,7 @@ def test_a_vocabulary_that_no_reader_takes_is_refused_before_anything_is_written
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole.gguf", "odd.gguf"}
 
 
-def test_names_under_model_language_model(tmp_path):
+def test_names_under_model_language_model_are_read(tmp_path):
     """As newer versions of transformers save a model that has a vision part."""
     weights = checkpoint.write(tmp_path / "hf")
     entries = checkpoint.stored(weights)
@@ -84,7 +84,7 @@ def test_tensors_beside_the_model_may_be_of_any_kind(tmp_path):
     assert any("2 vision tensors left out" in notice for notice in report["notices"])
 
 
-def test_a_source_whose_name_is_no_text(scout, tmp_path):
+def test_a_source_whose_name_is_not_utf8_converts(scout, tmp_path):
     source = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.gguf"))
     convert(scout[0], source, "F16")
     convert(source, tmp_path / "out.gguf", "Q8_0")

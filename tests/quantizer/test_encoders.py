@@ -1,4 +1,4 @@
-"""Encoders that have no choice: bit for bit what gguf-py makes of the same weights, whatever the weights are."""
+"""Encoders without a search: bit for bit what gguf-py makes of the same weights, for all weights."""
 
 import threading
 

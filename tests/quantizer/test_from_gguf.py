@@ -44,7 +44,7 @@ def test_metadata_that_are_no_utf8_pass_unchanged(scout, tmp_path):
     assert open_gguf(tmp_path / "copy.gguf").metadata["general.name"] == "\ufffd" * len(name)
 
 
-def test_a_quantized_gguf_is_read_back_and_that_is_told(scout, tmp_path):
+def test_a_quantized_gguf_is_read_back_with_a_notice(scout, tmp_path):
     quantized, _ = made(*scout, "Q4_0")
     report = convert(quantized.path, tmp_path / "f32.gguf", "F32")
     name = "blk.2.ffn_down_exps.weight"
@@ -82,7 +82,7 @@ def values_of(tensor):
         ("Q8_0", "blk.3.ffn_up_exps.weight", np.float16("-inf")),
     ],
 )
-def test_what_is_no_number_is_named_though_its_bytes_would_be_copied(scout, tmp_path, type_name, name, bad):
+def test_a_weight_that_is_not_finite_is_named_even_in_a_tensor_that_is_copied(scout, tmp_path, type_name, name, bad):
     gguf, _ = made(*scout, type_name)
     raw = bytearray(gguf.path.read_bytes())
     at = gguf.tensors[name].offset
@@ -92,7 +92,7 @@ def test_what_is_no_number_is_named_though_its_bytes_would_be_copied(scout, tmp_
     assert not (tmp_path / "copy.gguf").exists()
 
 
-def test_errors_of_weights_whose_squares_leave_float32_are_numbers_all_the_same(tmp_path):
+def test_errors_of_weights_whose_squares_overflow_float32_are_finite(tmp_path):
     with_entries(tmp_path / "hf", lambda e: e["lm_head.weight"][1].fill(checkpoint.to_bf16(np.float32([3e30]))[0]))
     for type_name in ("BF16", "F32"):
         report = convert(tmp_path / "hf", tmp_path / "out.gguf", type_name, force=True)

@@ -221,7 +221,7 @@ def test_the_matrix_of_another_model_is_refused(tmp_path, shape):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
 @pytest.mark.parametrize("where", ["sums", "counts"])
-def test_numbers_that_are_no_sums_are_refused_on_reading_and_on_writing(tmp_path, value, where):
+def test_numbers_that_cannot_be_sums_are_refused_on_reading_and_on_writing(tmp_path, value, where):
     made = matrix(tmp_path / "m.gguf")
     getattr(made.entries[GATE], where).flat[1] = value
     write_imatrix(made)

@@ -1,4 +1,4 @@
-"""quantize: what importance of any size does to a file, and what the file says of it."""
+"""quantize: importance matrices with sums of any size, and the metadata that a file has of them."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def importance(path, gguf, sums, counts):
     return path
 
 
-def test_importance_beyond_all_measure_is_refused_before_anything_is_written(scout, tmp_path):
+def test_importance_beyond_float32_is_refused_before_anything_is_written(scout, tmp_path):
     path = importance(tmp_path / "im.gguf", made(*scout)[0], 3e38, 1e-3)
     message = refusal(ModelFileError, scout[0], tmp_path / "out.gguf", "Q4_1", imatrix=path)
     assert "im.gguf" in message
@@ -29,7 +29,7 @@ def test_importance_beyond_all_measure_is_refused_before_anything_is_written(sco
     assert {path.name for path in tmp_path.iterdir()} == {"im.gguf"}
 
 
-def test_importance_of_any_size_weighs_as_its_like_of_ordinary_size(scout, tmp_path):
+def test_scaling_importance_does_not_change_the_file(scout, tmp_path):
     gguf, files = made(*scout)[0], []
     for i, (sums, counts) in enumerate(((1.0, 1.0), (2.0**127, 2.0**30), (2.0**-100, 2.0**10))):
         path = importance(tmp_path / "im.gguf", gguf, sums, counts)
@@ -39,14 +39,14 @@ def test_importance_of_any_size_weighs_as_its_like_of_ordinary_size(scout, tmp_p
 
 
 @pytest.mark.parametrize("sums, counts", [(0.0, 0.0), (0.0, 5.0)])
-def test_importance_of_no_text_at_all_is_called_that(scout, tmp_path, sums, counts):
+def test_importance_without_any_input_is_reported(scout, tmp_path, sums, counts):
     path = importance(tmp_path / "im.gguf", made(*scout)[0], sums, counts)
     notices = convert(scout[0], tmp_path / "out.gguf", "Q4_1", imatrix=path)["notices"]
     assert any("2 of 2 tensors saw no text" in notice for notice in notices)
     assert not any("as the others" in notice for notice in notices)
 
 
-def test_a_file_says_of_importance_only_what_its_own_conversion_used(scout, tmp_path):
+def test_metadata_about_importance_are_those_of_the_last_conversion(scout, tmp_path):
     path = importance(tmp_path / "im.gguf", made(*scout)[0], 1.0, 1.0)
     convert(scout[0], tmp_path / "with.gguf", "Q4_1", imatrix=path)
     assert open_gguf(tmp_path / "with.gguf").metadata["quantize.imatrix.entries_count"] == 2

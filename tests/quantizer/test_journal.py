@@ -1,4 +1,6 @@
-"""Conversions that are killed: no half file under the final name, taken up where they stopped, the same bytes in the end."""
+"""Conversions that are killed: they leave no incomplete file under the final name, continue where they stopped, and give the
+same bytes.
+"""
 
 import fcntl
 import json
@@ -277,7 +279,7 @@ convert(sys.argv[1], sys.argv[2], "Q8_0", split_max_size=int(sys.argv[3]))
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_killed_while_files_get_their_names_the_same_command_ends_it(folder, whole, tmp_path, parts):
-    """Until then those that have one are told apart from another's files of that name."""
+    """Files that have their names already are told apart from files of others."""
     out, size = tmp_path / "out.gguf", len(whole) if parts == 1 else len(whole) // 3
     subprocess.run([sys.executable, "-c", KILLED_NAMING, folder, out, str(size)], cwd=ROOT)
     (named,) = tmp_path.glob("*.gguf")
@@ -294,7 +296,7 @@ def test_killed_while_files_get_their_names_the_same_command_ends_it(folder, who
     assert named.read_bytes() == data
 
 
-def test_two_at_once_are_one_too_many(folder, tmp_path):
+def test_a_second_conversion_to_the_same_file_is_refused(folder, tmp_path):
     out = tmp_path / "out.gguf"
     with (tmp_path / "out.gguf.part.log").open("wb") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
@@ -313,12 +315,12 @@ def test_a_file_is_not_written_onto_its_source(folder, tmp_path):
         convert(out, tmp_path / "link.gguf", "Q8_0", force=True)
 
 
-def test_nor_onto_a_shard_of_its_source(folder, tmp_path):
+def test_a_file_is_not_written_onto_a_shard_of_its_source(folder, tmp_path):
     with pytest.raises(OutputError, match="source itself"):
         convert(folder, folder / "model.safetensors", "Q8_0", force=True)
 
 
-def test_nor_grows_it_over_a_source_named_like_its_part(folder, tmp_path):
+def test_a_part_is_not_written_over_a_source_of_its_name(folder, tmp_path):
     source = tmp_path / "out.gguf.part"
     convert(folder, source, "F16")
     before = source.read_bytes()
@@ -327,7 +329,7 @@ def test_nor_grows_it_over_a_source_named_like_its_part(folder, tmp_path):
     assert source.read_bytes() == before
 
 
-def test_room_that_a_part_takes_already_is_not_asked_for_again(folder, whole, tmp_path, monkeypatch):
+def test_the_check_for_free_room_counts_what_a_part_holds_already(folder, whole, tmp_path, monkeypatch):
     out = tmp_path / "out.gguf"
     interrupted(folder, out)
     needed = len(whole) - (tmp_path / "out.gguf.part").stat().st_size

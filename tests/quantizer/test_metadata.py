@@ -1,4 +1,4 @@
-"""quantize: what a GGUF says of its checkpoint: sizes, name, rotation, tokenizer, templates, sampling."""
+"""quantize: a GGUF's metadata are those of its checkpoint: sizes, name, rotation, tokenizer, templates, sampling."""
 
 import checkpoint
 import numpy as np
@@ -62,7 +62,7 @@ def test_scouts_rope_divisors_are_35_ones_and_29_sixteens():
     np.testing.assert_array_equal(rope_divisors(500000.0, 128, 16.0, 1.0, 1.0, 8192.0), expected)
 
 
-def test_llama_3s_rope_divisors_pass_smoothly():
+def test_llama_3s_rope_divisors_change_smoothly():
     """Against the definition in terms of frequencies."""
     theta, dim, factor, low, high, original = 500000.0, 128, 8.0, 1.0, 4.0, 8192.0
     divisors = rope_divisors(theta, dim, factor, low, high, original)
@@ -119,7 +119,7 @@ def test_every_end_of_the_generation_config_ends_an_answer(tmp_path, ending, exp
     assert Tokenizer.from_gguf(found).stop_ids >= set(expected or [270])
 
 
-def test_what_a_gguf_cannot_say_of_a_tokenizer_is_told(tmp_path):
+def test_what_a_gguf_cannot_express_of_a_tokenizer_is_reported(tmp_path):
     checkpoint.write(tmp_path / "hf")
 
     def change(t):
@@ -174,7 +174,7 @@ HOSTILE_HINTS = [
 
 
 @pytest.mark.parametrize("hint", HOSTILE_HINTS, ids=lambda hint: hint[:20])
-def test_sampling_values_that_are_none_are_left_out_and_that_is_told(tmp_path, hint):
+def test_unusable_sampling_values_are_left_out_with_a_notice(tmp_path, hint):
     checkpoint.write(tmp_path / "hf")
     spoil(tmp_path / "hf", "generation_config.json", hint)
     report = convert(tmp_path / "hf", tmp_path / "out.gguf", "Q8_0")

@@ -1,4 +1,4 @@
-"""quantize: a file comes out whole or not at all; what is finished is kept, what was there is replaced only when asked."""
+"""quantize: a file is complete or absent; finished tensors are kept, and existing files are replaced only if asked."""
 
 import os
 import resource

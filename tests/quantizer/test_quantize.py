@@ -82,7 +82,7 @@ def test_a_tied_output_is_kept_once_and_with_the_outputs_type(tmp_path):
     assert gguf.tensors["token_embd.weight"].type.name == "Q8_0"
 
 
-def test_rows_that_are_no_whole_blocks_stay_f16_and_are_told(tmp_path):
+def test_rows_that_are_no_whole_blocks_stay_f16_with_a_notice(tmp_path):
     gguf, report = made(tmp_path / "hf", checkpoint.write(tmp_path / "hf", intermediate_size=33), "Q4_0")
     assert gguf.tensors["blk.0.ffn_down_exps.weight"].type.name == "F16"
     assert gguf.tensors["blk.0.ffn_up_exps.weight"].type.name == "Q4_0"
@@ -134,7 +134,7 @@ def test_gguf_py_reads_the_same(scout):
 # --- planning and progress
 
 
-def test_a_dry_run_says_everything_and_writes_nothing(scout, tmp_path):
+def test_a_dry_run_reports_everything_and_writes_nothing(scout, tmp_path):
     report = convert(scout[0], tmp_path / "out.gguf", "Q4_0", dry_run=True)
     assert list(tmp_path.iterdir()) == []
     assert not report["written"]
@@ -146,7 +146,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(scout, tmp_path):
     assert report["bits_per_weight"] == pytest.approx(8 * nbytes / report["n_weights"], abs=1e-3)
 
 
-def test_the_plan_is_told_before_the_first_byte_is_written(scout, tmp_path):
+def test_the_plan_is_reported_before_the_first_byte_is_written(scout, tmp_path):
     told, out = [], tmp_path / "out.gguf"
 
     def planned(report):

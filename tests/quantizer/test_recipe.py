@@ -128,7 +128,7 @@ def test_rows_of_no_32_stay_f16():
     assert "F16 instead of Q6_K" in notices[0]
 
 
-def test_a_type_that_the_user_asks_for_must_fit_as_well():
+def test_a_type_that_the_user_asks_for_must_fit_the_rows():
     assert chosen("F16", {"blk.0.ffn_up.weight": (8, 96)}, [("ffn_up", "Q6_K")]) == {"blk.0.ffn_up.weight": "Q8_0"}
 
 
@@ -158,7 +158,7 @@ def test_an_expression_that_matches_nothing_to_be_quantized_is_refused(pattern):
         choose_types(find_recipe("Q4_K_S"), SCOUT, [("attn_q", "Q8_0"), (pattern, "Q8_0")])
 
 
-def test_an_expression_in_the_shadow_of_those_before_it_is_told_as_that():
+def test_an_expression_whose_matches_all_went_to_earlier_ones_is_reported():
     overrides = [("attn_(q|k)", "Q6_K"), ("attn_k", "Q4_K"), ("attn_(k|v)", "Q5_K"), ("attn_q", "Q6_K")]
     types, notices = choose_types(find_recipe("Q8_0"), SCOUT, overrides)
     assert [types[f"blk.0.attn_{name}.weight"].name for name in "qkv"] == ["Q6_K", "Q6_K", "Q5_K"]

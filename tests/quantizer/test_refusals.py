@@ -1,4 +1,4 @@
-"""quantize: what a damaged or strange source, matrix or output is told; every defect named here was once let through."""
+"""quantize: damaged or strange sources, importance matrices and outputs are refused; strange names and values do no harm."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def source(tmp_path):
     ("name", "value", "kind"),
     [("blk.0.attn_norm.weight", np.float32("nan"), "Q8_0"), ("blk.1.attn_q.weight", np.float16("inf"), "F16")],
 )
-def test_a_number_that_is_none_is_named_even_where_nothing_changes(source, tmp_path, name, value, kind):
+def test_a_weight_that_is_not_finite_is_named_even_where_the_type_stays(source, tmp_path, name, value, kind):
     poke(source, name, value)
     assert tell(CheckpointError, source, tmp_path / "out.gguf", kind).startswith(f"tensor {name}: expected finite weights")
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_so_is_a_scale_that_is_none_in_blocks_that_are_kept(source, tmp_path):
+def test_a_scale_that_is_not_finite_is_named_in_blocks_that_are_kept(source, tmp_path):
     convert(source, tmp_path / "q.gguf", "Q4_0")
     poke(tmp_path / "q.gguf", "blk.0.attn_q.weight", np.float16("nan"))
     assert "blk.0.attn_q.weight: expected finite" in tell(CheckpointError, tmp_path / "q.gguf", tmp_path / "out.gguf", "Q4_0")
@@ -75,7 +75,7 @@ def rewritten(path, out, change):
     return out
 
 
-def test_a_gguf_must_hold_what_its_metadata_speak_of_and_nothing_else(source, tmp_path):
+def test_a_gguf_must_hold_the_tensors_of_its_metadata_and_no_others(source, tmp_path):
     copy, f32 = tmp_path / "copy.gguf", GGMLQuantizationType.F32
     rewritten(source, copy, lambda tensors: None)
     convert(copy, tmp_path / "out.gguf", "Q8_0")
@@ -98,7 +98,7 @@ def test_an_importance_matrix_beyond_float32_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "generation", ['{"top_k": Infinity}', '{"top_k": 1%s}' % ("0" * 30), '{"temperature": NaN}', '{"temperature": 1e400}']
 )
-def test_sampling_values_out_of_range_are_left_out_with_a_word(tmp_path, generation):
+def test_sampling_values_out_of_range_are_left_out_with_a_notice(tmp_path, generation):
     folder = tmp_path / "hf"
     checkpoint.write(folder)
     (folder / "generation_config.json").write_text(generation)
@@ -108,12 +108,12 @@ def test_sampling_values_out_of_range_are_left_out_with_a_word(tmp_path, generat
 
 
 @pytest.mark.parametrize("key", ["use_qk_norm", "tie_word_embeddings"])
-def test_a_word_for_true_is_not_true(tmp_path, key):
+def test_a_string_is_not_taken_for_a_boolean(tmp_path, key):
     checkpoint.write(tmp_path / "hf", **{key: "false"})
     assert f"expected true or false as {key}" in tell(CheckpointError, tmp_path / "hf", tmp_path / "out.gguf", "Q8_0")
 
 
-def test_odd_names_are_only_names(tmp_path):
+def test_odd_names_of_folders_do_no_harm(tmp_path):
     folder = tmp_path / "x-7\N{KELVIN SIGN}"
     checkpoint.write(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -148,7 +148,7 @@ def test_a_link_stays_and_its_target_is_written(source, tmp_path):
     assert (tmp_path / "disk" / "real.gguf").stat().st_size
 
 
-def test_what_one_conversion_said_of_its_matrix_is_not_kept_by_the_next(source, tmp_path):
+def test_metadata_about_an_importance_matrix_are_not_kept_by_the_next_conversion(source, tmp_path):
     name = "blk.0.attn_q.weight"
     entries = {name: checked(tmp_path, name, np.ones((1, open_gguf(source).tensors[name].shape[-1])), np.ones(1))}
     write_imatrix(Imatrix(tmp_path / "m.gguf", entries, ["text"], 1, 1))

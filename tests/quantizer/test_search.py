@@ -69,20 +69,20 @@ def test_odd_rows_are_not_further_off_either_nor_worse_than_zeros(type_name, kin
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)
-def test_weights_all_alike_are_as_good_as_none(type_name):
+def test_equal_column_weights_give_no_larger_error_than_none(type_name):
     alike, none = (np.square(decoded(type_name, ROWS, w) - ROWS).sum() for w in (np.full(768, 3, np.float32), None))
     assert alike <= none * 1.001
 
 
 @pytest.mark.parametrize("type_name", [name for name in SEARCHED if BY_NAME[name].block == 32])
 @pytest.mark.parametrize("scale", [1e-6, 1e-7, 1e-8])
-def test_what_half_precision_can_hardly_say_is_no_further_off_than_zeros(type_name, scale):
+def test_weights_near_half_precisions_smallest_are_no_further_off_than_zeros(type_name, scale):
     x = (ROWS * scale).astype(np.float32)
     assert np.square(decoded(type_name, x) - x, dtype=np.float64).sum() <= np.square(x, dtype=np.float64).sum()
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)
-def test_what_matters_more_is_closer(type_name):
+def test_columns_of_more_weight_have_smaller_errors(type_name):
     weights = np.where(np.arange(768) % 4 == 0, 100, 1).astype(np.float32)
     with_, without = (np.square(decoded(type_name, ROWS, w) - ROWS)[:, ::4].sum() for w in (weights, None))
     assert with_ < without
@@ -135,7 +135,7 @@ def test_any_finite_weights_stay_finite_and_within_a_step(type_name, seed, scale
 
 
 @pytest.mark.parametrize("type_name", SEARCHED)
-def test_the_limit_can_be_said(type_name):
+def test_the_largest_magnitude_of_a_format_is_encoded(type_name):
     x = np.zeros((1, 512), np.float32)
     for sign in (1, -1):
         x[0, 7] = sign * encoders.encoder(type_name).limit
@@ -177,7 +177,7 @@ def test_arm_finds_blocks_as_good(target):
         assert (error.sum(1) <= GOLDEN[f"{type_name}.weighted"]).all()
 
 
-def test_it_compiles_for_arm():
+def test_the_encoders_compile_for_arm():
     arm = targets("aarch64-unknown-linux-gnu", "neoverse-n1", {"dotprod": True, "neon": True})[0]
     text = assembly(search.build(import_module("quantize.encoders.q4_k")), arm)
     assert "fmla" in text

@@ -99,7 +99,7 @@ def test_fp8_that_is_no_number_is_found(tmp_path, bad):
 
 
 def test_a_tiktoken_file_says_what_tokenizer_json_says(tmp_path):
-    """Merges are all ways to make a token of two, so at least those of the training."""
+    """Merges are all pairs of tokens that make a token, so they include the merges of the training."""
     checkpoint.write(tmp_path / "hf", vocab_size=400)
     convert(tmp_path / "hf", tmp_path / "json.gguf", "F32")
     tokens = open_gguf(tmp_path / "json.gguf").metadata["tokenizer.ggml.tokens"][:265]
@@ -118,7 +118,7 @@ def test_a_tiktoken_file_says_what_tokenizer_json_says(tmp_path):
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe", b"YQ== 0\nYQ== 1\n", b"".join(b"YQ%d= %d\n" % (i, i) for i in range(9)), b""])
-def test_what_is_wrong_with_a_tiktoken_file_is_said_of_that_file(tmp_path, raw):
+def test_errors_of_a_tiktoken_file_name_that_file(tmp_path, raw):
     checkpoint.write(tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()
     many = b"".join(base64.b64encode(b"%d" % i) + b" %d\n" % i for i in range(3000))  # more than the vocabulary holds

@@ -1,4 +1,6 @@
-"""A model split into files (`--split-max-size`): the whole one in parts, taken up where it stopped, not overwritten unasked."""
+"""A model split into files (`--split-max-size`): its parts hold the whole model, continue where a run stopped, and are not
+overwritten unasked.
+"""
 
 from pathlib import Path
 
@@ -34,7 +36,7 @@ def test_parts_of_another_split_are_named_not_taken_up_and_not_removed(folder, w
     assert names(tmp_path) == left | {"out.gguf"}
 
 
-def test_a_folders_name_is_none_for_a_split_model(folder, tmp_path):
+def test_a_folder_is_refused_as_the_name_of_a_split_model(folder, tmp_path):
     with pytest.raises(OutputError, match="found a folder"):
         convert(folder, tmp_path, "Q8_0", split_max_size=1000)
 

@@ -80,7 +80,7 @@ def test_the_file_follows_llama_cpps_contract(tmp_path):
     assert {types[name] for name in types.keys() - matrices | full} == {"F32"}
 
 
-def test_no_tower_if_none_is_wanted(tmp_path):
+def test_no_tower_is_written_if_none_is_wanted(tmp_path):
     out = tmp_path / "small.gguf"
     report = convert(folder(tmp_path / "hf"), out, "Q8_0", mmproj_type=None)
     assert report["files"] == [str(out)]

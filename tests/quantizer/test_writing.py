@@ -1,4 +1,4 @@
-"""The writing of a conversion alone, with tensors of random bytes: what is damaged, cut or fails, the files come out right."""
+"""Writing a conversion's files, with tensors of random bytes: after damage, cuts and failures the files are complete."""
 
 import contextlib
 import errno
@@ -132,7 +132,7 @@ def test_a_file_made_meanwhile_is_not_replaced_unasked(tmp_path):
     "error", [OutputError("x"), MemoryError("x"), ValueError("x"), OSError(errno.EROFS, "Read-only file system")]
 )
 def test_an_error_while_a_tensor_is_made_keeps_those_before(tmp_path, error):
-    """It stays the error that it is: one of the maker's is none of the output."""
+    """The maker's error is passed on unchanged, not reported as one of the output."""
     files, data, expected = job(tmp_path, 3)
     names_, real = list(data), {}
 
