@@ -1,11 +1,13 @@
 """Fixtures. Every test: signal handlers are restored; what the user has set by variables or in the folder of settings does not
 count.
 
-On request: no other model, commands over a miniature model, a browser, a checkpoint of Scout's shape.
+On request: an address where nobody listens, no other model, commands over a miniature model, a browser, a checkpoint of
+Scout's shape.
 """
 
 import os
 import signal
+import socket
 from importlib import import_module
 
 import pytest
@@ -40,6 +42,14 @@ def handlers_of_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def nobody():
+    """HOST:PORT of this machine where nobody listens, and no other program can: the port is taken, but not listened on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield "{}:{}".format(*taken.getsockname())
 
 
 @pytest.fixture

@@ -459,12 +459,12 @@ def test_a_signal_ends_the_line_and_keeps_what_was_said(number):
     assert len(said) < 1000
 
 
-def test_none_stands_for_no_cluster_in_spite_of_the_settings(monkeypatch, capfd):
-    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+def test_none_stands_for_no_cluster_in_spite_of_the_settings(monkeypatch, capfd, nobody):
+    monkeypatch.setenv("LLAMACLI_CLUSTER", nobody)
     monkeypatch.setenv("LLAMACLI_CLUSTER_SECRET", "of this test")
     asked = ["run", "--no-stdin", "-t", "1", "-n", "2", "--temp", "0", "Hi"]
     assert main(asked) == 1
-    assert "127.0.0.1:1: expected a cluster, found" in capfd.readouterr().err
+    assert f"{nobody}: expected a cluster, found" in capfd.readouterr().err
     assert main([*asked, "--cluster", "none"]) == 0
     alone = capfd.readouterr().out
     monkeypatch.setenv("LLAMACLI_CLUSTER", "none")
@@ -474,8 +474,8 @@ def test_none_stands_for_no_cluster_in_spite_of_the_settings(monkeypatch, capfd)
     assert "expected --cluster with it, found none" in capfd.readouterr().err
     assert main(["cluster", "status"]) == 2
     assert "expected an address, found none" in capfd.readouterr().err
-    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+    monkeypatch.setenv("LLAMACLI_CLUSTER", nobody)
     assert main(["bench", "--profile"]) == 2
     assert "add --cluster none" in capfd.readouterr().err
     assert main(["cluster", "status"]) == 1
-    assert "127.0.0.1:1: expected a cluster, found" in capfd.readouterr().err
+    assert f"{nobody}: expected a cluster, found" in capfd.readouterr().err

@@ -307,18 +307,18 @@ def test_the_error_of_a_group_is_that_of_all_its_weights_in_one():
     assert c["rmse"] is None
 
 
-def test_the_cluster_of_the_settings_is_asked_where_something_is_encoded(folder, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+def test_the_cluster_of_the_settings_is_asked_where_something_is_encoded(folder, tmp_path, monkeypatch, capfd, nobody):
+    monkeypatch.setenv("LLAMACLI_CLUSTER", nobody)
     monkeypatch.setenv("LLAMACLI_CLUSTER_SECRET", "of this test")
     monkeypatch.chdir(tmp_path)
     assert main(["quantize", str(folder), "out.gguf"]) == 1
-    assert "127.0.0.1:1: expected a cluster, found" in capfd.readouterr().err
+    assert f"{nobody}: expected a cluster, found" in capfd.readouterr().err
     assert main(["quantize", str(folder), "out.gguf", "--dry-run"]) == 0
-    assert main(["quantize", str(folder), "out.gguf", "--dry-run", "--cluster", "127.0.0.1:1"]) == 2
+    assert main(["quantize", str(folder), "out.gguf", "--dry-run", "--cluster", nobody]) == 2
     monkeypatch.delenv("LLAMACLI_CLUSTER")
     assert main(["quantize", str(folder), "out.gguf", "--type", "F32"]) == 0
-    monkeypatch.setenv("LLAMACLI_CLUSTER", "127.0.0.1:1")
+    monkeypatch.setenv("LLAMACLI_CLUSTER", nobody)
     assert main(["quantize", "out.gguf", "some.gguf", "--layers", "0-0"]) == 0
-    assert main(["quantize", "out.gguf", "other.gguf", "--layers", "0-0", "--cluster", "127.0.0.1:1"]) == 2
+    assert main(["quantize", "out.gguf", "other.gguf", "--layers", "0-0", "--cluster", nobody]) == 2
     for more in ([], ["--dry-run"], ["--layers", "0-0"]):
         assert main(["quantize", "out.gguf", "here.gguf", "--force", "--cluster", "none", *more]) == 0, more

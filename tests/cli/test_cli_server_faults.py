@@ -59,8 +59,8 @@ def test_a_fault_before_the_first_word_writes_nothing(how, tmp_path, capfd):
     assert capfd.readouterr().out == "" and not (tmp_path / "out").exists()
 
 
-def test_nobody_there_is_said_with_what_to_do(capfd):
-    assert run("--server", "http://127.0.0.1:1", "Hi") == 1
+def test_nobody_there_is_said_with_what_to_do(capfd, nobody):
+    assert run("--server", f"http://{nobody}", "Hi") == 1
     assert "Connection refused" in (err := capfd.readouterr().err) and "llamacli serve" in err
 
 

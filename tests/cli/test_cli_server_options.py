@@ -91,8 +91,8 @@ def test_the_key_goes_to_the_server_and_options_as_fields(capfd, monkeypatch):
     assert wanted.items() <= body.items() and body["stream"] is True
 
 
-def test_none_loads_a_model_here_in_spite_of_the_environment(model, capfd, monkeypatch):
-    monkeypatch.setenv("LLAMACLI_SERVER", "http://127.0.0.1:1")
+def test_none_loads_a_model_here_in_spite_of_the_environment(model, capfd, monkeypatch, nobody):
+    monkeypatch.setenv("LLAMACLI_SERVER", f"http://{nobody}")
     assert main(["run", "--server", "none", "-t", "2", "Hi"]) == 0
     assert capfd.readouterr().out == "first line\nsecond line\n"
 

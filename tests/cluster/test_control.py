@@ -117,7 +117,7 @@ def test_stop_removes_the_folder_of_the_node_s_session_unless_another_process_ma
     assert (elsewhere / "logs" / "gcs.log").exists()
 
 
-def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state, tmp_path, monkeypatch):
+def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state, tmp_path, monkeypatch, nobody):
     program, begun = tmp_path / "python", []
     program.write_text(f"#!{sys.executable}\n{STUBBORN}")
     program.chmod(0o700)
@@ -133,7 +133,7 @@ def test_a_start_that_fails_leaves_nothing_behind_whatever_group_it_is_in(state,
 
     monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     with pytest.raises(KeyboardInterrupt):
-        processes.start(port=1)
+        processes.start(port=int(nobody.rpartition(":")[2]))
     assert len(begun) == 2 and ended(begun)
 
 
