@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 
 from llamacli import environment
-from llamacli.cli.progress import Meter
+from llamacli.cli.progress import Meter, cut, padded
+from llamacli.cli.wrap import columns
 from llamacli.errors import OutputError
 
 DIM, RED, CYAN, BOLD, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[36m", "\x1b[1m", "\x1b[0m"
@@ -224,7 +225,7 @@ class Console:
         body = [tuple(one_line(cell) for cell in row) for row in rows]
         right = numbers if numbers is not None else tuple(i for i in range(len(head)) if _is_numeric([row[i] for row in body]))
         lines = ([head] if head else []) + body
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        widths = [max(map(columns, column)) for column in zip(*lines, strict=True)]
         limit = _width(to.fileno()) if is_terminal(to) else None
         kept = list(range(len(widths)))
         for column in spare:
@@ -235,10 +236,7 @@ class Console:
         elif limit or _coloured(to, self._color):
             text = self._drawn_table(lines, bool(head), right, kept, limit or _room(widths, kept), _coloured(to, self._color))
         else:
-            text = "\n".join(
-                "  " + "  ".join(line[i].rjust(widths[i]) if i in right else line[i].ljust(widths[i]) for i in kept).rstrip()
-                for line in lines
-            )
+            text = "\n".join("  " + "  ".join(padded(line[i], widths[i], i in right) for i in kept).rstrip() for line in lines)
         if title:
             shown = one_line(title) if not limit else textwrap.fill(one_line(title), limit - 1, break_on_hyphens=False)
             shown = f"{BOLD}{shown}{PLAIN}" if _coloured(to, self._color) else shown
@@ -314,7 +312,7 @@ class Console:
             self.note(words())
             return
         while True:
-            _to_stderr(f"\r{self.dim(words()[: _width(2) - 1])}{CLEAR}")
+            _to_stderr(f"\r{self.dim(cut(words(), _width(2) - 1))}{CLEAR}")
             if over.wait(DRAW_EVERY * 2):
                 break
         _to_stderr(f"\r{CLEAR}")

@@ -7,11 +7,26 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from llamacli.cli.wrap import columns
+
 WINDOW = 20.0  # seconds that a speed is measured over
 BAR = 8, 40  # its narrowest and widest
 SETTLED = 0.5  # seconds before a speed is worth telling
 LABEL = 12  # a label is shortened to this before the time left is omitted
 GAP = "  "
+
+
+def padded(text: str, size: int, right: bool = False) -> str:
+    """A line with blanks behind it, or before it, so that it takes `size` columns."""
+    blanks = " " * (size - columns(text))
+    return blanks + text if right else text + blanks
+
+
+def cut(text: str, most: int) -> str:
+    """As much of a line as `most` columns hold."""
+    while text and columns(text) > most:
+        text = text[:-1]
+    return text
 
 
 class Meter:
@@ -34,7 +49,7 @@ class Meter:
         while len(self._samples) > 2 and now - self._samples[1][0] > WINDOW:
             self._samples.popleft()
         self._label = label or self._what
-        self._room = max(self._room, len(self._label))  # so that the bar does not jump with every label
+        self._room = max(self._room, columns(self._label))  # so that the bar does not jump with every label
         self._done, self._total, self.share = done, total, min(1.0, done / total) if total else 0.0
 
     def bar(self, width: int, filled: str = "━", empty: str = "─", paint: Callable[[str, str], str] | None = None) -> str:
@@ -50,12 +65,14 @@ class Meter:
             if size >= BAR[0]:
                 full, size = int(self.share * min(size, BAR[1])), min(size, BAR[1])
                 bar = paint(filled * full, "filled") + paint(empty * (size - full), "empty")
-                return GAP.join([self._label.ljust(self._room), bar, percent, *(paint(text, "speed") for text in fewer), *left])
+                return GAP.join(
+                    [padded(self._label, self._room), bar, percent, *(paint(text, "speed") for text in fewer), *left]
+                )
         for tail in ([percent, *left], [percent]):
             room = width - len(GAP.join(["", *tail]))
             if room >= LABEL:
-                label = self._label if len(self._label) <= room else self._label[: room - 1] + "…"
-                return GAP.join([label.ljust(min(room, self._room)), *tail])
+                label = self._label if columns(self._label) <= room else cut(self._label, room - 1) + "…"
+                return GAP.join([padded(label, min(room, self._room)), *tail])
         return percent.strip()[:width]
 
     def words(self) -> str:

@@ -39,9 +39,9 @@ class WordWrap:
                 self._column += step
                 out.append(c)
             return
-        wide = _columns(c)
+        wide = columns(c)
         if self._column + wide > self._width - 1:
-            begun = sum(map(_columns, self._word))
+            begun = sum(map(columns, self._word))
             if 0 < begun < self._column and begun + wide < self._width - 1:
                 out.append(f"\x1b[{begun}D\x1b[K\n{self._word}")
                 self._column = begun
@@ -53,6 +53,6 @@ class WordWrap:
         out.append(c)
 
 
-def _columns(text: str) -> int:
+def columns(text: str) -> int:
     """Columns that characters take: none for those that combine, two for wide ones."""
     return sum(0 if unicodedata.combining(c) or c in JOINERS else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)

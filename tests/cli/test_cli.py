@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fakes import REPLY, FakeModel, Scripted, fake, prompt_of, start
+from wcwidth import wcswidth
 
 import llamacli
 from llamacli import environment
 from llamacli.cli import main, options, run, tokenize
-from llamacli.cli.console import one_line
+from llamacli.cli.console import Console, one_line
 
 # the package
 
@@ -283,6 +284,11 @@ def test_an_unexpected_error_is_one_line_too(model, capfd, monkeypatch, error, w
 
 def test_text_from_a_file_cannot_steer_the_terminal():
     assert one_line("a\nb\x1b[31mc") == "a b\\x1b[31mc"
+
+
+def test_a_plain_table_is_aligned_by_the_columns_of_a_terminal(capfd):
+    Console().table("", [("模型", "1"), ("model", "22")], ("name", "size"))
+    assert [wcswidth(line) for line in capfd.readouterr().out.splitlines()] == [13, 13, 13]
 
 
 def test_no_arguments_show_help_and_version_its_number(capfd):

@@ -1,6 +1,7 @@
 """Progress: a bar that fits any width, words for a log, speeds of the last seconds."""
 
 import pytest
+from wcwidth import wcswidth
 
 from llamacli.cli.progress import WINDOW, Meter, clock_time
 
@@ -27,6 +28,14 @@ def test_a_bar_with_all_there_is_to_tell():
 def test_a_bar_is_never_wider_than_it_may_be(second):
     for width in WIDTHS:
         assert len(meter_at(second).bar(width)) <= width
+
+
+@pytest.mark.parametrize("label", ["模型.gguf 的第一部分", "a 🙂 name.gguf", "e\u0301te\u0301.gguf"])
+def test_a_bar_counts_the_columns_of_a_terminal_and_not_characters(label):
+    """A line that is wider than the terminal would be drawn below itself, again and again."""
+    bars = {width: meter_at(40, label=label).bar(width) for width in WIDTHS}
+    assert all(wcswidth(bar) <= width for width, bar in bars.items())
+    assert wcswidth(bars[100].partition("━")[0]) == wcswidth(label) + 2
 
 
 def test_what_matters_least_gives_way_first():
