@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TypedDict
 
 from llamacli.cpu.kernels import sources_digest
 from llamacli.cpu.kernels.cores import usable_cpus
-from llamacli.errors import OutputError, UsageError
+from llamacli.errors import CheckpointError, OutputError, UsageError
 from llamacli.files.ggml import BY_NAME, TensorType
 from llamacli.files.gguf import text_of
 from llamacli.llama4.tensors import layer_of
@@ -253,7 +253,9 @@ class _TensorMaker:
     def __init__(
         self, plan: Plan, imatrix: Imatrix | None, encode: PieceEncoder, threads: int, elsewhere: Elsewhere | None, progress
     ):
-        self._tensors, self._stamps = {tensor.name: tensor for tensor in plan.tensors}, {}
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+        paths = set().union(*(tensor.source.paths for tensor in plan.tensors))
+        self._stamps, self._states = {path: _stamp(path) for path in paths}, {path: path.stat() for path in paths}
         self._nbytes, self._imatrix, self._progress = plan.nbytes, imatrix, progress
         self._here, self._elsewhere = Threads(encode, threads), elsewhere
         self._done = sum(len(part.head) for part in plan.parts)
@@ -275,6 +277,7 @@ class _TensorMaker:
             yield memoryview(chunk).cast("B")
             wrong, whole = wrong + errors[0], whole + errors[1]
             self._tell(chunk.nbytes, name)
+        self._check_unchanged(tensor.source.paths)
         self.errors[name] = wrong, whole
 
     def _note(self, name: str) -> str:
@@ -289,10 +292,21 @@ class _TensorMaker:
     def _source(self, name: str) -> str:
         """Names, sizes and times of the mapped files that a tensor is read from."""
         paths = sorted(self._tensors[name].source.paths)
-        for path in paths:
-            if path not in self._stamps:
-                self._stamps[path] = _stamp(path)
         return blake2b(b"".join(self._stamps[path] for path in paths), digest_size=16).hexdigest()
+
+    def _check_unchanged(self, paths: Iterable[Path]) -> None:
+        """CheckpointError if a file was written to, as by a download that goes on. One that was removed, or replaced by another
+        of its name, is still there for its map.
+        """
+        for path in paths:
+            before = self._states[path]
+            try:
+                now = path.stat()
+            except OSError:
+                continue
+            same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
+            if same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise CheckpointError(f"{path}: expected it to stay as it was, found it written to meanwhile; convert it again")
 
     def _tell(self, nbytes: int, name: str) -> None:
         self._done = min(self._done + nbytes, self._nbytes)

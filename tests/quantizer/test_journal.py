@@ -7,6 +7,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from types import SimpleNamespace
 
 import checkpoint
 import pytest
-from conversions import finished, interrupted, names, opened
+from conversions import finished, interrupted, names, opened, refusal
 
-from llamacli.errors import OutputError
+from llamacli.errors import CheckpointError, OutputError
 from quantize.convert import convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +197,50 @@ def test_a_changed_source_begins_anew(folder, tmp_path):
     shard = next(folder.glob("*.safetensors"))
     shard.touch()
     assert convert(folder, out, "Q8_0")["resumed_bytes"] == 0
+
+
+def changing(change, at=0.3):
+    """A `progress` that calls `change` once `at` of the file is written."""
+    left = [change]
+
+    def progress(done, total, name):
+        if left and done > at * total:
+            left.pop()()
+
+    return progress
+
+
+def test_a_source_that_is_written_to_meanwhile_is_noticed(folder, tmp_path):
+    """As by a download that goes on: part of the file would be of the old bytes, part of the new ones."""
+    source, out = shutil.copytree(folder, tmp_path / "hf"), tmp_path / "out.gguf"
+    shard = source / "model.safetensors"
+
+    def write():
+        with shard.open("r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(bytes(8))
+        os.utime(shard, ns=(1, 1))  # clocks of file systems may be coarse
+
+    said = refusal(CheckpointError, source, out, "Q8_0", progress=changing(write))
+    assert "model.safetensors: expected it to stay as it was" in said
+    convert(source, out, "Q8_0")
+    convert(source, tmp_path / "again.gguf", "Q8_0")
+    assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_source_that_goes_meanwhile_is_read_to_its_end(folder, tmp_path, how):
+    source, out = shutil.copytree(folder, tmp_path / "hf"), tmp_path / "out.gguf"
+    shard = source / "model.safetensors"
+
+    def go():
+        shard.unlink()
+        if how == "replaced":
+            shard.write_bytes(b"another")
+
+    convert(source, tmp_path / "before.gguf", "Q8_0")
+    convert(source, out, "Q8_0", progress=changing(go, at=0.0))
+    assert out.read_bytes() == (tmp_path / "before.gguf").read_bytes()
 
 
 def test_a_source_without_a_usual_name_is_noticed_when_it_changes(folder, tmp_path):
