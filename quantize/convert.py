@@ -94,8 +94,9 @@ def convert(
     that is a tower alone becomes `out`.
 
     `planned` gets the report before a byte is written, `progress(done, total, tensor)` bytes of the file; `threads` None means
-    every core this process may use. `elsewhere`: other machines, which encode what is more than a copy. `layers`: instead of
-    a recipe, these layers of a GGUF and what belongs to no layer, in the types that they have: what a node of a cluster needs.
+    every core this process may use. `elsewhere`: other machines, which encode the tensors that are not just copied. `layers`:
+    copy these layers of a GGUF and the tensors outside of the layers in the types that they have, instead of applying a recipe;
+    a node of a cluster needs only those.
 
     CheckpointError or ModelFileError: the source cannot be converted. OutputError: `out` exists without `force`, or cannot be
     written. UsageError: an unknown type, a bad regular expression, another model's importance matrix. Whatever stops it,

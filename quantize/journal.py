@@ -100,7 +100,7 @@ def left_over(files: Sequence[File], job: str) -> list[Path]:
 def write_files(files: Sequence[File], job: str, maker: Maker, force: bool) -> None:
     """Write all files, or continue with them if the log names the same `job` (one line); then rename them.
 
-    OutputError if they cannot be written; the maker's errors as they are, with a word on how to continue.
+    OutputError if they cannot be written; errors of the maker keep their type and say how to continue.
     """
     log = log_of(files)
     try:

@@ -43,7 +43,7 @@ class Source(NamedTuple):
 
     @property
     def all_rows(self) -> dict[str, sources.Rows]:
-        """Those of the vision tower, too."""
+        """`rows`, and those of the vision tower."""
         return self.rows | (self.tower.rows if self.tower else {})
 
 

@@ -60,7 +60,8 @@ def speed(
 ) -> list[dict]:
     """Run every case `repetitions` times after one run that is not counted; `peers` (peer.Peer) take turns with the model.
 
-    `fill`: what lies before a case is not evaluated but filled with keys and values of the first tokens, again and again.
+    `fill`: the tokens before a case are not evaluated; their places are filled with copies of the first tokens' keys and
+    values.
 
     Returns a record for each case. They are added to `records`, if given, as cases are done: after an interrupt it holds the
     complete ones, without the limits of the machine. Fields of a record:

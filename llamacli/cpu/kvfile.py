@@ -291,7 +291,7 @@ class FileCache(KVCache):
         return 0 if layer in self._blocks else super()._capacity(layer, held, need)
 
     def _in_memory(self, layer: int, block: int, needed: Sequence[int]) -> int:
-        """The slot that holds a block. A block that makes room for it, the oldest, is none of `needed`."""
+        """The slot that holds a block, after reading it if it is in the file. The oldest block not in `needed` makes room."""
         blocks = self._blocks[layer]
         if block in blocks.slot_of:
             return blocks.slot_of[block]

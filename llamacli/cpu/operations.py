@@ -23,7 +23,7 @@ from llamacli.positions import segment
 
 
 class Inputs(NamedTuple):
-    """Sums of squares of what some products with a common input have seen, by matrix (of a tensor of experts) and column."""
+    """Sums of squares of the inputs of products that share their input, by matrix (of a tensor of experts) and column."""
 
     names: tuple[str, ...]  # the tensors
     square_sums: np.ndarray  # float64 [n_matrices, n_cols]
@@ -292,7 +292,7 @@ class Recorder:
     def _matmul(
         self, m: Matrix, h: str, out: str, table: str = "dense", *, add=False, x_div=1, out_div=1, part: int | None = None
     ) -> None:
-        """out (+)= h times m; with `part`, GATE, UP or DOWN, m's experts are where the slots say, if there are slots."""
+        """out (+)= h times m; `part`: GATE, UP or DOWN for experts, whose addresses come from the slots if there are any."""
         fetched = part is not None and self._fetching
         arguments = matmul.arguments(
             m,
@@ -350,7 +350,7 @@ class Recorder:
             return
         names, m, rows = tuple(m.name for m in matrices), matrices[0], self._buffers.rows(h)
         fresh = Inputs(names, np.zeros((m.n_groups, m.n_cols)), np.zeros(m.n_groups, np.int64))
-        _, sums, counts = self._watched.setdefault(names, fresh)  # a program for more tokens goes on with the same sums
+        _, sums, counts = self._watched.setdefault(names, fresh)  # a later program, for more tokens, adds to the same sums
         arguments = elementwise.SquareSumsArguments(
             x=rows.address,
             x_stride=rows.stride,

@@ -39,7 +39,7 @@ class Experts(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One block. Norms are float32 [n_embd]; a matrix is whatever the device calls one."""
+    """One block. Norms are float32 [n_embd]; each device has its own type of matrix."""
 
     attn_norm: np.ndarray
     attn_q: Matrix  # [n_heads * head_dim, n_embd]
@@ -92,9 +92,9 @@ def bind(
     """Check the model's tensors and give each matrix its address.
 
     `address(tensor)` says where the bytes of a matrix are, laid out as in the file; it is asked once for every matrix of a type
-    with kernels, and the default is the mapped file. Whoever copies tensors elsewhere decides that first: `needed` lists what
-    will be asked for. `layers`: the numbers of the layers to bind, None for all. `embedding`, `head`: whether to bind
-    token_embd, and output_norm with output.
+    with kernels, and the default is the mapped file. A caller that copies tensors elsewhere does so before: `needed` lists
+    those that will be asked for. `layers`: the numbers of the layers to bind, None for all. `embedding`, `head`: whether to
+    bind token_embd, and output_norm with output.
 
     Errors as for `assemble`. UnsupportedModelError: a type that gguf-py cannot dequantize.
     """

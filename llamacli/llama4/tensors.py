@@ -166,7 +166,7 @@ def tensors(config: "Config") -> Iterator[Spec]:
 
 
 def find(name: str) -> tuple[Row, int | None] | None:
-    """The row and the layer (None outside of the layers) of a GGUF name, whatever the model; None for an unknown name."""
+    """The row and the layer (None outside of the layers) of a GGUF name of any model; None for an unknown name."""
     if found := _LAYER_NAME.fullmatch(name):
         row, layer = _IN_LAYERS.get(found[2]), int(found[1])
         return (row, layer) if row and name == f"blk.{layer}.{row.name}" else None
@@ -174,7 +174,7 @@ def find(name: str) -> tuple[Row, int | None] | None:
 
 
 def role_of(name: str) -> Role | None:
-    """The role of a GGUF name, whatever the model; None for an unknown name."""
+    """The role of a GGUF name of any model; None for an unknown name."""
     if name.startswith(VISION):
         return Role.VISION
     found = find(name)

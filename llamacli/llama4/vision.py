@@ -175,7 +175,7 @@ def has_ollama_tower(gguf: GGUF) -> bool:
 
 
 def has_tower(gguf: GGUF) -> bool:
-    """Whether a file has a tower, of whatever kind."""
+    """Whether a file has a tower, in either dialect."""
     return text_of(gguf.metadata, "general.architecture") == "clip" or has_ollama_tower(gguf)
 
 

@@ -25,7 +25,7 @@ class MlxCache(Positions):
         dtype: mx.Dtype,
         working: Callable[[], AbstractContextManager] = nullcontext,
     ):
-        """`working`: the device's turn for one call (runtime.working)."""
+        """`working`: the context in which calls of MLX run (runtime.working)."""
         super().__init__(config, ctx, layers)
         self._working = working
         self._shape, self._dtype = (config.n_kv_heads, config.head_dim), dtype

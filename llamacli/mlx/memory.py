@@ -45,7 +45,7 @@ def window(tensor: Tensor, adopts: bool) -> Window:
 
 
 def copied(tensor: Tensor) -> Window:
-    """A copy of a tensor's bytes in memory of the device; the file's pages are given back."""
+    """A copy of a tensor's bytes in memory of the device; the file's pages are dropped."""
     n_pages = -(-tensor.nbytes // mmap.PAGESIZE)
     array = mx.zeros((n_pages, mmap.PAGESIZE), mx.uint8)
     mx.eval(array)

@@ -74,7 +74,7 @@ def _stream(gpu: bool):
 
 @contextmanager
 def working(path: object, gpu: bool) -> Iterator[None]:
-    """Have what is inside computed on the one stream of this process, whichever thread asks; one at a time. As `translated`."""
+    """Computations inside run on the one stream of this process, for one thread at a time. Errors: as for `translated`."""
     import mlx.core as mx
 
     with _turn, translated(path), mx.stream(_stream(gpu)):
@@ -83,7 +83,7 @@ def working(path: object, gpu: bool) -> Iterator[None]:
 
 @contextmanager
 def translated(path: object) -> Iterator[None]:
-    """Have MLX's errors in the calls inside as ours. `path` names the model in them.
+    """Raise MLX's errors of the calls inside as llamacli's; `path` names the model in them.
 
     MemoryLimitError: the GPU's memory is full. DeviceError: anything else that the GPU or its driver reports.
     """

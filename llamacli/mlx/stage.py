@@ -188,7 +188,7 @@ class MlxStage:
         return found
 
     def interrupt(self) -> None:
-        """Have the call that another thread is in end after its layer, or its token; it raises KeyboardInterrupt."""
+        """Make a call that runs in another thread end after its current layer or token; that call raises KeyboardInterrupt."""
         self._stopped = True
 
     def abandon(self) -> None:
@@ -211,7 +211,7 @@ class MlxStage:
         return self._experts.slots.take_io_stats() if self._experts else None
 
     def after_fork(self) -> None:
-        """In a forked child: a GPU's queues are the parent's."""
+        """In a forked child: refuse further calls, since the GPU's queues belong to the parent."""
         self._forked = True
 
     def close(self) -> None:
@@ -224,7 +224,7 @@ class MlxStage:
 
 
 def _used(w: Layer, config: Config) -> list[tuple[Blocks | Wide | Fetched, int]]:
-    """The matrices of a layer, each with how often one token goes through (one of) it."""
+    """The matrices of a layer (one item for all experts), each with how many of them one token is multiplied with."""
     found = [(m, 1) for m in (w.attn_q, w.attn_k, w.attn_v, w.attn_output)]
     if not isinstance(w.ffn, Mixture):
         return found + [(m, 1) for m in w.ffn]

@@ -1,9 +1,9 @@
 """Routed experts in slots that the device reads: no copy between the read from disk and the product.
 
 In: the experts' tensors, slots by layer. Out: matrices of experts as they become available. cpu/experts.py decides what is
-cached and reads it; here is where it reads to. MLX does not see such writes. So whatever read a buffer must have been
-evaluated before the buffer is filled again: `Fetch` waits for that, and a layer's experts are fetched only when all that came
-before has been evaluated (the router's choice depends on it).
+cached and reads it; this module has the memory that it reads into. MLX does not see such writes. So whatever read a buffer must
+have been evaluated before the buffer is filled again: `Fetch` waits for that, and a layer's experts are fetched only when all
+that came before has been evaluated (the router's choice depends on it).
 """
 
 import mmap
@@ -32,7 +32,7 @@ class Banks:
         return buffer
 
     def find(self, address: int) -> tuple[memory.Window, bool]:
-        """The window that begins at an address; and whether it is of the ring, which is allocated last."""
+        """The window that begins at an address, and whether it belongs to the ring, which is allocated last."""
         for number, (start, nbytes, whole) in enumerate(self._banks):
             if start <= address < start + nbytes:
                 offset = whole.offset + address - start
@@ -59,11 +59,11 @@ class Experts:
         self.slots = Slots(layers, n_experts, n_slots, self._banks.allocate)
 
     def fetch(self, layer: int, chosen: Sequence[int]) -> "Fetch":
-        """Start to read the experts in `chosen`, all of whose earlier users have been evaluated."""
+        """Start to read the experts in `chosen`. Products with the experts of earlier fetches must have been evaluated."""
         return Fetch(self, layer, chosen)
 
     def matrix(self, layer: int, part: int, expert: int) -> tuple[Blocks | Wide, bool]:
-        """An expert's matrix where its bytes are, once they are there; and whether they are in the ring."""
+        """The matrix of an expert that has been read, over its bytes in memory, and whether these are in the ring."""
         tensor = self._layers[layer][part]
         n_experts, n_rows, n_cols = tensor.shape
         nbytes = tensor.nbytes // n_experts
@@ -98,8 +98,9 @@ class Fetch:
             yield expert, matrix
 
     def used(self, values: mx.array) -> None:
-        """`values` were made of the expert yielded last. A slot keeps its expert until the layer's next fetch, a buffer of the
-        ring until the next expert is asked for.
+        """Say that `values` were computed from the expert yielded last.
+
+        A slot keeps its expert until the layer's next fetch, a buffer of the ring until the next expert is asked for.
         """
         if self._in_ring:
             mx.eval(values)

@@ -38,7 +38,7 @@ def reserved() -> int:
 
 
 def budget() -> int:
-    """Bytes that a process may plan with where nobody says how many: what is free, less a reserve for everyone else."""
+    """Bytes that a process may use where the user sets no limit: what is free, less a reserve for other processes."""
     free = memory_free()
     return free - min(free // RESERVE_SHARE, RESERVE_MOST)
 

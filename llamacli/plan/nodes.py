@@ -62,7 +62,7 @@ class Split(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is known of a model's layers: bytes of the head, and Sizes of each layer by itself. `planned`: parts that were."""
+    """A model's layers: bytes of the head, and the Sizes of each layer. `planned`: the plans of parts so far."""
 
     config: Config
     head: int
@@ -71,7 +71,7 @@ class Model(NamedTuple):
 
 
 def model(config: Config, tensors: Sequence[tuple[str, int]]) -> Model:
-    """From GGUF names and bytes."""
+    """The Model of tensors given by GGUF name and bytes."""
     own: list[list] = [[] for _ in range(config.n_layers)]
     head = 0
     for name, nbytes in tensors:
@@ -218,7 +218,7 @@ def _shortest(n: int, machines: int, cost: Callable[[int, int, int], float | Non
 
 
 def _place(model: Model, machine: Machine, layers: range, ctx: int, slots: bool, sessions: int) -> Placement:
-    """Plan some layers as a model of so many layers; keys and values are those of the true ones."""
+    """Plan some layers as a model with that number of layers, but with the keys and values of these layers."""
     c = replace(model.config, n_layers=len(layers))
     kv = kvcache.nbytes(replace(model.config, n_layers=layers.stop), ctx)
     kv -= kvcache.nbytes(replace(model.config, n_layers=layers.start), ctx)

@@ -26,8 +26,10 @@ EXPERTS_AT_ONCE = 3  # matrices of experts that are widened for a prompt before 
 
 
 class Offload(NamedTuple):
-    """Layers on the GPU, and their bytes there. `budget`: what the GPU may hold. `streams`: all layers are on the GPU and read
-    some experts when they are needed; how many of them it caches is placement.py's to say, and `weights` and `kv` are 0.
+    """Layers on the GPU, and their bytes there.
+
+    `budget`: what the GPU may hold. `streams`: all layers are on the GPU and read some experts when they are needed;
+    placement.py then decides how many of them it caches, and `weights` and `kv` are 0.
     """
 
     layers: int

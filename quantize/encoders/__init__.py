@@ -18,7 +18,7 @@ import numpy as np
 from llamacli.cpu.kernels import sources_digest  # the package decides where compiled code is cached, before Numba is imported
 from llamacli.cpu.kernels.jit.loader import load
 
-LEAST_WEIGHT = 1e-12  # of the mean: a column that never mattered is still encoded sensibly
+LEAST_WEIGHT = 1e-12  # of the mean weight: columns of weight 0 still count a little
 
 
 class Encoder(NamedTuple):
@@ -44,7 +44,7 @@ def _searched(fmt, type_name: str) -> Callable[[np.ndarray, np.ndarray | None], 
     from quantize.encoders.levels import LANES
     from quantize.encoders.search import SYMBOLS, build
 
-    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)  # a foreign call: ctypes lets the interpreter's lock go
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)  # ctypes releases the interpreter's lock during the call
     name = f"encode-{type_name}-{sources_digest(Path(__file__).parent)}"
     plain, weighted = (function(address) for address in load(name, build(fmt), SYMBOLS).values())
     unit = LANES * fmt.GROUP
@@ -59,7 +59,7 @@ def _searched(fmt, type_name: str) -> Callable[[np.ndarray, np.ndarray | None], 
             mean = weights.mean(dtype=np.float64) or 1.0
             factors = np.resize(np.maximum(weights / mean, LEAST_WEIGHT).astype(np.float32), n_cols + unit)
         call(flat.ctypes.data, n_units, factors.ctypes.data, n_cols, out.ctypes.data)
-        if left:  # the last groups, with zeros up to a whole unit
+        if left:  # the last groups, padded with zeros to a whole unit
             rest = np.zeros(unit, np.float32)
             rest[:left] = flat[-left:]
             column = n_units * unit % n_cols

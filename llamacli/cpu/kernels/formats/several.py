@@ -45,8 +45,9 @@ def _state_bytes(target):
 
 def matvecs(module, target, fmt):
     """matvecs(w, row_bytes, n_rows, n_cols, xs, outs, acc, scratch, offset, n, ready): `matvec` for n tokens; xs and outs are
-    the addresses of their rows, of which outs' begin at `offset` bytes. Both go on up to a multiple of PAD, and what they point
-    to may be computed, too. `ready` nonzero: the call before was for the same tokens, and whole blocks of rows.
+    the addresses of their rows, of which outs' begin at `offset` bytes. Both are padded to a multiple of PAD, and rows that the
+    padding points to may be computed, too. `ready` nonzero: the call before was for the same tokens and for whole blocks of
+    rows, so that its activations are laid out already.
     """
     s = Simd(module, target._replace(width=32), "matvecs", 11)
     w0, row_bytes, n_rows, n_cols, xs, outs, acc, scratch, offset, n, ready = s.args

@@ -30,7 +30,7 @@ def features() -> dict[str, bool]:
 
 
 def _auxval(kind: int) -> int:
-    """What the Linux kernel says of the processor."""
+    """An entry of the auxiliary vector, in which the Linux kernel describes the processor."""
     getauxval = ctypes.CDLL(None).getauxval
     getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
     return getauxval(kind)

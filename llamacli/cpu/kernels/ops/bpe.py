@@ -26,7 +26,7 @@ _PRIME = (1 << _BITS) - 1  # products of two hashes stay within int64
 _SPREAD = -7046029254386353131  # odd: its multiples fill the upper bits evenly (Knuth)
 _ID, _BEGIN, _TAG = 23, 28, 13  # bits of a slot, the lowest first
 _NOTHING = (1 << 63) - 1  # a pair that no merge names
-_FINE, _UNFIT = range(2)  # results: a text is none of the vocabulary's
+_FINE, _UNFIT = range(2)  # results: a text is not in the vocabulary
 
 
 @device_function
@@ -101,7 +101,7 @@ def _merged(pairs, mask, seeds, left, right):
 
 @device_function
 def _named(texts, slots, mask, seeds, at):
-    """Of the merge at this address: the ids of its left and right side and of both together, or -1; and its end."""
+    """The ids of the left side, the right side and the joined text of the merge at this address, -1 for none; and its end."""
     begin, middle, spaces = at, at, int64(0)
     while pointer(at, uint8)[0] != 0:
         if pointer(at, uint8)[0] == 32:
@@ -313,7 +313,7 @@ def _indexed(texts: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _addresses(texts: np.ndarray, slots: np.ndarray, seeds: np.ndarray) -> tuple[int, int, int, int]:
-    """As drivers take them."""
+    """Addresses and mask, in the order of the drivers' arguments."""
     return texts.ctypes.data, slots.ctypes.data, len(slots) - 1, seeds.ctypes.data
 
 
@@ -323,7 +323,7 @@ def _room(n: int) -> int:
 
 
 class _UnfitError(ValueError):
-    """A text is none of the vocabulary's."""
+    """A text is not in the vocabulary."""
 
     def __init__(self, at: int):
         super().__init__("a letter is no token")
