@@ -13,6 +13,7 @@ recently used go.
 import contextlib
 import os
 import shutil
+import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +109,7 @@ class Snapshots:
         The last token is never restored, since its logits are not kept. After an interrupt the cache needs `truncate`, as after
         one of `Engine.forward`.
         """
-        names = self._names(tokens, len(tokens) - 1)
+        names = self._names(tokens, len(tokens) - 1) if self._trusted() else []
         while True:
             found = self._longest(names, cache.pos, len(tokens))
             if found <= cache.pos:
@@ -130,9 +131,23 @@ class Snapshots:
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._keep(cache, names)
+            if self._trusted():
+                self._keep(cache, names)
         except OSError as error:
             self._notice(f"{self._folder}: the prompt is not kept: {error.strerror or error}")
+
+    def _trusted(self) -> bool:
+        """Whether nobody else can put keys and values into the folder, which would change answers; one that is not there is
+        made as the user's own.
+        """
+        try:
+            info = self._folder.stat()
+        except OSError:
+            return True
+        if info.st_uid in (0, os.geteuid()) and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return True
+        self._notice(f"{self._folder}: prompts are not kept: others can write there (chmod go-w), or it is theirs")
+        return False
 
     def last_edge(self, n: int) -> int:
         """A chunk's edge at which a prompt of `n` tokens should also be kept, since a similar prompt may differ near the end,

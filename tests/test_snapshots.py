@@ -215,6 +215,25 @@ def test_what_does_not_fit_is_kept_in_part_from_its_start(engine, tmp_path):
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("how", ["writable", "theirs"])
+def test_a_folder_of_others_is_neither_read_nor_written(engine, tmp_path, monkeypatch, how):
+    """As in a cache that users share: they could put in what the model never computed."""
+    folder = tmp_path / "kept"
+    answer(engine, BOOK, snap(engine, folder))
+    assert answer(engine, BOOK, snap(engine, folder))[1] > 0
+    files = sorted(path.name for path in folder.iterdir())
+    if how == "writable":
+        folder.chmod(0o770)
+    else:
+        true = os.stat
+        theirs = lambda path, **more: os.stat_result((*true(path, **more)[:4], 54321, *true(path, **more)[5:10]))
+        monkeypatch.setattr(os, "stat", theirs)
+    kept = snap(engine, folder)
+    assert answer(engine, BOOK[7:], kept)[1] == answer(engine, BOOK, kept)[1] == 0
+    assert sorted(entry.name for entry in os.scandir(folder)) == files
+    assert "others can write there" in kept.notices[0]
+
+
 def test_a_folder_that_cannot_be_written_costs_a_notice_not_the_answer(engine, tmp_path):
     (tmp_path / "file").write_text("")
     kept = snap(engine, tmp_path / "file" / "below")
