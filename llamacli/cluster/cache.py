@@ -49,11 +49,11 @@ class ClusterCache(Positions):
         self._reserved = self._claim(n)
 
     def truncate(self, pos: int) -> int:
-        """Forget tokens from `pos` on, and their record (device.Cache)."""
-        pos = super().truncate(pos)
-        while self.pieces and self.pieces[-1].start >= pos:
-            self.pieces.pop()
-        return pos
+        """Forget tokens from `pos` on (device.Cache). Their record stays until other tokens replace them, as their keys and
+        values stay on the nodes.
+        """
+        self._stage.abandon_after(self, pos)
+        return super().truncate(pos)
 
     def take(self, piece: Piece) -> None:
         """Record an evaluated batch. Consecutive single tokens form one piece."""

@@ -23,6 +23,7 @@ from llamacli.cluster.wire import Frame, LinkClosed
 from llamacli.cpu.buffers import MAX_BATCH
 from llamacli.device import Abandoned, IoStats, Run, Tokens
 from llamacli.errors import DeviceError, LlamacliError
+from llamacli.positions import Positions
 
 FORGET = 300.0  # seconds after which a loss of a node no longer counts
 LOOK_EVERY = 10.0  # seconds between checks for nodes that are available again
@@ -183,11 +184,20 @@ class ClusterStage:
             for cache, pos, _ in batch.runs if not batch.repeats else ():
                 back[cache] = min(back.get(cache, pos), pos)
         for cache, pos in back.items():
-            cache.truncate(pos)  # further back if a later batch may have overwritten a ring
+            Positions.truncate(cache, pos)  # further back if a later batch may have overwritten a ring
         last = max(self._under_way)
         self._under_way.clear()
         if row := self._row:
             row.stop(last)
+
+    def abandon_after(self, cache: ClusterCache, pos: int) -> None:
+        """Forget what is under way if it writes to a cache at `pos` or beyond: an interrupted call does not wait for it."""
+        if any(
+            own is cache and start + n > pos
+            for batch in self._under_way.values()
+            for own, start, n in (() if batch.repeats else batch.runs)
+        ):
+            self.abandon()
 
     def shrink(self, nbytes: int) -> int:
         """Returns 0: the weights are on the nodes."""

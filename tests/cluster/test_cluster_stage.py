@@ -247,6 +247,30 @@ def test_an_interrupt_leaves_the_cache_where_whole_batches_ended(nodes):
     assert nodes.same(IDS[:80])
 
 
+def test_what_nobody_waits_for_any_more_is_not_evaluated_again_after_a_loss(nodes):
+    assert nodes.same(IDS[:20]) and nodes.same(IDS[:30])
+    nodes.engine.begin_each([IDS[:3]], nodes.caches[:1])  # and an interrupt before the result is asked for
+    assert {cache.truncate(20) for cache in nodes.caches} == {20}
+    nodes.made[-1].close()
+    assert nodes.same(IDS[:9]) and nodes.same([7])
+
+
+def test_an_interrupt_at_any_line_of_going_back_loses_nothing_that_may_be_needed_after_a_loss(nodes):
+    event, begun = 0, True
+    while begun:
+        event += 1
+        session, nodes.caches = Session(nodes.engine, None, 512), nodes.new_caches()
+        session.sync(IDS[:20])
+        session.eval(IDS[20:50])
+        begun = interrupted_at(
+            event, ("truncate", "abandon_after", "abandon"), lambda session=session: session.recall(IDS[5:40])
+        )
+        nodes.made[-1].close()
+        expected = nodes.one.forward(IDS[:30], nodes.caches[1])
+        assert np.abs(session.sync(IDS[:30]) - expected).max() < 1e-2 * np.abs(expected).max(), event  # in other batches
+    assert event > 4
+
+
 def interrupted_at(event, functions, action):
     """Whether `action` came to so many lines of these functions of the stage and its caches; there it is interrupted."""
     files, left = {stage.__file__, cluster_cache.__file__}, [event]
