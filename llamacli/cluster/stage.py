@@ -82,7 +82,7 @@ class ClusterStage:
         `on_close`: called by `close`. `there_again`: names of nodes that the last opening could not use and the next can.
         """
         self.config, self.layers = config, range(config.n_layers)
-        self.lost: Callable[[str], None] = lambda words: None  # told when a node is lost, and when its layers are elsewhere
+        self.lost: Callable[[str], None] = lambda words: None  # called with a line about a loss
         self.opened = 0  # number of rows of nodes opened so far
         self._interrupted = False
         self._local, self._open_row, self._secret, self._on_close = local, open_row, secret, on_close

@@ -419,7 +419,7 @@ def test_a_node_that_sends_what_is_no_result_is_lost_or_ends_the_call(nodes, lie
         sink.send = true
         assert nodes.caches[0].pos == 20
     assert nodes.same([5])
-    assert all(words.startswith(("node n2: it sent what is no result", "goes on")) for words in nodes.said)
+    assert all(words.startswith(("node n2: it sent what is no result", "continues")) for words in nodes.said)
 
 
 @pytest.mark.parametrize("head", [{}, {"id": "x"}, {"id": None}, {"id": [1]}, {"id": 1 << 40}])
