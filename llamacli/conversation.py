@@ -114,6 +114,18 @@ class Conversation:
 
         return put_back
 
+    def set_aside(self) -> Callable[[], None]:
+        """Take the latest question and its answer off the branch. Returns a function that puts them back."""
+        messages, start = [*self.messages], self.start
+        self.undo()
+
+        def put_back() -> None:
+            was = self._head
+            self.messages, self.start = messages, start
+            self._move_head(was)
+
+        return put_back
+
     def undo(self, turns: int = 1) -> list[str]:
         """Forget the latest questions and their answers; returns the questions, the latest first."""
         forgotten, end = [], len(self.messages)

@@ -92,6 +92,28 @@ def test_an_error_while_regenerating_keeps_the_old_answer(room, error, at):
     assert room.type("two") == ["one", "hello", "two", "hello"]
 
 
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_error_while_an_edited_question_is_answered_keeps_the_old_turn(room, error, at):
+    room.type("zero", "one", lambda: room.engine.arm(error, at), "/edit uno")
+    assert room.said == ["zero", "hello", "one", "hello"]
+    assert [m.content for m in Conversation.resume(room.store, room.store.latest()).messages] == room.said
+    assert room.type("/edit uno") == ["zero", "hello", "uno", "hello"]
+
+
+def test_an_edited_question_that_the_context_does_not_hold_says_to_edit_again(tmp_path, capfd):
+    room = Room(tmp_path, "hello", ctx=60)
+    room.type("zero", "one", "/edit " + "x" * 90)
+    assert room.said == ["zero", "hello", "one", "hello"]
+    assert "then /edit asks again" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_question_without_an_answer_gives_way_to_the_edited_one(room):
+    room.type(lambda: room.engine.arm(ERRORS[0], 1), "one", lambda: room.engine.arm(ERRORS[0], 1), "/edit uno")
+    assert room.said == ["uno"]
+    assert room.type("/regen") == ["uno", "hello"]
+
+
 def test_an_error_in_the_middle_keeps_what_was_said(room):
     room.type("one", lambda: room.engine.arm(ERRORS[0], 4))
     room.talk.conversation.undo()

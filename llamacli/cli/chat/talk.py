@@ -29,6 +29,7 @@ SHOWN = (
     "stop",
 )  # settings that /show shows even at their defaults
 SETTINGS = (*SAMPLING, "mirostat", "samplers", "logit_bias", "dry_sequence_breaker", "ignore_eos", "seed", "max_tokens", "stop")
+THEN = "then /regen answers"
 FIELDS = {field.name: field for field in dataclasses.fields(Generation)}
 
 
@@ -47,6 +48,10 @@ class Talk:
 
     def ask(self, question: str) -> Iterator[str]:
         """Add a question and answer it."""
+        return self._answer(self._asked(question))
+
+    def _asked(self, question: str) -> Answer:
+        """Add a question, and what goes before it; the answer to it, to be filled."""
         text = ""
         for part in [*self.unread.values(), question]:
             text += ("" if not text else "\n" if text.endswith("\n") else "\n\n") + part
@@ -55,7 +60,7 @@ class Talk:
         if first and self.unread:  # else its title would be the first line of a file
             self.conversation.rename(title(question))
         self.unread.clear()
-        return self._answer(self.conversation.answer())
+        return self.conversation.answer()
 
     def show(self, path: Path) -> None:
         """Encode a picture and put it before the next question."""
@@ -66,34 +71,37 @@ class Talk:
         self.unread[str(path)] = reference(picture, path)
 
     def edit(self, question: str) -> Iterator[str]:
-        """Ask the latest question in other words; the old one stays on a branch of its own."""
-        self.conversation.undo()
-        return self.ask(question)
+        """Ask the latest question in other words; the old one stays on a branch of its own, or comes back with its answer if
+        the new one gets none.
+        """
+        answered = not self.conversation.unanswered
+        put_back = self.conversation.set_aside()
+        answer = self._asked(question)
+        return self._instead(answer, put_back, "then /edit asks again") if answered else self._answer(answer)
 
     def regenerate(self) -> Iterator[str]:
         """Answer the latest question anew. The old answer comes back if no new one does. PromptError if there is none."""
         put_back = self.conversation.retract()
-        answer = self.conversation.answer()
+        return self._instead(self.conversation.answer(), put_back)
 
-        def answering() -> Iterator[str]:
-            try:
-                yield from self._answer(answer)
-            except (KeyboardInterrupt, GeneratorExit):
-                if not answer.text:
-                    put_back()
-                raise
-            except BaseException:
+    def _instead(self, answer: Answer, put_back: Callable[[], None], then: str = THEN) -> Iterator[str]:
+        """Fill an answer in place of an old one, which comes back after an error, and after Ctrl-C before the first word."""
+        try:
+            yield from self._answer(answer, then)
+        except (KeyboardInterrupt, GeneratorExit):
+            if not answer.text:
                 put_back()
-                raise
-
-        return answering()
+            raise
+        except BaseException:
+            put_back()
+            raise
 
     def proceed(self) -> Iterator[str]:
         """Continue an answer that was cut off. PromptError if there is none."""
         self.check_here("/continue")
         if self.conversation.messages and self.conversation.messages[-1].finish == "stop":
             raise PromptError("nothing to continue: the answer is complete; /regen answers anew")
-        return self._answer(self.conversation.extend())
+        return self._answer(self.conversation.extend(), "then /continue goes on")
 
     @property
     def served(self) -> bool:
@@ -187,8 +195,8 @@ class Talk:
         """Tokens in the context."""
         return len(self.session.ids)
 
-    def _answer(self, answer: Answer) -> Iterator[str]:
-        """Yields text, which becomes the assistant's turn even if the caller stops early."""
+    def _answer(self, answer: Answer, then: str = THEN) -> Iterator[str]:
+        """Yields text, which becomes the assistant's turn even if the caller stops early. `then`: advice for when there is room."""
         self.reason = None
         said, messages = answer.text, self._messages()
         definitions = self._box.definitions if self._box else ()
@@ -196,7 +204,7 @@ class Talk:
         ids = self.model.prompt_ids(messages[: -1 if said else None], tools=definitions)
         if not self.served:
             ids = ids + begun
-            self._check_room(len(ids))
+            self._check_room(len(ids), then)
         reason, limits = None, (self.options.max_tokens, self.options.stop or ())
         if self._box and not said:
             pieces = answer_with_tools(self.model, self.session, self.sampler, messages, self._box, *limits)
@@ -239,7 +247,7 @@ class Talk:
         self._views[picture.digest.hex()] = view
         return view
 
-    def _check_room(self, n: int) -> None:
+    def _check_room(self, n: int, then: str) -> None:
         ctx = self.session.ctx
         if n <= ctx:
             return
@@ -247,7 +255,7 @@ class Talk:
         if sum(m.role == "user" for m in self.conversation.messages[self.conversation.start :]) > 1:
             raise ContextFullError(
                 f"the conversation has {n} tokens with this question, the context holds {ctx}: /undo or /clear makes room, "
-                f"/drop forgets the oldest turn, {larger}; then /regen answers"
+                f"/drop forgets the oldest turn, {larger}; {then}"
             )
         raise ContextFullError(f"this question alone has {n} tokens, the context holds {ctx}: shorten it, or {larger}")
 
