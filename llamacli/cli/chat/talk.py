@@ -196,7 +196,7 @@ class Talk:
         return len(self.session.ids)
 
     def _answer(self, answer: Answer, then: str = THEN) -> Iterator[str]:
-        """Yields text, which becomes the assistant's turn even if the caller stops early. `then`: advice for when there is room."""
+        """Yields text, which becomes the assistant's turn even if the caller stops early. `then`: advice once there is room."""
         self.reason = None
         said, messages = answer.text, self._messages()
         definitions = self._box.definitions if self._box else ()
