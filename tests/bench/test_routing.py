@@ -113,7 +113,7 @@ def test_no_file_is_overwritten(tmp_path, config):
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_a_model_without_experts_has_nothing_to_log(tmp_path):
+def test_a_model_without_experts_is_refused(tmp_path):
     with pytest.raises(UsageError, match="with experts"):
         RoutingLog(tmp_path / "r.log", "m", SimpleNamespace(n_layers=2, is_moe=lambda i: False))
     assert not (tmp_path / "r.log").exists()
@@ -233,7 +233,7 @@ def test_a_run_writes_a_log_that_inspect_draws(tmp_path, capfd):
         (["--plot", "x.png", "model.gguf"], 2, "--routing LOG"),
     ],
 )
-def test_what_inspect_cannot_draw_is_one_line(capfd, args, code, words):
+def test_what_inspect_cannot_draw_is_refused_in_one_line(capfd, args, code, words):
     assert main(["inspect", *args]) == code
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)

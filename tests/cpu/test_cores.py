@@ -118,7 +118,7 @@ def test_conversion_uses_hardware_threads_and_slow_cores_too(linux):
     assert usable_cpus(linux(4, siblings=["0-1", "0-1", "2", "3"], fast="0-1")) == 4
 
 
-def test_a_system_that_says_nothing_has_as_many_cores_as_python_finds(monkeypatch, tmp_path):
+def test_a_system_that_reports_nothing_has_as_many_cores_as_python_finds(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "platform", "freebsd")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)

@@ -114,7 +114,7 @@ def test_experts_of_many_pieces_are_put_together_right(path, monkeypatch):
     assert np.array_equal(conversation(engine(path, 2)), conversation(engine(path, 0)))
 
 
-def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_path):
+def test_cached_experts_are_not_read_again_and_the_least_used_is_evicted_first(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
 
     def ask(*chosen):
@@ -124,18 +124,18 @@ def test_what_a_layer_holds_is_not_read_again_and_the_least_used_goes_first(tmp_
         return taken.hits, taken.misses
 
     assert [ask(0), ask(1), ask(0), ask(2), ask(0), ask(1)] == [(0, 1), (0, 1), (1, 0), (0, 1), (1, 0), (0, 1)]
-    assert ask(0, 1, 2, 3) == (2, 2)  # more than fit pass by ...
-    assert [ask(0), ask(1)] == [(1, 0), (1, 0)]  # ... and leave what is held
+    assert ask(0, 1, 2, 3) == (2, 2)  # experts beyond the slots go through the ring ...
+    assert [ask(0), ask(1)] == [(1, 0), (1, 0)]  # ... and evict nothing
     for _ in range(5):
         ask(0)
     assert [ask(2), ask(3), ask(0)] == [(0, 1), (0, 1), (1, 0)]  # used often, though not last
     for i in range(2 * experts.HALF_LIFE):
         ask(2 + i % 2)
     ask(1)
-    assert ask(0) == (0, 1)  # but not for ever
+    assert ask(0) == (0, 1)  # old uses decay
 
 
-def test_empty_slots_take_what_a_prompt_used_most(tmp_path):
+def test_empty_slots_take_the_experts_that_a_prompt_used_most(tmp_path):
     slots = engine(tiny_gguf(tmp_path / "model.gguf"), 2).stages[0].slots
     assert through(slots, 0, [2, 0, 2, 0, 3, 1]) == [0, 2, 1, 3] * 2  # what is not kept comes last
     slots.take_io_stats()
@@ -162,7 +162,7 @@ def test_a_long_prompt_reads_ahead_into_the_next_layer_and_drops_what_that_does_
     assert read_ahead(first, long) == {(second, e) for e in range(experts.RING)}  # the whole ring was free again
 
 
-def test_a_short_prompts_experts_stay_as_guessed(recorded):
+def test_experts_guessed_rightly_for_a_short_prompt_are_read_once(recorded):
     slots, begun = recorded(2)
     slots.prefetch(0, [3, 1])
     wanted = [(0, 1)] * 3 + [(0, 3)] * 3

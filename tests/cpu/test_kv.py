@@ -235,7 +235,7 @@ class TestSegments:
             assert cache.truncate(40) == 32
             cache.pos = 100  # as a session sets it, which does not know that somebody has gone back
 
-    def test_what_was_restored_from_blocks_is_gone_back_into_from_a_start(self, in_segments, whole):
+    def test_going_back_into_restored_blocks_reaches_the_start_of_a_segment(self, in_segments, whole):
         cache, copy = in_segments.new_cache(300), in_segments.new_cache(300)
         in_segments.forward(IDS[:128], cache)
         copy.reserve(128)

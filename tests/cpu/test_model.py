@@ -298,7 +298,7 @@ def test_an_interrupt_at_any_line_while_the_cache_grows_leaves_it_sound(tmp_path
         np.testing.assert_array_equal(model.forward(ids[250:254], cache), expected)
 
 
-def test_expert_sizes_without_expert_layers_cost_nothing(tmp_path):
+def test_expert_sizes_without_expert_layers_allocate_nothing(tmp_path):
     """A file that claims 4096 experts of a million rows, and has none, must not make the engine ask for their buffers."""
     path = tmp_path / "m.gguf"
     tiny.tiny_gguf(path, moe_step=2)

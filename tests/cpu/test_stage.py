@@ -63,7 +63,7 @@ def test_a_rows_logits_do_not_depend_on_how_many_rows_follow_it():
     head.close()
 
 
-def test_the_ends_are_stages_without_layers(tmp_path):
+def test_embedding_and_head_can_be_stages_without_layers(tmp_path):
     stages = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), cuts=(0, 4)).stages
     assert [list(stage.layers) for stage in stages] == [[], [0, 1, 2, 3], []]
 
@@ -254,11 +254,11 @@ def test_a_forked_child_gets_the_right_answer_or_an_error(experts, answer, held,
     assert done.stdout.strip().endswith(answer)
 
 
-def test_parts_that_an_interrupt_left_apart_agree_again(tmp_path):
+def test_parts_of_a_cache_agree_again_after_an_interrupt(tmp_path):
     model = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf"), cuts=(2,))
     cache, ids = model.new_cache(32), list(range(12))
     model.forward(ids[:10], cache)
-    cache.parts[1].pos = 9  # one part had not yet been told of the last token
+    cache.parts[1].pos = 9  # the last token has not reached this part
     cache.agree()
     assert [part.pos for part in cache.parts] == [9, 9]
     expected = model.forward(ids, model.new_cache(32))
@@ -291,12 +291,12 @@ def test_an_interrupt_from_another_thread_ends_the_call_and_harms_nothing(at, sl
     )
 
 
-def test_an_interrupt_at_any_time_leaves_right_sums_behind(tmp_path):
-    """From a thread of its own, while products are under way: whatever was skipped, the next call is right to the byte."""
+def test_after_an_interrupt_at_any_time_the_next_call_is_right(tmp_path):
+    """The interrupts come from another thread while products are computed. The next call gives the same bytes."""
     model, ids = engine(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=4096)), [i % 250 for i in range(1500)]
     expected = model.forward(ids, model.new_cache(2048))
     model.follow_progress = lambda done, total: model.interrupt()
-    with pytest.raises(KeyboardInterrupt):  # once for certain: the others may come too late on a busy machine
+    with pytest.raises(KeyboardInterrupt):  # this one always interrupts; those below may come too late on a busy machine
         model.forward(ids, model.new_cache(2048))
     model.follow_progress = None
     for delay in np.linspace(0, 0.05, 12):

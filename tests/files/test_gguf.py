@@ -145,7 +145,7 @@ class TestSoundFiles:
         assert [metadata.typed(key) for key in ("author", "mark", "w")] == [b"Jos\xe9", "\ufffd", [b"a", words[1]]]
 
     @pytest.mark.parametrize("block", [1, 7, 64, 1000])
-    def test_where_a_block_of_the_header_ends_changes_nothing(self, opened, monkeypatch, block):
+    def test_the_size_of_the_blocks_read_does_not_change_the_header(self, opened, monkeypatch, block):
         expected = opened(SOUND)
         monkeypatch.setattr(gguf_module, "_BLOCK", block)
         found = opened(SOUND)

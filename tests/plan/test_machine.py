@@ -42,7 +42,7 @@ def test_a_cgroup_of_version_2_leaves_its_limit_less_what_it_holds_files_not_cou
     assert memory_free(tmp_path) == 1_700_000_000
 
 
-def test_a_cgroup_of_version_1_too(linux, tmp_path):
+def test_a_cgroup_of_version_1_leaves_its_limit_less_what_it_holds(linux, tmp_path):
     linux("proc/self/cgroup", "5:cpu:/\n4:memory:/job\n0::/\n")
     group(linux, "sys/fs/cgroup/memory/job", 2_500_000_000, 2_000_000_000, active=100_000_000, v1=True)
     assert memory_free(tmp_path) == 600_000_000
@@ -150,7 +150,7 @@ def test_resident_memory_counts_the_touched_pages_of_a_mapped_file(tmp_path):
     assert grown("held = np.memmap(sys.argv[1], np.uint8, 'r'); held[::4096].sum()", tmp_path / "file") > 32 << 20
 
 
-def test_unknown_memory_is_not_said_to_be_none(monkeypatch):
+def test_unknown_memory_is_not_shown_as_zero(monkeypatch):
     assert machine.resident_words().endswith(" GB resident")
     monkeypatch.setattr(machine, "resident", lambda: 0)
     assert machine.resident_words() == "resident memory unknown here"
@@ -162,7 +162,7 @@ def test_the_disk_is_measured_on_a_file_of_some_pieces_and_within_the_time(tmp_p
     assert speed is None or 1e6 < speed < 1e12  # None: a file system without direct reads
 
 
-def test_a_file_that_is_small_or_missing_says_nothing_about_the_disk(tmp_path):
+def test_a_file_that_is_small_or_missing_gives_no_speed_of_the_disk(tmp_path):
     (tmp_path / "small").write_bytes(bytes(8 << 20))
     assert disk_read_speed(tmp_path / "small") is None
     assert disk_read_speed(tmp_path / "missing") is None

@@ -94,7 +94,7 @@ def test_slots_fill_the_memory_and_stay_within_it(scout, memory):
     assert p.read_per_token == pytest.approx(p.miss * 3.3974e9, rel=1e-3)
 
 
-def test_what_is_left_is_one_slot_more_for_some_layers(scout):
+def test_memory_left_over_gives_some_layers_one_slot_more(scout):
     config, sizes = scout
     p = place(config, sizes, 32 * GB, 8192)
     more = place(config, sizes, 32 * GB + sizes.one_per_layer // 2, 8192)
@@ -130,14 +130,14 @@ def test_keys_and_values_of_chunked_layers_stop_at_a_chunk(scout):
     assert place(config, sizes, 128 * GB, 1 << 20).kv == per_layer * (36 * 8192 + 12 * (1 << 20))
 
 
-def test_tokens_bring_in_rows_of_the_embedding_and_what_is_around_them(scout):
+def test_tokens_make_their_rows_of_the_embedding_and_the_pages_around_them_resident(scout):
     config, sizes = scout
     p = place(config, sizes, 32 * GB, 1 << 18)
     assert p.rows == p.batch * (5120 * 210 // 256 + 65536)
     assert place(config, sizes, 128 * GB, 8192).rows == 0  # it is resident with all else
 
 
-def test_what_does_not_fit_is_refused_with_what_is_needed_and_a_context_that_fits(scout):
+def test_what_does_not_fit_is_refused_with_the_memory_needed_and_a_context_that_fits(scout):
     config, sizes = scout
     with pytest.raises(MemoryLimitError) as refusal:
         place(config, sizes, 24 * GB, 1 << 20, name="scout.gguf")
@@ -231,7 +231,7 @@ def test_a_model_that_uses_two_experts_needs_two_slots(scout):
         place(two, sizes, memory, 8192)
 
 
-def test_slots_may_be_wanted_where_all_would_fit(scout):
+def test_slots_can_be_asked_for_where_all_experts_would_fit(scout):
     p = place(*scout, 128 * GB, 8192, slots=True)
     assert (p.mode, p.slots, p.miss) == ("slots", 16, 0)
 
@@ -270,7 +270,7 @@ def test_at_load_the_engine_is_told_slots_and_batch(tmp_path, experts, memory, s
         assert plan_residency(gguf, config, 64, 1, memory, experts)[:2] == (slots, 2048)
 
 
-def test_types_that_become_half_precision_are_planned_so_at_load(tmp_path, monkeypatch, no_other_model):
+def test_types_that_become_half_precision_are_planned_in_half_precision_at_load(tmp_path, monkeypatch, no_other_model):
     """A file of 3.4 bits a weight that fits as it lies there does not as float16: it is refused before it fills the memory."""
     wide = {"n_embd": 256, "n_ff_exp": 256, "heads": 8, "head_dim": 32, "experts": 16}
     path = tiny_gguf(tmp_path / "tiny.gguf", types=lambda name: "IQ3_S" if "_exps" in name else "F32", **wide)

@@ -1,4 +1,4 @@
-"""Fixtures of this room: a checkpoint of Scout's shape, and the bytes of its conversion to Q8_0."""
+"""Fixtures of these tests: a checkpoint of Scout's shape, and the bytes of its conversion to Q8_0."""
 
 import checkpoint
 import pytest

@@ -1,4 +1,4 @@
-"""Conversions as several tests of this room need them.
+"""Conversions that several test files need.
 
 In: a checkpoint's folder, its weights, a change. Out: a GGUF, every tensor of it held against gguf-py,
 or the line of a refusal. Also one that was interrupted, and what it left.
@@ -37,7 +37,7 @@ TOP_NAMES = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "ou
 
 
 def wanted(weights):
-    """What the GGUF must hold, as float32 by its names: written down once more, in plain NumPy."""
+    """What the GGUF must hold, as float32 by its names: computed independently, in plain NumPy."""
     found = {}
     for name, x in weights.items():
         if name in TOP_NAMES:

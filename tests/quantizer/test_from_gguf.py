@@ -56,7 +56,7 @@ def test_a_quantized_gguf_is_read_back_with_a_notice(scout, tmp_path):
 
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
-def test_what_has_its_type_already_keeps_its_bytes_and_is_measured_all_the_same(scout, tmp_path, type_name):
+def test_tensors_that_have_their_type_already_keep_their_bytes_and_are_measured(scout, tmp_path, type_name):
     source, _ = made(*scout, type_name)
     report = convert(source.path, tmp_path / "copy.gguf", type_name)
     copy = open_gguf(tmp_path / "copy.gguf")

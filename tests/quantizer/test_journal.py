@@ -303,7 +303,7 @@ def test_neither_part_of_a_split_source_is_written_over(folder, whole, tmp_path)
             convert(files[0], file, "Q8_0", force=True)
 
 
-def test_an_output_among_the_sources_files_is_taken_up_too(tmp_path):
+def test_a_stopped_conversion_into_the_sources_folder_continues(tmp_path):
     source = tmp_path / "hf"
     checkpoint.write(source)
     (source / "dead").symlink_to("nowhere")

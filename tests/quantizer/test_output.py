@@ -67,8 +67,8 @@ def test_too_little_room_is_found_before_anything_is_written(scout, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_that_never_says_how_much_room_it_has_is_written_to(scout, tmp_path, monkeypatch):
-    """Some FUSE file systems always report none."""
+def test_a_file_system_that_reports_no_free_room_is_written_to(scout, tmp_path, monkeypatch):
+    """Some FUSE file systems always report 0 bytes."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
     assert convert(scout[0], tmp_path / "out.gguf", "F32")["written"]
 

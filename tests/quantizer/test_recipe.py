@@ -37,7 +37,7 @@ def test_every_recipe_but_our_own_and_f32_is_held_against_llama_quantize():
     assert all(set(golden) >= set(RECIPES) for golden in GOLDEN.values())
 
 
-def test_the_order_of_tensors_stays_and_decides_nothing():
+def test_the_order_of_tensors_is_kept_and_does_not_change_types():
     backwards = dict(reversed(SCOUT.items()))
     assert list(chosen("Q4_K_M", backwards)) == list(backwards)
     assert chosen("Q4_K_M", backwards) == chosen("Q4_K_M")
@@ -87,7 +87,7 @@ def test_q4_experts_says_its_name_in_the_file():
 
 
 @pytest.mark.parametrize("name", module.RECIPES)
-def test_rows_norms_and_routers_stay_f32_whatever_is_said(name):
+def test_vectors_norms_and_routers_stay_f32_against_any_override(name):
     types = chosen(name, SCOUT | {"rope_freqs.weight": (64,)}, [(".", "Q8_0")])
     full = {tensor for tensor, kind in types.items() if kind == "F32"}
     assert full == {tensor for tensor in types if "norm" in tensor or "ffn_gate_inp" in tensor or "rope_freqs" in tensor}
@@ -114,7 +114,7 @@ def test_the_docs_show_the_same_table():
 # --- rows that are no whole blocks
 
 
-def test_rows_of_no_256_get_a_type_of_32s_and_a_notice_says_so():
+def test_rows_that_are_no_multiple_of_256_get_a_type_in_blocks_of_32_with_a_notice():
     tensors = {"blk.0.ffn_up.weight": (8, 96), "blk.0.ffn_gate.weight": (8, 96), "blk.0.attn_q.weight": (8, 256)}
     types, notices = choose_types(find_recipe("Q4_K_S"), tensors)
     assert [kind.name for kind in types.values()] == ["Q5_0", "Q5_0", "Q4_K"]
@@ -122,7 +122,7 @@ def test_rows_of_no_256_get_a_type_of_32s_and_a_notice_says_so():
     assert "2 tensors are Q5_0 instead of Q4_K, their rows are not a multiple of 256: blk.0.ffn_up.weight first" in notices[0]
 
 
-def test_rows_of_no_32_stay_f16():
+def test_rows_that_are_no_multiple_of_32_stay_f16():
     types, notices = choose_types(find_recipe("Q6_K"), {"blk.0.ffn_up.weight": (8, 40)})
     assert types["blk.0.ffn_up.weight"].name == "F16"
     assert "F16 instead of Q6_K" in notices[0]
@@ -185,6 +185,6 @@ def test_a_type_that_no_tensor_can_be_written_in_is_a_usage_error(kind):
 
 
 @pytest.mark.parametrize("tensors", [{}, {"blk.0.attn_q.weight": (4,)}, {"blk." + "9" * 5000 + ".attn_q.weight": (2, 32)}])
-def test_odd_sets_of_tensors_make_no_trouble(tensors):
+def test_every_recipe_gives_types_for_unusual_sets_of_tensors(tensors):
     for name in module.RECIPES:
         assert chosen(name, tensors).keys() == tensors.keys()

@@ -98,7 +98,7 @@ def test_fp8_that_is_no_number_is_found(tmp_path, bad):
         convert(tmp_path / "hf", tmp_path / "out.gguf", "F32")
 
 
-def test_a_tiktoken_file_says_what_tokenizer_json_says(tmp_path):
+def test_a_tiktoken_file_gives_the_same_vocabulary_as_tokenizer_json(tmp_path):
     """Merges are all pairs of tokens that make a token, so they include the merges of the training."""
     checkpoint.write(tmp_path / "hf", vocab_size=400)
     convert(tmp_path / "hf", tmp_path / "json.gguf", "F32")

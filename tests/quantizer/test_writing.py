@@ -53,7 +53,7 @@ def attempt(files, data, made=None, skipped=None, chunks=None, force=False):
 @given(
     st.integers(0, 99), st.integers(0, 20), st.sampled_from(["part", "log", "cut part", "cut log", None]), st.floats(0, 0.999)
 )
-def test_whatever_is_damaged_where_the_files_come_out_right(seed, chunks, damaged, place):
+def test_after_damage_at_any_place_the_files_are_complete(seed, chunks, damaged, place):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, data, expected = job(folder, seed)
@@ -249,7 +249,9 @@ def test_a_file_system_without_full_sync_is_synced_as_it_can_be(tmp_path, monkey
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_a_disk_that_fails_while_later_tensors_are_made_is_said_and_the_same_command_goes_on(tmp_path, monkeypatch, failing):
+def test_a_disk_that_fails_while_later_tensors_are_made_is_reported_and_the_command_can_continue(
+    tmp_path, monkeypatch, failing
+):
     monkeypatch.setattr(journal, "SYNC", 1)  # each tensor begins to be synced when it is finished
     calls, real = [], os.fsync
 
