@@ -1,9 +1,9 @@
-"""What rendering a chat template may cost: a budget of units, and the price of each operation in advance.
+"""Limits the cost of rendering a chat template: a budget of units, and the price of each operation before it runs.
 
-In: values that a template holds. Out: `spend` takes units from the budget of the rendering in progress and raises `TooMuch`
-once it is used up. A unit is about one character touched, or 10 nanoseconds. The budget grows with the messages, so a long
-conversation may cost more. Prices bound the time and the memory of an operation before it runs; they are upper bounds, not
-measurements, so the same template and messages are refused or not on any machine.
+In: values of a template. Out: `spend` takes units from the budget of the rendering in progress and raises `TooMuch` when it is
+used up. A unit is about one character touched, or 10 nanoseconds. The budget grows with the messages, so a long conversation
+may cost more. Prices bound the time and the memory of an operation before it runs; they are upper bounds, not measurements, so
+the same template and messages are refused or not on any machine.
 """
 
 import re
@@ -18,7 +18,7 @@ from llamacli.errors import PromptError
 STEP = 128  # units of a call, or of a pass of a loop
 NODE = 32  # units of an item in a list or dictionary
 _BASE = 1 << 25  # units that any template may spend: a quarter of a million steps, some two seconds
-_PER_UNIT = 64  # units more for each unit of the variables
+_PER_UNIT = 64  # further units for each unit of the variables
 _LONGEST = 1 << 20  # characters of the result
 
 _left: ContextVar[list[int]] = ContextVar("left")
@@ -34,7 +34,9 @@ class TooMuch(PromptError):
 
 @contextmanager
 def budget(variables: dict) -> Iterator[int]:
-    """A budget for one rendering with these variables, in this thread; gives the most characters that may come out."""
+    """A context with a budget for one rendering with these variables, in this thread; gives the most characters of the
+    result.
+    """
     token = _left.set([1 << 62])
     try:
         size = weigh(variables)
@@ -55,7 +57,7 @@ def spend(units: int) -> None:
 def weigh(value) -> int:
     """The size of a value as text: characters, and a little for each item; shared parts count as often as they appear.
 
-    TooMuch once it passes what is left of the budget, as nests of lists that hold themselves would for ever.
+    TooMuch once it exceeds the rest of the budget, as a list that contains itself always does.
     """
     if isinstance(value, str):
         return len(value)
@@ -84,7 +86,7 @@ def weigh(value) -> int:
 
 
 def charged(value):
-    """`value`, charged by its own length: what an operation made."""
+    """Charge the result of an operation by its length, and return it."""
     if isinstance(value, str):
         spend(len(value))
     elif isinstance(value, list | tuple | dict):
@@ -93,7 +95,7 @@ def charged(value):
 
 
 def price(name: str, subject, args: tuple, kwargs: dict) -> int:
-    """Units of a method or a filter whose result may be larger than what it is given."""
+    """Units of a method or a filter whose result may be larger than its arguments."""
     values = [*args, *kwargs.values()]
     numbers = sum(abs(value) for value in values if isinstance(value, int))
     texts = sum(len(value) for value in values if isinstance(value, str))
@@ -116,7 +118,7 @@ def price(name: str, subject, args: tuple, kwargs: dict) -> int:
         case "round":
             return numbers * numbers
         case "sum" if any(isinstance(value, list | tuple) for value in values):
-            raise TooMuch  # a sum of lists copies each of them once for each other
+            raise TooMuch  # a sum of lists copies each list once for each later one
         case "format":
             return format_price(str(subject), (*args, *kwargs.values()))
         case "strip" | "lstrip" | "rstrip" | "trim" | "rsplit" | "rfind" | "rindex" | "rpartition":
@@ -139,7 +141,7 @@ def _indented(value, indent: int) -> int:
 
 
 def format_price(text: str, values: tuple) -> int:
-    """Units of text % values or text.format(values): the widths that the text names, and each value for each field."""
+    """Units of text % values or text.format(values): the widths in the text, and each value for each field."""
     widths = re.findall(r"\d+", text)
     if any(len(width) > 8 for width in widths):
         raise TooMuch

@@ -1,10 +1,10 @@
-"""Tool calls in what the model says, in every dialect of Llama 4, whole and as the answer streams.
+"""Finds tool calls in an answer, in every dialect of Llama 4, complete or while it streams.
 
-In: an answer piece by piece; the tools' names with the names of their parameters. Out: `CallParser.push` gives the text that is
-surely no call, `calls` has the calls. What looks like a call is held back until it is one or cannot become one. A broken call,
-or one of a tool that nobody offered, is text, to the last character.
+In: an answer piece by piece; the tools' names with the names of their parameters. Out: `CallParser.push` returns the text that
+cannot belong to a call, `calls` has the calls. Text that may begin a call is held back until it is one or cannot become one. A
+malformed call, or one of an unknown tool, is text, without any change.
 
-The dialects, which Meta's page on Llama 4's prompt format and the templates of its checkpoints teach:
+The dialects, by Meta's page on Llama 4's prompt format and the templates of its checkpoints:
 
     {"name": "f", "parameters": {"a": 1}}       also in a list, after one another or separated by ";" or ","
     <|python_start|>...<|python_end|>           around any of these
@@ -30,7 +30,7 @@ _BETWEEN = re.compile(r"[\s;,]*")
 _TEXT = r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\""
 _TOKEN = re.compile(rf"{_TEXT}|[\[\](){{}}'\"]", re.DOTALL)
 _WORD = re.compile(r"[\[\s]{0,16}([A-Za-z_][\w.-]*)?(\s*\()?", re.ASCII)
-_JUST_BEGUN = 256  # characters of what is held up to which it is looked at with every piece
+_JUST_BEGUN = 256  # characters of held text up to which it is parsed after every piece
 
 
 def too_deep(value) -> bool:
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 
 class _More(Exception):
-    """It may become a call: more text decides."""
+    """The text may become a call; more text is needed."""
 
 
 def _no_number(word: str):
@@ -67,24 +67,24 @@ class CallParser:
     def __init__(self, tools: Mapping[str, Sequence[str]]):
         self.calls: list[Call] = []
         self._tools, self._held = tools, ""
-        self._after = self._final = False  # what was read last is a call; no more text will come
+        self._after = self._final = False  # the last parsed text is a call; no more text will come
         odd = sorted((name for name in tools if not name.replace(".", "_").isidentifier()), key=len, reverse=True)
-        self._aliases = {f"tool_{i}_": name for i, name in enumerate(odd)}  # Python could not read the names themselves
+        self._aliases = {f"tool_{i}_": name for i, name in enumerate(odd)}  # for names that Python's parser does not accept
         self._odd = re.compile(rf"({_TEXT})|(?<![\w.-])({'|'.join(map(re.escape, odd))})(?=\s*\()", re.DOTALL) if odd else None
 
     def push(self, text: str) -> str:
-        """Take a piece of the answer; returns what of it, and of what was held back, is text."""
+        """Add a piece of the answer; returns the part of it, and of the held text, that is text."""
         self._held += text
         if len(self._held) > _JUST_BEGUN and not any(sign in text for sign in "}])>"):
             return "" if self._begun() else self._read(False)
         return self._read(False)
 
     def close(self) -> str:
-        """The answer is over; returns the text that was still held back."""
+        """End the answer; returns the text that was still held back."""
         return self._read(True)
 
     def _begun(self) -> bool:
-        """Whether what is held begins like a call and is not too long for one."""
+        """Whether the held text begins like a call and is not too long for one."""
         return self._held[0] in "{[<" and len(self._held) < LONGEST
 
     def _read(self, final: bool) -> str:
@@ -116,7 +116,7 @@ class CallParser:
         return "".join(shown)
 
     def _between(self, at: int) -> int:
-        """Behind what separates calls, and behind the mark of their end."""
+        """The position after separators of calls and after their end mark."""
         while True:
             at = _BETWEEN.match(self._held, at).end()
             if self._held.startswith(END, at):
@@ -127,8 +127,8 @@ class CallParser:
                 return at
 
     def _calls(self, at: int) -> tuple[list[Call], int] | None:
-        """The calls that begin at a bracket or a mark, and where they end; no calls: it is text up to there; None: it is text
-        for a character at least. _More if it is not yet clear.
+        """The calls that begin at a bracket or a mark, and their end. Without calls, it is text up to there; None: at least the
+        first character is text. _More if it is not yet clear.
         """
         text = self._held
         if text[at] == "{":
@@ -145,18 +145,18 @@ class CallParser:
         return None
 
     def _skip(self, at: int) -> int:
-        """The next character that is no space; _More if there is none."""
+        """The position of the next character that is not a space; _More if there is none."""
         at = _SPACE.match(self._held, at).end()
         if at == len(self._held):
             raise _More
         return at
 
     def _marked(self, at: int) -> tuple[list[Call], int] | None:
-        """One call or more between the marks of Python."""
+        """One or more calls between the Python marks."""
         calls: list[Call] = []
         while True:
             if calls and self._final and _SPACE.match(self._held, at).end() == len(self._held):
-                return calls, at  # the token that ends the answer took the mark's place
+                return calls, at  # the answer ended in place of the end mark
             at = self._skip(at)
             if calls and self._held.startswith(END, at):
                 return calls, at + len(END)
@@ -169,7 +169,7 @@ class CallParser:
             at = _BETWEEN.match(self._held, found[1]).end()
 
     def _function(self, at: int) -> tuple[list[Call], int] | None:
-        """<function=NAME>{...}</function>, behind the first sign of equality."""
+        """<function=NAME>{...}</function>, from the position after the equals sign."""
         text = self._held
         end = text.find(">", at, at + 200)
         if end < 0:
@@ -217,13 +217,13 @@ class CallParser:
         return (calls if all(calls) else [], end) if end > at else None
 
     def _decoded(self, at: int) -> tuple[object, int]:
-        """The JSON value at `at`, and where it ends; (None, ...) if it is broken. _More if it is not whole."""
+        """The JSON value at `at`, and its end; (None, ...) if it is malformed. _More if it is incomplete."""
         try:
             return _JSON.raw_decode(self._held, at)
         except json.JSONDecodeError as error:
             if error.msg.startswith("Unterminated string") or len(self._held) - error.pos < 8:
                 raise _More from None
-        except (ValueError, RecursionError):  # NaN, a number of thousands of digits
+        except (ValueError, RecursionError):  # NaN, or a number of thousands of digits
             pass
         return None, at
 
@@ -249,7 +249,7 @@ class CallParser:
     # as Python
 
     def _python(self, at: int) -> tuple[list[Call], int] | None:
-        """A call, or a list of them, as Python writes it."""
+        """A call, or a list of calls, in Python's syntax."""
         word = _WORD.match(self._held, at)
         name, opened = word[1] or "", word[2]
         if not opened:
@@ -263,11 +263,11 @@ class CallParser:
         return calls and (calls, end)
 
     def _closing(self, at: int) -> int:
-        """Behind the bracket that closes the first one; _More if there is none yet."""
+        """The position after the bracket that closes the first one; _More if there is none yet."""
         depth = 0
         for token in _TOKEN.finditer(self._held, at):
             sign = token[0]
-            if sign in ("'", '"'):  # of a text that is not whole
+            if sign in ("'", '"'):  # the text is incomplete
                 break
             depth += (sign in ("(", "[", "{")) - (sign in (")", "]", "}"))
             if depth == 0 and len(sign) == 1:
@@ -280,14 +280,14 @@ class CallParser:
             source = self._odd.sub(lambda found: found[1] or alias[found[2]], source)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes that Python does not know
+                warnings.simplefilter("ignore")  # warnings about unknown escapes
                 tree = ast.parse(source.strip(), mode="eval").body
             return [self._called(node) for node in _flat(tree)] or None
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             return None
 
     def _called(self, node: ast.expr) -> Call:
-        """A call; ValueError if the node is none."""
+        """A call; ValueError if the node is not one."""
         if not isinstance(node, ast.Call):
             raise ValueError("no call")
         name = ast.unparse(node.func)
@@ -304,14 +304,14 @@ class CallParser:
 
 
 def _flat(node: ast.expr) -> list[ast.expr]:
-    """The members of lists in lists."""
+    """The members of nested lists."""
     if isinstance(node, ast.List | ast.Tuple):
         return [inner for each in node.elts for inner in _flat(each)]
     return [node]
 
 
 def _literal(node: ast.expr):
-    """The value of a literal as JSON has it; ValueError for anything else."""
+    """The JSON value of a literal; ValueError for anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str | int | float | None) and node.value != float("inf"):
         return node.value
     if isinstance(node, ast.Name) and node.id.lower() in ("true", "false", "null", "none"):

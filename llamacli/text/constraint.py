@@ -1,12 +1,11 @@
-"""An answer bound to a JSON schema, a grammar or a choice, by llguidance (the extra `schema`; imported only when asked for).
+"""Constrains an answer to a JSON schema, a grammar or a choice, by llguidance (the extra `schema`; imported only when needed).
 
 In: a tokenizer; a schema, a grammar (Lark, GBNF or a regular expression) or a list of texts. Out: a `Constraint` for `Sampler`:
-which tokens may come next, which must, and whether the answer is whole. llguidance walks a tree of the vocabulary's bytes
+which tokens may come next, which must, and whether the answer is complete. llguidance walks a tree of the vocabulary's bytes
 beside a parser of the grammar; a mask of 202,048 tokens takes it a tenth of a millisecond or less in JSON.
 
-Special tokens are none of an answer's text: a mask never has one, but for those that end an answer, and those only where the
-answer is whole. JSON comes on one line, spaced as json.dumps does: so most of what is no value is forced, and no answer goes on
-with spaces for ever.
+A mask never allows special tokens, except those that end an answer, when the answer is complete. JSON is written on one line,
+spaced as json.dumps does: so most tokens between values are forced, and an answer cannot continue with spaces without end.
 """
 
 import json
@@ -22,7 +21,7 @@ from llamacli.errors import LlamacliError, PromptError, UsageError
 from llamacli.text.schema import refusal, schema_text
 from llamacli.text.tokenizer import Tokenizer
 
-_STRICT = {  # json.dumps's way to write, and no keyword passed over
+_STRICT = {  # json.dumps's separators; no keyword is ignored
     **{"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
     **{"lenient": False, "coerce_one_of": False},
 }
@@ -42,7 +41,8 @@ def library():
 
 
 class Grammars:
-    """Grammars over one tokenizer's vocabulary. Making it takes a second for 202,048 tokens, a grammar some milliseconds.
+    """Compiles grammars for one tokenizer's vocabulary. Making it takes a second for 202,048 tokens, a grammar some
+    milliseconds.
 
     UsageError if llguidance is not installed, or if the vocabulary has no token that ends an answer.
     """
@@ -63,7 +63,7 @@ class Grammars:
         """A constraint by exactly one of a JSON schema, a grammar and texts to choose among.
 
         A grammar is Lark if it has a rule `start:`, GBNF if it has rules with `::=`, else a regular expression. UsageError for
-        none or several, and for one that cannot be enforced to the full.
+        none or several, and for one that cannot be enforced completely.
         """
         if sum(each is not None for each in (schema, grammar, choice)) != 1:
             raise UsageError("expected one of schema, grammar and choice, found none or several; they exclude each other")
@@ -104,7 +104,7 @@ class Grammars:
 
 
 class Constraint:
-    """What `Sampler` asks of a grammar (sampler.Constraint), for one answer after the other.
+    """A sampler.Constraint by a grammar, for one answer after the other.
 
     `seconds`: spent on masks and tokens of the present answer.
     """
@@ -116,7 +116,7 @@ class Constraint:
         self.seconds = 0.0
 
     def begin(self, begun: Sequence[int] = ()) -> None:
-        """Forget the answer so far: another one begins, of which `begun` is there already. PromptError if that does not fit."""
+        """Begin another answer, whose text so far is `begun`. PromptError if that does not fit the grammar."""
         self._matcher, self._count, self.seconds = self._fresh.deep_copy(), len(begun), 0.0
         if begun and not self._matcher.consume_tokens(list(begun)):
             raise PromptError("the answer so far does not fit what it is bound to: ask for a new one")
@@ -124,7 +124,7 @@ class Constraint:
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place.
 
-        LlamacliError if the grammar is too complex to go on.
+        LlamacliError if the grammar is too complex to continue.
         """
         began = perf_counter()
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
@@ -133,7 +133,7 @@ class Constraint:
         self.seconds += perf_counter() - began
 
     def accept(self, id: int) -> None:
-        """Take note of the token that was picked. LlamacliError for one that the mask forbids."""
+        """Advance by the token that was picked. LlamacliError for one that the mask forbids."""
         began = perf_counter()
         self._matcher.consume_token(id)
         self._check()
@@ -141,7 +141,7 @@ class Constraint:
         self.seconds += perf_counter() - began
 
     def forced(self) -> list[int]:
-        """The ids that must come next whatever the model says, and take note of them."""
+        """Advance by the ids that must come next whatever the logits, and return them."""
         began = perf_counter()
         ids = self._matcher.compute_ff_tokens()
         if ids:
@@ -153,7 +153,7 @@ class Constraint:
 
     @property
     def over(self) -> bool:
-        """Whether the answer is whole and nothing may follow."""
+        """Whether the answer is complete and nothing may follow."""
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
@@ -163,7 +163,7 @@ class Constraint:
 
 
 class _Words:
-    """A tokenizer as llguidance asks for it."""
+    """A tokenizer in the form that llguidance needs."""
 
     def __init__(self, tokenizer: Tokenizer, eos: int):
         self._encode = tokenizer.encode
@@ -175,7 +175,7 @@ class _Words:
 
 
 def _choice_text(choice: Sequence[str]) -> str:
-    """The Lark grammar of texts to choose among: one terminal; the time for rules grows with the square of their number."""
+    """The Lark grammar of a choice: one terminal, since the time for rules grows with the square of their number."""
     if isinstance(choice, str) or not choice or not all(isinstance(each, str) and each for each in choice):
         raise UsageError(f"choice: expected texts to choose among, none of them empty, found {choice!r:.80}")
     return "start: TEXT\nTEXT: " + " | ".join(map(json.dumps, dict.fromkeys(choice)))

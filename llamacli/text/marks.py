@@ -1,9 +1,9 @@
-"""Which characters of a rendered prompt the template wrote: only these may become special tokens.
+"""Marks the characters of a rendered prompt that the template wrote: only these may become special tokens.
 
-In: the special tokens' names. Out: `Marks`. `mark` swaps the first character of a name, or of what may become one when more is
-written after it ("<|" + role + "|>"), for a stand-in that occurs nowhere else. The template's own strings are marked, and what
-comes from messages is not. `split` makes tokens of marked names only; `plain` gives the characters back. Stand-ins are
-characters of Unicode's private use areas, one for each first character, so lengths and slices stay as they were.
+In: the special tokens' names. Out: `Marks`. `mark` replaces the first character of a name, or of a text that may become one
+("<|" + role + "|>"), by a stand-in that occurs nowhere else. The template's own strings are marked, text of messages is not.
+`split` makes tokens of marked names only; `plain` restores the characters. Stand-ins are characters of Unicode's private use
+areas, one for each first character, so lengths and slices stay as they were.
 """
 
 import re
@@ -19,7 +19,7 @@ _PRIVATE_CHARACTER = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\
 
 
 def marks(names: Names, texts: Iterable[str]) -> "Marks":
-    """Marks for `names` whose stand-ins occur in none of `texts`; the same object for the same choice of stand-ins."""
+    """Marks for `names` with stand-ins that occur in none of `texts`; the same object for the same stand-ins."""
     firsts = {name[0] for name in names.ids}
     taken = set().union(*(_PRIVATE_CHARACTER.findall(text) for text in chain(texts, names.ids)))
     free = (character for character in map(chr, chain(*_PRIVATE)) if character not in taken)
@@ -35,14 +35,14 @@ def _marks(names: Names, stand_ins: str) -> "Marks":
 
 
 class Marks:
-    """See the module. `stand_ins`: as many characters as the names have first ones, and one more."""
+    """See the module. `stand_ins`: one character for each first character of names, and one more."""
 
     def __init__(self, names: Names, stand_ins: str):
         self._names, self._wall = names, stand_ins[0]
         self._stand_in = dict(zip(sorted({name[0] for name in names.ids}), stand_ins[1:], strict=True))
         self._back = {ord(code): first for first, code in self._stand_in.items()} | {ord(self._wall): ""}
         self._pattern = re.compile(f"[{re.escape(stand_ins[1:])}]") if self._stand_in else None
-        # "<|" alone is marked: the rest of a name may follow. Where names begin with a letter, only whole names are.
+        # "<|" alone is marked, since the rest of a name may follow. If names begin with a letter, only whole names are marked.
         self._heads = {name[:2] for name in names.ids if len(name) > 2 and not name[0].isalnum()}
 
     def mark(self, text: str, names: Names | None = None) -> str:
@@ -66,11 +66,13 @@ class Marks:
         return text.translate(self._back) if self.marked(text) else text
 
     def split(self, text: str) -> Iterator[str | int]:
-        """The text cut at marked names: these as ids, what is between them plain, neighbours joined, nothing empty."""
+        """The text split at marked names: these as ids, the text between them without marks, adjacent texts joined, nothing
+        empty.
+        """
         if not self.marked(text):
             yield from filter(None, [text])
             return
-        walled = self._pattern.sub(lambda match: self._wall + match[0], text)  # no name is found across a wall
+        walled = self._pattern.sub(lambda match: self._wall + match[0], text)  # no name is found across the separator
         shown = "".join(walled).translate({code: first for code, first in self._back.items() if first})
         done = 0
         for start, end, id in self._names.find(shown):

@@ -2,10 +2,10 @@
 
 In: float32 logits [n_vocab] and the ids so far. Out: one id.
 
-First logit biases are added and hidden and masked tokens taken out. Then come the steps of `samplers` (samplers.py), by default
-penalties, dry, temperature, top_n_sigma, top_k, typ_p, top_p, min_p, xtc; those that are off cost nothing. With mirostat, it
-stands in place of all steps that choose tokens. Last comes a draw from what is left. At temp 0 the largest logit is taken after
-the penalties. A vocabulary of 202,048 costs 0.2 milliseconds, 0.7 where a model thinks everything possible.
+First logit biases are added, and hidden and masked tokens removed. Then follow the steps of `samplers` (samplers.py), by
+default penalties, dry, temperature, top_n_sigma, top_k, typ_p, top_p, min_p, xtc; steps that are off cost nothing. Mirostat
+replaces all steps that select tokens. Last, a token is drawn from the rest. At temp 0 the largest logit is taken after the
+penalties. A vocabulary of 202,048 costs 0.2 milliseconds, 0.7 with nearly uniform probabilities.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,43 +20,43 @@ from llamacli.text import samplers as steps
 from llamacli.text.samplers import Candidates
 from llamacli.text.settings import DEFAULT_ORDER, SETTINGS, checked
 
-_NOTHING = 30  # a logit so many temperatures below the best has a weight of e^-30, a whole vocabulary of them 2e-8
-_LOGIT_LIMIT = 1e30  # of a bias that is finite
+_NOTHING = 30  # a logit this many temperatures below the best has a weight of e^-30, a whole vocabulary of them 2e-8
+_LOGIT_LIMIT = 1e30  # the largest finite bias
 _CHANGES = ("penalties", "dry")  # steps after which an unlikely token may be a likely one
-_PLAIN = ("temperature", "top_p", "min_p")  # steps, in this order, for which a few passes over all weights suffice
+_PLAIN = ("temperature", "top_p", "min_p")  # the steps that a few passes over all weights can do, in this order
 
 
 class Constraint(Protocol):
-    """What a grammar must offer to `Sampler` (constraint.py)."""
+    """The interface of a grammar for `Sampler` (constraint.py)."""
 
-    over: bool  # the answer is whole, and nothing may follow
+    over: bool  # the answer is complete, and nothing may follow
 
     def begin(self, begun: Sequence[int]) -> None:
-        """Forget the answer so far: another one begins, of which `begun` is there already."""
+        """Begin another answer, whose text so far is `begun`."""
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place."""
 
     def accept(self, id: int) -> None:
-        """Take note of the token that was picked."""
+        """Advance by the token that was picked."""
 
     def forced(self) -> list[int]:
-        """The ids that must come next whatever the model says, and take note of them."""
+        """Advance by the ids that must come next whatever the logits, and return them."""
 
 
 class Sampler:
-    """How to pick. The same seed and the same logits give the same ids; `seed` None is a new draw each time.
+    """Picks tokens. The same seed and the same logits give the same ids; `seed` None: a random seed.
 
     Settings are keywords with the names of `settings.SETTINGS`, which holds defaults and ranges. `temp` 0 is greedy. Off are:
     top_k 0, top_p 1, min_p 0, typical_p 1, top_n_sigma 0, repeat_penalty 1, presence_penalty and frequency_penalty 0,
     dry_multiplier 0, xtc_probability 0, dynatemp_range 0. `repeat_last_n` and `dry_penalty_last_n` count tokens, -1 means all.
 
-    `mirostat`: 0 or 2. `dry_breakers`: ids that end a repetition. `logit_bias`: id to what is added to its logit, -inf bans it.
-    `samplers`: the order of the steps, names as in `DEFAULT_ORDER`; a step that is not named is off. `hidden_ids` are never
+    `mirostat`: 0 or 2. `dry_breakers`: ids that end a repetition. `logit_bias`: id to the number added to its logit; -inf bans
+    it. `samplers`: the order of the steps, names as in `DEFAULT_ORDER`; a step that is not named is off. `hidden_ids` are never
     picked; ids past the logits are ignored. `logprobs`: after each pick, `chosen` holds the logarithm of the model's own
     probability for the token and a list of the likeliest, (id, logarithm). `constraint`: see `Constraint`.
 
-    UsageError for a setting without sense.
+    UsageError for an invalid setting.
     """
 
     def __init__(
@@ -96,24 +96,26 @@ class Sampler:
         self._temp = self.settings["temp"] if "temperature" in self.order else 1.0
 
     def begin(self, begun: Sequence[int] = ()) -> list[int]:
-        """Another answer begins, with `begun`. Returns the ids that must come next, none without a constraint."""
+        """Begin another answer, whose text so far is `begun`. Returns the ids that must come next, none without a
+        constraint.
+        """
         if self.constraint is None:
             return []
         self.constraint.begin(begun)
         return self.constraint.forced()
 
     def next_ids(self, logits: np.ndarray, history: Sequence[int] = ()) -> list[int]:
-        """The next id as `pick` finds it, and those that a constraint forces to follow it."""
+        """The next id by `pick`, and the ids that a constraint forces after it."""
         id = self.pick(logits, history)
         return [id] if self.constraint is None else [id, *self.constraint.forced()]
 
     @property
     def over(self) -> bool:
-        """Whether a constraint lets nothing follow what came so far."""
+        """Whether a constraint allows no further token."""
         return self.constraint is not None and self.constraint.over
 
     def pick(self, logits: np.ndarray, history: Sequence[int] = ()) -> int:
-        """The next id. `logits` are left as they are; `history` counts for the penalties.
+        """The next id. `logits` are not changed; `history`: the ids for the penalties.
 
         LlamacliError if a logit is NaN or none is left: a silent guess would hide a damaged model.
         """
@@ -139,12 +141,12 @@ class Sampler:
         return candidates
 
     def _changed(self, logits: np.ndarray, history: Sequence[int]) -> tuple[Candidates, tuple[str, ...]]:
-        """All tokens after the steps that may make an unlikely one likely, and the steps that are left; the best token alone,
-        and no steps, if nothing else can be drawn.
+        """All tokens after the steps that can make an unlikely token likely, and the remaining steps; only the best token, and
+        no steps, if nothing else can be drawn.
         """
         candidates = Candidates(self._prepared(logits))
         changes = max((i for i, name in enumerate(self._in_use) if name in _CHANGES), default=-1) + 1
-        first, then = self._in_use[:changes], self._in_use[changes:]  # what is unlikely may be dropped only in between
+        first, then = self._in_use[:changes], self._in_use[changes:]  # unlikely tokens may be dropped only between these steps
         if any(name not in _CHANGES for name in first):
             self._best(candidates)  # before a step meets NaN
         for name in first:
@@ -159,27 +161,27 @@ class Sampler:
         return candidates, then
 
     def _narrow(self, candidates: Candidates, then: tuple[str, ...]) -> None:
-        """Drop what is too unlikely to matter, and take the steps."""
+        """Drop tokens that are too unlikely to matter, and apply the steps."""
         measured = "top_n_sigma" in then or ("temperature" in then and self.settings["dynatemp_range"] > 0)
         candidates.cut(self._gap(then), measured)
         for name in then:
             self._step(name, ())(candidates)
 
     def _gap(self, then: tuple[str, ...]) -> float:
-        """How far under the best a logit has to lie to be too unlikely to matter, whatever these steps do."""
+        """The distance below the best logit from which a token is too unlikely to matter, whatever these steps do."""
         span = self.settings["dynatemp_range"]
         return _NOTHING * (self._temp if then[:1] == ("temperature",) and not span else max(1.0, self._temp + span))
 
     def _is_plain(self, then: tuple[str, ...]) -> bool:
-        """Whether these steps are no others than the `_PLAIN` ones, in that order."""
+        """Whether these steps are only `_PLAIN` ones, in that order."""
         plain = then == tuple(name for name in _PLAIN if name in then)
         return plain and not self.mirostat and not (self.settings["dynatemp_range"] and "temperature" in then)
 
     def _draw_plainly(self, candidates: Candidates, then: tuple[str, ...]) -> int:
-        """`_narrow` and `_draw` in one for the `_PLAIN` steps, over all weights, without copies of those that are left."""
+        """`_narrow` and `_draw` in one for the `_PLAIN` steps, over all weights, without copies."""
         candidates.cut(self._gap(then), False, most=True)
         if "temperature" in then:
-            self._step("temperature", ())(candidates)  # the best is at 0 then
+            self._step("temperature", ())(candidates)  # the best is then 0
         weights = candidates.logits
         if "temperature" not in then:
             weights -= weights.max()
@@ -190,7 +192,7 @@ class Sampler:
         return at if candidates.ids is None else int(candidates.ids[at])
 
     def _best(self, candidates: Candidates) -> int:
-        """Where the largest logit is. NaN comes out as the largest, so this sees it wherever it is."""
+        """The index of the largest logit. NaN counts as the largest, so any NaN is found."""
         best = int(candidates.logits.argmax())
         if candidates.logits[best] > -np.inf:
             return best
@@ -200,7 +202,7 @@ class Sampler:
         raise LlamacliError(f"expected the model's logits to be numbers, found {found}; the model file is damaged")
 
     def _active(self) -> tuple[str, ...]:
-        """The steps in order that do something."""
+        """The steps that are on, in order."""
         s = self.settings
         off = {
             "penalties": (s["repeat_penalty"], s["presence_penalty"], s["frequency_penalty"]) == (1, 0, 0)
@@ -265,7 +267,9 @@ class Sampler:
         return int(candidates.ids[at])
 
     def _surprising(self, candidates: Candidates) -> int:
-        """Mirostat 2: only tokens whose surprise in bits is at most mu, which follows the surprise of what was drawn."""
+        """Mirostat 2: keep tokens whose surprise in bits is at most mu, which is then adapted to the surprise of the drawn
+        token.
+        """
         surprise = -np.log2(np.maximum(candidates.probabilities(), 1e-300))
         candidates.keep((surprise <= self._mu) | (np.arange(len(surprise)) == np.argmin(surprise)))
         id = self._draw(candidates)

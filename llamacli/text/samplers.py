@@ -1,7 +1,7 @@
-"""The steps that a sampler is made of, each after its paper or llama.cpp's sampler of the same name.
+"""The steps of a sampler, each defined by its paper or by llama.cpp's sampler of the same name.
 
-In: `Candidates`, the logits of the tokens that are left, and settings (settings.py). Out: the same, fewer or changed. Cost: all
-steps pass over arrays, none over single tokens; none sorts a vocabulary.
+In: `Candidates`, the logits of the tokens that are left, and settings (settings.py). Out: the same, fewer or changed. All steps
+operate on arrays, not on single tokens; none sorts the vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +10,18 @@ import numpy as np
 
 from llamacli.cpu.kernels.ops.selection import fewest, select
 
-_LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # between them float32 suffices, beyond them nothing changes
-_BLOCK = 64  # values of which the best is looked at first
+_LEAST_TEMP, _MOST_TEMP = 1e-30, 1e30  # within these float32 suffices, beyond them the result does not change
+_BLOCK = 64  # values of a block, whose largest is compared first
 _LONGEST_MATCH = 400  # tokens of a repetition, beyond which DRY's penalty no longer grows
 _MOST_PENALTY = 1e30  # so that no logit becomes infinite
 
 
 class Candidates:
-    """The tokens left: `ids` int64 in ascending order, None for all of the vocabulary; `logits` float32, one each, which steps
-    change in place.
+    """The remaining tokens: `ids` int64 in ascending order, None for the whole vocabulary; `logits` float32, one for each,
+    which steps change in place.
 
-    `count` and `deviation` (standard deviation of the finite logits) are of all tokens that the steps have left, with those
-    that `cut` dropped because they are too unlikely to matter.
+    `count` and `deviation` (standard deviation of the finite logits) also count tokens that `cut` dropped because they are too
+    unlikely to matter.
     """
 
     def __init__(self, logits: np.ndarray):
@@ -32,14 +32,14 @@ class Candidates:
         self._weights: np.ndarray | None = None
 
     def weights(self) -> np.ndarray:
-        """Probabilities but for a factor, float32; 1 for the best unless a step took that out."""
+        """Unnormalized probabilities, float32; the largest is 1 unless a step removed that token."""
         if self._weights is None:
             weights = self.logits - self.logits.max()
             self._weights = np.exp(weights, out=weights)
         return self._weights
 
     def probabilities(self) -> np.ndarray:
-        """Float64, their sum 1."""
+        """Probabilities, float64, with sum 1."""
         weights = self.weights().astype(np.float64)
         return weights / weights.sum()
 
@@ -52,8 +52,8 @@ class Candidates:
         self.count, self.deviation = len(chosen), None
 
     def cut(self, below: float, measured: bool, most: bool = False) -> None:
-        """Drop what lies more than `below` under the best. `measured`: a later step needs `count` or `deviation`. `most`: only
-        if that is most of the tokens, since copying many costs more than it saves.
+        """Drop logits more than `below` under the best. `measured`: a later step needs `count` or `deviation`. `most`: only if
+        that is most of the tokens, since copying many costs more than it saves.
         """
         count = deviation = None
         if measured:
@@ -66,11 +66,11 @@ class Candidates:
         self.count, self.deviation = count or len(self.logits), deviation
 
     def change(self, logits: np.ndarray) -> None:
-        """Other logits for the same tokens."""
+        """Set other logits for the same tokens."""
         self.logits, self._weights = logits, None
 
     def places(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where in `logits` those of `ids` (ascending) are that are left; and which of `ids` these are, as booleans."""
+        """The indices in `logits` of those of `ids` (ascending) that remain, and a mask of these over `ids`."""
         if self.ids is None:
             there = (ids >= 0) & (ids < len(self.logits))
             return ids[there], there
@@ -83,9 +83,10 @@ Step = Callable[[Candidates], None]
 
 
 def penalties(repeat: float, presence: float, frequency: float, last_n: int, history: Sequence[int]) -> Step:
-    """Tokens of the last `last_n` (-1: all): positive logits divided by `repeat`, others times it; less presence and frequency.
+    """Tokens of the last `last_n` (-1: all): positive logits divided by `repeat`, others times it; minus presence and
+    frequency.
 
-    `presence` is taken off once, `frequency` for each time that the token occurred.
+    `presence` is subtracted once, `frequency` for each time that the token occurred.
     """
 
     def step(c: Candidates) -> None:
@@ -102,8 +103,8 @@ def penalties(repeat: float, presence: float, frequency: float, last_n: int, his
 
 
 def dry(multiplier: float, base: float, allowed: int, last_n: int, breakers: np.ndarray, history: Sequence[int]) -> Step:
-    """Don't repeat yourself: a token that would carry on a repetition of n >= `allowed` tokens loses
-    multiplier * base ** (n - allowed). A repetition does not reach back over a breaker.
+    """Don't repeat yourself: the logit of a token that would continue a repetition of n >= `allowed` tokens is reduced by
+    multiplier * base ** (n - allowed). A repetition does not extend over a breaker.
     """
 
     def step(c: Candidates) -> None:
@@ -132,10 +133,10 @@ def dry(multiplier: float, base: float, allowed: int, last_n: int, breakers: np.
 
 
 def temperature(temp: float, span: float = 0.0, exponent: float = 1.0, shifted: bool = True) -> Step:
-    """Logits divided by `temp`; with `span` by temp - span where the model is sure, up to temp + span where it is not.
+    """Logits divided by `temp`; with `span`, by a value from temp - span at low entropy to temp + span at high entropy.
 
-    Sure is measured as entropy by the largest one possible, to the power `exponent`. `shifted`: the best becomes 0, which
-    float32 holds at any temperature; not if a repeat penalty follows, which asks for the sign.
+    The entropy is divided by its maximum and raised to the power `exponent`. `shifted`: the best becomes 0, which float32 holds
+    at any temperature; not before a repeat penalty, which depends on the sign.
     """
 
     def step(c: Candidates) -> None:
@@ -158,7 +159,7 @@ def temperature(temp: float, span: float = 0.0, exponent: float = 1.0, shifted: 
 
 
 def top_n_sigma(n: float) -> Step:
-    """Logits not more than n standard deviations below the best."""
+    """Keep logits at most n standard deviations below the best."""
 
     def step(c: Candidates) -> None:
         deviation = c.logits[np.isfinite(c.logits)].std(dtype=np.float64) if c.deviation is None else c.deviation
@@ -168,7 +169,7 @@ def top_n_sigma(n: float) -> Step:
 
 
 def top_k(k: int) -> Step:
-    """The `k` most likely."""
+    """Keep the `k` most likely tokens."""
 
     def step(c: Candidates) -> None:
         if k < len(c.logits):
@@ -178,7 +179,7 @@ def top_k(k: int) -> Step:
 
 
 def top_p(p: float) -> Step:
-    """The fewest whose probabilities add up to `p` (nucleus sampling)."""
+    """Keep the fewest tokens whose probabilities add up to `p` (nucleus sampling)."""
 
     def step(c: Candidates) -> None:
         weights = c.weights()
@@ -188,7 +189,7 @@ def top_p(p: float) -> Step:
 
 
 def min_p(p: float) -> Step:
-    """Those at least `p` times as likely as the best that is left."""
+    """Keep tokens at least `p` times as likely as the best remaining one."""
 
     def step(c: Candidates) -> None:
         weights = c.weights()
@@ -198,14 +199,14 @@ def min_p(p: float) -> Step:
 
 
 def typical(p: float) -> Step:
-    """Those whose surprise is nearest to the entropy, the fewest that add up to `p` (locally typical sampling)."""
+    """Keep tokens whose surprise is nearest to the entropy, the fewest that add up to `p` (locally typical sampling)."""
 
     def step(c: Candidates) -> None:
         probabilities = c.probabilities()
         surprise = -np.log(np.maximum(probabilities, 1e-300))
         far = np.abs(surprise - (probabilities * surprise).sum())
         count, total = 0, None
-        while total is None or (total[-1] < p and count < len(far)):  # few are enough where a model is sure
+        while total is None or (total[-1] < p and count < len(far)):  # few are enough at low entropy
             count = min(len(far), max(1024, 8 * count))
             near = np.argpartition(far, count - 1)[:count]
             order = near[np.lexsort((near, far[near]))]
@@ -217,7 +218,7 @@ def typical(p: float) -> Step:
 
 
 def xtc(threshold: float) -> Step:
-    """Exclude top choices: of all with at least `threshold`, only the least likely stays."""
+    """Exclude top choices: of all tokens with a probability of at least `threshold`, only the least likely stays."""
 
     def step(c: Candidates) -> None:
         probabilities = c.probabilities()
@@ -232,9 +233,10 @@ def xtc(threshold: float) -> Step:
 
 
 def largest(values: np.ndarray, k: int) -> np.ndarray:
-    """Where the `k` largest of `values` are, in ascending order; of equal ones the first. 1 <= k <= len(values).
+    """The indices of the `k` largest of `values`, in ascending order; of equal ones the first. 1 <= k <= len(values).
 
-    The values are cut into blocks. At least k reach the k-th largest of the blocks' best ones, and as a rule few more.
+    The values are divided into blocks. At least k values, and usually few more, are as large as the k-th largest maximum of a
+    block.
     """
     blocks, at = len(values) // _BLOCK, None
     if k < blocks:

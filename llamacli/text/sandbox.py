@@ -1,12 +1,12 @@
-"""Runs a chat template that nobody has checked: no access to Python, bounded time and memory, an error of one line.
+"""Runs an untrusted chat template: without access to Python, in limited time and memory, with errors of one line.
 
 In: the source of a Jinja template (`LONGEST_SOURCE` characters at most), `Marks`, its variables. Out: the rendered text, the
 template's own special tokens marked.
 
 Jinja's sandbox keeps templates from Python's internals. It does not bound their work, so the parsed template is rewritten
-before it is compiled: every loop, comparison, slice, operator, call, filter, test and output goes through this module and is
-charged for (budget.py). What Jinja offers beyond the lists at the end is refused by name. Strings in the template's source are
-marked (marks.py); they are compared and searched for as if they were not.
+before it is compiled: every loop, comparison, slice, operator, call, filter, test and output goes through this module, which
+charges its cost (budget.py). Features of Jinja that are not in the lists at the end are refused by name. Strings in the
+template's source are marked (marks.py); comparisons and searches ignore the marks.
 """
 
 import json
@@ -36,7 +36,7 @@ _BITS = 4096  # of an integer
 def render(source: str, marks: Marks, variables: dict) -> str:
     """The text that the template makes of `variables`.
 
-    PromptError if it fails, refuses, asks for too much or has no use for a variable `messages`.
+    PromptError if it fails, refuses, costs too much or does not use the variable `messages`.
     """
     try:
         with budget(variables) as longest:
@@ -46,7 +46,7 @@ def render(source: str, marks: Marks, variables: dict) -> str:
             return text
     except PromptError:
         raise
-    except Exception as error:  # whatever a template may do: syntax, undefined names, sandbox, recursion, memory
+    except Exception as error:  # any error of a template: syntax, undefined names, sandbox, recursion, memory
         message = " ".join(marks.plain(str(error)).split())[:200] or type(error).__name__
         raise PromptError(
             f"the model's chat template cannot render this conversation: {message}; --raw goes without it"
@@ -65,7 +65,9 @@ def _compiled(source: str, marks: Marks):
 
 
 class _Generation(Extension):
-    """{% generation %}...{% endgeneration %}: where transformers' trainer finds the assistant's words. The tags do nothing."""
+    """{% generation %}...{% endgeneration %}: marks the assistant's text for transformers' trainer. The tags have no effect
+    here.
+    """
 
     tags = frozenset({"generation"})
 
@@ -75,7 +77,7 @@ class _Generation(Extension):
 
 
 class _Rewriter(NodeTransformer):
-    """Sends what Jinja would compile to plain Python through filters of this module's own."""
+    """Replaces operations that Jinja compiles to plain Python by filters of this module."""
 
     def __init__(self, marks: Marks):
         self._marks = marks
@@ -119,7 +121,7 @@ class _Rewriter(NodeTransformer):
     visit_EvalContextModifier = visit_ScopedEvalContextModifier
 
     def _plain(self, node):
-        """A value that is compared or looked up: weighed, and without marks."""
+        """A filter for a value that is compared or looked up: charged, and without marks."""
         return node if isinstance(node, nodes.Const) else _filtered(self.visit(node), "_plain")
 
 
@@ -128,7 +130,7 @@ def _filtered(node, name: str):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up for chat templates, with a price on everything."""
+    """Jinja as transformers sets it up for chat templates, with a charge for every operation."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
@@ -158,7 +160,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise TooMuch
         return charged(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context, __obj, *args, **kwargs):  # so that no keyword of a template's is taken
+    def call(__self, __context, __obj, *args, **kwargs):  # names that no keyword of a template can have
         spend(STEP + NODE * (len(args) + len(kwargs)))
         if isinstance(__obj, BuiltinMethodType):
             return __self._method(__context, __obj, args, kwargs)
@@ -182,7 +184,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if kind is None or name not in _METHODS[kind]:
             raise SecurityError(f"the method {name} of {type(owner).__name__} is not for chat templates")
         if kind is str:
-            if name in _ASKS:  # marks change no lengths, so places in the plain text are the same
+            if name in _ASKS:  # marks do not change lengths, so positions in the plain text are the same
                 method = getattr(self.marks.plain(owner), name)
                 args = tuple(map(self._unmarked, args))
             elif name in _SEARCHES:
@@ -196,7 +198,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return charged(super().call(context, method, *args, **kwargs))
 
     def _as_in(self, text: str, wanted):
-        """What is searched for, marked if that is how it stands in the text."""
+        """The text to search for, with marks if the searched text has it with marks."""
         if not isinstance(wanted, str):
             return wanted
         plain = self.marks.plain(wanted)
@@ -225,7 +227,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def _text(self, value) -> str:
-        """`str(value)`, charged; lists and dictionaries, which show their strings with escapes, without marks."""
+        """`str(value)`, charged. Marks are removed from lists and dictionaries, which would show them as escapes."""
         if not isinstance(value, str):
             spend(weigh(value))
             value = str(self._unmarked(value))
@@ -265,7 +267,7 @@ def _finalize(context, value) -> str:
 
 
 class _Each:
-    """The items of a loop, a step each."""
+    """The items of a loop, each charged as a step."""
 
     def __init__(self, items):
         self._items = items
@@ -280,7 +282,7 @@ class _Each:
 
 
 def _priced(name: str, function):
-    """A filter of Jinja's that is charged before and after."""
+    """A filter of Jinja, charged before and after."""
     first = hasattr(function, "jinja_pass_arg")  # the context or the environment comes before the value
 
     @wraps(function)

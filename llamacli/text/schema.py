@@ -1,8 +1,8 @@
-"""What a JSON schema must be, so that an answer can be bound to all of it.
+"""Checks that all of a JSON schema can be enforced on an answer.
 
 In: a schema as text or as Python objects. Out: the same as JSON text for llguidance, or a UsageError that names the keyword
-which could not be enforced and where it stands. llguidance refuses some keywords by itself; others it would pass over: those it
-does not know in the schema's draft, numbers beyond a double's whole ones, lists of items of another draft.
+that cannot be enforced and its place. llguidance refuses some keywords itself, but ignores others: those it does not know in
+the schema's draft, numbers beyond a double's exact integers, lists of items of another draft.
 """
 
 import difflib
@@ -20,7 +20,7 @@ _BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum
 _COUNTS = frozenset({"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"})
 _OTHERS = frozenset({"type", "enum", "const", "required", "pattern", "format", "$ref"})
 _INNER = frozenset({"items", "additionalItems", "additionalProperties"})  # a schema
-_LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})  # of schemas; `items` may be one, too
+_LISTS = frozenset({"allOf", "anyOf", "oneOf", "prefixItems"})  # lists of schemas; `items` may also be one
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # names to schemas
 _KNOWN = _NAMES | _NOTES | _BOUNDS | _COUNTS | _OTHERS | _INNER | _LISTS | _MAPS
 _NEWEST = "https://json-schema.org/draft/2020-12/schema"
@@ -30,8 +30,8 @@ _DRAFTS = {
     *(f"http://json-schema.org/draft-0{n}/schema" for n in (4, 6, 7)),
 }
 _WHOLE = 1 << 53  # whole numbers up to here are exact as doubles
-_LARGEST_MULTIPLE = (1 << 32) - 1  # that llguidance computes without overflow
-_WORDS = {  # parts of what llguidance says, and the keyword that it is about where the words have none
+_LARGEST_MULTIPLE = (1 << 32) - 1  # the largest value that llguidance computes without overflow
+_WORDS = {  # parts of llguidance's messages, and the keyword that each is about
     "min/maxProperties": "minProperties or maxProperties",
     "Unsatisfiable": "demands that nothing meets",
     "patternProperty": "patternProperties",
@@ -44,7 +44,7 @@ _WORDS = {  # parts of what llguidance says, and the keyword that it is about wh
 
 
 def schema_text(schema: str | dict | bool) -> str:
-    """The schema as JSON, checked. UsageError if it is none, or has a part to which no answer can be bound."""
+    """The checked schema as JSON. UsageError if it is invalid, or has a part that cannot be enforced."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         schema = json.loads(text, parse_constant=_no_number)
@@ -67,7 +67,7 @@ def schema_text(schema: str | dict | bool) -> str:
 
 
 def refusal(message: str) -> UsageError:
-    """llguidance's word on a schema that it cannot enforce, as ours."""
+    """The UsageError for llguidance's message about a schema that it cannot enforce."""
     words = " ".join(message.replace("Enable 'coerce_one_of' option to approximate oneOf with anyOf", "").split())
     known = (word for word in re.findall(r"\w+", words) if word in _KNOWN - _NAMES - _NOTES)
     keyword = next((word for part, word in _WORDS.items() if part in message), None) or next(known, "this schema")
@@ -83,7 +83,7 @@ def _unenforced(path: str, keyword: str, what: str) -> UsageError:
 
 
 def _schemas(root) -> Iterator[tuple[str, dict]]:
-    """Every schema in a schema that is an object, with its place, "$" for the whole."""
+    """Every object schema inside a schema, with its path; "$" is the whole."""
     left = [("$", root)]
     while left:
         path, part = left.pop()
@@ -109,7 +109,7 @@ def _list(path: str, value) -> list:
 
 
 def _draft(schema) -> str:
-    """The draft that the whole is written in."""
+    """The draft of the whole schema."""
     named = schema.get("$schema", _NEWEST) if isinstance(schema, dict) else _NEWEST
     if not isinstance(named, str) or named.rstrip("#") not in _DRAFTS:
         raise _unenforced("$", "$schema", f"{named!r:.80}, a draft that is not known")
@@ -117,7 +117,7 @@ def _draft(schema) -> str:
 
 
 def _check(path: str, part: dict, draft: str) -> None:
-    """UsageError if something in one schema object, not in those inside it, would not be enforced."""
+    """UsageError if a keyword of this schema object, without those inside it, would not be enforced."""
     for key, value in part.items():
         if key not in _KNOWN and (key == "x-guidance" or not key.startswith("x-")):
             near = difflib.get_close_matches(key, _KNOWN, 1, 0.8)

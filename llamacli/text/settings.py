@@ -1,4 +1,4 @@
-"""THE table of sampling settings: default and range of each, and the order of the steps.
+"""The table of sampling settings: default and range of each, and the order of the steps.
 
 It imports no NumPy, because the options of `run` and `chat` are made from it (cli/sampling.py).
 """
@@ -34,7 +34,7 @@ DEFAULT_ORDER = ("penalties", "dry", "temperature", "top_n_sigma", "top_k", "typ
 
 
 def checked(name: str, value) -> float:
-    """A setting within its range. UsageError that names the range."""
+    """Check that a setting is within its range. UsageError that names the range."""
     default, least, most = SETTINGS[name]
     kinds = Integral if isinstance(default, int) else Real
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most or value == float("inf"):

@@ -1,12 +1,12 @@
 """Messages to token ids through the model's chat template.
 
 In: a tokenizer, messages ({"role": ..., "content": ...}), the tools that may be called, and the file's Jinja template, or None
-for Llama 4's own format. Out: ids with BOS exactly once, and `<|image|>` for each picture. A template that does not ask for
-tools is told of them, of calls and of results in the texts of messages.
+for Llama 4's own format. Out: ids with BOS exactly once, and `<|image|>` for each picture. For a template without tools, the
+definitions, calls and results are put into the texts of messages.
 
-Only the template writes special tokens; what a message says stays text, whatever it says (marks.py). One exception: a special
-token that the model may say inside an answer (`Tokenizer.visible_ids`) is a token again in an assistant's message, so that the
-model finds its own words as it said them. Templates come with the file and run in a sandbox (sandbox.py).
+Only the template writes special tokens; the text of messages never becomes one (marks.py). One exception: a special token that
+the model may write inside an answer (`Tokenizer.visible_ids`) is a token in an assistant's message, too, so that the history
+has the same ids as the answer. Templates are untrusted and run in a sandbox (sandbox.py).
 """
 
 import json
@@ -42,11 +42,11 @@ def render(
 
     A content is a string or a list of parts: {"type": "text", "text": ...} or a picture (`pictures`), which becomes `<|image|>`
     where it stands; the template sees one string. `tools` are {"type": "function", "function": {"name", "description",
-    "parameters"}}; a call is an assistant's message with `tool_calls`, a result one of the role ipython; what they say stays
-    text. PromptError says which message or what in the template is wrong. A template that is empty counts as none; one that
-    leaves the last message or a picture out is an error.
+    "parameters"}}; a call is an assistant's message with `tool_calls`, a result is a message of the role ipython; their
+    contents stay text. PromptError names the wrong message or part of the template. An empty template counts as none; a
+    template that omits the last message or a picture is an error.
     """
-    from llamacli.text import sandbox  # loads Jinja, which takes longer than all else here
+    from llamacli.text import sandbox  # imports Jinja, which takes longer than the rest of this module
 
     n_pictures = len(pictures(messages))
     messages = [_checked(i, message) for i, message in enumerate(messages, 1)]
@@ -105,7 +105,7 @@ def _source(tokenizer: Tokenizer, template: str | None) -> str:
 
 
 def pictures(messages: Sequence) -> list:
-    """What the picture parts of all messages name, in order: paths, bytes, `data:` URLs or Pillow's pictures.
+    """The pictures that parts of messages name, in order: paths, bytes, `data:` URLs or Pillow's pictures.
 
     A part is {"type": "image"} with "image", "path" or "url", or {"type": "image_url", "image_url": {"url": ...}}.
     """
@@ -115,7 +115,7 @@ def pictures(messages: Sequence) -> list:
 
 
 def picture_of(part):
-    """What a part names as its picture; None if it is no picture."""
+    """The picture that a part names; None if it is not a picture part."""
     if not isinstance(part, dict):
         return None
     if part.get("type") == "image":
@@ -131,7 +131,7 @@ def _joined(content: list[str | None], mark: str) -> str:
 
 
 def _in_words(messages: list[dict], tools: Sequence[dict], source: str) -> list[dict]:
-    """The messages, with tools and calls in their texts where the template does not ask for them."""
+    """The messages, with tools and calls in their texts if the template does not use tools."""
     if not tools:
         return messages
     if "tool_calls" not in source:
@@ -149,7 +149,7 @@ def _in_words(messages: list[dict], tools: Sequence[dict], source: str) -> list[
 
 
 def _calls(calls: Sequence[dict]) -> str:
-    """Calls as the model is asked to write them."""
+    """Calls in the form that the model is told to write."""
     try:
         functions = [call["function"] for call in calls]
         written = [{"name": f["name"], "parameters": f["arguments"]} for f in functions]
@@ -190,7 +190,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def _said(message: dict, mark: Callable[[str], str]) -> dict:
-    """The message, with tokens that the model said marked if it is the assistant's."""
+    """The message; in an assistant's message, special tokens that the model wrote are marked."""
     if message["role"] != "assistant":
         return message
     return {key: value if key == "role" else _deep(value, mark) for key, value in message.items()}

@@ -3,7 +3,7 @@
 In: a GGUF's `tokenizer.ggml.*` metadata. Out: `Tokenizer`, and a `StreamDecoder` that holds back a character until all of its
 bytes have come.
 
-Tokens outside of the BPE are of two kinds. Special (control) tokens shape a conversation: text becomes one only where the
+There are two kinds of tokens outside the BPE. Special (control) tokens shape a conversation: text becomes one only where the
 caller asks for it. Added (user-defined) tokens are ordinary words of a fine-tune: they are found in any text, before the BPE,
 as `tokenizers` finds them. A piece that is a token as it stands is taken whole, as tiktoken does.
 
@@ -28,12 +28,12 @@ from llamacli.llama4.tensors import TOKEN_EMBD
 from llamacli.llama4.vocabulary import BYTE, BYTE_LETTERS, NORMAL, SPLIT, SUFFIX, UNKNOWN, UNUSED, USER_DEFINED
 
 _LLAMA3 = rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS = {"llama4": SPLIT, "gpt-4o": SPLIT, "default": SPLIT, "llama-bpe": _LLAMA3}  # "default" is Ollama's word
+_PATTERNS = {"llama4": SPLIT, "gpt-4o": SPLIT, "default": SPLIT, "llama-bpe": _LLAMA3}  # "default" is Ollama's name
 
 _LONGEST_NAME = 512  # characters
-_LONG = 1 << 16  # characters of a text that takes more than some hundredths of a second
+_LONG = 1 << 16  # characters of a text whose encoding takes more than some hundredths of a second
 _SPECIAL_NAME = re.compile(r"<\|\w+\|>")
-_NEVER_SAID = re.compile(  # reserved rows, padding, and tokens that stand around turns and pictures
+_NEVER_SAID = re.compile(  # reserved rows, padding, and tokens around turns and pictures
     r"<\|(begin_of_text|fim_\w+|header_start|header_end|start_header_id|end_header_id|\w*reserved\w*|\w*pad(_id)?"
     r"|image\w*|patch|tile_\w+|vision\w*)\|>"
 )
@@ -74,7 +74,7 @@ class Names:
                 yield start, done, self.ids[name]
 
     def split(self, text: str) -> list[str | int]:
-        """The text cut at the names: these as ids, what is between them as it stands, nothing empty."""
+        """The text split at the names: these as ids, the text between them unchanged, nothing empty."""
         parts: list[str | int] = []
         done = 0
         for start, end, id in self.find(text):
@@ -100,8 +100,8 @@ class Tokenizer:
     `bos`, `eos`, `padding`: ids, None where the file has none. `stop_ids`: ids that end an answer. `hidden_ids`: int64 array of
     ids that must never be sampled: reserved, padding, unused and image tokens and those that stand around turns.
     `visible_ids`: special tokens that a model may say inside an answer, such as <|python_start|>; they are decoded to their
-    names, so that a history holds what was said. `special_names`: the names of all special tokens. `warning`: None, or one
-    line for the user.
+    names, so that a history contains the whole answer. `special_names`: the names of all special tokens. `warning`: None, or
+    one line for the user.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Tokenizer:
         self.warning: str | None = None
 
     def _known_to_bpe(self) -> set[int]:
-        """The added tokens that BPE needs besides: letters of bytes, and words that merges name."""
+        """The added tokens that BPE needs, too: byte characters, and words that merges name."""
         ids = [id for id in self._added if "\0" not in self._texts[id]]
         merged = bpe.named("".join(self._texts[id] + "\0" for id in ids).encode(), self._merges) if ids else []
         return {ids[k] for k in merged} | {id for id in ids if self._texts[id] in _NEEDED}
@@ -168,7 +168,7 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """Ids of `text`. With `special`, names of special tokens become these tokens; else they are text like any other.
 
-        With `bos` the ids begin with exactly one `bos`. PromptError for text that is no Unicode (lone surrogates).
+        With `bos` the ids begin with exactly one `bos`. PromptError for text that is not Unicode (lone surrogates).
         """
         ids = []
         for part in self.special_names.split(text) if special else [text]:
@@ -192,8 +192,8 @@ class Tokenizer:
         return ids
 
     def _bpe(self, text: str) -> list[int]:
-        """Ids of a text without names. The library's `pre_tokenize_str` holds the interpreter's lock, for a long text so long
-        that Ctrl-C is not heard; `encode_batch_fast` does not, but costs threads.
+        """Ids of a text without names. The library's `pre_tokenize_str` holds the interpreter's lock, so that Ctrl-C has no
+        effect during a long text; `encode_batch_fast` releases it, but uses threads.
         """
         if len(text) < _LONG:
             words = [word for word, _ in self._cut.pre_tokenize_str(text)]
@@ -233,7 +233,7 @@ class Tokenizer:
         return b"".join(self.token_bytes(id, special) for id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, id: int, special: bool = False) -> bytes:
-        """The bytes that one token stands for; none for a special token that is not shown. PromptError for no id of ours."""
+        """The bytes that one token stands for; none for a special token that is not shown. PromptError for an unknown id."""
         if not 0 <= id < self.n_vocab:
             raise PromptError(f"expected token ids from 0 to {self.n_vocab - 1}, found {id}")
         if id >= len(self._texts):
@@ -246,7 +246,7 @@ class Tokenizer:
         return b"".join(_BYTES[c].to_bytes() if c in _BYTES else c.encode() for c in text)
 
     def byte_table(self) -> tuple[list[bytes], list[int]]:
-        """The bytes of every id, n_vocab of them, and which ids are special. Those that are never said have none."""
+        """The bytes of each of the n_vocab ids, and which ids are special. Ids that are never sampled have none."""
         table = [text.translate(_PLAIN).encode("latin-1", "replace") for text in self._texts]
         own = {id for id, text in enumerate(self._texts) if not _ALPHABET.issuperset(text)}
         for id in own | self._special | self._as_written:
@@ -257,7 +257,7 @@ class Tokenizer:
 
     @cached_property
     def most_bytes(self) -> int:
-        """How many bytes of text a token stands for at most."""
+        """The most bytes of text of any token."""
         return max(len(text) if id not in self._as_written else len(text.encode()) for id, text in enumerate(self._texts))
 
     def ids_with(self, texts: Iterable[str]) -> list[int]:
@@ -267,12 +267,14 @@ class Tokenizer:
         return [id for id in ordinary if any(text in self._texts[id] for text in wanted)]
 
     def stream(self, special: bool = False) -> "StreamDecoder":
-        """A decoder for ids that come one by one."""
+        """A decoder for a stream of ids."""
         return StreamDecoder(self, special)
 
 
 class StreamDecoder:
-    """Takes ids one by one, returns text as soon as it is whole. All pieces and the flush together are `decode` of all ids."""
+    """Takes ids one by one and returns text as soon as its characters are complete. All pieces and the flush together are
+    `decode` of all ids.
+    """
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False):
         self._tokenizer, self._special = tokenizer, special
@@ -283,7 +285,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.token_bytes(id, self._special))
 
     def flush(self) -> str:
-        """The text held back: U+FFFD for a character whose end never came. Afterwards the decoder starts anew."""
+        """The text held back: U+FFFD for an incomplete character. Afterwards the decoder can be used for another text."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
@@ -353,7 +355,7 @@ class _Fields:
         return value
 
     def _special(self, texts: list[str], types: np.ndarray, named: set[int]) -> frozenset[int]:
-        """Ids that text must not become. Files that call their special tokens normal exist, so names and uses count too."""
+        """Ids that text must not become. Some files give special tokens the normal type, so names and uses count, too."""
         by_type = np.flatnonzero(~np.isin(types, (NORMAL, USER_DEFINED, UNUSED, BYTE))).tolist()
         by_name = [id for id, text in enumerate(texts) if text[:2] == "<|" and _SPECIAL_NAME.fullmatch(text)]
         return frozenset({*by_type, *by_name, *named})
@@ -365,7 +367,7 @@ class _Fields:
         return value
 
     def _more_ends(self, n: int) -> list[int]:
-        """Ollama's list of ids that end an answer."""
+        """The ids of Ollama's list of ends of an answer."""
         value = self._metadata.get("tokenizer.ggml.eos_token_ids", np.empty(0, np.int32))
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu" or ((value < 0) | (value >= n)).any():
             raise self._wrong("eos_token_ids", f"ids from 0 to {n - 1}", "something else")

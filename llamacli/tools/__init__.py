@@ -1,1 +1,1 @@
-"""Tools that the model may call: what they are, where they run, and the loop of calls and answers."""
+"""Tools that the model may call: their definitions, the programs that run them, and the loop of calls and answers."""

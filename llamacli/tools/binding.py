@@ -1,6 +1,6 @@
-"""Calls bound to the schemas of their tools: what the model says of arguments then always fits.
+"""Constrains calls to the schemas of their tools, so that arguments are always valid.
 
-In: tools. Out: what `Model.constraint` takes: a JSON schema for an answer that must be a call, a grammar for one that may be.
+In: tools. Out: arguments of `Model.constraint`: a JSON schema for an answer that must be a call, a grammar for one that may be.
 UsageError names the tool and the keyword of a schema that cannot be enforced.
 """
 
@@ -11,19 +11,19 @@ from llamacli.errors import UsageError
 from llamacli.text.schema import schema_text
 from llamacli.tools.tool import Tool
 
-_STRICT = {  # what Grammars asks of a schema (text/constraint.py), said inside of it
+_STRICT = {  # the options that Grammars sets for a schema (text/constraint.py), as a part of the schema
     **{"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
     **{"lenient": False, "coerce_one_of": False},
 }
 
 
 def call_schema(tools: Sequence[Tool]) -> dict:
-    """Of one call of any of the tools."""
+    """The JSON schema of one call to any of the tools."""
     return {"anyOf": [_call(i, tool) for i, tool in enumerate(tools)]}
 
 
 def answer_grammar(tools: Sequence[Tool]) -> str:
-    """Of an answer (in Lark): calls separated by semicolons, or a text that begins like none."""
+    """The Lark grammar of an answer: calls separated by semicolons, or a text that does not begin like a call."""
     schema = json.dumps(call_schema(tools) | {"x-guidance": _STRICT})
     return f'start: text | call ("; " call)*\ntext: /[^{{\\[<\\s](.|\\n)*/\ncall: %json {schema}\n'
 
@@ -34,7 +34,7 @@ def _call(i: int, tool: Tool) -> dict:
         text = schema_text(parameters)
     except UsageError as error:
         raise UsageError(f"{tool.name}: {error}") from None
-    # references inside a tool's schema are from its own root
+    # references inside a tool's schema start at its own root
     text = text.replace('"$ref": "#', f'"$ref": "#/anyOf/{i}/properties/parameters')
     return {
         "type": "object",

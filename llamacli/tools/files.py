@@ -1,6 +1,7 @@
-"""Tools by files: definitions with or without a command, servers of the Model Context Protocol, functions of a Python file.
+"""Reads tools from files: definitions with or without a command, servers of the Model Context Protocol, functions of a Python
+file.
 
-In: the text of a JSON file, or the path of a Python file. Out: a `Source`, whose tools are to be closed after use.
+In: the text of a JSON file, or the path of a Python file. Out: a `Source`, which must be closed after use.
 
     [{"name": "f", "description": "...", "parameters": {...}, "command": ["python", "f.py"]}]      also as OpenAI has it
     {"mcpServers": {"files": {"command": "npx", "args": ["..."], "env": {"KEY": "..."}}}}
@@ -16,18 +17,18 @@ from llamacli.errors import UsageError
 from llamacli.tools.process import Server, run_once
 from llamacli.tools.tool import Tool, check_definition
 
-INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "USER")  # by servers: no tokens
+INHERITED = ("HOME", "LANG", "LC_ALL", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "USER")  # by servers: no secrets
 
 
 class Source(NamedTuple):
-    """Tools, and what ends the programs behind them."""
+    """Tools, and a function that ends their programs."""
 
     tools: list[Tool]
     close: Callable[[], None] = lambda: None
 
 
 def from_json(text: str, where: str) -> Source:
-    """What a file of --tools offers. UsageError if it is unsound or a server does not start."""
+    """The tools of a --tools file. UsageError if it is invalid or a server does not start."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -41,7 +42,7 @@ def from_json(text: str, where: str) -> Source:
 
 
 def from_python(path: str) -> Source:
-    """The functions of a Python file, which runs in a process of its own."""
+    """The functions of a Python file, which run in their own process."""
     if not os.path.isfile(path):
         raise UsageError(f"{path}: expected a Python file, found none; check the path after --functions")
     server = Server(path, [sys.executable, "-m", "llamacli.tools.serve", path])
@@ -105,7 +106,7 @@ def _server(name: str, entry: dict, where: str) -> Server:
 
 
 def _distinct(server: Server, taken: set[str]) -> list[Tool]:
-    """A server's tools; one whose name is taken gets the server's before its own."""
+    """A server's tools; a name that is already in use gets the server's name as a prefix."""
     found = []
     for tool in server.tools():
         if tool.name in taken:

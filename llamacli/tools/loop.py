@@ -1,7 +1,7 @@
-"""The loop of answers and calls: the model answers, its calls are run, their results come back to it, and it answers again.
+"""The loop of answers and calls: the model answers, its calls are run, it is given the results, and it answers again.
 
 In: a model, messages, a `Toolbox`. Out: the pieces of all answers, without the calls. Nothing runs that `ask` does not allow. A
-call that fails, hangs or is refused is a result, too: the model is told, and goes on.
+call that fails, hangs or is refused also gives a result: the model is told the error and continues.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from llamacli.tools.binding import answer_grammar, call_schema
 from llamacli.tools.tool import Tool, ToolError, from_function
 
 ROUNDS, TIMEOUT = 10, 60.0  # rounds of calls in a turn; seconds for a call
-LEAST_RESULT, LONGEST_RESULT = 200, 32_768  # characters that the model is given of a result, as the context has room
+LEAST_RESULT, LONGEST_RESULT = 200, 32_768  # most characters of a result for the model, if the context has room
 
 
 class Result(NamedTuple):
-    """A call and what came of it; `failed`: it was refused, or ended in an error, which is the text."""
+    """A call and its result text; `failed`: it was refused or ended with an error, which is the text."""
 
     call: Call
     text: str
@@ -28,10 +28,10 @@ class Result(NamedTuple):
 class Toolbox:
     """Tools and how they are run.
 
-    `ask(call)`: whether a call may run. `tell(result)`: hears of every result. `rounds`: of calls in a turn, at most.
-    `timeout`: seconds for a call. `results` are those of the latest turn; `calls` those that it left to its reader, because
-    nothing here runs them. `choice`: "required", or the name of a tool: a turn begins with a call, bound to its schema.
-    `bound`: so are all calls; an answer is then a text, or calls.
+    `ask(call)`: whether a call may run. `tell(result)`: called with every result. `rounds`: the most rounds of calls in a turn.
+    `timeout`: seconds for a call. `results`: those of the latest turn; `calls`: its calls to tools that cannot run here, which
+    the caller has to run. `choice`: "required", or the name of a tool: a turn begins with a call that fits its schema. `bound`:
+    all calls fit their schemas; an answer is then either a text or calls.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class Toolbox:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the latest turn: another one begins."""
+        """Begin a turn: clear the results of the latest one."""
         self.results: list[Result] = []
         self.calls: list[Call] = []
         self.turn: list[dict] = []  # the messages of its rounds
         self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
 
     def count(self, stats) -> None:
-        """Add what a round took."""
+        """Add the token counts of a round."""
         for name in self.usage:
             self.usage[name] += getattr(stats, name)
 
     @property
     def record(self) -> list[dict]:
-        """The calls of the latest turn, fit for JSON; those that ran with their results."""
+        """The calls of the latest turn as records fit for JSON, with results if they ran."""
         ran = [(result.call, {"result": result.text, "failed": result.failed}) for result in self.results]
         return [
             {"name": call.name, "parameters": call.arguments} | more for call, more in [*ran, *((c, {}) for c in self.calls)]
@@ -77,11 +77,11 @@ class Toolbox:
 
     @property
     def definitions(self) -> list[dict]:
-        """As chat templates take them."""
+        """The tools as chat templates take them."""
         return [tool.definition for tool in self.tools.values()]
 
     def parser(self) -> CallParser:
-        """What finds the calls of these tools in an answer."""
+        """A parser that finds calls to these tools in an answer."""
         return CallParser({name: tool.order for name, tool in self.tools.items()})
 
     def runs(self, calls: Sequence[Call]) -> bool:
@@ -89,7 +89,7 @@ class Toolbox:
         return all(self.tools[call.name].run for call in calls)
 
     def bind(self, model, sampler, number: int) -> None:
-        """Bind the answer of round `number` as it is asked for."""
+        """Set the constraint of the answer of round `number`."""
         tools = list(self.tools.values())
         if self._choice and number == 0:
             named = [tool for tool in tools if tool.name == self._choice]
@@ -105,7 +105,7 @@ class Toolbox:
         return all(tool.run for tool in self.tools.values())
 
     def run(self, call: Call, longest: int) -> Result:
-        """Run a call, if it may be; the result has at most `longest` characters."""
+        """Run a call if it is allowed; the result has at most `longest` characters."""
         tool = self.tools[call.name]
         try:
             tool.check(call.arguments)
@@ -114,7 +114,7 @@ class Toolbox:
             text, failed = tool.run(call.arguments, self._timeout), False
         except ToolError as error:
             text, failed = f"error: {error}", True
-        text = text.encode("utf-8", "replace").decode()  # JSON can say half of a pair, a prompt cannot
+        text = text.encode("utf-8", "replace").decode()  # JSON can contain a lone surrogate, a prompt cannot
         if len(text) > longest:
             text = f"{text[:longest]}\n[cut here: {longest} of {len(text)} characters]"
         result = Result(call, text, failed)
@@ -133,10 +133,10 @@ def answer(
     stop: Sequence[str] = (),
     image_tiles: int | None = None,
 ) -> Iterator[Piece]:
-    """Answer a conversation, with as many rounds of calls as it takes. Text of calls is left out of the pieces.
+    """Answer a conversation, with as many rounds of calls as it takes. The pieces do not contain the text of calls.
 
-    The last piece's reason is one of Session's, or "tool_calls": the calls in `box.calls` are the reader's to run, or "rounds":
-    the limit of rounds is reached.
+    The last piece's reason is one of Session's; "tool_calls": the caller has to run the calls in `box.calls`; or "rounds": the
+    limit of rounds is reached.
     """
     before = sampler.constraint
     try:
@@ -161,7 +161,7 @@ def _rounds(model, session, sampler, messages: list[dict], box: Toolbox, left, s
         calls = parser.calls
         if reason == "interrupt":
             return
-        if calls and reason != "stop":  # cut by a limit: nothing would be left for what comes of them
+        if calls and reason != "stop":  # cut by a limit: no room is left for the results
             box.calls = calls
         elif calls and not box.runs(calls):
             box.calls, reason = calls, "tool_calls"
@@ -169,7 +169,7 @@ def _rounds(model, session, sampler, messages: list[dict], box: Toolbox, left, s
             reason = "rounds"
         elif calls:
             yield Piece(text + "\n" * ("".join(said)[-1:] not in ("", "\n")), None)
-            room = (session.ctx - len(session.ids)) // 2 // len(calls)  # a character is a token at most, as a rule
+            room = (session.ctx - len(session.ids)) // 2 // len(calls)  # a character is usually at most one token
             longest = max(LEAST_RESULT, min(LONGEST_RESULT, room))
             box.turn += (new := _turn("".join(said), calls, [box.run(call, longest) for call in calls]))
             messages += new

@@ -1,11 +1,11 @@
 """Programs that run tools: one for each call, or servers of the Model Context Protocol over stdin and stdout.
 
-In: a command. Out: results as text; ToolError where it hangs, dies or answers nonsense. Every program has a group of processes
-of its own, which is killed with it. What it writes is bounded and is text: nothing of it is obeyed.
+In: a command. Out: results as text; ToolError if it hangs, dies or sends an invalid answer. Every program has its own process
+group, which is killed with it. Its output is limited in size and is used only as text.
 
-Protocol: https://modelcontextprotocol.io/specification, the stdio transport: a JSON-RPC message a line. The small client here
-speaks initialize, tools/list and tools/call, which servers of every version understand; the package `mcp` would take seconds to
-import and brings a web server along.
+Protocol: https://modelcontextprotocol.io/specification, the stdio transport: a JSON-RPC message a line. This client uses only
+initialize, tools/list and tools/call, which every version has; the package `mcp` takes seconds to import and depends on a web
+server.
 """
 
 import json
@@ -25,11 +25,11 @@ VERSION = "2025-06-18"  # of the protocol; a server may answer with an older one
 LARGEST_LINE, LARGEST_OUTPUT = 16 << 20, 1 << 20  # bytes
 MOST_TOOLS = 1000  # of a server, and pages of its list; a context holds fewer
 GRACE = 1.0  # seconds for a program to end by itself
-START_SECONDS = 60.0  # for a server to start: some fetch themselves first
+START_SECONDS = 60.0  # seconds for a server to start: some download themselves first
 
 
 class Program:
-    """A running program. `name` is what errors call it."""
+    """A running program. `name`: its name in errors."""
 
     def __init__(self, command: Sequence[str], name: str, env: Mapping[str, str] | None = None, cwd: str | None = None):
         """ToolError if it cannot be started. `env` None: that of this process."""
@@ -63,7 +63,7 @@ class Program:
                 raise ToolError(self.end()) from None
 
     def end_input(self) -> None:
-        """Nothing more is sent."""
+        """Close its input."""
         with suppress(OSError):
             self._process.stdin.close()
 
@@ -76,9 +76,10 @@ class Program:
         return None
 
     def _ready(self, readable: list[int], writable: list[int], until: float) -> bool:
-        """Wait for a descriptor, False at `until`, even if there is more to read: who writes without end ends nobody's wait.
+        """Wait for a descriptor; False at `until`, even if there is more to read, so that endless output cannot extend the
+        wait.
 
-        What comes on stderr meanwhile is taken, its end kept.
+        Output on stderr is read meanwhile, and its end is kept.
         """
         waited, wanted = select.poll(), {*readable, *writable}  # select() takes no descriptor from 1024 on
         errors = None if self._process.stderr.closed else self._process.stderr.fileno()
@@ -96,7 +97,7 @@ class Program:
         return False
 
     def _complaint_read(self) -> bool:
-        """Take what stderr has; False at its end."""
+        """Read what is available on stderr; False at its end."""
         with suppress(BlockingIOError):
             data = os.read(self._process.stderr.fileno(), 1 << 16)
             self._said = (self._said + data)[-4096:]
@@ -122,13 +123,13 @@ class Program:
         return line
 
     def wait(self, until: float) -> int | None:
-        """Its exit code; None if it still runs at `until`."""
+        """Wait for its exit code; None if it still runs at `until`."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(max(0.0, until - time.monotonic()))
         return None
 
     def end(self) -> str:
-        """Wait a moment for the end; returns how it ended, in words, with the last line that it wrote to stderr."""
+        """Wait shortly for its end; returns a text that says how it ended, with its last line on stderr."""
         code = self.wait(time.monotonic() + GRACE)
         how = (
             "it closed its output"
@@ -146,17 +147,17 @@ class Program:
         return lines[-1][:300] if lines else ""
 
     def close(self) -> None:
-        """End it and what it started: first by closing its input, then by force."""
+        """End it and its descendants: first by closing its input, then by killing them."""
         self.end_input()
         if self.wait(time.monotonic() + GRACE) is None:
             self.kill()
-        with suppress(ProcessLookupError, PermissionError):  # what it left behind
+        with suppress(ProcessLookupError, PermissionError):  # descendants that are left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
         self._process.stderr.close()
 
     def kill(self) -> None:
-        """End it and what it started at once."""
+        """Kill it and its descendants at once."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -167,7 +168,7 @@ def run_once(command: Sequence[str], arguments: dict, timeout: float) -> str:
     until, name = time.monotonic() + timeout, os.path.basename(command[0])
     program, output = Program(command, name), b""
     try:
-        with suppress(ToolError):  # it need not read what it is told
+        with suppress(ToolError):  # it need not read its input
             program.send(json.dumps(arguments).encode() + b"\n", until)
         program.end_input()
         while len(output) <= LARGEST_OUTPUT and (data := program.some(until)):
@@ -186,7 +187,7 @@ def run_once(command: Sequence[str], arguments: dict, timeout: float) -> str:
 
 
 class Server:
-    """A server of tools. It is started when it is first asked, and again after it hung or died."""
+    """A server of tools. It is started by its first request, and again after it hung or died."""
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None):
         self.name, self._command, self._env, self._cwd = name, command, env, cwd
@@ -194,7 +195,7 @@ class Server:
         self._number = 0
 
     def tools(self, timeout: float = START_SECONDS) -> list[Tool]:
-        """What it offers. UsageError if it cannot be started or says nonsense: nothing has begun yet."""
+        """The tools that it offers. UsageError if it cannot be started or sends an invalid answer."""
         try:
             found, cursor, until = [], None, time.monotonic() + timeout
             for _ in range(MOST_TOOLS):
@@ -221,7 +222,7 @@ class Server:
             texts = [as_text(result["structuredContent"])]
         text = "\n".join(texts)
         if result.get("isError"):
-            raise ToolError(text or "it failed without a word")
+            raise ToolError(text or "it failed without a message")
         return text
 
     def close(self) -> None:
@@ -238,7 +239,7 @@ class Server:
         return Tool(name, description, schema, lambda arguments, timeout: self.call(name, arguments, timeout))
 
     def _ask(self, method: str, params: dict, timeout: float) -> dict:
-        """The result of a request. ToolError; a server that did not answer is ended."""
+        """The result of a request. ToolError if there is none; a server that did not answer is ended."""
         try:
             if self._program is None:
                 self._start()
@@ -248,7 +249,7 @@ class Server:
             raise ToolError(f"no result after {timeout:.3g} seconds") from None
         except _Refused:
             raise
-        except BaseException:  # it died or speaks something else; a Ctrl-C must not leave its answer for the next question
+        except BaseException:  # it died or broke the protocol; after a Ctrl-C a late answer must not reach the next call
             self._stop()
             raise
 
@@ -274,7 +275,7 @@ class Server:
             message = _message(self._program.line(until))
             if message.get("id") == self._number and "method" not in message:
                 break
-            if "method" in message and "id" in message:  # the server asks something in turn
+            if "method" in message and "id" in message:  # the server sends a request of its own
                 answer = {"result": {}} if message["method"] == "ping" else {"error": {"code": -32601, "message": "not here"}}
                 self._send({"id": message["id"], **answer}, until)
         if isinstance(error := message.get("error"), dict):
@@ -285,11 +286,11 @@ class Server:
 
 
 class _Refused(ToolError):
-    """The server is well and says no."""
+    """The server works but answered with an error."""
 
 
 def _message(line: bytes) -> dict:
-    """A message; {} for a line that is none: some servers print there."""
+    """A message; {} for a line that is not one, since some servers print other lines."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
 """Serves the functions of a Python file as tools, over stdin and stdout: `python -m llamacli.tools.serve FILE`.
 
-In: requests as process.py sends them. Out: answers. The functions run in this process, so one that hangs or dies takes the
-server with it and not the model; what they print goes to stderr. A function is a tool if it is defined in the file and its name
-does not begin with an underscore.
+In: requests as process.py sends them. Out: answers. The functions run in this process, so one that hangs or dies ends this
+server and not the process of the model; their output goes to stderr. A function is a tool if it is defined in the file and its
+name does not begin with an underscore.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from llamacli.tools.tool import as_text, described
 def main() -> None:
     """Answer requests until stdin ends."""
     requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a function that prints must not write into the answers, nor read what it is asked
+    os.dup2(2, 1)  # a function must not write into the answers or read the requests
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     try:
         functions = load(sys.argv[1])
@@ -59,7 +59,7 @@ def load(path: str) -> dict:
 
 
 def call(function, arguments: dict) -> dict:
-    """The result of a call, as the protocol has it."""
+    """The result of a call in the protocol's form."""
     try:
         return {"content": [{"type": "text", "text": as_text(function(**arguments))}]}
     except Exception as error:

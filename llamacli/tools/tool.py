@@ -37,7 +37,7 @@ class ToolError(Exception):
 @dataclass(frozen=True)
 class Tool:
     """`parameters`: a JSON schema of an object. `run(arguments, timeout)` returns the result as text, or raises ToolError;
-    None: whoever reads the answer runs it.
+    None: the reader of the answer runs it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Tool:
 
     @property
     def definition(self) -> dict:
-        """As chat templates take it."""
+        """The definition as chat templates take it."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
@@ -57,7 +57,9 @@ class Tool:
         return [*self.parameters.get("properties", {})]
 
     def check(self, arguments: dict) -> None:
-        """ToolError if an argument is missing, unknown or of another kind than the schema's outermost layer says."""
+        """ToolError if an argument is missing or unknown, or does not match its type or enum in the schema's outermost
+        level.
+        """
         properties = self.parameters.get("properties", {})
         missing = [name for name in self.parameters.get("required", []) if name not in arguments]
         if missing:
@@ -82,12 +84,12 @@ def _check_value(name: str, value, schema: dict) -> None:
 
 
 def _is_kind(value, kind) -> bool:
-    """Whether a value is of a kind as JSON has kinds, where true is no number."""
+    """Whether a value has a JSON type; in JSON true is not a number."""
     return kind is bool or not isinstance(value, bool)
 
 
 def check_definition(name, description, parameters, where: str) -> tuple[str, str, dict]:
-    """The three, sound. UsageError begins with `where`."""
+    """Check the three fields and return them. UsageError that begins with `where`."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise UsageError(f"{where}: expected a name of letters, digits, _, - and ., found {name!r:.80}")
     parameters = {"type": "object", "properties": {}} if parameters is None else parameters
@@ -105,7 +107,7 @@ def check_definition(name, description, parameters, where: str) -> tuple[str, st
 
 
 def from_function(function: Callable) -> Tool:
-    """A Python function of this process. One that hangs is left behind in a thread of its own: it cannot be ended."""
+    """A tool from a Python function, which runs in this process. One that hangs keeps its thread, which cannot be ended."""
     name, description, parameters = described(function)
     return Tool(name, description, parameters, lambda arguments, timeout: _in_thread(function, arguments, timeout))
 
@@ -132,7 +134,7 @@ def described(function: Callable) -> tuple[str, str, dict]:
 
 
 def _schema(hint) -> dict:
-    """The JSON schema of a type; {} for what has none, which takes anything."""
+    """The JSON schema of a type; {}, which accepts anything, for a type without one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
         words = next((each for each in args[1:] if isinstance(each, str)), None)
@@ -153,7 +155,7 @@ def _schema(hint) -> dict:
 
 
 def as_text(value) -> str:
-    """A result as the model reads it."""
+    """A result as text for the model."""
     if isinstance(value, str):
         return value
     try:

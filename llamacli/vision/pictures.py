@@ -1,8 +1,9 @@
-"""Reads picture files, which nobody has checked: bytes to an RGB picture of Pillow.
+"""Reads untrusted picture files: bytes to an RGB picture of Pillow.
 
 In: a path, bytes, a `data:` URL or a picture of Pillow. Out: `Picture`. Size and format are checked before anything is decoded.
-Transparency is laid on white and the orientation that a camera noted is applied, as transformers does; 16-bit gray is scaled,
-where transformers makes most of it white. Of an animation the first frame is taken. PictureError says what is wrong in a line.
+Transparent pixels get a white background, and the orientation noted by a camera is applied, as in transformers; 16-bit gray is
+scaled, whereas transformers clips most of it to white. Of an animation the first frame is used. PictureError says in one line
+what is wrong.
 """
 
 import base64
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_BYTES = 64 << 20
-MOST_PIXELS = 100_000_000  # decoded they take 400 MB, twice where they are changed to RGB
-BAND = 1 << 20  # pixels that are changed at a time
-USUAL_BYTES = 100_000_000  # that reading one takes: of 16 million pixels, turned; transparent ones take three times as much
+MOST_PIXELS = 100_000_000  # decoded they take 400 MB, twice that if they are converted to RGB
+BAND = 1 << 20  # pixels that are converted at a time
+USUAL_BYTES = 100_000_000  # bytes to read one of 16 million pixels that is rotated; transparent ones take three times as much
 STRIP = 256  # rows of a picture that are copied at a time
 LONGEST_SIDE, MOST_RATIO = 65535, 1000
-FORMATS = ("Png", "Jpeg", "WebP", "Gif", "Bmp", "Tiff", "Avif")  # of Pillow's; others run programs or are rarely tested
+FORMATS = ("Png", "Jpeg", "WebP", "Gif", "Bmp", "Tiff", "Avif")  # Pillow's others run programs or are rarely tested
 READ = "PNG, JPEG, WebP, GIF, BMP, TIFF and AVIF"
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"BM", b"II*\0", b"MM\0*")
-HINTS = (  # how other files begin, and what to do with them
+HINTS = (  # the first bytes of other files, and advice how to convert them
     (rb"%PDF", "a PDF; `pdftoppm -r 150 -png FILE page` makes pictures of it"),
     (
         rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!DOCTYPE svg[^>]*>\s*)?<svg",
@@ -50,7 +51,7 @@ Source = str | os.PathLike | bytes
 
 
 class Picture(NamedTuple):
-    """A picture as it is shown upright."""
+    """A picture in its upright orientation."""
 
     name: str  # for messages
     image: "Image"  # RGB
@@ -58,7 +59,7 @@ class Picture(NamedTuple):
 
 
 def looks_like_picture(data: bytes) -> bool:
-    """Whether bytes begin as a file of a picture does."""
+    """Whether bytes are the beginning of a picture file."""
     webp = data[:4] == b"RIFF" and data[8:12] == b"WEBP"
     return webp or data[4:12] in (b"ftypavif", b"ftypavis") or data.startswith(tuple(s for s in SIGNATURES if s != b"BM"))
 
@@ -66,22 +67,24 @@ def looks_like_picture(data: bytes) -> bool:
 def read_picture(source, name: str | None = None) -> Picture:
     """A picture from a path, from bytes, from a `data:` URL or from Pillow. `name`: for messages instead of the path.
 
-    PictureError: there is none, it is damaged, too large, or of another format.
+    PictureError if there is no picture, or if it is damaged, too large or of another format.
     """
     name, image, is_file = _unread(source, name)
     return _upright(name, image, turn=is_file)
 
 
 def picture_size(source) -> tuple[int, int]:
-    """(width, height) of what `read_picture` takes, by its header: no pixel is decoded. A picture that is turned as the camera
-    was held has them the other way round. PictureError as there, except for damage behind the header.
+    """(width, height) of what `read_picture` takes, from its header: no pixel is decoded. For a picture that the camera's
+    orientation rotates they are exchanged. PictureError as for `read_picture`, except for damage after the header.
     """
     return _unread(source, None)[1].size
 
 
 def _unread(source, name: str | None) -> tuple[str, "Image", bool]:
-    """A picture's name, itself with its size checked, and whether it comes from a file, whose pixels are not decoded yet."""
-    if hasattr(source, "getexif") and hasattr(source, "convert"):  # Pillow's, and so Pillow is imported
+    """A picture's name, the picture with its size checked, and whether it comes from a file, whose pixels are not yet
+    decoded.
+    """
+    if hasattr(source, "getexif") and hasattr(source, "convert"):  # a picture of Pillow's: Pillow is already imported
         name = name or "picture"
         _check_size(name, *source.size)
         return name, source, False
@@ -104,7 +107,7 @@ def shown(name) -> str:
 
 
 def file_bytes(path: Path) -> bytes:
-    """A file of at most `MOST_BYTES`, or the first byte more. PictureError if it cannot be read."""
+    """The bytes of a file, at most `MOST_BYTES` + 1. PictureError if it cannot be read."""
     try:
         with open(path, "rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -130,7 +133,7 @@ def _data_url(url: str) -> bytes:
 
 
 def _opened(name: str, data: bytes) -> "Image":
-    """The file, its header read and checked, its pixels not yet decoded."""
+    """The picture of a file: its header is read and checked, its pixels are not yet decoded."""
     from PIL import Image, UnidentifiedImageError
 
     formats = _formats()
@@ -150,7 +153,7 @@ def _opened(name: str, data: bytes) -> "Image":
             size = image.size
     except UnidentifiedImageError:
         raise PictureError(f"{name}: expected {READ}, found another format or a damaged header; convert it to PNG") from None
-    except Image.DecompressionBombError:  # of more than twice the pixels that Pillow warns of
+    except Image.DecompressionBombError:  # a picture of more than twice the pixels for which Pillow warns
         raise PictureError(
             f"{name}: expected at most {MOST_PIXELS // 10**6} million pixels, found more; scale it down"
         ) from None
@@ -172,7 +175,7 @@ def _formats() -> list[str]:
 
 
 _FAILURES = (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError)
-_FAILURES += (struct.error, zlib.error, EOFError, MemoryError, AssertionError)  # what decoders raise on damaged files
+_FAILURES += (struct.error, zlib.error, EOFError, MemoryError, AssertionError)  # exceptions of decoders for damaged files
 
 
 def _reason(error: BaseException) -> str:
@@ -180,7 +183,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _check_size(name: str, width: int, height: int) -> None:
-    """PictureError before pixels are decoded that would take all memory."""
+    """PictureError for a size whose pixels would take too much memory."""
     longer, shorter = max(width, height), min(width, height)
     if shorter < 1:
         raise PictureError(f"{name}: expected a picture, found one of {width}x{height} pixels")
@@ -195,7 +198,7 @@ def _check_size(name: str, width: int, height: int) -> None:
 
 
 def _upright(name: str, image: "Image", turn: bool) -> Picture:
-    """Decoded, turned as the camera was held, as RGB."""
+    """The decoded picture as RGB, rotated by the camera's orientation."""
     from PIL import Image, ImageOps
 
     try:
@@ -203,7 +206,7 @@ def _upright(name: str, image: "Image", turn: bool) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image.load()
             if turn:
-                ImageOps.exif_transpose(image, in_place=True)  # else it copies what stands upright, too
+                ImageOps.exif_transpose(image, in_place=True)  # else it copies upright pictures, too
             image = _rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise PictureError(f"{name}: expected the size that the header names, found a larger picture inside") from None
@@ -217,7 +220,9 @@ def _upright(name: str, image: "Image", turn: bool) -> Picture:
 
 
 def _rgb(image: "Image") -> "Image":
-    """RGB, what is transparent laid on white; gray of 16 bits by its upper 8. What is not RGB yet is changed band by band."""
+    """RGB, with a white background behind transparent pixels; 16-bit gray by its upper 8 bits. Other modes are converted band
+    by band.
+    """
     from PIL import Image
 
     deep = image.mode.startswith("I;16") or image.mode == "I"
@@ -231,7 +236,7 @@ def _rgb(image: "Image") -> "Image":
 
 
 def _bands(image: "Image") -> Iterator[tuple[int, "Image"]]:
-    """(first row, some rows) of a picture: copies of all of a large one would take its memory several times."""
+    """(first row, some rows) of a picture: converting all of a large one would need its memory several times."""
     rows = max(1, BAND // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))

@@ -1,7 +1,7 @@
-"""What a model sees: finds the tower's file, reads pictures, and puts their rows into prompts.
+"""Pictures in prompts: finds the tower's file, reads pictures, encodes them, and puts their rows into prompts.
 
 In: ids with `<|image|>` where a picture stands, and pictures. Out: segments (prompt.py): Llama 4's marks around and between
-tiles, and for each tile the tower's rows. A picture that was looked at before is not looked at again.
+tiles, and for each tile the tower's rows. The rows of recent pictures are cached.
 """
 
 import re
@@ -24,12 +24,12 @@ from llamacli.vision.pictures import USUAL_BYTES, Picture, picture_size, read_pi
 from llamacli.vision.tiles import cut, layout
 from llamacli.vision.tower import MOST, Tower, nbytes
 
-MANY = 5  # pictures of a prompt that Meta tested; so many of the largest are remembered
+MANY = 5  # pictures of a prompt that Meta tested; rows of this many of the largest are cached
 NAMES = ("image_start", "image", "patch", "tile_x_separator", "tile_y_separator", "image_end")
 
 
 class Marks(NamedTuple):
-    """Ids of the tokens that a picture is made of."""
+    """Ids of the special tokens around the rows of a picture."""
 
     image_start: int
     image: int
@@ -48,19 +48,19 @@ class Marks(NamedTuple):
 
 
 class View(NamedTuple):
-    """A picture as the model sees it. Sizes are (width, height)."""
+    """An encoded picture. Sizes are (width, height)."""
 
     name: str
     size: tuple[int, int]
     shown: tuple[int, int]
     grid: tuple[int, int]  # rows and columns of tiles
-    segments: list  # what stands for it in a prompt
+    segments: list  # its segments in a prompt
     n_tokens: int
-    seconds: float  # that the tower took; 0 if the picture was known
+    seconds: float  # seconds that the tower took; 0 if the picture was cached
 
     @property
     def n_tiles(self) -> int:
-        """Tiles, the whole picture included."""
+        """The number of tiles, with the one of the whole picture."""
         n = self.grid[0] * self.grid[1]
         return n + (n > 1)
 
@@ -72,9 +72,9 @@ class View(NamedTuple):
 
 
 def find_tower(model: GGUF) -> Path | None:
-    """The file of a model's tower: the model's own, or an mmproj*.gguf beside it, by its name if there are several.
+    """The file of a model's tower: the model's own, or an mmproj*.gguf beside it, selected by name if there are several.
 
-    UsageError if several might be meant.
+    UsageError if several match.
     """
     if has_ollama_tower(model):
         return Path(model.path)
@@ -97,7 +97,7 @@ def find_tower(model: GGUF) -> Path | None:
 
 
 def open_tower(model: GGUF, n_embd: int, path: Path | None = None) -> GGUF:
-    """The file of the tower of a model that is `n_embd` wide; `path`: not the one beside it.
+    """The file of the tower of a model that is `n_embd` wide; `path`: a file instead of the one beside the model.
 
     PictureError if there is none, ModelFileError if it is another model's.
     """
@@ -114,13 +114,13 @@ def open_tower(model: GGUF, n_embd: int, path: Path | None = None) -> GGUF:
 
 
 def tower_bytes(gguf: GGUF, threads: int) -> int:
-    """Bytes that seeing takes: a tower's weights, what it works in, a picture while it is read, rows that are remembered."""
+    """Bytes that pictures need: a tower's weights and buffers, a picture while it is read, cached rows."""
     found = cost(gguf, threads)
     return found["weights_bytes"] + found["working_bytes"]
 
 
 def _working_bytes(c: VisionConfig, threads: int) -> int:
-    """All of it but the weights. A picture is on its canvas, in tiles, and as numbers."""
+    """The bytes without the weights. A picture is held on its canvas, in tiles, and as floats."""
     tiles = 3 * c.image_size**2 * (3 * (c.most_tiles + 1) + 3 * 4 * MOST)
     return nbytes(c, threads) + tiles + USUAL_BYTES + _kept_bytes(c)
 
@@ -131,7 +131,7 @@ def _kept_bytes(c: VisionConfig) -> int:
 
 
 def cost(gguf: GGUF, threads: int = 1) -> dict:
-    """What a tower takes, as a record fit for JSON: bytes, tokens and multiply-adds."""
+    """The cost of a tower as a record fit for JSON: bytes, tokens and multiply-adds."""
     c = VisionConfig.from_gguf(gguf)
     most = c.most_tiles + (c.most_tiles > 1)
     return {
@@ -163,7 +163,7 @@ class Sight:
         self.config, self.notices = self._tower.config, self._tower.notices
         self._known: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
-        # Called while a picture is looked at: its name, the tiles done so far (a float), and all.
+        # Called while a picture is encoded: its name, the tiles done so far (a float), and all.
         self.follow: Callable[[str, float, int], None] | None = None
 
     def close(self) -> None:
@@ -172,11 +172,13 @@ class Sight:
         self._known.clear()
 
     def interrupt(self) -> None:
-        """From another thread: have `look` end soon, by a KeyboardInterrupt."""
+        """From another thread: make `look` end soon with a KeyboardInterrupt."""
         self._tower.interrupt()
 
     def look(self, source, most_tiles: int | None = None) -> View:
-        """A picture (a Picture, or what `read_picture` takes) as segments. `most_tiles`: of its grid, at most the model's."""
+        """Encode a picture (a Picture, or an argument of `read_picture`). `most_tiles`: the most tiles of its grid, at most the
+        model's.
+        """
         picture = source if isinstance(source, Picture) else read_picture(source)
         most = tiles_allowed(self.config, most_tiles)
         tiles = cut(picture.image, self.config.image_size, most)
@@ -193,21 +195,21 @@ class Sight:
         return View(picture.name, picture.image.size, tiles.shown[::-1], tiles.grid, found, n_tokens, seconds)
 
     def n_tokens(self, source, most_tiles: int | None = None) -> int:
-        """How many tokens `look` would make of a picture, by its size alone; those of a View, which was looked at."""
+        """How many tokens `look` would make of a picture, from its size alone; for a View, the number it has."""
         if isinstance(source, View):
             return source.n_tokens
         width, height = source.image.size if isinstance(source, Picture) else picture_size(source)
         return expected_tokens(self.config, width, height, most_tiles)[1]
 
     def _keep(self, digest: bytes, rows: np.ndarray) -> None:
-        """Remember rows; the pictures that were shown longest ago are forgotten."""
+        """Cache rows, and remove those of the least recently used pictures."""
         self._known[digest] = rows
         self._known.move_to_end(digest)
         while sum(kept.nbytes for kept in self._known.values()) > _kept_bytes(self.config) and len(self._known) > 1:
             self._known.popitem(last=False)
 
     def prompt(self, ids: Sequence[int], views: Iterable[View]) -> list:
-        """Ids with a view's segments in the place of each `<|image|>`."""
+        """A prompt from ids, with a view's segments in place of each `<|image|>`."""
         views, found, done = iter(views), [], 0
         for at, id in enumerate(ids):
             if id == self.marks.image:
@@ -228,7 +230,7 @@ def segments(grid: tuple[int, int], rows: np.ndarray, digest: bytes, marks: Mark
 
 
 def picture_ids(c: VisionConfig, marks: Marks, width: int, height: int, most_tiles: int | None = None) -> list[int]:
-    """Ids of a prompt that a picture of this size becomes: `<|patch|>` where a row of the tower will stand."""
+    """Ids of a prompt that a picture of this size becomes: `<|patch|>` in the place of each row of the tower."""
     grid, _ = layout(height, width, c.image_size, tiles_allowed(c, most_tiles))
     n_tiles, _ = expected_tokens(c, width, height, most_tiles)
     return [int(token) for token in tokens(segments(grid, np.empty((n_tiles, c.n_rows, 0), np.float32), b"", marks))]
@@ -249,7 +251,7 @@ def expected_tokens(c: VisionConfig, width: int, height: int, most_tiles: int | 
 
 
 def describe(view: View) -> str:
-    """What the model saw, in a line."""
+    """A line that describes an encoded picture."""
     (wide, high), (w, h) = view.size, view.shown
     shown = f", shown to the model at {w}x{h}" if (w, h) != (wide, high) and (w < wide or h < high) else ""
     tiles = f"{view.n_tiles} tile{'s' if view.n_tiles > 1 else ''}"

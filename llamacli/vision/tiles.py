@@ -1,11 +1,11 @@
-"""A picture as square tiles, exactly as transformers cuts it: the grid, the size on it, the bytes.
+"""Cuts a picture into square tiles, with exactly the grid, size and bytes of transformers.
 
 In: an RGB picture of Pillow. Out: `Tiles`, uint8. The picture is scaled without distortion to fit a grid of at most `most`
-tiles, filled up with black at the right and the bottom, and cut row by row. If there is more than one tile, the whole picture,
-squeezed into one tile, comes last.
+tiles, padded with black at the right and the bottom, and cut row by row. If there is more than one tile, the last one is the
+whole picture, scaled to one tile.
 
-Source: transformers' `image_processing_llama4.py`. Its arithmetic is part of the result: sides that the grid limits are
-computed in float32, others in float64, and a side that comes out one pixel shorter changes most of the bytes.
+Source: transformers' `image_processing_llama4.py`. Its rounding must be reproduced: sides limited by the grid are computed in
+float32, others in float64, and a side that is one pixel shorter changes most of the bytes.
 """
 
 import math
@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
 
 @cache
 def grids(most: int) -> list[tuple[int, int]]:
-    """(rows, columns) of every grid of at most `most` tiles, those of one ratio one after the other."""
+    """(rows, columns) of every grid of at most `most` tiles, grouped by ratio."""
     by_ratio: dict[float, list[tuple[int, int]]] = {}
     for n in range(most, 0, -1):
         for rows in range(1, n + 1):
@@ -38,10 +38,10 @@ def grids(most: int) -> list[tuple[int, int]]:
 
 
 def layout(height: int, width: int, size: int, most: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(rows, columns) of the grid for a picture, and the height and width at which it is shown on it.
+    """(rows, columns) of the grid for a picture, and the height and width of the scaled picture on it.
 
-    The grid is the smallest on which the picture need not shrink, else the one on which it shrinks least. A picture grows only
-    until it fills one tile.
+    The grid is the smallest on which the picture is not scaled down, else the one with the least reduction. A picture is
+    enlarged only until it fills one tile.
     """
     possible = grids(most)
     canvases = np.array(possible, np.float32) * np.float32(size)
@@ -53,7 +53,7 @@ def layout(height: int, width: int, size: int, most: int) -> tuple[tuple[int, in
 
 
 def _limit(side: int, canvas: int, size: int) -> int | np.float32:
-    """How long a side may become; float32 where the canvas limits it, as in the reference."""
+    """The limit of a side's length; float32 if the canvas limits it, as in the reference."""
     wanted = max(side, size)
     return np.float32(canvas) if canvas < wanted else wanted
 

@@ -1,7 +1,7 @@
-"""The vision tower on the CPU: tiles of a picture to rows of features, some tiles at a time.
+"""The vision tower on the CPU: tiles of a picture to rows of features, several tiles at a time.
 
-In: a GGUF with a tower, threads. Out: float32 rows that stand in for embeddings of the text model. Weights stay where the file
-is mapped; products run on their own type: int8 activations for quantized weights, float32 for others. The stream between
+In: a GGUF with a tower, threads. Out: float32 rows that stand in for embeddings of the text model. Weights are used in the
+mapped file, in their own type: products use int8 activations for quantized weights, float32 for others. The stream between
 layers, norms, attention and GELU are float32.
 
 Source: transformers' `Llama4VisionModel` and `Llama4MultiModalProjector`.
@@ -52,13 +52,14 @@ class Tower:
         self._program = self._buffers = self._weights = self._keep = None
 
     def interrupt(self) -> None:
-        """From another thread: have `features` end soon, by a KeyboardInterrupt."""
+        """From another thread: make `features` end soon with a KeyboardInterrupt."""
         self._stop[0] = 1
 
     def features(self, tiles: np.ndarray, follow: Callable[[int, int], None] | None = None) -> np.ndarray:
         """Rows for uint8 tiles [n, image_size, image_size, 3]: float32 [n, n_rows, n_text].
 
-        `follow(done, of)` is called after each layer with tiles, counting parts of them. ModelFileError if the file was cut.
+        `follow(done, of)` is called after each layer with numbers of tiles, which may be fractions. ModelFileError if the file
+        was truncated.
         """
         found = np.empty((len(tiles), self.config.n_rows, self.config.n_text), np.float32)
         self._stop[0] = 0
@@ -83,7 +84,7 @@ class Tower:
         return found
 
     def _set_tiles(self, tiles: np.ndarray) -> None:
-        """Fill in the patches of some tiles, and what the stream begins with: positions, and the class token's."""
+        """Fill in the patches of some tiles and the initial stream: embeddings of positions and of the class token."""
         c, b, n = self.config, self._buffers, len(tiles)
         values = self._values[tiles].reshape(n, c.side, c.patch_size, c.side, c.patch_size, 3)
         patches = b["patches"].reshape(-1, c.n_positions, b["patches"].shape[1])
@@ -108,7 +109,7 @@ class Tower:
 
 
 def byte_values() -> np.ndarray:
-    """What each byte of a picture is for the tower, float32 [256]: transformers computes it in bfloat16, step by step."""
+    """The tower's input value for each byte of a picture, float32 [256]; transformers computes it in bfloat16, step by step."""
 
     def rounded(x: np.ndarray) -> np.ndarray:
         bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -173,7 +174,9 @@ def _angles(c: VisionConfig) -> np.ndarray:
 
 
 def _bind(gguf: GGUF, c: VisionConfig) -> tuple[dict[str, Weight], list[str], list]:
-    """The tensors by llama.cpp's names, checked: matrices by address, all else as float32, biases padded to superblocks."""
+    """Check and return the tensors by llama.cpp's names: matrices by address, others as float32, biases padded to
+    superblocks.
+    """
     stored = renamed(gguf)
     keep, converted, found = [gguf], [], {}
     for spec in check(gguf.path, {name: tensor.shape for name, tensor in stored.items()}, tensors(c)):
@@ -187,7 +190,7 @@ def _bind(gguf: GGUF, c: VisionConfig) -> tuple[dict[str, Weight], list[str], li
 
 
 def _floats(gguf: GGUF, tensor: Tensor) -> np.ndarray:
-    """A tensor of floats, float32, its rows padded with zeros to whole superblocks if it is a vector."""
+    """A tensor as float32; a vector is padded with zeros to whole superblocks."""
     name, raw = tensor.type.name, tensor.data.reshape(-1)
     if name not in FLOATS:
         raise UnsupportedModelError(f"{gguf.path}: expected {tensor.name} as F32, found {name}; convert the tower again")
@@ -216,7 +219,7 @@ class _Recorder:
         self._program.keep(self._floats, self._zeros, self._together, angles)
 
     def compose(self) -> tuple[Program, list[int]]:
-        """The whole tower."""
+        """Record the whole tower."""
         c, ends = self._c, []
         self._matmul("v.patch_embd.weight", "patches", "x", add=True)
         self._norm("v.pre_ln", "x", "x")
@@ -245,7 +248,7 @@ class _Recorder:
         return self._program.seal(), ends
 
     def _count(self, name: str) -> int:
-        """The address of the number of rows of a buffer in a run."""
+        """The address of the row count of a buffer."""
         return self._b.address("counts") + (8 if name in ("joined", "mid", "out", "rows") else 0)
 
     def _matmul(self, weight: str, h: str, out: str, add: bool = False) -> None:
