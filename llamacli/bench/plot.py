@@ -11,12 +11,19 @@ import numpy as np
 from llamacli.errors import OutputError, UsageError
 
 
-def check() -> None:
-    """UsageError unless matplotlib is installed. Called before the measurement, which may take long."""
+def check(path: Path) -> None:
+    """UsageError unless matplotlib is installed, OutputError unless it can write an image there. Called before the
+    measurement, which may take long.
+    """
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("--plot: expected matplotlib, found none; install it with `pip install matplotlib`") from None
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: expected a folder to write an image into, found none; create it first")
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise OutputError(f"{path}: expected the name of an image, found {path.suffix}; write {path.stem}.png, for one")
 
 
 def draw(records: list[dict], title: str, path: Path) -> None:

@@ -134,7 +134,7 @@ def bench(
     if plot:
         from llamacli.bench import plot as picture
 
-        picture.check()
+        picture.check(plot)
     with ExitStack() as stack:
         path = (
             stack.enter_context(_random_file(shape.value, layers, tests, keep, console))

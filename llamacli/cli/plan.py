@@ -134,7 +134,7 @@ def plan(
     if plot:
         from llamacli.bench import plot as picture
 
-        picture.check()
+        picture.check(plot)
     console = output.console()
     source = one_model(source, model_option)
     path = find_model(source, console) if source is None or not Path(source).is_dir() else Path(source)

@@ -17,7 +17,7 @@ def show_routing(path: Path, plot: Path | None, as_json: bool, console) -> None:
     if plot:
         from llamacli.bench import plot as picture
 
-        picture.check()
+        picture.check(plot)
     log = routing_log.read(path)
     n_tokens, _, used = log.chosen.shape
     share, repeats, hits = routing.use(log) / n_tokens, routing.repeats(log), routing.hit_rates(log)

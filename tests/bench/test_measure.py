@@ -4,6 +4,7 @@ import importlib.util
 import struct
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,6 +17,7 @@ from llamacli.bench import limits as bench_limits
 from llamacli.bench import measure, peer, plot
 from llamacli.bench.limits import multiply_floats_gops, multiply_gops, read_gbps
 from llamacli.bench.measure import Case, plan
+from llamacli.cli import main
 from llamacli.engine import Engine
 from llamacli.errors import OutputError, UsageError
 from llamacli.files.gguf import open_gguf
@@ -318,7 +320,17 @@ def test_llama_cpp_runs_the_same_tests(tmp_path):
 def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
-        plot.check()
+        plot.check(Path("bench.png"))
+
+
+@pytest.mark.parametrize("name", ["no/bench.png", "bench.nonsense"])
+def test_a_place_for_no_picture_is_refused_before_anything_is_measured(name, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    plot.check(tmp_path / "bench.png")
+    for args in (["bench", "-p", "8", "-n", "0"], ["plan"]):
+        assert main([*args, "--plot", str(tmp_path / name)]) == 1
+        out, err = capfd.readouterr()
+        assert out == "" and err.count("\n") == 1 and str(tmp_path / name) in err
 
 
 def test_the_picture_has_a_line_for_each_engine_and_length():
