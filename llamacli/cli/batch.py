@@ -2,7 +2,8 @@
 
 In: JSON lines, each a text or an object with `prompt` or `messages`, and if wanted `images` (before the prompt), `system`, `id`
 and `params` (of a template). Out: a JSON line for each, in the same order: `line` (its number), `id`, `text`, `finish_reason`,
-`usage` and, with pictures, `images`; or `error`; and `input`, a hash of the input line. A result is written with one call, so
+`usage` and, with pictures, `images`; or `error`; and `input`, a hash of the input line and of what
+options add to it: results of another system prompt are not taken for those of this run. A result is written with one call, so
 that a file ends in a whole line, or in one that was cut and is answered anew. A file is checked before the first answer,
 without the pictures that it names; lines from a pipe are answered as they come.
 """
@@ -76,18 +77,18 @@ def answer_all(
 
     `pictures`, read already, come before each prompt; the list is emptied when they have been seen.
     """
-    total, pictured = 0, bool(pictures)
+    total, pictured, added = 0, bool(pictures), prompts.added([picture.digest.hex() for picture in pictures])
     if name != "-" and not os.path.exists(name):
         raise PromptError(f"{name}: expected a file of JSON lines, found none; check the path")
     if os.path.isfile(name):  # a pipe can be read but once
-        for request in _requests(name):
+        for request in _requests(name, added):
             total, pictured = total + 1, pictured or request.pictured
             _messages(request, prompts, name)
     elif (parallel or 1) > 1:
         raise UsageError(f"--parallel: expected a file of prompts, found {name}, whose lines are answered as they come")
     crew = None
     with Results(out, console) as results, console.progress("answering") as update:
-        for n, request in enumerate(_requests(name)):
+        for n, request in enumerate(_requests(name, added)):
             if results.has(request):
                 continue
             if crew is None:
@@ -215,19 +216,19 @@ class _Asked:
         return found
 
 
-def _requests(name: str) -> Iterator[Request]:
+def _requests(name: str, added: bytes) -> Iterator[Request]:
     """The lines of a file or, for "-", of stdin. Empty lines are counted and skipped. PromptError names an invalid line."""
     if name == "-":
-        yield from _parsed("stdin", stdin_lines(_LONGEST))
+        yield from _parsed("stdin", stdin_lines(_LONGEST), added)
         return
     try:
         with open(name, "rb") as file:
-            yield from _parsed(name, iter(lambda: file.readline(_LONGEST), b""))
+            yield from _parsed(name, iter(lambda: file.readline(_LONGEST), b""), added)
     except (OSError, ValueError) as error:
         raise PromptError(f"{name}: expected a file of JSON lines, found: {getattr(error, 'strerror', error)}") from None
 
 
-def _parsed(name: str, lines: Iterator[bytes]) -> Iterator[Request]:
+def _parsed(name: str, lines: Iterator[bytes], added: bytes) -> Iterator[Request]:
     for number, raw in enumerate(lines, 1):
         where = f"{name}, line {number}"
         if len(raw) >= _LONGEST:
@@ -238,7 +239,7 @@ def _parsed(name: str, lines: Iterator[bytes]) -> Iterator[Request]:
             found = json.loads(decoded(raw, where), parse_float=_number, parse_constant=_number)
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{where}: expected a text or an object as JSON, found: {error or 'too much nesting'}") from None
-        digest = hashlib.sha256(raw.strip()).hexdigest()[:16]
+        digest = hashlib.sha256(raw.strip() + added).hexdigest()[:16]
         yield _request(where, number, digest, {"prompt": found} if isinstance(found, str) else found)
 
 

@@ -3,6 +3,7 @@
 In: text from words, files and pipes; the fields of a batch's line. Out: messages, or the text alone with --raw, and their ids.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,12 @@ class Prompts:
     def __post_init__(self) -> None:
         if self.raw and self.template and self.template.system:
             raise UsageError(f"--raw and {self.template.path} exclude each other: the template has a system prompt")
+
+    def added(self, pictures: Sequence[str]) -> bytes:
+        """What options add to each line of a batch, to tell runs apart; empty if nothing. `pictures`: hashes of theirs."""
+        form = self.template and [self.template.prompt, self.template.system, self.template.defaults]
+        parts = [self.text, self.system, form, dict(self.params), self.raw, pictures]
+        return json.dumps(parts, sort_keys=True).encode() if any(parts) else b""
 
     def messages(
         self,

@@ -195,6 +195,35 @@ def test_results_of_something_else_are_left_alone(model, tmp_path, capfd):
     assert out.read_text() == good
 
 
+@pytest.mark.parametrize(
+    "before, now",
+    [
+        (["-s", "be kind"], ["-s", "be short"]),
+        ([], ["-s", "be short"]),
+        (["Translate:"], ["Sum up:"]),
+        (["--template", "OLD"], ["--template", "NEW"]),
+        (["--template", "OLD", "--param", "x=1"], ["--template", "OLD", "--param", "x=2"]),
+        (["--raw"], []),
+    ],
+    ids=str,
+)
+def test_results_to_another_prompt_are_not_taken_for_those_of_this_run(model, tmp_path, capfd, before, now):
+    (tmp_path / "OLD").with_suffix(".toml").write_text('prompt = "{{input}} {{x}}"\n[defaults]\nx = 0\n')
+    (tmp_path / "NEW").with_suffix(".toml").write_text('prompt = "{{input}}, please"\n')
+    questions, out = write(tmp_path / "in", "one", "two"), tmp_path / "out"
+
+    def run(words):
+        words = [str(tmp_path / f"{word}.toml") if word in ("OLD", "NEW") else word for word in words]
+        return main(["run", "--batch", questions, "-o", str(out), *words])
+
+    assert run(before) == 0
+    good = out.read_text()
+    assert run(before) == 0
+    assert run(now) == 1
+    assert out.read_text() == good
+    assert "expected the results of this batch, found another in place of that for line 1" in capfd.readouterr().err
+
+
 def test_of_another_file_no_more_is_read_than_tells_it_apart(model, tmp_path, capfd):
     out = tmp_path / "out"
     with open(out, "wb") as file:
