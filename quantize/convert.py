@@ -296,8 +296,9 @@ class _TensorMaker:
         return blake2b(b"".join(self._stamps[path] for path in paths), digest_size=16).hexdigest()
 
     def _check_unchanged(self, paths: Iterable[Path]) -> None:
-        """CheckpointError if a file was written to, as by a download that goes on. One that was removed, or replaced by another
-        of its name, is still there for its map.
+        """CheckpointError if a file was written to, for example by a download that is still running.
+
+        A file that was removed or replaced can still be read through its map.
         """
         for path in paths:
             before = self._states[path]
@@ -307,7 +308,7 @@ class _TensorMaker:
                 continue
             same_file = (now.st_dev, now.st_ino) == (before.st_dev, before.st_ino)
             if same_file and (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                raise CheckpointError(f"{path}: expected it to stay as it was, found it written to meanwhile; convert it again")
+                raise CheckpointError(f"{path}: expected an unchanged file, found it changed meanwhile; convert it again")
 
     def _tell(self, nbytes: int, name: str) -> None:
         self._done = min(self._done + nbytes, self._nbytes)

@@ -196,5 +196,5 @@ def collected(path: Path, inputs: Iterable, dataset: str, chunk_count: int, chun
 
 
 def size_of(inputs: Iterable) -> int:
-    """Bytes that the file of such sums takes, but for its header."""
+    """Bytes of a file of such sums, without its header."""
     return sum(4 * len(names) * (sums.size + counts.size) for names, sums, counts in inputs)

@@ -88,7 +88,7 @@ class KVCache(Positions):
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write keys and values, as `export` gives them, from position `start` on; `reserve` has made room for them.
 
-        Of a chunked layer, positions of one chunk only: the one of the last position that will be held.
+        In a chunked layer all positions must be in one chunk: that of the last position that will be held.
         """
         for side, rows in zip(self._layers[self.layers.index(layer)], (keys, values), strict=True):
             side[:, self._slots(layer, start, start + keys.shape[1])] = rows

@@ -1,8 +1,9 @@
 """A KV cache larger than memory: of the layers that see every position, what memory does not hold lies in a file.
 
-In: a Config, a limit, a `KVFile` (where, how many positions stay in memory). Out: `FileCache`, a device.Cache. Positions go in
-blocks. Each such layer has slots in memory for some blocks, which hold the newest positions and as many more as fit; the others
-are in the file, and cpu/kvreads.py reads them whenever attention passes over them. Chunked layers stay rings in memory.
+In: a Config, a limit, a `KVFile` (where, how many positions stay in memory). Out: `FileCache`, a device.Cache. Positions are
+grouped in blocks. Each such layer has slots in memory for some blocks, which hold the newest positions and as many more as fit;
+the others are in the file, and cpu/kvreads.py reads them whenever attention passes over them. Chunked layers stay rings in
+memory.
 
 A block is [keys, values][n_kv_heads, positions, kv_row_bytes], padded to whole pages. It is written to the file when its slot
 is needed for a newer one, and again only if it was changed since. The file's name is removed as soon as it is open, so nothing
@@ -59,7 +60,7 @@ def slots(ctx: int, window: int, batch: int, block: int = POSITIONS) -> int:
 
 
 def nbytes(config: Config, ctx: int, window: int, batch: int, block: int = POSITIONS) -> int:
-    """Most bytes of memory that a cache holds; the buffers of reads (RING blocks of an engine) apart."""
+    """Most bytes of memory that a cache holds, without the buffers of reads (RING blocks for each engine)."""
     rings = 2 * config.n_kv_heads * config.kv_row_bytes * min(ctx, config.chunk_size)
     seeing = len(seeing_all(config))
     blocks = slots(ctx, window, batch, block) * block_bytes(config, block)
@@ -121,7 +122,7 @@ class _File:
                     f"another folder with --kv-file"
                 ) from None
             done += n
-            if done % PAGE and self._direct:  # a direct write cannot go on in the middle of a page
+            if done % PAGE and self._direct:  # a direct write cannot continue in the middle of a page
                 self._buffered()
 
     def read(self, k: int, memory, at: int) -> None:

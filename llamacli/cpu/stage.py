@@ -186,7 +186,7 @@ class CpuStage:
     def forward(self, x: Tokens | np.ndarray, runs: Sequence[Run]) -> np.ndarray:
         """The stream after the layers, float32 [n, n_embd]: a view that the next call overwrites.
 
-        ModelFileError if the file was cut meanwhile: then the result would be wrong.
+        ModelFileError if the file was cut during the call, since the result is wrong then.
         """
         n = sum(run.n for run in runs)
         if self._forked and (self.slots or self._reader):

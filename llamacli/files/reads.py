@@ -194,7 +194,7 @@ class DirectReader:
                 if not direct:
                     done += n
                 elif n < BLOCK:
-                    self._fall_back(slices)  # a direct read cannot go on in the middle of a block
+                    self._fall_back(slices)  # a direct read cannot continue in the middle of a block
                 else:
                     done += n // BLOCK * BLOCK
         if not self._direct[file] and hasattr(os, "posix_fadvise"):

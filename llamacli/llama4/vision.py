@@ -94,7 +94,7 @@ class VisionConfig:
 
     @property
     def metadata(self) -> dict[str, object]:
-        """The fields of a file that llama.cpp reads, but for name and type; the last two are read by llamacli alone."""
+        """The fields of a file that llama.cpp reads, without name and type, and two that only llamacli reads, at the end."""
         fields = {
             "image_size": self.image_size,
             "patch_size": self.patch_size,

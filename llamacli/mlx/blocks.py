@@ -288,7 +288,7 @@ PIECE = 32  # weights
 
 def _format(name: str) -> Format:
     kind = BY_NAME[name]
-    blocks = max(1, PIECE // kind.block)  # numbers that stand alone are read as blocks of a piece
+    blocks = max(1, PIECE // kind.block)  # float types are read as blocks of one piece
     return Format(blocks * kind.block, blocks * kind.nbytes, _TEXTS[name])
 
 

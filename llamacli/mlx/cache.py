@@ -78,7 +78,7 @@ class MlxCache(Positions):
     def restore(self, layer: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """Write keys and values, float16 [n_kv_heads, n, head_dim], from position `start` on; `reserve` has made room for them.
 
-        Of a chunked layer, positions of one chunk only: the one of the last position that will be held.
+        In a chunked layer all positions must be in one chunk: that of the last position that will be held.
         """
         slots, sides = self._slots(layer, start, start + keys.shape[1]), self.arrays(layer)
         with self._working():

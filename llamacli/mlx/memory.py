@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 def window(tensor: Tensor, adopts: bool) -> Window:
-    """The bytes of a tensor; `adopts`: whether the device can read memory of ours at all (Metal)."""
+    """The bytes of a tensor; `adopts`: whether the device can read this process's memory (Metal)."""
     address = tensor.data.ctypes.data
     if adopts and address % ALIGNED == 0:
         start = address // mmap.PAGESIZE * mmap.PAGESIZE

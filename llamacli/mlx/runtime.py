@@ -23,7 +23,7 @@ INSTALL = f"install it with pip install 'llamacli[mlx]'{BACKEND}, or use --devic
 
 
 class Runtime(NamedTuple):
-    """MLX as it is here. `budget`: bytes that the GPU may use at most by its driver's advice; 0 without a GPU."""
+    """MLX on this machine. `budget`: most bytes that the GPU should use, by its driver's advice; 0 without a GPU."""
 
     version: str
     gpu: str | None  # "Metal", "CUDA" or None

@@ -96,10 +96,10 @@ def private(root: Path = Path("/")) -> int:
 
 
 def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | None:
-    """Bytes a second at which pieces from anywhere in the file come from its disk, read as experts are.
+    """Bytes a second of direct reads of pieces from anywhere in the file, several in flight, as experts are read.
 
-    The page cache is passed by, nothing is left in it. None where the file is smaller than a few pieces or lies where direct
-    reads are not possible (tmpfs).
+    Nothing is left in the page cache. None where the file is smaller than a few pieces or lies where direct reads are not
+    possible (tmpfs).
     """
     from llamacli.files.reads import IN_FLIGHT, PIECE, open_direct  # it loads NumPy, which help does without
 
@@ -113,7 +113,8 @@ def disk_read_speed(path: os.PathLike | str, seconds: float = 0.3) -> float | No
             return None
         random.shuffle(offsets)
         buffers = memoryview(pages.memory(IN_FLIGHT * PIECE))
-        buffers[:: os.sysconf("SC_PAGE_SIZE")] = bytes(-(-len(buffers) // os.sysconf("SC_PAGE_SIZE")))  # held from here on
+        # Touching every page makes the memory resident before the time is taken.
+        buffers[:: os.sysconf("SC_PAGE_SIZE")] = bytes(-(-len(buffers) // os.sysconf("SC_PAGE_SIZE")))
         began = time.perf_counter()
 
         def lane(i: int) -> int:

@@ -154,7 +154,7 @@ def split(
         least = sum(s.always + c.n_experts_used * s.one_per_layer for s in model.layers) + sessions * kvcache.nbytes(c, ctx)
         least += model.head
         raise MemoryLimitError(
-            f"{name}: expected at least {least / 1e9:.2f} GB on {len(machines)} nodes together, beside what each works in, "
+            f"{name}: expected at least {least / 1e9:.2f} GB on {len(machines)} nodes together, besides working memory, "
             f"found {sum(machine.memory for machine in machines) / 1e9:.2f} GB; use a smaller -c or add a node"
         )
     parts = tuple(part(k, first, end) for k, first, end in best)

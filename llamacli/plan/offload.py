@@ -101,7 +101,7 @@ def place_layers(
 ) -> Offload:
     """The Offload of `gpu_layers`, or of as many as fit into `budget` bytes. `sizes`: each tensor's name and bytes.
 
-    `needed`: whether none at all is a MemoryLimitError, as more than fit always is.
+    MemoryLimitError: `gpu_layers` do not fit; or, with `needed`, no layer fits.
     """
     head, layers = _by_layer(config, sizes)
     working, kv = working_bytes(config), [_kv(config, ctx, i) for i in range(config.n_layers)]

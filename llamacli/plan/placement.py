@@ -160,9 +160,9 @@ def place(
 ) -> Placement:
     """Decide what is resident within `memory` bytes at a context of `ctx` tokens.
 
-    `slots`: even if everything would fit. `kv_files`: so many sequences may keep keys and values in files. `beside`: bytes
-    that are not in `memory` any more, such as a vision tower's; messages count them.
-    MemoryLimitError if that cannot hold the always-used weights, keys and values, and the experts of one token.
+    `slots`: even if everything would fit. `kv_files`: so many sequences may keep keys and values in files. `beside`: bytes that
+    `memory` leaves out, such as a vision tower's; messages count them. MemoryLimitError if that cannot hold the always-used
+    weights, keys and values, and the experts of one token.
     """
     batch, everything = batch_within(config, memory, threads), sizes.always + sizes.looked_up + sizes.routed
     while True:
@@ -179,7 +179,7 @@ def place(
         batch //= 2  # with smaller batches a model that fits less memory always fits more memory, too
     if least > memory:
         fits = fit_ctx(config, sizes, memory, ctx, threads=threads, slots=slots, kv_files=kv_files)
-        parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, to work in {_gb(working)}"
+        parts = f"weights of every token {_gb(sizes.always)}, KV cache of {ctx} tokens {_gb(kv)}, working memory {_gb(working)}"
         if beside:
             parts += f", beside the model {_gb(beside)}"
         other = f"--ctx {fits} or {'' if kv_files else '--kv-file DIR or '}" if fits else ""

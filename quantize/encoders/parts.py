@@ -16,7 +16,7 @@ SHIFT = 0.6  # levels between the minimums to begin from: the lowest weight may 
 SHIFTS, WEIGHTED_SHIFTS = 2, 4  # how many; with weights the lowest one may matter little
 SLIGHT = 0.01  # share of w x^2, times levels squared, below which a weight may be given up whatever the span
 TIE = 2e-7  # of the error taken off: less is rounding
-EXACT = 0.1  # the same share: ten times closer than usual, where the half floats' rounding is what is left
+EXACT = 0.1  # the same share: a fit with less error is exact but for the rounding of half floats
 CLOSED = 5e-7  # of the energy: how far the closed form of the error may be off by rounding
 SPANS = 16  # of levels, tried where the fit is all but exact
 HALVES = 12  # half floats to begin a superblock from
@@ -65,7 +65,7 @@ def pass_over(s, fmt, room, inverse, offset, origin=None):
 
 
 class Left(NamedTuple):
-    """What is left, e = x - a l + m, for the levels l that `_codes` would choose for a and m: sums."""
+    """Sums over the residuals e = x - a l + m, for the levels l that `_codes` would choose for a and m."""
 
     level: ir.Value  # w l
     l2: ir.Value  # w l^2

@@ -222,7 +222,7 @@ def test_a_source_that_is_written_to_meanwhile_is_noticed(folder, tmp_path):
         os.utime(shard, ns=(1, 1))  # clocks of file systems may be coarse
 
     said = refusal(CheckpointError, source, out, "Q8_0", progress=changing(write))
-    assert "model.safetensors: expected it to stay as it was" in said
+    assert "model.safetensors: expected an unchanged file" in said
     convert(source, out, "Q8_0")
     convert(source, tmp_path / "again.gguf", "Q8_0")
     assert out.read_bytes() == (tmp_path / "again.gguf").read_bytes()

@@ -2,9 +2,9 @@
 
     dot = sum over groups of  d * scale * (sum(u * x) - offset * sum(x))  -  min * (d * sum(x))
 
-in the terms of layout.py; the sums in brackets are integers. Floats add up in 8 sums, to which the groups come in turn.
-`matvec` reads the weights once, front to back, at memory speed; `acc` nonzero adds to what stands in out. All microkernels
-take int64 addresses and sizes.
+in the terms of layout.py; the sums in brackets are integers. Floats add up in 8 sums, to which groups are assigned in turn.
+`matvec` reads the weights once, front to back, at memory speed; `acc` nonzero adds to what stands in out. All microkernels take
+int64 addresses and sizes.
 
 Each row takes two loops. The first computes the factor of every group (weight scale times activation scale) and adds up the
 minimums. The second only multiplies codes. In one loop the long chain of instructions for the scales fills the core's reorder

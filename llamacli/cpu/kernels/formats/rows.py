@@ -1,7 +1,7 @@
-"""Rows of weights side by side: a stand-in for Simd in which a value of n elements is that of `lanes` rows, n each.
+"""Rows of weights side by side: a class with Simd's methods, whose values hold n elements of each of `lanes` rows.
 
-What `piece` and `scales` of a format do with one row they then do with all of them, one row a lane, and the result stands as a
-panel has it. Elements stand one by one, [n][rows]; bytes in words of four, [n / 4][rows][4].
+With it `piece` and `scales` of a format process all rows at once, one row a lane. The result has the layout of a panel:
+elements as [n][rows], bytes in words of four as [n / 4][rows][4].
 """
 
 from llamacli.cpu.kernels.jit.simd import f16, i8, i16, i32, vec
@@ -15,7 +15,7 @@ class Rows:
     def __init__(self, s, stride):
         self.s, self.b, self.target, self.count = s, s.b, s.target, s.lanes
         self._starts = [s.mul(stride, r) for r in range(s.lanes)]
-        self._read = {}  # what several pieces share, so that it is transposed once
+        self._read = {}  # words that several pieces read, so that they are transposed once
         self.bits, self.concat, self.vector = s.bits, s.concat, s.joined
         self.to_float, self.from_half = s.to_float, s.from_half
 

@@ -34,7 +34,7 @@ class Target(NamedTuple):
     dot: str  # instruction family of Simd.dot4: vnni, maddubs, usdot, sdot or plain
     half: bool  # the CPU converts between half and float itself
     tile: int  # tokens whose accumulators fit the registers of one tile
-    tile_vectors: int  # registers of weight rows beside them
+    tile_vectors: int  # registers of weight rows of one tile
 
     @property
     def lanes(self) -> int:

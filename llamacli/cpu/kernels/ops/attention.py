@@ -40,7 +40,7 @@ from llamacli.cpu.kernels.ops.elementwise import ALONE, BLOCKS, N
 
 KEYS = 256  # keys scored at a time
 QUERY_ROWS = 96  # most query rows (tokens x heads of one group) of one work item
-MANY = 16  # query rows from which on it pays to lay keys and values out anew
+MANY = 16  # query rows from which on it pays to copy keys and values to float32
 FILL = 8  # rows that may be needed to fill up a tile
 ONE, EPS, ATTN_SCALE, TEMP_LENGTH, TEMP_SCALE = range(5)  # slots of the float constants
 # of AttendArguments.reach: items of `blocks` from FIRST to END see blocks of SIZE positions from NEXT to STOP; TABLE is the
@@ -213,7 +213,7 @@ def attend(a, thread, threads):
     """out[t] = softmax(scale * q k^T) v over the keys that token t may see.
 
     Few query rows are multiplied with keys and values as they lie in the cache, at memory speed; for many, a block of both is
-    laid out anew as float32. With `reach` a multiple of KEYS positions at a time, in order from position 0.
+    copied to float32. With `reach`, a call takes a multiple of KEYS positions, in order from position 0.
     """
     scratch, dim, span = a.scratch + thread * a.scratch_stride, a.head_dim, a.span
     wide_keys, wide_values, queries = scratch + a.keys_offset, scratch + a.values_offset, scratch + a.queries_offset

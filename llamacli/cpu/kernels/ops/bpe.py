@@ -84,7 +84,7 @@ def _find(texts, slots, mask, seeds, hash, at, middle, end):
 
 @device_function
 def _pair_place(pairs, mask, seeds, key):
-    """Where a pair stands, or may be entered."""
+    """The place of a pair in the table, or the free place where it belongs."""
     table, place = pointer(pairs, int64), _place(seeds, key, mask)
     while table[2 * place] != 0 and table[2 * place] != key:
         place = (place + 1) & mask
@@ -267,8 +267,8 @@ class Merges:
     """A vocabulary and its merges. Threads may share it."""
 
     def __init__(self, texts: bytes, merges: bytes):
-        """`texts`: of the ids from 0 on, a zero byte after each; nothing for an id that is not to be found. `merges`: likewise
-        pairs with a space between, the earliest first.
+        """`texts`: the texts of ids 0, 1, ..., a zero byte after each; empty for an id that must not be found. `merges`:
+        likewise pairs with a space between, the earliest first.
 
         ValueError if they do not fit together.
         """

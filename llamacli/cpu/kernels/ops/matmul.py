@@ -334,7 +334,8 @@ def _multiply_tiles(a, base, row, row_end, after, first, end, n_full, xs, outs, 
     """Rows from `row` on, whole tiles of them, times the tokens of some tiles, which are packed. Meanwhile the rows that follow
     are prefetched, at the end those from `after` on.
 
-    Where the tokens fit into the second-level cache, each tile's rows pass by all of them; else as many as fit there.
+    Where the tokens fit into the second-level cache, one tile's rows at a time are multiplied with all of them; otherwise as
+    many rows at a time as have panels that fit there.
     """
     supers, token = (a.n_cols + 255) // 256, _first_token(a, first, n_full)
     size = (_first_token(a, end, n_full) - token) * a.packed_bytes

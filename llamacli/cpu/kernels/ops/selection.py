@@ -39,8 +39,9 @@ class _BoundArguments(NamedTuple):
 
 @device_function
 def _bucket(at, n, shift, sums, enough):
-    """Of the n weights at `at`, in buckets of the bits from `shift` on: that of the least weight that is needed to reach
-    `enough`, and what is missing without that bucket.
+    """Sort the n weights at `at` into buckets by their bits from `shift` on.
+
+    Returns the bucket of the least weight that is needed to reach `enough`, and what is missing without that bucket.
     """
     values, bits, mask = pointer(at, float32), pointer(at, int32), int64(BUCKETS - 1)
     for k in range(BUCKETS * APART):

@@ -1,8 +1,8 @@
 """Operations of the vision tower between matrix products: layer norms, attention within a tile, GELU, joining patches.
 
-Drivers over rows of float32 with a stride in bytes. A bias that a product leaves out is added by whoever reads its result next.
-`codes` are the int8 form of the same rows (formats/layout.py); 0 where no quantized product follows. `rows` is the address of
-an int64: the rows of the run.
+Drivers over rows of float32 with a stride in bytes. Products leave biases out; the operation that reads the result next adds
+them. `codes` are the int8 form of the same rows (formats/layout.py); 0 where no quantized product follows. `rows` is the
+address of an int64: the rows of the run.
 """
 
 import math

@@ -105,7 +105,7 @@ class Pool:
     """
 
     def __init__(self, threads: int):
-        """UsageError if the system does not give so many threads; none is left behind."""
+        """UsageError if the system cannot start that many threads; those that were started are ended."""
         self.threads = threads
         self._start()
         _pools.add(self)
