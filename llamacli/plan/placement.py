@@ -368,6 +368,9 @@ def plan_residency(
     tensors = [t for t in gguf.tensors.values() if remains(t.name, config, offload)]
     config, beside, threads = remaining(config, offload), beside + offload.nbytes, threads or default_threads()
     sizes = size_by_kind(((t.name, held_bytes(t)) for t in tensors), config)
+    if any(role_of(t.name) is Role.EMBEDDING and not has_kernels(t) for t in tensors):  # as float16 it cannot stay in the file
+        sizes.kinds[OTHERS] += sizes.kinds[Role.EMBEDDING]
+        sizes.kinds[Role.EMBEDDING] = 0
     if experts == "mapped" or (not config.n_experts and memory is None):
         _check_converted(gguf, tensors, (memory or machine.budget() + machine.private()) - machine.reserved() - beside)
         needed = sizes.always + sizes.looked_up + sizes.routed + _program(config) + beside

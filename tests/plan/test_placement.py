@@ -291,6 +291,20 @@ def test_types_that_become_half_precision_are_planned_in_half_precision_at_load(
         llamacli.Model.load(path, threads=1, ctx=64, experts="mapped")
 
 
+def test_an_embedding_that_becomes_half_precision_is_held_whole_beside_slots(tmp_path, monkeypatch):
+    """One that stays in the file costs the pages of the rows that a batch touches."""
+    monkeypatch.setattr(placement, "AROUND", 0)
+    held = {}
+    for kind in ("F16", "IQ3_S"):
+        path = tiny_gguf(
+            tmp_path / kind, types=lambda name, kind=kind: kind if "embd" in name else "F32", n_embd=256, vocab=8192
+        )
+        gguf = open_gguf(path)
+        held[kind] = plan_residency(gguf, Config.from_gguf(gguf), 64, 1, 200_000_000, "slots")
+    assert held["F16"].batch == held["IQ3_S"].batch <= 2048
+    assert held["IQ3_S"].nbytes - held["F16"].nbytes == 2 * 256 * (8192 - held["F16"].batch)
+
+
 class Owner:
     """Something that a reservation lives with."""
 
