@@ -1,4 +1,4 @@
-"""A hub on this machine, with every fault that a real one or the way to it has.
+"""A hub on this machine, which can fail in the ways in which a real hub or the network fails.
 
 `FakeHub(files)` serves {path: bytes} as the repository me/model: the tree API and ranges. `faults` is a list that the requests
 for files use up, one each: ("cut", n) sends n bytes and ends; ("stall", n) sends n and then nothing; ("wrong", n) changes the

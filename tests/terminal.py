@@ -1,4 +1,4 @@
-"""A person at a terminal: a process on a pseudo-terminal and the screen that it draws, its scrollback included."""
+"""A process on a pseudo-terminal, and the screen that it draws with its scrollback; a test types and reads."""
 
 import codecs
 import fcntl
@@ -120,7 +120,7 @@ class Terminal:
         return self.process.wait(max(1.0, until - time.monotonic()))
 
     def close(self):
-        """Leave without a word."""
+        """End the process without typing anything."""
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGKILL)
         self.process.wait(300)

@@ -1,4 +1,4 @@
-"""The real thing: the small model from the command line and from Python, in processes where streams and signals count."""
+"""End to end: the small model from the command line and from Python, in processes with their own streams and signals."""
 
 import io
 import json
@@ -97,7 +97,7 @@ def test_ctrl_c_at_any_moment_ends_the_process_and_no_traceback(moment):
 
 
 @pytest.mark.slow
-def test_after_warmup_nothing_is_compiled_any_more(tmp_path):
+def test_after_warmup_nothing_is_compiled(tmp_path):
     """Half a minute: the folder of compiled code is new."""
 
     def files():
@@ -123,7 +123,7 @@ def test_a_warm_start_needs_no_compiler(answer):
     assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True).returncode == 0
 
 
-def test_the_python_door(answer):
+def test_a_model_answers_from_python(answer):
     model = llamacli.Model.load(SMALL, threads=2, ctx=512)
     ids = model.tokenizer.encode("text and more text", bos=True, special=False)
     logits = model.logits(ids)
@@ -257,6 +257,6 @@ def test_a_bad_file_is_one_line_and_exit_1(spoil, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"threads": -1}, {"ctx": 0}, {"ctx": -1}])
-def test_the_python_door_refuses_counts_below_1(wrong):
+def test_calls_from_python_refuse_counts_below_1(wrong):
     with pytest.raises(llamacli.UsageError, match="expected at least 1"):
         llamacli.Model.load(SMALL, **wrong)

@@ -1,4 +1,4 @@
-"""The order of the house: what may import what, every module says what it is for, docs/design.md shows the tree as it is."""
+"""Rules of the code base: what may import what, every module says what it is for, docs/design.md shows the tree as it is."""
 
 import ast
 import fnmatch
@@ -81,7 +81,7 @@ def test_a_module_says_what_it_is_for_and_stays_short(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
-def test_heavy_packages_are_imported_in_their_room_only(path):
+def test_heavy_packages_are_imported_only_in_their_folders(path):
     for package in {module.partition(".")[0] for module in imports(path)} & set(HEAVY):
         assert name(path).startswith(HEAVY[package]), f"{package} is imported"
 

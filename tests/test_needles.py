@@ -97,7 +97,7 @@ def test_answers_at_edges_are_those_of_a_recomputation(weights, place):
     check(weights, 128, 3, place)
 
 
-def test_a_wrong_edge_is_seen(weights):
+def test_a_wrong_edge_is_noticed(weights):
     ids, positions, found = said(weights, 128, 2, "across")
     other = oracle.logits_at(weights, np.array(ids), positions, np.float16, 129)
     assert np.median(np.abs(found - other).max(-1)) > 5 * BOUND * np.abs(other).max()
@@ -105,5 +105,5 @@ def test_a_wrong_edge_is_seen(weights):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_so_they_are_at_the_edges_of_the_models_own_chunks(weights, place):
+def test_answers_at_edges_of_the_models_own_chunks_are_those_of_a_recomputation(weights, place):
     check(weights, None, 3, place)

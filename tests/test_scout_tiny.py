@@ -1,4 +1,4 @@
-"""The small model's promises: what was held out of its training, its tokenizer, its sizes. Needs no torch."""
+"""The small model: the questions held out of its training, its tokenizer, its sizes. Needs no torch."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The decode loop and the reuse of a conversation's beginning, over an engine whose logits betray a wrong cache."""
+"""The decode loop and the reuse of a conversation's beginning, over an engine whose logits show when the cache is wrong."""
 
 import numpy as np
 import pytest

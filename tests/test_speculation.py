@@ -47,7 +47,7 @@ def test_the_pieces_are_the_same_with_fewer_evaluations(how, chunk):
 @pytest.mark.parametrize("chunk", [8, 32])
 @pytest.mark.parametrize("length", range(3, 40, 3))
 def test_what_was_guessed_wrongly_leaves_no_trace(length, chunk):
-    """The fake engine's logits betray every token that the cache should not hold."""
+    """The fake engine's logits change with every token that the cache should not hold."""
     prompt = [BOS, *([5, 6, 7, 8] * 10)[:length], HEADER]
     plain, guessing = (session(FakeEngine(chunk=chunk), speculate=on) for on in (False, True))
     for _ in range(2):

@@ -1,8 +1,8 @@
 """Requests to a server of OpenAI's protocol, and what it answers: an object, or a stream of events.
 
 In: an address, a key, bodies. Out: checked JSON. An answer that is refused, cut, no JSON, too long or stalled is a ServerError.
-Whoever leaves a response closes its connection, which tells the server to stop. Redirects are not followed: the key and the
-question are for one server.
+Leaving a response closes its connection, which tells the server to stop. Redirects are not followed: the key and the question
+are for one server.
 """
 
 import http.client
@@ -18,7 +18,7 @@ LONGEST_BODY, LONGEST_LINE = 8 << 20, 16 << 20  # bytes of a body, and of a line
 
 
 class Missing(LlamacliError):
-    """There is nothing at an address of the server."""
+    """The server answered 404."""
 
 
 class Server:
@@ -61,7 +61,7 @@ class Server:
                 pass
             except OSError as error:
                 raise ServerError(
-                    f"{self.url}: the connection broke off ({_words(error)}); try again, or look after the server"
+                    f"{self.url}: the connection broke off ({_words(error)}); try again, or check the server"
                 ) from None
             answer = Response(self, connection, self._waiting(connection.getresponse))
             answer.check()
@@ -102,13 +102,13 @@ class Server:
             return receive(*arguments)
         except TimeoutError:
             raise ServerError(
-                f"{self.url}: the server has sent nothing for {self._stalled:g} s; try again, or look after it"
+                f"{self.url}: the server has sent nothing for {self._stalled:g} s; try again, or check it"
             ) from None
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
                 raise ServerError(f"{self.url}: expected HTTP, found something else; check the address") from None
             raise ServerError(
-                f"{self.url}: the connection broke off ({_words(error)}); try again, or look after the server"
+                f"{self.url}: the connection broke off ({_words(error)}); try again, or check the server"
             ) from None
 
 

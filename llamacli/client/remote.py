@@ -19,7 +19,7 @@ from llamacli.piece import Piece, Stats
 
 UNKNOWN_CTX = 1 << 17  # tokens, where a server does not say
 LONGEST_ANSWER = 64 << 20  # characters
-SHORTEST = 0.02  # seconds of an answer that tell a speed: what came at once tells none
+SHORTEST = 0.02  # seconds that an answer must take for its speed to be shown
 BANNED = -100.0  # the bias that OpenAI's protocol has for a token that must not come
 _NAMES = {"temp": "temperature"}  # of settings, in the protocol
 _PROGRESS = re.compile(r"(\d{1,12}) of (\d{1,12}) tokens")
@@ -110,7 +110,10 @@ class Remote:
 
 
 class RemoteSession:
-    """As a Session, without the cache, which is the server's. `ids` has the length that the server counted, no more."""
+    """Like a Session, but the cache is in the server.
+
+    Only the length of `ids` is right: the number of tokens that the server counted.
+    """
 
     def __init__(self, model: Remote):
         self._model, self.ids, self.stats = model, range(0), Stats()

@@ -1,1 +1,1 @@
-"""The models on this machine, and the way to more of them: names to files, a hub's files to files of our own."""
+"""The models on this machine and their download: finds the file that a name stands for, fetches files from a hub."""

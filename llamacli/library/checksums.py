@@ -1,4 +1,4 @@
-"""The SHA-256 of models' files: what is known of it, and whether a file still has it.
+"""The SHA-256 of models' files: the recorded one, and the one that is computed from a file.
 
 In: a file. Out: the checksum that it had when it was whole, by the note NAME.json that a pull leaves beside it, or by the name
 under which Ollama and the hub's cache keep it; the checksum that it has.
@@ -22,7 +22,7 @@ def note(path: Path) -> Path:
 
 
 def keep(path: Path, sha256: str) -> None:
-    """Write down that a file had this checksum. Where that cannot be written, the file is read again when it matters."""
+    """Record a file's checksum. If the note cannot be written, the file is read again when its checksum is needed."""
     found = path.stat()
     new = path.with_name(f"{path.name}.json.new")
     with suppress(OSError):
@@ -38,13 +38,16 @@ def kept(path: Path) -> str | None:
 
 
 def known(path: Path) -> str | None:
-    """The checksum that a file should have; None if nobody said."""
+    """The checksum that a file should have; None if none is recorded."""
     by_name = _DIGEST.fullmatch(path.resolve().name)
     return by_name[1] if by_name else _noted(path)[0]
 
 
 def sha256_of(path: Path, follow: Callable[[int, int], None] = lambda done, total: None) -> str:
-    """The checksum that a file has; all of it is read. `follow(done, total)` hears of bytes. OSError if it cannot be read."""
+    """The checksum that a file has; all of it is read.
+
+    `follow(done, total)` is called with bytes. OSError if it cannot be read.
+    """
     sha256, done = hashlib.sha256(), 0
     with path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size

@@ -1,9 +1,9 @@
-"""One file of a hub, whole and checked, or not there.
+"""Downloads one file from a hub: it is complete and checked, or absent.
 
 In: a `Remote` (address, size, SHA-256) and where it belongs. Out: the file under its name, or a DownloadError. Until it is
-whole it is NAME.part, with NAME.part.json beside it; then NAME.json keeps its checksum. What has come is kept through a cut, a
-Ctrl-C or a kill, and the next try asks for the rest only. The checksum is computed as bytes are written; other bytes than
-promised never get the name.
+whole it is NAME.part, with NAME.part.json beside it; then NAME.json keeps its checksum. Bytes received are kept when the
+connection ends, at Ctrl-C and at a kill; the next try asks only for the rest. The checksum is computed as bytes are written; a
+file with another checksum never gets the name.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ SLOW, WINDOW = 1024, 60.0  # bytes a second below which a connection counts as d
 
 
 class Download:
-    """`follow(done, total)` is told how far it is. Only one process at a time has the file in hand."""
+    """`follow(done, total)` is called with bytes. Only one process at a time can download a file."""
 
     def __init__(self, hub: Hub, remote: Remote, target: Path, follow: Callable[[int, int], None] = lambda done, total: None):
         self._hub, self._remote, self._target, self._follow = hub, remote, target, follow
@@ -42,7 +42,7 @@ class Download:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(self._fd)
-            raise DownloadError(f"{self._part}: expected it free, found another process at it; wait for that one") from None
+            raise DownloadError(f"{self._part}: expected it free, found another process that downloads it; wait") from None
         except OSError:  # a file system without locks
             pass
         self._synced = self._trusted()
@@ -61,7 +61,7 @@ class Download:
 
     @property
     def have(self) -> int:
-        """Bytes that are here."""
+        """Bytes received so far."""
         return os.fstat(self._fd).st_size
 
     def head(self, n: int) -> bytes:
@@ -71,7 +71,7 @@ class Download:
         return os.pread(self._fd, n, 0)
 
     def finish(self) -> None:
-        """Fetch the rest, check all of it, give it its name. DownloadError if the bytes are not those that were promised."""
+        """Fetch the rest, check the file and give it its name. DownloadError if its checksum is not the hub's."""
         while True:
             sha256 = self._hashed()
             self._fetch_to(self._remote.size, sha256)
@@ -95,7 +95,7 @@ class Download:
         self._state.unlink(missing_ok=True)
 
     def forget(self) -> None:
-        """Remove what has come."""
+        """Remove the bytes received."""
         for path in (self._part, self._state):
             path.unlink(missing_ok=True)
 
@@ -127,7 +127,7 @@ class Download:
             raise _unwritable(self._state, error) from None
 
     def _hashed(self):
-        """The checksum of what is here so far."""
+        """The checksum of the bytes received so far."""
         sha256, at = hashlib.sha256(), 0
         while data := os.pread(self._fd, BLOCK, at):
             sha256.update(data)

@@ -1,8 +1,8 @@
 """Requests to a hub: one GET after the other, redirects followed by hand, failures told apart.
 
-In: a URL. Out: an open response with status 200 or 206, or a DownloadError; `Busy` for what another try may mend. The token
-goes to the hub alone: a redirect to another host is followed without it. The standard library does it: its client knows
-proxies and certificates of the system, and one connection at a time is all that is needed.
+In: a URL. Out: an open response with status 200 or 206, or a DownloadError; `Busy` if another try may succeed. The token goes
+to the hub alone: a redirect to another host is followed without it. The standard library does it: its client knows proxies and
+certificates of the system, and one connection at a time is all that is needed.
 """
 
 import email.utils
@@ -110,7 +110,9 @@ class Hub:
         return bytes(data)
 
     def patiently(self, attempt: Callable[[], T], progress: Callable[[], int] = lambda: 0, tries: int | None = None) -> T:
-        """What `attempt` returns, tried again after a pause as long as it is Busy; `progress` grows where a try got on."""
+        """What `attempt` returns, tried again after a pause as long as it is Busy; failures are counted anew when
+        `progress` has grown.
+        """
         failures, before = 0, progress()
         while True:
             try:
@@ -169,7 +171,7 @@ class Hub:
 
 
 class Refused(DownloadError):
-    """The hub says no; hub.py knows in which words to say it."""
+    """The hub refuses a request; hub.py makes the error for the user."""
 
     def __init__(self, status: int, words: str, with_token: bool, gated: bool):
         super().__init__(f"{words}; expected a file, found none there")

@@ -1,6 +1,6 @@
 """What a hub has: the GGUF files of a repository, with sizes and checksums, and which of them is meant.
 
-In: USER/REPO[:QUANT]. Out: a `Variant`, whose files can be downloaded. The hub's word is checked: names that could leave a
+In: USER/REPO[:QUANT]. Out: a `Variant`, whose files can be downloaded. The hub's answers are checked: names that could leave a
 folder, sizes that no file has and checksums that are none are refused.
 
 API: https://huggingface.co/docs/hub/api, /api/models/REPO/tree/main; `lfs.oid` is the SHA-256 of the file.
@@ -79,7 +79,7 @@ def variants(hub: Hub, repo: str) -> list[Variant]:
 
 
 def choose(models: list[Variant], wanted: str | None, repo: str) -> Variant:
-    """The one that is meant. UsageError, with those that there are, if that is none or not clear."""
+    """The variant that `wanted` names; without it the only one, or the first of USUAL. UsageError lists them if that fails."""
     if wanted is None:
         found = models if len(models) == 1 else _first([m for m in models if m.label.upper() == usual] for usual in USUAL)
     else:
@@ -142,7 +142,9 @@ def _remote(hub: Hub, repo: str, entry) -> Remote | None:
 
 
 def denied(refused: Refused, repo: str, hub: Hub) -> DownloadError:
-    """What to do where the hub says no, to the list of files or to a file. It answers 401 for what does not exist, too."""
+    """The error for a refused request, for the list of files or a file, with the next step. The hub answers 401 for
+    what does not exist, too.
+    """
     page, status = f"{hub.endpoint}/{repo}", refused.status
     if status == 403 or refused.gated:
         then = "" if refused.with_token else ", then set HF_TOKEN"

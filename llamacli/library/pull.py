@@ -1,4 +1,4 @@
-"""A model from a hub into our folder: what it will take is known before it is fetched.
+"""Downloads a model from a hub into the folder of models, after checking the disk, the memory and the model's type.
 
 In: a `Variant`. Out: files under models/USER/REPO/. The heads of all parts come first, a few megabytes: they say what the model
 is and how large each tensor is, so a model that cannot run here is refused before its weights are fetched. They are the
@@ -25,7 +25,7 @@ SPARE = 1 << 30  # bytes of a disk that stay free
 
 
 class Pull:
-    """A variant on its way. `follow(done, total, name)` hears of bytes of all files together. Use it in a `with`."""
+    """A variant on its way. `follow(done, total, name)` is called with bytes of all files together. Use it in a `with`."""
 
     def __init__(self, hub: Hub, repo: str, variant: Variant, follow: Callable[[int, int, str], None]):
         self._hub, self.repo, self._variant, self._follow = hub, repo, variant, follow
@@ -68,9 +68,9 @@ class Pull:
         return sum(download.received for download in self._downloads.values())
 
     def check_there(self) -> None:
-        """DownloadError if a file of that name is there and is another one, or damaged.
+        """DownloadError if a file of that name exists and is damaged or not the hub's.
 
-        One that is as it was when it was checked is not read again.
+        A file that has not changed since its last check is not read again.
         """
         for file in self._variant.files:
             path = self.folder / file.name
@@ -128,7 +128,7 @@ class Pull:
                 raise denied(refused, self.repo, self._hub) from None
 
     def forget(self) -> None:
-        """Remove what has come of files that this pull began; what was here before stays."""
+        """Remove the bytes received of files that this pull began; files that were here before stay."""
         for name in self._begun:
             self._downloads[name].forget()
 
@@ -163,7 +163,7 @@ class Pull:
         return file.size if _size(self.folder / file.name) == file.size else 0
 
     def _counted(self, file):
-        """What tells how far one file is as how far all of them are."""
+        """A `follow` for one file that reports the bytes of all files."""
         before = sum(other.size for other in self._variant.files[: self._variant.files.index(file)])
         return lambda done, total: self._follow(before + done, self._variant.nbytes, file.name)
 

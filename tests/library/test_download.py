@@ -133,7 +133,7 @@ def test_what_a_power_cut_spoiled_is_fetched_again_and_no_more(get, server, monk
     assert server.sent == SIZE + (SIZE - (2 << 20))  # the spoiled tail shows at the end only
 
 
-def test_a_part_of_another_file_is_not_gone_on_with(get, server, monkeypatch):
+def test_a_part_of_another_file_is_not_continued(get, server, monkeypatch):
     monkeypatch.setattr("llamacli.library.http.TRIES", 1)
     server.faults = [("cut", 3_000_000)]
     with pytest.raises(DownloadError):
@@ -194,7 +194,7 @@ def test_pauses_grow_and_end(server, get, pauses):
 @pytest.mark.parametrize(
     "endpoint", ["", "huggingface.co", "ftp://hub", "http://", "http://hub:port", "http://[hub", "http://a b"]
 )
-def test_an_address_that_is_none_is_named_by_its_variable(endpoint):
+def test_a_wrong_address_is_refused_by_the_name_of_its_variable(endpoint):
     with pytest.raises(DownloadError, match=r"^HF_ENDPOINT: expected an address"):
         Hub(endpoint, "token")
 
@@ -207,7 +207,7 @@ def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token, server):
     assert server.requests == []
 
 
-def test_no_answer_at_all_is_one_line(tmp_path):
+def test_a_missing_answer_is_reported_in_one_line(tmp_path):
     with FakeHub({}) as gone:
         pass
     with pytest.raises(DownloadError, match=r"127.0.0.1: no answer"):
@@ -237,7 +237,7 @@ def test_what_is_refused_says_what_to_do(server, token, status, words):
         raise hub.denied(refused.value, "me/model", asked)
 
 
-def test_a_server_that_says_another_size_is_not_believed(server, get):
+def test_a_server_that_gives_another_size_is_refused(server, get):
     server.faults = [("cut", 1000)]
     listed = server.listing()
     listed[0]["lfs"]["size"] = SIZE + 5
@@ -311,7 +311,7 @@ def test_a_listing_that_is_unsound_is_refused(server, bad):
 
 
 @pytest.mark.parametrize("tree", [{"error": "x"}, [1, None, "a", {"type": "file"}, {"type": "directory", "path": "x.gguf"}]])
-def test_a_listing_that_is_none_is_refused(server, tree):
+def test_an_answer_that_is_no_listing_is_refused(server, tree):
     server.tree = tree
     with pytest.raises(DownloadError, match="expected"):
         hub.variants(Hub(server.url), "me/model")
@@ -361,7 +361,7 @@ def test_the_checksum_is_that_of_the_file(server):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"sha256": 3}', '{"sha256": "' + "0" * 63 + '"}', "[" * 4000, "null"])
-def test_a_note_that_is_none_says_nothing(get, text):
+def test_a_damaged_note_is_ignored(get, text):
     get()
     note(get.target).write_text(text)
     assert known(get.target) is None and kept(get.target) is None

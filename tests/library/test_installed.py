@@ -58,7 +58,7 @@ def test_what_was_pulled_goes_by_its_repository_too(folders):
     assert find("me/Scout-GGUF:Q2_K") is None
 
 
-def test_parts_of_a_split_model_are_one_and_what_lacks_is_told(folders):
+def test_parts_of_a_split_model_are_one_model_and_missing_ones_are_reported(folders):
     parts = [put(folders / "own" / "m" / f"m-0000{n}-of-00003.gguf") for n in (1, 3)]
     assert (find("m").paths, find("m").lacks) == (parts, 1)
     assert find("m").nbytes == 2 * len(GGUF)
@@ -88,7 +88,7 @@ def test_models_of_ollama_are_found_by_their_tags(folders):
         b'{"layers": ["' + b"x" * (2 << 20) + b'"]}',
     ],
 )
-def test_a_manifest_that_is_none_is_passed_over(folders, manifest):
+def test_a_damaged_manifest_is_ignored(folders, manifest):
     put(folders / "secret")
     put(folders / "ollama" / "manifests" / "registry.ollama.ai" / "library" / "bad" / "latest", manifest)
     assert names() == []

@@ -133,7 +133,7 @@ def test_a_program_that_writes_without_end_ends_no_wait():
         made.close()
 
 
-def test_programs_are_heard_beside_a_thousand_open_files(tmp_path):
+def test_programs_are_read_with_a_thousand_files_open(tmp_path):
     """As a model in many parts takes them: select() knows descriptors below 1024 only."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
@@ -222,6 +222,6 @@ def test_a_file_that_is_unsound_is_one_line(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
-def test_no_file_is_one_line():
+def test_a_missing_file_is_refused_in_one_line():
     with pytest.raises(UsageError, match="expected a Python file, found none"):
         files.from_python("/no/such.py")

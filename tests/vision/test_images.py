@@ -96,7 +96,7 @@ def test_logits_after_pictures_are_those_of_transformers(golden, tmp_path, name)
 
 
 @pytest.mark.train
-def test_transformers_live(tmp_path):
+def test_with_new_pictures_and_weights_the_results_are_those_of_transformers(tmp_path):
     """Fresh sizes, pictures and weights."""
     if find_spec("torchvision") is None:  # not imported here: make_images declares what its build may miss
         pytest.skip("needs torchvision")

@@ -1,4 +1,4 @@
-"""Files of pictures that nobody has checked: what is read, what is refused, and in which words."""
+"""Untrusted picture files: which are read, which are refused, and with which messages."""
 
 import base64
 import io
@@ -185,7 +185,7 @@ def test_damage_anywhere_is_a_picture_or_an_error():
         (5, "path, bytes"),
     ],
 )
-def test_what_names_no_picture(source, words):
+def test_what_names_no_picture_is_refused(source, words):
     with pytest.raises(PictureError, match=None) as caught:
         read_picture(source)
     assert words in str(caught.value)

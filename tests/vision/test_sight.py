@@ -1,4 +1,4 @@
-"""The tower beside a model: found, checked, its rows in prompts, nothing looked at twice."""
+"""The tower beside a model: found, checked, its rows in prompts, each picture encoded once."""
 
 import json
 import re
@@ -82,7 +82,7 @@ def test_two_pictures_in_the_same_words_are_two_prompts(model):
     assert np.abs(session.sync(first) - one).max() <= 1e-5 * np.abs(one).max()
 
 
-def test_the_same_picture_is_looked_at_once(model):
+def test_the_same_picture_is_encoded_once(model):
     looks = []
     model.sight.follow = lambda name, done, of: looks.append((name, done, of))
     try:
@@ -144,7 +144,7 @@ def test_penalties_do_not_count_patches(model):
 
 
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x.png"}}, {"type": "image", "path": "x.png"}])
-def test_other_ways_to_name_a_picture(model, tmp_path, monkeypatch, part):
+def test_pictures_can_be_named_in_other_ways(model, tmp_path, monkeypatch, part):
     monkeypatch.chdir(tmp_path)
     picture(1).save("x.png")
     assert model.prompt_ids(asked(part, text("a"))) == model.prompt_ids(asked(image("x.png"), text("a")))
@@ -180,7 +180,7 @@ def test_another_models_tower_is_refused(tmp_path):
         Model.load(SMALL_MODEL, threads=1, mmproj=SMALL_MODEL)
 
 
-def test_the_name_that_llama_cpps_converter_gives_ln2(tmp_path):
+def test_the_name_that_llama_cpps_converter_gives_ln2_is_read(tmp_path):
     plain = tiny_tower.tower_gguf(tmp_path / "a.gguf", **SHAPE)
     other = tiny_tower.tower_gguf(tmp_path / "b.gguf", rename=lambda n: n.replace(".ln2.", ".attn_post_norm."), **SHAPE)
     tiles = np.random.RandomState(0).randint(0, 256, (1, 56, 56, 3)).astype(np.uint8)
@@ -324,7 +324,7 @@ def test_without_room_a_picture_is_refused_and_the_model_goes_on(beside, no_othe
         assert np.isfinite(model.logits([1, 2, 3])).all()
 
 
-def test_no_more_rows_are_remembered_than_are_planned_for(model, monkeypatch):
+def test_no_more_rows_are_cached_than_are_planned_for(model, monkeypatch):
     rows = model.sight.look(picture(20)).segments[1].rows.nbytes * 3  # of a grid of 1 x 2, and the whole
     monkeypatch.setattr(sight, "_kept_bytes", lambda c: 2 * rows)
     for seed in (20, 21, 22):
