@@ -35,7 +35,7 @@ TARGETS = {
 }
 
 
-PREFETCH = 8  # instructions of a tile's loop that asks for what comes next, at most: once in 256 columns, so it is not counted
+PREFETCH = 8  # instructions of a tile's loop of prefetches, at most: it runs once in 256 columns, so it is not counted
 
 
 @cache

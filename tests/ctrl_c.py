@@ -44,7 +44,7 @@ def interrupted(args: list, wait, number=signal.SIGINT) -> tuple[float, str]:
 
 
 def early(n: str = "100", seed: str = "0") -> int:
-    """Interrupt starts; on a busy machine the interpreter itself takes a part of the time, in which we have no say."""
+    """Interrupt starts; on a busy machine a part of the time is the interpreter's own start, before llamacli's code runs."""
     draw, found = random.Random(int(seed)), {}
     for _ in range(int(n)):
         delay = draw.uniform(0, EARLY)

@@ -1,4 +1,4 @@
-"""Chat templates as nobody would write them: whatever a template is, rendering ends soon, in ids or in one line of error.
+"""Random chat templates: rendering must end soon, in ids or in one line of error.
 
     python tests/fuzz_templates.py [N] [SEED]        N templates (10,000), the same for the same seed; 4 GiB of address space
 

@@ -1,4 +1,4 @@
-"""What keys and values in blocks cost: `python tests/kv_quality.py FILE [--chunks 4] [--windows 12] [--kv q8_0,q4_0]`.
+"""Loss by quantized keys and values: `python tests/kv_quality.py FILE [--chunks 4] [--windows 12] [--kv q8_0,q4_0]`.
 
 In: scout-tiny as a GGUF, best in F16, so that little else rounds. Out: the mean KL divergence from keys and values in f16, in
 nats, at each depth, for llamacli and, where llama-cpp-python is installed, for llama.cpp on the same tokens.
@@ -55,7 +55,7 @@ class Ours:
         return found
 
     def read(self, ids):
-        """Evaluate what nobody asks about."""
+        """Evaluate tokens whose logits are not needed."""
         self.model.engine.forward(ids, self.cache)
 
     def close(self):
@@ -95,7 +95,7 @@ class Theirs:
         return np.ctypeslib.as_array(ctypes.cast(at, ctypes.POINTER(ctypes.c_float)), (len(ids), self.n_vocab)).copy()
 
     def read(self, ids):
-        """Evaluate what nobody asks about."""
+        """Evaluate tokens whose logits are not needed."""
         for start in range(0, len(ids), PIECE):
             self._evaluate(ids[start : start + PIECE], False)
 

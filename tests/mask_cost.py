@@ -117,7 +117,7 @@ def main(path, n_vocab=202_048):
     print(f"{tokenizer.n_vocab} tokens; llguidance's tree of them takes {process_time() - began:.2f} s of CPU time")
     sampler, random = Sampler(**sampling_defaults({}), seed=0), np.random.default_rng(0)
     logits = random.normal(size=tokenizer.n_vocab).astype(np.float32) * 2
-    logits[:20] += 12  # as sure as a model mostly is
+    logits[:20] += 12  # few tokens have nearly all of the probability, as with most models
     times = []
     for _ in range(200):
         began = thread_time()
@@ -125,7 +125,7 @@ def main(path, n_vocab=202_048):
         times.append(thread_time() - began)
     print(f"sampling alone: {1e6 * np.median(times):.0f} µs a token")
     head = ("compile", "sampled", "forced", "mean", "median", "99 %", "most")
-    walk(tokenizer, grammars.constraint(choice=["a", "b"]), "a")  # compiles our own part
+    walk(tokenizer, grammars.constraint(choice=["a", "b"]), "a")  # compiles llamacli's kernel
     print(f"{'µs a sampled token':20} " + " ".join(f"{word:>8}" for word in head))
     for name, (bound, text) in CASES.items():
         began = thread_time()

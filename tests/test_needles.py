@@ -1,8 +1,8 @@
-"""Facts at the edges of chunks: what the engine says of them is what a recomputation of the whole text says.
+"""Facts at the edges of chunks: the engine's answers about them are those of a recomputation of the whole text.
 
 A text of conversations has a fact at each chunk's edge ("My name is Anna."), which is asked for right behind. The fact ends at
 the edge, lies across it or begins there; so the chunked layers see all of it, a part or nothing, and the others all of it. The
-engine reads the text in batches and says its answers token by token, over its rings. The oracle has neither.
+engine reads the text in batches and says its answers token by token, over its rings. The oracle uses neither batches nor rings.
 """
 
 import json

@@ -98,7 +98,7 @@ def test_an_installed_wheel_converts_a_checkpoint_without_any_extra(installed):
     assert b"Paris" in done.stdout, done.stderr
 
 
-def test_tests_are_not_skipped_for_want_of_what_dev_installs(monkeypatch):
+def test_tests_fail_without_a_package_that_dev_installs(monkeypatch):
     monkeypatch.setitem(sys.modules, "numpy", None)  # as if it were not installed
     with pytest.raises(ImportError):
         needed("numpy")

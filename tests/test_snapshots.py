@@ -1,4 +1,4 @@
-"""Snapshots: with and without them the same bytes, at every edge; and nothing wrong is read, whatever happened to the files."""
+"""Snapshots: with and without them the same bytes, at every edge; damaged or foreign files are never used."""
 
 import os
 import signal

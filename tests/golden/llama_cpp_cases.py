@@ -1,8 +1,8 @@
 """The files and token sequences on which llama.cpp and the engine are compared, and how their logits are.
 
 Random cases come from tests/tiny.py by seed. Trained ones are the small model of models/scout-tiny, its weights written again
-in the types of llama.cpp's mixes; the K types by the plain encoders below (round to nearest; another issue does better), so
-that the very same file can be made wherever the test runs.
+in the types of llama.cpp's mixes; the K types by the plain encoders below, which round to the nearest code, so that the very
+same file can be made wherever the test runs.
 """
 
 import json

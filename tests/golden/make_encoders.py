@@ -1,4 +1,4 @@
-"""Golden errors of ggml's encoders, for those formats where ours searches by itself.
+"""Golden errors of ggml's encoders, for the formats whose scales llamacli's encoders search for.
 
     python tests/golden/make_encoders.py       needs llama-cpp-python
 

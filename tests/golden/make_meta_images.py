@@ -5,7 +5,8 @@
 
 The pictures, sizes and weights are those of make_images.py. Stored are the grid and the size shown of its sizes at 336 pixels;
 the bytes of each picture's tiles; ids of conversations with pictures, for scout-tiny's vocabulary, whose words stand in for
-Meta's; rows of small towers. Meta's attention asks for a GPU, on which nothing of it depends: tensors stay where they are.
+Meta's; rows of small towers. Meta's attention moves tensors to a GPU, which its results do not depend on: here they stay on the
+CPU.
 """
 
 import io

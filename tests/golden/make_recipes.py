@@ -1,4 +1,4 @@
-"""Ask llama-quantize which type each tensor gets, for `tests/test_recipe.py`: writes recipes.json beside this file.
+"""Ask llama-quantize which type each tensor gets, for tests/quantizer/test_recipe.py: writes recipes.json beside this file.
 
     python tests/golden/make_recipes.py path/to/llama-quantize
 
@@ -50,7 +50,7 @@ def write_hollow(path, case):
 
 
 def write_imatrix(path):
-    """An importance matrix that is there and says nothing."""
+    """An importance matrix of a tensor that no model has."""
     writer = gguf.GGUFWriter(path, "")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["none"])

@@ -1,4 +1,4 @@
-"""A server of the Model Context Protocol, as small and as bad as a test wants it: `python mcp_server.py [FAULT]`.
+"""A small server of the Model Context Protocol with a fault that a test chooses: `python mcp_server.py [FAULT]`.
 
 It shares no code with the client. FAULT: noise (prints what is no message, and asks in turn), old (an older protocol, pages),
 dies, hangs, junk, deaf, unsound, many (tools without end), stderr (writes there without end).

@@ -390,7 +390,7 @@ def test_pictures_stay_within_the_memory_that_is_allowed(tmp_path, monkeypatch, 
     more += ["--experts", "slots", "-v"]
     done = subprocess.run(
         [sys.executable, "-c", PROMPTED, *asking, *more],
-        input=f"{said}\n" + "".join(f"/image {name}\nhi\n" for name in names),  # a tower that nobody announced
+        input=f"{said}\n" + "".join(f"/image {name}\nhi\n" for name in names),  # the load did not name the tower
         capture_output=True,
         text=True,
     )
