@@ -1,4 +1,4 @@
-"""Downloads a model from a hub into the folder of models, after checking the disk, the memory and the model's type.
+"""Downloads a model from a hub into the folder of models, after checking that the disk holds it and the engine can run it.
 
 In: a `Variant`. Out: files under models/USER/REPO/. The heads of all parts come first, a few megabytes: they say what the model
 is and how large each tensor is, so a model that cannot run here is refused before its weights are fetched. They are the
