@@ -21,8 +21,8 @@ import numpy as np
 from llamacli.cpu.kernels.jit import loader as jit
 
 COMPILER, QEMU = "aarch64-linux-gnu-gcc", ("qemu-aarch64-static", "qemu-aarch64")
-BASE = 0x10_0000_0000  # where the emulated program has nothing else
-# what each variant is compiled for, and the CPU that qemu plays
+BASE = 0x10_0000_0000  # an address that the emulated program does not use
+# the target of each variant, and the CPU that qemu emulates
 CPUS = {"i8mm": ("neoverse-v1", "max,sve=off"), "dotprod": ("neoverse-n1", "cortex-a76"), "plain": ("generic", "cortex-a57")}
 
 
@@ -38,7 +38,7 @@ _loaded: dict[tuple[str, str], dict] = {}
 
 
 def missing() -> str | None:
-    """What is missing to run ARM code here, or None."""
+    """The program that is missing to run ARM code here, or None."""
     if not hasattr(os, "memfd_create"):
         return "Linux"
     packages = {"qemu-user-static": _qemu(), "gcc-aarch64-linux-gnu": shutil.which(COMPILER)}

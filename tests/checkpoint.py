@@ -40,7 +40,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "eos_token_id": [266, 269, 270],
 }
-SCOUT = {  # what a real one has instead
+SCOUT = {  # the fields that a real config has instead
     **{"vocab_size": 202048, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "head_dim": 128},
     **{"num_key_value_heads": 8, "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_local_experts": 16},
     "max_position_embeddings": 10485760,

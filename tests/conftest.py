@@ -1,8 +1,7 @@
-"""Fixtures. Every test: signal handlers are restored; what the user has set by variables or in the folder of settings does not
-count.
+"""Fixtures.
 
-On request: an address where nobody listens, no other model, commands over a miniature model, a browser, a checkpoint of
-Scout's shape.
+For every test: signal handlers are restored, and the user's variables and settings are ignored. On request: an address where
+nothing listens, no other model, commands with a miniature model, a browser, a checkpoint of Scout's shape.
 """
 
 import os
@@ -13,7 +12,7 @@ from importlib import import_module
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a test times nothing
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # no test measures time
 settings.load_profile("any machine")
 
 # a run in the background of a script inherits an ignored SIGINT, one under nohup an ignored SIGHUP, and would pass them on to
@@ -21,12 +20,12 @@ settings.load_profile("any machine")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-KEPT = ("LLAMACLI_CACHE", "LLAMACLI_SIMD")  # who runs the tests may choose these
+KEPT = ("LLAMACLI_CACHE", "LLAMACLI_SIMD")  # variables that may be set for a test run
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_settings(tmp_path_factory):
-    """What the user has set is neither in variables nor in the folder of settings."""
+    """Remove the user's variables and settings."""
     with pytest.MonkeyPatch.context() as patch:
         for variable in [*os.environ]:
             if variable == "NO_COLOR" or (variable.startswith("LLAMACLI_") and variable not in KEPT):
@@ -37,7 +36,7 @@ def no_settings(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
-    """Commands that run in this process change them, and child processes would inherit them."""
+    """Restore signal handlers: commands in this process change them, and child processes would inherit them."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
@@ -54,7 +53,7 @@ def nobody():
 
 @pytest.fixture
 def no_other_model(monkeypatch):
-    """Memory is counted as in a process of its own: models of earlier tests may be given back at any moment."""
+    """Count memory as in a process of its own, since models of earlier tests may be freed at any moment."""
     from llamacli.plan import machine
 
     monkeypatch.setattr(machine, "_reserved", {})
@@ -67,7 +66,7 @@ def model(monkeypatch):
 
     from llamacli.cli import COMMANDS, options, run
 
-    for command in COMMANDS:  # one that is imported later would keep what is patched here
+    for command in COMMANDS:  # a module imported later would keep the patched objects
         import_module(f"llamacli.cli.{command}")
     made = FakeModel(Scripted(REPLY, chunk=64))
     monkeypatch.setattr(options, "find_model", lambda name, console: name)
@@ -78,7 +77,7 @@ def model(monkeypatch):
 
 @pytest.fixture(scope="session")
 def preloaded():
-    """Starts processes over the miniature model that have imported what they need (fakes.Preloaded)."""
+    """Starts processes with the miniature model that have already imported their modules (fakes.Preloaded)."""
     from fakes import Preloaded
 
     server = Preloaded()

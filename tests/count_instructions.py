@@ -1,9 +1,9 @@
-"""How many instructions the kernels need, counted in the assembly that LLVM makes for each variant.
+"""Counts the kernels' instructions in the assembly that LLVM makes for each variant.
 
     python tests/count_instructions.py         the tables of docs/performance-kernels.md
 
 `matvec`, for 256 weights: the loop over scales and the loop over products. `tile`, for 8 rows x 32 columns x 4 tokens. A loop
-is a branch to a label further up, and loops are nested by their places; those inside of a tile's count as often as they run.
+is a branch to an earlier label; loops are nested by position; inner loops of a tile count as often as they run.
 """
 
 import re

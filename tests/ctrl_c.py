@@ -1,4 +1,4 @@
-"""How soon Ctrl-C ends the program, at random moments: by hand, on a quiet machine and a model of a real size.
+"""Measures how soon Ctrl-C ends the program, at random moments. Run by hand, on a quiet machine with a model of real size.
 
     python tests/ctrl_c.py early [N] [SEED]              N starts (100), each interrupted within its first 0.4 s
     python tests/ctrl_c.py latency MODEL [N] [SEED]      N moments (20) of load, prompt, answer, quantize, imatrix, bench
@@ -18,12 +18,12 @@ from statistics import median
 
 COMMAND = str(Path(sys.executable).parent / "llamacli")
 EARLY = 0.4  # seconds in which a start is interrupted
-LONGEST = 60.0  # seconds after which a process is taken to hang
+LONGEST = 60.0  # seconds after which a process counts as hanging
 TEXT = "Tell me why the sea is salt, and who first asked. " * 2000
 
 
 def interrupted(args: list, wait, number=signal.SIGINT) -> tuple[float, str]:
-    """Start a command, let `wait(process)` pass, interrupt it: the seconds to its end, and what was wrong or ""."""
+    """Start a command, call `wait(process)`, interrupt it; returns the seconds to its end, and the fault or ""."""
     process = subprocess.Popen(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait(process)
     ended = process.poll() is not None

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "pictures"
 PASTE = "\x1b[200~" + "\n".join(f"Line {n} of a long file." for n in range(1, 61)) + "\x1b[201~"
 TURNS = "What is the capital of France?", "And of Italy?", PASTE + " Hello!", "/undo", "/search capital"
-LOCAL = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.S)  # no address of a font to fetch
+LOCAL = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.S)  # without the address of a font
 
 
 def shell(folder, columns=80, rows=24):
-    """A shell that knows `llamacli`; what it keeps lies in `folder`."""
+    """A shell with the command `llamacli`, whose state is in `folder`."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     t = Terminal(
         ["bash", "--norc", "-i"],

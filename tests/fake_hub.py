@@ -1,8 +1,8 @@
 """A hub on this machine, which can fail in the ways in which a real hub or the network fails.
 
-`FakeHub(files)` serves {path: bytes} as the repository me/model: the tree API and ranges. `faults` is a list that the requests
-for files use up, one each: ("cut", n) sends n bytes and ends; ("stall", n) sends n and then nothing; ("wrong", n) changes the
-byte n; ("status", code, headers); ("redirect", url); ("whole",) ignores the range. None: no fault.
+`FakeHub(files)` serves {path: bytes} as the repository me/model: the tree API and ranges. `faults` is a list; each request for
+a file takes one entry: ("cut", n) sends n bytes and ends; ("stall", n) sends n and then nothing; ("wrong", n) changes the byte
+n; ("status", code, headers); ("redirect", url); ("whole",) ignores the range. None: no fault.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class FakeHub:
                 "type": "file",
                 "path": path,
                 "size": len(data),
-                "oid": hashlib.sha1(path.encode()).hexdigest(),  # of the pointer that git holds
+                "oid": hashlib.sha1(path.encode()).hexdigest(),  # size of the pointer file in git
                 "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 135},
             }
             for path, data in self.files.items()

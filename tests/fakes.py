@@ -1,8 +1,8 @@
-"""A miniature model to test everything above the engine: real sessions and commands, no weights, no compiled code.
+"""A miniature model for tests of everything above the engine: real sessions and commands, without weights and compiled code.
 
-Tokens are UTF-8 bytes and five special ids. `FakeEngine`'s logits are a fingerprint of all tokens that a chunked cache would
-let it see, so a wrong cache shows as a wrong next token; `Scripted` says a text instead, token by token. Run as a script it
-is the command line over such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
+Tokens are UTF-8 bytes and five special ids. `FakeEngine`'s logits are a fingerprint of all tokens that a chunked cache holds,
+so that a wrong cache gives a wrong next token; `Scripted` answers with a given text instead. As a script, it is the command
+line with such a model: `python fakes.py REPLY DELAY ARGUMENTS...`.
 """
 
 import fcntl
@@ -124,7 +124,7 @@ class FakeEngine:
         self.widths = []  # sequences of every call for several
         self.interrupted = False
         self.follow_progress = None
-        self.break_after = None  # raise KeyboardInterrupt once so many tokens of a call are written
+        self.break_after = None  # raise KeyboardInterrupt after this many tokens of a call are written
 
     def new_cache(self, ctx):
         return FakeCache(ctx, self.chunk)
@@ -136,7 +136,7 @@ class FakeEngine:
         return [((dense,), np.ones((1, 4)), counts[:1]), ((gate,), np.ones((3, 4)), counts)]
 
     def batch_of(self, pos):
-        """A prompt is one batch; what comes later ends with its chunk."""
+        """A prompt is one batch; later batches end with their chunk."""
         return range(0, 1 << 30) if pos == 0 else range(pos // self.chunk * self.chunk, (pos // self.chunk + 1) * self.chunk)
 
     def forward(self, ids, cache, all_logits=False, first=0, alone=False):
@@ -159,7 +159,7 @@ class FakeEngine:
         return np.stack(rows[first:]) if all_logits else rows[-1]
 
     def steady_end(self, n):
-        """No position keeps its bits in another prompt, so a session that must be exact reuses none."""
+        """0: no position has the same bits in another prompt, so an exact session reuses none."""
         return 0
 
     def may_begin(self, pos, n):
@@ -170,7 +170,7 @@ class FakeEngine:
         return np.array([self.forward(some, cache) for some, cache in zip(ids, caches, strict=True)])
 
     def interrupt(self):
-        """A forward under way ends with its next token."""
+        """Make a running forward end at its next token."""
         self.interrupted = True
 
     def profile(self, ids, cache):
@@ -191,7 +191,7 @@ class FakeEngine:
 
 
 class Scripted(FakeEngine):
-    """Says `reply` after the assistant's header, then <|eot|>."""
+    """Answers with `reply` after the assistant's header, then <|eot|>."""
 
     def __init__(self, reply, **how):
         super().__init__(**how)
@@ -213,7 +213,7 @@ def Greedy(logprobs=None):
 
 
 class Answers(FakeEngine):
-    """Says the next of `replies` each time that it is asked, then <|eot|>."""
+    """Answers with the next of `replies` each time, then <|eot|>."""
 
     def __init__(self, *replies, **how):
         super().__init__(chunk=64, **how)
@@ -253,7 +253,7 @@ class FakeModel(Model):
 
 def write_gguf(path, architecture, rows=4):
     """A valid GGUF with one tensor and a name that contains a terminal escape; returns its path."""
-    import gguf  # late: it takes longer to import than all else here
+    import gguf  # late: its import takes longer than the rest of this module
 
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small\x1b[31m")
@@ -276,7 +276,7 @@ def start(*args, **how):
 
 
 def sleeps(process, seconds=300):
-    """Wait until the main thread of a process does, where the system tells: it waits for something, such as input."""
+    """Wait until the main thread of a process sleeps, if the system shows that: it then waits, for example for input."""
     stat, until = Path(f"/proc/{process.pid}/task/{process.pid}/stat"), time.monotonic() + seconds
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
         assert time.monotonic() < until, "it works on"
@@ -284,7 +284,7 @@ def sleeps(process, seconds=300):
 
 
 class Preloaded:
-    """Processes that use the miniature model and begin at once: forks of one that has imported what a chat needs."""
+    """Processes with the miniature model that start quickly: forks of one that has imported the modules of a chat."""
 
     def __init__(self):
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -294,7 +294,7 @@ class Preloaded:
         theirs.close()
 
     def start(self, command, tty, env):
-        """As `Terminal` asks for it; `command` is one that `fake` returned."""
+        """The `start` of a `Terminal`; `command` is one that `fake` returned."""
         socket.send_fds(self._socket, [json.dumps([command[2:], env]).encode()], [tty])
         return Fork(self, int(self._socket.recv(64)))
 
@@ -309,7 +309,7 @@ class Preloaded:
 
 
 class Fork:
-    """What a test needs of subprocess.Popen."""
+    """The part of subprocess.Popen that tests need."""
 
     def __init__(self, server, pid):
         self._server, self.pid, self.returncode = server, pid, None
@@ -332,7 +332,7 @@ class Fork:
 def serve(connection):
     """Fork for every request: the arguments of this script and an environment, with a terminal; or the number of a fork."""
     no_model_is_looked_for()
-    from llamacli.cli.chat import live, loop, markdown, prompt  # noqa: F401  what a chat would import
+    from llamacli.cli.chat import live, loop, markdown, prompt  # noqa: F401  the modules of a chat
 
     while data := socket.recv_fds(connection, 1 << 18, 1):
         message, fds, *_ = data

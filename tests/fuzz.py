@@ -1,9 +1,9 @@
 """Mutation fuzzing of every file format that the program reads, by hand: `python tests/fuzz.py gguf 10000 [SEED]`.
 
-A kind is gguf, safetensors, config, tokenizer, imatrix (.dat) or imatrix-gguf. Each input is a small sound file that was
-damaged: bits, integers, slices, cuts, repetitions; in JSON also values of other types. A finding is anything but success or a
-one-line LlamacliError, an input that takes over 10 seconds, or memory over 1 GB (RLIMIT_AS, beside what the process has at the
-start). Findings are written to fuzz-KIND-N in the working folder. The tests run a hundred inputs of each kind (test_fuzz.py).
+A kind is gguf, safetensors, config, tokenizer, imatrix (.dat) or imatrix-gguf. Each input is a small valid file with damage:
+bits, integers, slices, cuts, repetitions; in JSON also values of other types. A finding is anything but success or a one-line
+LlamacliError, an input that takes over 10 seconds, or memory over 1 GB (RLIMIT_AS, beside what the process has at the start).
+Findings are written to fuzz-KIND-N in the working folder. The tests run a hundred inputs of each kind (test_fuzz.py).
 """
 
 import copy
@@ -59,7 +59,7 @@ VALUES = (
 
 
 class Kind:
-    """A sound file, where to put a damaged one, and what reads it."""
+    """A valid file, the path for a damaged one, and the function that reads it."""
 
     def __init__(self, folder: Path, raw: bytes, path: Path, read: Callable[[], object], is_json: bool = False):
         self.folder, self.raw, self.path, self.read, self.is_json = folder, raw, path, read, is_json
@@ -98,7 +98,7 @@ def kinds(folder: Path) -> dict[str, Callable[[], Kind]]:
 
 
 def read_model(path: Path) -> None:
-    """All that happens before a model runs: metadata, every tensor, sizes, vocabulary."""
+    """Everything that is read before a model runs: metadata, every tensor, sizes, vocabulary."""
     found = open_gguf(path)
     for key in found.metadata:
         found.metadata.typed(key)
@@ -166,7 +166,7 @@ def other_value(raw: bytes, rng: random.Random) -> bytes:
                 node[rng.choice(("", "\ud800", "x" * 70_000, key + "2"))] = node.pop(key)
             else:
                 value = rng.choice((*VALUES, str(child), [child], {"a": child}, rng.choice(NUMBERS), -rng.choice(NUMBERS)))
-                node[key] = copy.deepcopy(value)  # a list of VALUES that is changed later would hold itself
+                node[key] = copy.deepcopy(value)  # a list of VALUES that is changed later could contain itself
             break
     return json.dumps(tree, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
 
@@ -179,7 +179,7 @@ def inputs(kind: Kind, seed: int, first: int, count: int):
 
 
 def main(name: str, count: str, seed: str = "0", first: str = "0") -> int:
-    """Run, report; 1 if something was found."""
+    """Run and report; returns 1 if there was a finding."""
     sys.stdout.reconfigure(errors="backslashreplace")
     with tempfile.TemporaryDirectory() as folder:
         kind, findings, read, slowest = kinds(Path(folder))[name](), 0, 0, 0.0

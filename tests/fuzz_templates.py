@@ -2,10 +2,10 @@
 
     python tests/fuzz_templates.py [N] [SEED]        N templates (10,000), the same for the same seed; 4 GiB of address space
 
-Templates are cut from those of golden/templates.json and put together anew, with numbers, operators, loops and filters that
-grow. A finding is a template that raises anything but a PromptError, takes more than 10 s of CPU time or 1 GB, makes a special
-token of what a message says, or dies; it is printed, and the exit code is 1. The template at work is kept in
-`last_template.txt` of the current folder while it runs, for crashes.
+Templates are made of parts of those in golden/templates.json, with numbers, operators, loops and filters that grow. A finding
+is a template that raises anything but a PromptError, takes more than 10 s of CPU time or 1 GB, makes a special token of a
+message's text, or crashes the process; it is printed, and the exit code is 1. For crashes, the current template is kept in
+`last_template.txt` of the current folder.
 """
 
 import json
@@ -27,7 +27,7 @@ from llamacli.text.tokenizer import Tokenizer
 
 PIECE = re.compile(r"\{%.*?%\}|\{\{.*?\}\}|[^{]+|\{", re.S)
 WORD = re.compile(r"\w+|<\|\w*\|?>?|'[^']*'|\s+|.", re.S)
-FORGED = "<|fim_prefix|>"  # in messages only, so never a token
+FORGED = "<|fim_prefix|>"  # in messages only, so it must never become a token
 NUMBERS = ["0", "-1", "3", "99", "100000", "2000000000", "10 ** 9", "9 ** 9 ** 9", "1e308", "-2000000000", "2.5"]
 GROWING = [
     "{% for i in range(99999) %}@{% endfor %}",
@@ -86,7 +86,7 @@ def mutated(draw: random.Random, seeds: list[str]) -> str:
 
 
 def check(tokenizer: Tokenizer, template: str, messages: list[dict]) -> str | None:
-    """What is wrong with how a template is taken, or None."""
+    """The fault in the handling of a template, or None."""
     began = time.process_time()
     try:
         ids = render(tokenizer, messages, template)

@@ -1,4 +1,4 @@
-"""Builds GGUF files byte by byte, so that tests can make files that no writer would write."""
+"""Builds GGUF files byte by byte, so that tests can make files that no library writes."""
 
 import struct
 
@@ -59,7 +59,7 @@ def changer(path):
 
 
 def llama4(added=(), merges=("a b",)):
-    """A small header with all that Config and Tokenizer read, and one tensor, so that mutations get past the first checks.
+    """A small header with all fields that Config and Tokenizer read, and one tensor, so that mutations pass the first checks.
     `added`: more tokens, which are user-defined.
     """
     counts = {"block_count": 4, "embedding_length": 32, "attention.head_count": 4, "attention.head_count_kv": 2,

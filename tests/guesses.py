@@ -1,9 +1,9 @@
-"""What --speculate saves: `python tests/guesses.py FILE.gguf [--tokens 200] [--rounds 3]`.
+"""Measures the effect of --speculate: `python tests/guesses.py FILE.gguf [--tokens 200] [--rounds 3]`.
 
 In: a GGUF that fits into memory. Out, for answers of several kinds: tokens a second without guesses and with them, the guesses
-and how many were right, and whether text and logits are the same to the bit. Edited code, a summary and random words are given,
-token by token, whatever the model would say: the time is the model's, the text is what a model might say to such a prompt. The
-other answers are the model's own, greedy and sampled. With and without take turns; medians are shown.
+and how many were right, and whether text and logits are the same to the bit. The answers "edited code", "summary" and "random
+tokens" are given texts: the time is the model's, the text is a typical answer to such a prompt. The other answers are the
+model's own, greedy and sampled. Runs with and without guesses alternate; medians are shown.
 """
 
 import argparse
@@ -21,7 +21,7 @@ EDITS = (("Guesses", "Proposals"), ("PAUSE", "REST"), ("seconds", "duration"))
 
 
 class Given:
-    """A sampler that says a text."""
+    """A sampler that picks the tokens of a text."""
 
     constraint, chosen, over = None, None, False
 
@@ -39,7 +39,7 @@ class Given:
 
 
 def summed(sampler):
-    """The model's sampler, which also notes what logits it saw."""
+    """The model's sampler, which also records a checksum of its logits."""
     pick = sampler.pick
 
     def noted(logits, history=()):

@@ -17,5 +17,7 @@ def promised(package: str) -> bool:
 
 
 def needed(module: str):
-    """The module. The test is skipped without it, but fails where `dev` promises it: tests would be lost without a word."""
+    """Import a module. Without it the test is skipped; if `dev` installs it here, the test fails, so that no test is skipped
+    unnoticed.
+    """
     return import_module(module) if promised(module.partition(".")[0]) else pytest.importorskip(module)

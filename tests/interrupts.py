@@ -15,7 +15,7 @@ def run_traced(action, module, interrupt_at=None, skip=()) -> int:
         nonlocal events
         if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name in skip:
             return None
-        if frame.f_code.co_flags & inspect.CO_GENERATOR:  # one that is closed while memory is freed would lose the exception
+        if frame.f_code.co_flags & inspect.CO_GENERATOR:  # a generator closed while memory is freed would lose the exception
             return None
         events += 1
         if events == interrupt_at:

@@ -1,13 +1,13 @@
 """Loss by quantized keys and values: `python tests/kv_quality.py FILE [--chunks 4] [--windows 12] [--kv q8_0,q4_0]`.
 
-In: scout-tiny as a GGUF, best in F16, so that little else rounds. Out: the mean KL divergence from keys and values in f16, in
+In: scout-tiny as a GGUF, best in F16, to keep other rounding small. Out: the mean KL divergence from keys and values in f16, in
 nats, at each depth, for llamacli and, where llama-cpp-python is installed, for llama.cpp on the same tokens.
 tests/cpu/test_kv.py holds bounds of `divergences`.
 
 The text is conversations. Windows of them are evaluated at the start of each chunk: there chunked layers see a short
 conversation, as the model learned it, whatever lies before it in the other layer. Two means are shown: of all tokens, and of
-those for which the routers choose the same experts with both types. A rounding that turns a router's choice changes a token's
-logits whatever its size.
+those for which the routers choose the same experts with both types. Even a small rounding error that changes a router's choice
+changes a token's logits.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 
 from llamacli import Model, environment
 
-WINDOW = 400  # tokens: the small model learned short conversations
+WINDOW = 400  # tokens of a window: the small model learned short conversations
 PIECE = 512
 
 
@@ -43,7 +43,7 @@ class Ours:
         self.model.engine.follow_routing = lambda pos, experts: self._part.append(experts.copy())
 
     def rewind(self, pos):
-        """Hold `pos` positions."""
+        """Truncate to `pos` positions."""
         assert self.cache.truncate(pos) == pos
 
     def logits(self, ids):
@@ -59,7 +59,7 @@ class Ours:
         self.model.engine.forward(ids, self.cache)
 
     def close(self):
-        """Give back memory and threads."""
+        """Release memory and threads."""
         self.model.close()
 
 
@@ -84,7 +84,7 @@ class Theirs:
         self.batch = cpp.llama_batch_init(PIECE, 0, 1)
 
     def rewind(self, pos):
-        """Hold `pos` positions."""
+        """Truncate to `pos` positions."""
         assert self.cpp.llama_memory_seq_rm(self.memory, 0, pos, -1)
         self.pos = pos
 
@@ -108,7 +108,7 @@ class Theirs:
         self.pos += len(ids)
 
     def close(self):
-        """Give back memory."""
+        """Release memory."""
         self.cpp.llama_free(self.context)
         self.cpp.llama_model_free(self.model)
 

@@ -1,10 +1,11 @@
-"""Speed of the kernels alone, each tensor type: `python tests/leaves.py [TYPE ...] [--ggml libggml-cpu.so] [-t 2] ...`.
+"""Measures the speed of single kernels for each tensor type: `python tests/leaves.py [TYPE ...] [--ggml libggml-cpu.so] [-t 2]
+...`.
 
 Out, a table: "decode", GB/s of rows that one token is multiplied with, of more bytes than a cache holds; "prefill", Gop/s (a
 multiply-add is two) of products with many tokens, unpacking included, one column for each count of `--tokens`. `LLAMACLI_SIMD`
 chooses the variant. Above the table are the limits that `llamacli bench` measures. With --ggml the same for `vec_dot` of ggml's
-CPU library, on as many threads, its products with 16 rows by 16 tokens from the nearest cache: what llama.cpp multiplies with
-where it has no repacked copy of the weights. All take turns, and the median of the rounds is shown.
+CPU library, on as many threads, its products with 16 rows by 16 tokens from the nearest cache: llama.cpp uses these without a
+repacked copy of the weights. Measurements alternate, and the median of the rounds is shown.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def _speed(function, amount):
 
 
 def _rows(name, nbytes):
-    """Normal weights of this type, again and again until they are `nbytes`."""
+    """Rows of normal weights of this type, repeated up to `nbytes` bytes."""
     some = encoder(name).encode(np.random.default_rng(0).standard_normal((64, COLS)).astype(np.float32), None)
     return np.ascontiguousarray(np.resize(some, (max(PANEL_ROWS, nbytes // some.shape[1] // 64 * 64), some.shape[1])))
 
@@ -121,7 +122,7 @@ class Ggml:
         self.library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_Traits)
 
     def _prepared(self, name, n):
-        """(vec_dot's address, n rows of activations as it wants them)."""
+        """(vec_dot's address, n rows of activations in its format)."""
         traits = self.library.ggml_get_type_traits_cpu(BY_NAME[name].id).contents
         size = COLS * ACTIVATIONS[traits.vec_dot_type][0] // ACTIVATIONS[traits.vec_dot_type][1]
         x, codes = np.random.default_rng(1).standard_normal((n, COLS)).astype(np.float32), np.zeros((n, size), np.uint8)

@@ -1,10 +1,11 @@
-"""How a server of OpenAI's protocol answers several clients at once: `python tests/load.py URL`.
+"""Measures how a server with OpenAI's protocol answers several clients at once: `python tests/load.py URL`.
 
-In: the address of a server that runs, of llamacli or another one such as llama-server. Out: a line for each number of clients:
-tokens per second of all together and of the slowest client, seconds to the first token (median and worst), tokens of a prompt.
+In: the address of a running server of llamacli or another program, such as llama-server. Out: a line for each number of
+clients: tokens per second of all together and of the slowest client, seconds to the first token (median and worst), tokens of a
+prompt.
 
-Each client asks for one chat after the other, each with words of its own, so that no prompt was seen before. Tokens are those
-of the server's `usage`. A row ends after `--limit` seconds at the latest, and says so.
+Each client sends one chat after the other, each with different words, so that the server reuses no prompt. Tokens are those of
+the server's `usage`. A row ends after at most `--limit` seconds, and says if it was cut.
 """
 
 import argparse
@@ -54,10 +55,10 @@ class Failed(Exception):
 
 
 class Server:
-    """What is asked, and how."""
+    """The server and how to send requests to it."""
 
     def __init__(self, url: str, key: str | None, raw: bool = False):
-        """`raw`: texts are continued instead of chats, for a model without a chat template."""
+        """`raw`: continue texts instead of chats, for a model without a chat template."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme != "http" or not parts.hostname:
             raise Failed(f"expected an address such as http://127.0.0.1:8080, found {url}")
@@ -66,7 +67,7 @@ class Server:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def wait(self, until: float) -> None:
-        """Until the model is loaded, if the server tells so by /health."""
+        """Wait until the model is loaded, if the server reports that by /health."""
         while True:
             with closing(http.client.HTTPConnection(self._host, self._port, timeout=10)) as connection:
                 connection.request("GET", "/health", headers=self._headers)
@@ -77,7 +78,7 @@ class Server:
             time.sleep(0.2)
 
     def post(self, path: str, body: dict, until: float) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """An answer that has begun, and its connection."""
+        """Send a request; returns the begun response and its connection."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=max(0.1, until - time.perf_counter()))
         connection.request("POST", path, json.dumps(body), self._headers)
         response = connection.getresponse()
@@ -86,7 +87,7 @@ class Server:
         return connection, response
 
     def tokens(self, text: str, until: float) -> int:
-        """How many a text has, by /tokenize, which llamacli and llama-server have; else a guess."""
+        """The number of tokens of a text, by /tokenize of llamacli and llama-server; else an estimate."""
         try:
             connection, response = self.post("/tokenize", {"content": text}, until)
             with closing(connection):
@@ -126,14 +127,14 @@ class Server:
 
 
 def texts(seed: int, n_words: int):
-    """Prompts, each of its own words from the first on."""
+    """Prompts that differ from the first word on."""
     draw, words = random.Random(seed), " ".join(WORDS).split()
     while True:
         yield f"{draw.randrange(10**6)} {' '.join(draw.choices(words, k=n_words))}"
 
 
 def row(server: Server, n_clients: int, chats: int, n_words: int, n: int, limit: float) -> list[list[Chat]]:
-    """What each client found."""
+    """The results of each client."""
     found: list[list[Chat]] = [[] for _ in range(n_clients)]
     wrong: list[Exception] = []
     start = time.perf_counter()
@@ -192,7 +193,7 @@ def main() -> int:
         server, until = Server(asked.url, asked.key, asked.raw), time.perf_counter() + asked.limit
         server.wait(until)
         n_words = max(1, asked.prompt * 100 // max(1, server.tokens(next(texts(0, 100)), until)))
-        server.chat(next(texts(1, n_words)), 8, 0.0, until)  # not counted: the first costs what later ones do not
+        server.chat(next(texts(1, n_words)), 8, 0.0, until)  # not counted: the first request has a higher cost
         if not asked.json:
             print(HEAD.format("clients", *(head for head, _, _ in COLUMNS)))
         for n_clients in map(int, asked.clients.split(",")):

@@ -71,7 +71,7 @@ def _reference(contexts) -> str:
 
 
 def _text(text: str) -> str:
-    """With what Markdown would take for marks, outside of `code`, as it is."""
+    """Text with Markdown's special characters escaped outside of `code`."""
     return "".join(part if n % 2 else re.sub(r"([*_<|])", r"\\\1", part) for n, part in enumerate(re.split("(`[^`]*`)", text)))
 
 

@@ -1,8 +1,8 @@
-"""What it costs to bind an answer: `python tests/mask_cost.py FILE.gguf [N_VOCAB]`.
+"""Measures the cost of a constrained answer: `python tests/mask_cost.py FILE.gguf [N_VOCAB]`.
 
-In: a GGUF with a vocabulary, grown to N_VOCAB tokens (202,048, as Llama 4) by pairs of its words if it has fewer. Out: CPU time
-(other programs change it little): to build what llguidance needs of a vocabulary, to compile, and for each sampled token of
-answers of several kinds, written as a model might, for its mask, for taking note of it and for what it forces.
+In: a GGUF with a vocabulary, grown to N_VOCAB tokens (202,048, as Llama 4) with pairs of its words if it has fewer. Out: CPU
+time (other programs change it little): to build llguidance's form of a vocabulary, to compile a grammar, and per sampled token
+of several typical answers: its mask, the parser's advance and the forced tokens.
 """
 
 import json
@@ -88,7 +88,7 @@ def vocabulary(path, n_vocab):
 
 
 def walk(tokenizer, constraint, text):
-    """Seconds of each sampled token, and how many tokens were forced, while the answer becomes `text`."""
+    """Seconds of each sampled token, and the number of forced tokens, for the answer `text`."""
     rest, logits, times, forced = text.encode(), np.zeros(tokenizer.n_vocab, np.float32), [], 0
     constraint.begin()
     while True:

@@ -13,7 +13,7 @@ def logits(path, ids, kv=np.float64, inputs=None, segment=0):
     """float64 [len(ids), n_vocab]. `kv` float16, or a function, rounds keys and values as a cache does, and nothing else; with
     `segment` a token sees those from the last multiple of `segment` on in float16.
 
-    `inputs(x)` rounds what is multiplied with quantized weights, as an engine does that multiplies with integers.
+    `inputs(x)` rounds the factors of quantized weights, as an engine with integer products does.
     """
     model, pos = _Model(path, kv, inputs, segment), np.arange(len(ids))
     x = model.weights["token_embd.weight"][ids]
@@ -103,7 +103,7 @@ class _Model:
         return self.rest(i, x, attend(q, k, v, visible))
 
     def rest(self, i, x, mixed):
-        """The layer after its attention."""
+        """The part of the layer after attention."""
         w = self.layers[i]
         x = x + mixed @ w["attn_output.weight"].T
         h = rms_norm(x, self.eps) * w["ffn_norm.weight"]
@@ -114,7 +114,7 @@ class _Model:
 
 
 class Rounding:
-    """A matrix, or one for each expert, whose products round their other factor first."""
+    """A matrix, or one for each expert, whose products first round the other factor."""
 
     __array_ufunc__ = None  # so that NumPy asks __rmatmul__
 
@@ -151,8 +151,8 @@ def rotate(x, angles):
 
 
 def attend(q, k, v, visible):
-    """`visible`: of which keys each query knows, bool [n, n], none of them later than the query; or True. Some queries at a
-    time, so that long texts take little memory.
+    """Attention. `visible`: the keys that each query may use, bool [n, n], none of them later than the query; or True. Queries
+    are processed in parts, so that long texts take little memory.
     """
     n, n_heads, head_dim = q.shape
     group = n_heads // k.shape[1]

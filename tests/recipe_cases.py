@@ -1,4 +1,4 @@
-"""The models whose recipes are compared with llama-quantize's: names and shapes, no weights.
+"""Models for the comparison of recipes with llama-quantize's: names and shapes, without weights.
 
 In: a row of CASES. Out: GGUF names and shapes in NumPy's order; types by name in a compact form.
 """

@@ -1,7 +1,7 @@
-"""Random JSON schemas and answers that are bound to them. `python tests/schemas.py 1000` asks the small model for each.
+"""Random JSON schemas and answers constrained to them. `python tests/schemas.py 1000` lets the small model answer each.
 
-In: seeds. Out: schemas with the keywords that can be enforced, now and then with one that cannot; whether a text fits its
-schema, in exact decimal arithmetic.
+In: seeds. Out: schemas with keywords that can be enforced, some with one that cannot; whether a text fits its schema, in exact
+decimal arithmetic.
 """
 
 import decimal
@@ -16,7 +16,7 @@ import jsonschema
 WORDS = ["name", "age", "größe", "id", "x", 'a "quoted" key', "city", "tags", "left", "🦙"]
 PATTERNS = ["^[a-z]{2,6}$", "^\\d{4}-\\d{2}$", "[A-Z]+", "^(yes|no|maybe)$", "^\\S+$", "é", "^.{1,5}$", "a.*b"]
 FORMATS = ["uuid", "ipv4", "email"]
-REFUSED = {  # what makes a schema one that cannot be enforced
+REFUSED = {  # keywords that cannot be enforced
     **{"uniqueItems": True, "not": {"type": "null"}, "contains": {"type": "null"}, "if": {"type": "null"}},
     **{"propertyNames": {"maxLength": 3}, "dependentRequired": {"x": ["id"]}, "unevaluatedProperties": False},
     **{"minlength": 2, "nullable": True, "contentEncoding": "base64", "$dynamicRef": "#x", "dependencies": {}},
@@ -147,7 +147,7 @@ def _parts(schema):
 def _exact(digits):
     try:
         return decimal.Decimal(digits)
-    except decimal.InvalidOperation:  # an exponent past all measure
+    except decimal.InvalidOperation:  # a very large exponent
         return float(digits)
 
 
@@ -167,7 +167,7 @@ def fits(text, schema):
 
 
 def main(count):
-    """Ask the small model for an answer to each of `count` schemas; returns how many did not hold."""
+    """Let the small model answer each of `count` schemas; returns how many answers did not fit."""
     from llamacli import Model, UsageError
 
     model = Model.load(Path(__file__).parents[1] / "models" / "scout-tiny" / "scout-tiny.gguf")

@@ -1,10 +1,11 @@
-"""Speed of several sequences that decode together: `python tests/sequences.py FILE.gguf [--counts 1,2,4,8] [--tokens 32] ...`.
+"""Measures the speed of several sequences that decode together: `python tests/sequences.py FILE.gguf [--counts 1,2,4,8]
+[--tokens 32] ...`.
 
-In: a GGUF that fits into memory. Out, for each count of sequences: tokens a second, and how many times that is of the first
-count; "by-bytes": how many times it could be if reading alone took time, each weight that every token uses being read once a
-step, an expert once if any sequence chose it; "random": the same for experts that are chosen at random; "experts": different
-ones of a layer. Then where a step of the most sequences spends its time, and the speed of a prompt. Counts take turns, and the
-median of their rounds is shown. First it checks that each sequence has the logits that it has alone, to the bit.
+In: a GGUF that fits into memory. Out, for each count of sequences: tokens per second, and the ratio to the first count;
+"by-bytes": the ratio if only reading took time, where a step reads each weight that every token uses once, and an expert once
+if any sequence chose it; "random": the same with experts chosen at random; "experts": different experts of a layer. Then the
+time of each operation in a step of the most sequences, and the speed of a prompt. Counts alternate, and the median of their
+rounds is shown. First it checks that each sequence's logits have the same bits as alone.
 """
 
 import argparse
@@ -68,7 +69,7 @@ class Crew:
         print(f"{sum(same)} of {len(same)} sequences have the bits that they have alone")
 
     def decode(self, count, steps):
-        """Seconds of a step, and of it in the engine and in samplers; bytes of a step and different experts of a layer."""
+        """Seconds of a step, in all, in the engine and in samplers; bytes of a step, and different experts of a layer."""
         caches, logits = self.caches[:count], self.first[:count]
         for cache in caches:
             cache.truncate(self.depth)
@@ -97,7 +98,9 @@ class Crew:
         return {"step": total / steps, **shares, "bytes": nbytes / steps, "experts": experts / steps / max(1, len(mixtures))}
 
     def profile(self, count, steps):
-        """Print where the time of steps goes; the threads meet after each operation, which takes a little time itself."""
+        """Print the time of a step by operation; the threads synchronize after each operation, which takes a little time
+        itself.
+        """
         timings = Counter()
         for stage in self.engine.stages:
             stage.timings = timings

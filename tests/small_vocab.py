@@ -1,4 +1,4 @@
-"""A small byte-level BPE trained on the spot, as a `tokenizers` object (the independent reference) and as the GGUF of it."""
+"""A small byte-level BPE, trained when needed, as a `tokenizers` object (the independent reference) and as its GGUF."""
 
 import json
 from functools import cache
@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from llamacli.files.gguf import open_gguf
 
-# As Meta publishes it, written out, so that a slip in tokenizer.py shows.
+# Meta's published pattern, written out, so that an error in tokenizer.py is found.
 LLAMA4_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -59,7 +59,7 @@ def trained() -> Tokenizer:
 
 
 def lists() -> tuple[list[str], list[int], list[str]]:
-    """Tokens, token types and merges as they stand in a GGUF: the BPE, special tokens, then one unused row."""
+    """Tokens, token types and merges in a GGUF's form: the BPE, special tokens, then one unused row."""
 
     model = json.loads(trained().to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
@@ -95,7 +95,7 @@ def write(path, tokens=None, kinds=None, merges=None, pre="llama4", template=Non
 
 
 def in_memory(tokens=None, kinds=None, merges=None, drop=None, **more):
-    """The same as a stand-in for an open GGUF, for what needs no file."""
+    """The same as a substitute for an open GGUF, without a file."""
     tokens, kinds, merges = (
         mine if mine is not None else usual for mine, usual in zip((tokens, kinds, merges), lists(), strict=True)
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyte
 
-SETTLED = 0.02  # seconds of silence of a process that rests, after which what was waited for counts as drawn
+SETTLED = 0.02  # seconds without output of an idle process after which its output counts as complete
 
 
 class Screen(pyte.HistoryScreen):
@@ -23,14 +23,14 @@ class Screen(pyte.HistoryScreen):
         if data.isascii():
             super().draw(data)
         else:
-            for character in data:  # pyte forgets what follows a joiner of emoji in one piece of text
+            for character in data:  # pyte drops text after an emoji joiner in one piece
                 super().draw(character)
 
 
 class Terminal:
-    """`lines` are what a person sees who scrolls up; `raw` is every character that came.
+    """`lines` are the screen with its scrollback; `raw` is all output.
 
-    `start(command, tty, env)` begins the process whose terminal `tty` is and returns it, as subprocess.Popen.
+    `start(command, tty, env)` starts the process with the terminal `tty` and returns it, as subprocess.Popen.
     """
 
     def __init__(self, command, columns=80, rows=24, start=None, **environment):
@@ -61,15 +61,15 @@ class Terminal:
         return "\n".join(self.lines)
 
     def _read(self, seconds):
-        """Take what comes within `seconds`, but stop where a line is drawn anew: however late this process is, it sees every
-        state of the screen. None for nothing, False at the end of the process's output.
+        """Read output for up to `seconds`, but stop where a line is redrawn, so that a slow test sees every state of the
+        screen. None without output, False at the end of the process's output.
         """
         if not self._coming:
             if not select.select([self._fd], [], [], seconds)[0]:
                 return None
             try:
                 data = os.read(self._fd, 1 << 16)
-            except OSError:  # nobody holds the other side any more
+            except OSError:  # the other side is closed
                 return False
             self._coming = re.split(r"(?=\r(?!\n))", self._decoder.decode(data))
             if not data:
@@ -80,7 +80,7 @@ class Terminal:
         return True
 
     def pump(self, seconds=SETTLED):
-        """Read for so many seconds, and until nothing has come for a moment; False at the end of the process's output."""
+        """Read for `seconds`, and then until there is no output for a moment; False at the end of the process's output."""
         began = time.monotonic()
         while (came := self._read(SETTLED)) or (came is None and (time.monotonic() < began + seconds or self._at_work())):
             if time.monotonic() > began + seconds + 60:
@@ -88,17 +88,17 @@ class Terminal:
         return came is None
 
     def _at_work(self):
-        """Whether a thread of the process runs, or would if others left it a processor: then its silence means nothing."""
+        """Whether a thread of the process runs or is ready to run: then the lack of output does not mean that it is idle."""
         try:
             for stat in Path(f"/proc/{self.process.pid}/task").glob("*/stat"):
                 if stat.read_text().rpartition(")")[2].split()[0] == "R":
                     return True
-        except OSError:  # it ended, or this system tells nothing
+        except OSError:  # it ended, or this system does not show it
             pass
         return False
 
     def wait(self, *texts, times=1, seconds=300):
-        """Until every one of `texts` is on the screen or above it, `times` times."""
+        """Wait until each of `texts` is on the screen or in the scrollback, `times` times."""
         until = time.monotonic() + seconds
         while not all(self.text.count(text) >= times for text in texts):
             alive = self._read(0.5) is not False
@@ -127,7 +127,7 @@ class Terminal:
         self.hang_up()
 
     def hang_up(self):
-        """Take the terminal away from what runs in it."""
+        """Close the terminal while the process runs."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None

@@ -1,4 +1,4 @@
-"""Conversations that last: branches, a kill at any moment, two processes at once, search, and a store that fails."""
+"""Persistent conversations: branches, a kill at any moment, two processes at once, search, and a store that fails."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def turn(conversation, question, answer, reason="stop"):
 
 
 def again(path):
-    """What another process finds."""
+    """The conversation as another process reads it."""
     store = Store(path)
     return Conversation.resume(store, store.latest())
 
@@ -203,7 +203,7 @@ def test_a_conversation_deleted_elsewhere_is_written_anew(path, store):
 
 
 def test_two_chats_that_go_on_with_one_conversation_lose_nothing(path):
-    """The second to speak is kept as a conversation of its own: each can be listed, shown and gone on with."""
+    """The second one to write is saved as a new conversation: each can be listed, shown and continued."""
     first, second = Store(path), Store(path)
     c = Conversation(first)
     turn(c, "one", "1")
@@ -261,7 +261,7 @@ def test_a_newer_version_is_left_alone(path, store):
         Store(path)
 
 
-def test_a_circle_in_a_damaged_file_ends(path, store):
+def test_a_cycle_in_a_damaged_file_does_not_hang(path, store):
     turn(Conversation(store), "one", "1")
     store.close()
     db = sqlite3.connect(path)
@@ -325,8 +325,8 @@ TALKER = """
 
 
 def killed_after(path, lines):
-    """Let a process talk and kill it -9 when it has said so many lines and goes on; returns the turns that it said were kept,
-    and the last sentence.
+    """Let a process write a conversation and kill it with SIGKILL after this many lines of output; returns the turns that it
+    reported as kept, and the last sentence.
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(TALKER), str(path)], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -354,7 +354,7 @@ def test_a_kill_at_any_moment_loses_the_sentence_under_way_at_most(path, kills):
         db.close()
         c = again(path)
         last = said(c)[-1]
-        if last.startswith("word"):  # its question was being answered, or had been
+        if last.startswith("word"):  # its question was being answered, or was answered
             assert whole.startswith(last)
             if said(c)[-2] == f"question {question}?":
                 assert last.count("of the answer.") >= int(sentence) + 1

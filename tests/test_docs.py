@@ -1,4 +1,4 @@
-"""The documentation: commands that are shown with output give that output; the reference of commands is that of `--help`."""
+"""The documentation: commands shown with output give that output; the reference of commands equals `--help`."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def shown():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder that has what the commands name: the project's models, and Scout's config.json."""
+    """A folder with the files that the commands name: the project's models, and Scout's config.json."""
     here = tmp_path_factory.mktemp("docs")
     (here / "models").symlink_to(ROOT / "models")
     config = json.loads((ROOT / "models" / "scout-tiny" / "hf" / "config.json").read_text())
@@ -110,11 +110,11 @@ def test_groff_reads_a_manual_page_without_a_warning(page):
 
 
 def _anchors(page):
-    """What GitHub calls the headings of a page."""
+    """The anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _untimed(text):
-    """Without the seconds that something took."""
+    """A text without measured seconds."""
     return re.sub(r"\bin \d+:\d\d$", "in TIME", text, flags=re.M).strip()

@@ -35,7 +35,7 @@ def shell(script, **env):
 
 @pytest.fixture(scope="module")
 def answer():
-    """What the small model says, greedily."""
+    """The small model's greedy answer."""
     done = shell(f"llamacli run --temp 0 -n 48 '{ASK}'")
     assert (done.returncode, done.stderr) == (0, b"")
     return done.stdout
@@ -84,7 +84,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_ctrl_c_at_any_moment_ends_the_process_and_no_traceback(moment):
-    """It says a full stop, or the first letter of its answer, when the moment has come."""
+    """The program prints a full stop, or the first letter of its answer, when it is to be interrupted."""
     command = [sys.executable, "-c", f"{SAID_AT}{MOMENTS[moment]}\nfrom llamacli.__main__ import start; start()"]
     args = ["run", "-m", str(SMALL), "--raw", "-n", "4000", "--ignore-eos", "one two three four five six " * 1000]
     with subprocess.Popen(command + args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -117,7 +117,7 @@ def test_after_warmup_nothing_is_compiled(tmp_path):
 
 
 def test_a_warm_start_needs_no_compiler(answer):
-    """Importing Numba alone takes as long as everything else."""
+    """The import of Numba takes as long as the rest of the start."""
     code = "import sys; from llamacli.cli import main; main(sys.argv[1:]); sys.exit('numba' in sys.modules)"
     args = "run", "--no-stdin", "-n", "1", "Hello"
     assert subprocess.run([sys.executable, "-c", code, *args], capture_output=True).returncode == 0

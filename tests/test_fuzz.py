@@ -1,4 +1,4 @@
-"""A short round of tests/fuzz.py: damaged files of every format are read or refused in one line, whatever is wrong."""
+"""A short round of tests/fuzz.py: damaged files of every format are read or refused in one line."""
 
 import fuzz
 import gguf_bytes
@@ -25,7 +25,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name):
     kind = fuzz.kinds(tmp_path)[name]()
     assert kind.run(kind.raw)
     outcomes = {kind.run(raw) for _, raw in fuzz.inputs(kind, seed=1, first=0, count=120)}
-    assert outcomes == {True, False}  # or else the mutations are too weak or too strong to find anything
+    assert outcomes == {True, False}  # otherwise the mutations are too weak or too strong
 
 
 def test_the_kinds_here_are_all_that_there_are(tmp_path):
@@ -47,7 +47,7 @@ VALUES = [
 
 
 def read_model(path):
-    """All that is looked at before a model runs."""
+    """Everything that is read before a model runs."""
     gguf = open_gguf(path)
     describe(gguf)
     config = Config.from_gguf(gguf)

@@ -1,4 +1,4 @@
-"""Models that are loaded and closed again and again leave nothing behind: memory, threads and open files stay as they were."""
+"""Loading and closing models repeatedly leaks nothing: memory, threads and open files stay constant."""
 
 import json
 import os

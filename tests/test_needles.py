@@ -25,12 +25,12 @@ from quantize.convert import convert
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma")
 PLACES = {"before": -1.0, "across": -0.5, "at": 0.0, "after": 0.5}  # where a fact begins, in its lengths from the edge
-BOUND = 2e-3  # of the largest logit: the rounding of float32, and of float16 keys that it makes another
+BOUND = 2e-3  # relative to the largest logit: rounding of float32, which may change that of float16 keys
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """In float16: codes of activations would be a coarser rounding."""
+    """In float16, since quantized activations would be rounded more coarsely."""
     path = tmp_path_factory.mktemp("needles") / "f16.gguf"
     convert(SMALL_MODEL.parent / "hf", path, "F16")
     return path
@@ -93,7 +93,7 @@ def check(path, chunk, edges, place):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_answers_at_edges_are_those_of_a_recomputation(weights, place):
-    """Chunks of 128, as the file says of 8192: in what the model learned."""
+    """With chunks of 128 instead of the file's 8192, within the lengths that the model learned."""
     check(weights, 128, 3, place)
 
 

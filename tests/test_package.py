@@ -34,7 +34,7 @@ def installed(wheel, tmp_path_factory):
     home = tmp_path_factory.mktemp("outside")
     venv.create(home / "venv", symlinks=True)
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home / "venv")}))
-    zipfile.ZipFile(wheel).extractall(site)  # what installing a pure Python wheel is, scripts aside
+    zipfile.ZipFile(wheel).extractall(site)  # the installation of a pure Python wheel, without scripts
     folders = [path for path in sys.path if path.endswith("-packages")]
     (site / "dependencies.pth").write_text("\n".join(folders))  # come after the wheel, as `site` itself comes first
 

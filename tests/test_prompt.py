@@ -1,4 +1,4 @@
-"""Prompts: segments become tokens; sessions reuse a prefix only where the same pictures stand; penalties skip pictures."""
+"""Prompts: segments become tokens; sessions reuse a prefix only with the same pictures; penalties skip pictures."""
 
 import numpy as np
 import pytest

@@ -139,7 +139,7 @@ def test_characters_of_several_tokens_come_whole():
 
 
 class Dictated:
-    """A constraint that knows what must be said, with a choice where the text has a star."""
+    """A constraint that forces a text, with a choice where the text has a star."""
 
     def __init__(self, text):
         self.text = text.encode()

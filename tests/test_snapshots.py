@@ -51,7 +51,7 @@ def snap(engine, folder, limit=1 << 30, exact=True, model=b"model"):
 
 
 def answer(engine, prompt, kept=None, n=3):
-    """Logits after the prompt and after some tokens more; and how much of the prompt was read back."""
+    """Logits after the prompt and after some further tokens; and how many tokens were read back."""
     session = Session(engine, None, 1024, kept)
     found = [session.sync(prompt)]
     cached = session.stats.cached_tokens
@@ -118,7 +118,7 @@ def test_layers_that_see_their_chunk_are_kept_for_the_last_one_only(engine, tmp_
     assert names.count(".chunk") == 350 % CHUNK // BLOCK
 
 
-def test_files_are_the_users_alone(engine, tmp_path):
+def test_only_the_user_can_read_the_files(engine, tmp_path):
     answer(engine, BOOK, snap(engine, tmp_path / "new" / "folder"))
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new" / "folder").iterdir()} == {0o600}
 
@@ -272,7 +272,7 @@ def test_an_interrupt_while_reading_leaves_the_session_usable(engine, tmp_path, 
 
 
 def test_a_conversation_goes_on_as_if_it_had_never_ended(tmp_path):
-    """Token by token over two chunk edges, then read back and continued, and gone back in."""
+    """Token by token over two chunk edges, then read back, continued, and truncated."""
     engine = engine_of(tiny.tiny_gguf(tmp_path / "m.gguf", **SIZES))
     session = Session(engine, None, 1024, snap(engine, tmp_path, exact=False))
     session.sync(BOOK[:100])
@@ -346,7 +346,7 @@ def test_the_folder_lies_in_the_cache(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("held", [BLOCK + 8, CHUNK - 1])
 def test_a_damaged_block_leaves_the_session_with_nothing_wrong(held, engine, tmp_path):
-    """The rings get the later chunk first; then a block of the earlier one, which the session is in, turns out damaged."""
+    """The rings get the later chunk first; then a block of the earlier one, which the session uses, is found damaged."""
     prompt = BOOK[: CHUNK + 2 * BLOCK + 5]
     answer(engine, prompt, snap(engine, tmp_path, exact=False))
     session = Session(engine, None, 1024, snap(engine, tmp_path, exact=False))

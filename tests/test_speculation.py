@@ -1,4 +1,4 @@
-"""Guesses change the time an answer takes, never its text: over a fake engine, and over the real one to the byte."""
+"""Guesses change the time of an answer, never its text: with a fake engine, and with the real one to the byte."""
 
 from dataclasses import replace
 
@@ -103,7 +103,7 @@ def test_what_followed_the_last_place_is_proposed():
     assert guesses.propose(5) == []
 
 
-def test_where_it_takes_longer_it_pauses_longer_and_longer():
+def test_guessing_pauses_longer_each_time_it_does_not_pay():
     guesses, proposed = Guesses([1, 2, 3, 4] * 4), []
     for step in range(20 * PAUSE):
         found = guesses.propose(MOST)
@@ -117,7 +117,7 @@ def test_where_it_takes_longer_it_pauses_longer_and_longer():
     assert not any(proposed[first + MEASURED : first + MEASURED + PAUSE])
 
 
-def test_where_it_saves_it_goes_on():
+def test_guessing_continues_while_it_pays():
     guesses = Guesses([1, 2, 3, 4] * 4)
     at = 0
     for _ in range(100):
@@ -143,7 +143,7 @@ def test_right_guesses_make_more_and_wrong_ones_fewer():
 
 @pytest.mark.parametrize("words", [256, 30])
 def test_random_words_cost_little(words):
-    """A token of a batch as dear as one alone: the most that a wrong guess can cost."""
+    """A token of a batch costs as much as a single one: the highest cost of a wrong guess."""
     text = np.random.default_rng(0).integers(0, words, 4000).tolist()
     guesses, drafted, at = Guesses(text[:1000]), 0, 1000
     while at < len(text):
@@ -180,14 +180,14 @@ def test_tokens_together_have_the_bits_of_each_alone(kind, shape, tmp_path):
 
 
 def test_guesses_are_of_two_segments_at_most():
-    """Else those that are wrong could not be taken back: the newest two segments are held (positions.py)."""
+    """Otherwise wrong ones could not be truncated: only the newest two segments are held (positions.py)."""
     assert MOST <= LEAST
 
 
 @pytest.mark.parametrize("settings", [{"temp": 0.0}, {"temp": 0.8, "seed": 3}, {"temp": 0.5, "seed": 1, "repeat_penalty": 1.1}])
 @pytest.mark.parametrize(("kv_type", "chunk"), [("F16", 32), ("Q4_0", 32), ("Q4_0", 44)])
 def test_sampled_text_is_the_same(settings, kv_type, chunk, tmp_path):
-    """A model of few words, which says the same again and again, over several edges of chunks and of segments."""
+    """A model with few words, which repeats itself, over several edges of chunks and of segments."""
     sizes = {"n_embd": 256, "head_dim": 64, "n_ff": 256, "n_ff_exp": 256, "chunk": chunk}
     gguf = open_gguf(tiny.tiny_gguf(tmp_path / "m.gguf", types=lambda name: "Q4_0", **sizes))
     model = Engine(gguf, replace(Config.from_gguf(gguf), kv_type=kv_type), 2)

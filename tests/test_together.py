@@ -1,4 +1,4 @@
-"""Several sessions answer at once: each as if it were alone, whatever the others do."""
+"""Several sessions answer at once: each as it does alone, whatever the others do."""
 
 import numpy as np
 import pytest
@@ -102,7 +102,7 @@ def test_an_error_of_a_step_ends_only_what_fails_alone_too(fails):
 
         def forward_each(self, ids, caches):
             if len(ids) > 1:
-                super().forward_each(ids[:1], caches[:1])  # one is through when the call breaks off
+                super().forward_each(ids[:1], caches[:1])  # one is finished when the call fails
                 raise MemoryLimitError("short")
             return super().forward_each(ids, caches)
 
@@ -123,7 +123,7 @@ SIZES = {"n_embd": 256, "head_dim": 32, "n_ff": 256, "n_ff_exp": 256, "chunk": 1
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """Weights in F32: where products add in another order, the last bits differ and no more."""
+    """Weights in F32: if products add in another order, only the last bits differ."""
     gguf = open_gguf(tiny.tiny_gguf(tmp_path_factory.mktemp("model") / "m.gguf", **SIZES))
     return Engine(gguf, Config.from_gguf(gguf), 2)
 

@@ -1,4 +1,4 @@
-"""Answers as models write them, to be rendered while they stream."""
+"""Typical answers of models, for tests of streamed rendering."""
 
 _STEP = """\
 def step_{i}(state, scale={i}):

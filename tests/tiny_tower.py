@@ -16,7 +16,7 @@ class Shape(NamedTuple):
     n_layers: int = 3
     n_embd: int = 64
     heads: int = 4
-    n_ff: int = 256  # 4 n_embd: transformers' adapter needs it
+    n_ff: int = 256  # 4 n_embd, as transformers' adapter needs
     image_size: int = 56
     patch_size: int = 14
     n_mlp: int = 96
@@ -61,7 +61,7 @@ def tensors(seed=0, **shape):
 
 
 def metadata(s):
-    """Keys of llama.cpp's dialect."""
+    """The metadata, with llama.cpp's keys."""
     whole = {
         "image_size": s.image_size,
         "patch_size": s.patch_size,

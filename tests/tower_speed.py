@@ -1,12 +1,12 @@
-"""How fast the vision tower is beside llama.cpp's: by hand, on a quiet machine.
+"""Measures the speed of the vision tower beside llama.cpp's. Run by hand, on a quiet machine.
 
     python tests/tower_speed.py LLAMA-MTMD-CLI [--layers N] [--type TYPE,...] [--threads N] [--rounds N] [--text MODEL]
 
 In: the path of llama.cpp's program. Out: for each type, the seconds of a tile and of a screenshot of 1920x1080 pixels, the
 median of some rounds in which both sides take turns, and the ratio (above 1: llamacli is faster). Both read the same file: a
 random tower with the real one's widths, 8 of its 34 layers unless told otherwise, that fits scout-tiny. A picture of one
-tile is the same work for both. Of the screenshot llama.cpp makes fewer tiles, so the seconds of a tile of it are told, too.
-LLAMACLI_SIMD=avx2 holds our side to the instructions of a peer that was built for AVX2.
+tile is the same work for both. llama.cpp makes fewer tiles of the screenshot, so the seconds per tile are shown, too.
+LLAMACLI_SIMD=avx2 limits llamacli to the instructions of a peer that was built for AVX2.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 
 def ours(tower: Tower, picture: Path) -> tuple[float, int]:
-    """Seconds and tiles of a picture."""
+    """Seconds and tiles of a picture in llamacli."""
     tiles = cut(read_picture(picture).image, tower.config.image_size, tower.config.most_tiles).tiles
     began = time.perf_counter()
     tower.features(tiles)
@@ -53,7 +53,7 @@ def ours(tower: Tower, picture: Path) -> tuple[float, int]:
 
 
 def theirs(program: str, text: Path, mmproj: Path, picture: Path, threads: int) -> tuple[float, int]:
-    """The same of llama.cpp, as it tells them itself."""
+    """The same in llama.cpp, from its own output."""
     command = [program, "-m", text, "--mmproj", mmproj, "--image", picture, "-p", "hi", "-n", 1, "-t", threads, "--temp", 0]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     said = re.findall(r"(?:slice encoded in|batch encoding done in) (\d+) ms", done.stdout + done.stderr)

@@ -1,4 +1,4 @@
-"""Batches of the tests: files of prompts, the results, and what the engine was asked."""
+"""Helpers for tests of batches: files of prompts, the results, and the prompts that the engine saw."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ def records(text):
 
 
 def prompts_of(model):
-    """What the engine was asked at the start of each answer."""
+    """The prompts that the engine saw at the start of each answer."""
     return [bytes(t for t in ids if t < 256).decode() for _, ids in model.engine.calls if len(ids) > 1]
 
 

@@ -1,4 +1,4 @@
-"""A chat on a pseudo-terminal as its tests use it: a question and its answer, and what is kept of the conversation."""
+"""Helpers for tests of a chat on a pseudo-terminal: ask a question, wait for its answer, read the stored conversation."""
 
 import time
 
@@ -18,7 +18,7 @@ def asked(t, question, n=1, answer="fine"):
 
 
 def conversation(tmp_path):
-    """The messages of the latest conversation, as they are now."""
+    """The messages of the latest conversation in the store."""
     try:
         store = Store(tmp_path / "llamacli" / "conversations.db")
         found = Conversation.resume(store, store.latest())
@@ -29,7 +29,7 @@ def conversation(tmp_path):
 
 
 def kept(tmp_path, *expected, seconds=300):
-    """Wait until the latest conversation has these messages; ... stands for any."""
+    """Wait until the latest conversation has these messages; ... matches any."""
     until = time.monotonic() + seconds
     while (
         (found := conversation(tmp_path)) is None

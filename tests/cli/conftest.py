@@ -1,4 +1,4 @@
-"""Fixture of this room: a chat on a pseudo-terminal, over the miniature model."""
+"""Fixture of these tests: a chat on a pseudo-terminal, with the miniature model."""
 
 import pytest
 from chatting import READY
@@ -8,7 +8,7 @@ from terminal import Terminal
 
 @pytest.fixture
 def begin(tmp_path, preloaded):
-    """Start a chat whose state is this test's own; it is ended at the test's end. `fresh`: by a new interpreter."""
+    """Start a chat with a state folder of its own; it is ended after the test. `fresh`: in a new interpreter."""
     begun = []
 
     def start(*args, reply="fine", delay="0", columns=80, rows=24, ready=READY, fresh=False, **environment):

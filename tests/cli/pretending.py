@@ -1,4 +1,4 @@
-"""Servers of the tests: the words that one is asked, and one that answers with any bytes at all."""
+"""Servers for tests: the arguments to use one, and a server that answers with given bytes."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""The commands as a user meets them: what goes to which stream, exit codes, pipes, signals.
+"""The commands from a user's view: output streams, exit codes, pipes, signals.
 
-All run over the miniature model of fakes.py, whose answers and pace are known; test_end_to_end.py starts the real thing.
+All use the miniature model of fakes.py, whose answers and speed are known; test_end_to_end.py uses a real model.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ threads_by_name = pytest.mark.skipif(sys.version_info >= (3, 13), reason="thread
     "command", [["run", "-t", "2", "-n", "1", "Hi"], ["quantize", str(environment.SMALL_MODEL), "OUT", "Q8_0"]]
 )
 @pytest.mark.parametrize("threads", [0, 1])
-def test_a_system_that_gives_no_more_threads_is_said_in_one_line(command, threads, tmp_path):
+def test_no_more_threads_is_a_one_line_error(command, threads, tmp_path):
     """As in a container with --pids-limit."""
     words = [sys.executable, "-c", FEW_THREADS, str(threads), *command]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
@@ -85,7 +85,7 @@ def test_prefetching_is_left_out_where_there_is_no_thread_for_it(tmp_path):
         OSError("Could not find/load shared object file 'libllvmlite.so' from resource location"),
     ],
 )
-def test_a_package_that_does_not_load_is_no_bug_of_ours(error, capfd, monkeypatch):
+def test_a_package_that_cannot_be_loaded_is_not_reported_as_a_bug(error, capfd, monkeypatch):
     def fails(*_):
         raise error
 
@@ -250,7 +250,7 @@ def test_run_at_a_full_context_says_so(model, capfd):
         (["x" * 4095], 1, "4100 tokens, the context holds 4096: shorten it or use -c 5120"),
     ],
 )
-def test_what_cannot_be_obeyed_is_one_line_on_stderr(model, capfd, args, code, words):
+def test_wrong_arguments_are_one_line_on_stderr(model, capfd, args, code, words):
     assert main(["run", *args]) == code
     out, err = capfd.readouterr()
     assert out.strip() == ""
@@ -261,7 +261,7 @@ def test_what_cannot_be_obeyed_is_one_line_on_stderr(model, capfd, args, code, w
 
 @pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/x.gguf"], ids=["long", "no home"])
 @pytest.mark.parametrize("command", [["inspect"], ["run", "--no-stdin", "hi", "-m"]], ids=["inspect", "run"])
-def test_an_impossible_path_is_no_bug(capfd, command, name):
+def test_an_impossible_path_is_not_reported_as_a_bug(capfd, command, name):
     assert main([*command, name]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1 and "expected" in err and "bug" not in err
@@ -356,7 +356,7 @@ def test_empty_stdin_without_a_prompt_is_a_usage_error_and_invalid_bytes_an_erro
 
 @pytest.mark.parametrize("first", [b"", b"\xef\xbb\xbfHello, "], ids=["nothing yet", "a part"])
 def test_a_pipe_that_does_not_wait_is_read_to_its_end(first, monkeypatch):
-    """What is missing is written once it is waited for."""
+    """The rest is written while the command waits for it."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.write(writer, first)

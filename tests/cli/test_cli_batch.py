@@ -1,4 +1,4 @@
-"""Batches: every line once and in order, whatever kills the run; what is wrong is named before the first answer."""
+"""Batches: each line is answered once and in order, also after the run was killed; errors are named before the first answer."""
 
 import errno
 import fcntl
@@ -240,7 +240,7 @@ def test_of_another_file_no_more_is_read_than_tells_it_apart(model, tmp_path, ca
 
 @pytest.mark.parametrize("name", ["/dev/null", "/dev/full", "/dev/zero", "fifo"])
 def test_results_go_to_a_file_and_to_nothing_else(model, tmp_path, name, capfd):
-    """A device can be read without end, and none keeps what it was given."""
+    """A device may be read without end and does not store what was written."""
     os.mkfifo(tmp_path / "fifo")
     assert main(["run", "--batch", write(tmp_path / "in", "one"), "-o", str(tmp_path / name)]) == 1
     assert "found a device or a pipe" in capfd.readouterr().err
@@ -301,7 +301,7 @@ def test_a_line_without_end_is_refused(model, capfd):
 
 
 def test_an_answer_does_not_depend_on_the_one_before(tmp_path):
-    """To the last bit, though what the prompts share is evaluated once."""
+    """The bytes are equal, although the prompts' common beginning is evaluated once."""
     with Model.load(tiny.tiny_gguf(tmp_path / "tiny.gguf", chunk=64), threads=2, ctx=512) as model:
         random, reused = np.random.default_rng(0), 0
         shared = random.integers(0, 256, 300).tolist()

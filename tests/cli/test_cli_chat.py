@@ -1,4 +1,4 @@
-"""`chat` as a person meets it, on a real pseudo-terminal with a screen, over the miniature model of fakes.py; and in a pipe."""
+"""`chat` on a real pseudo-terminal with a screen, with the miniature model of fakes.py; and in a pipe."""
 
 import fcntl
 import os
@@ -349,7 +349,7 @@ def test_answers_in_a_file_and_the_prompt_at_the_terminal(tmp_path):
 
 
 @pytest.mark.parametrize("args", ["'--help'", "'chat', '--help'", "'history', '--help'", "'run', '--help'"])
-def test_help_loads_neither_editor_nor_database(args):
+def test_help_imports_neither_editor_nor_database(args):
     code = f"import sys; from llamacli.cli import main; main([{args}]); print(*sorted(sys.modules), file=sys.stderr)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300

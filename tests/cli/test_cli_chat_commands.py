@@ -1,4 +1,4 @@
-"""The commands of `chat`, typed on a real pseudo-terminal, over the miniature model of fakes.py."""
+"""The commands of `chat`, typed on a real pseudo-terminal, with the miniature model of fakes.py."""
 
 import base64
 import re

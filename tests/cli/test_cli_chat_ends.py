@@ -1,4 +1,6 @@
-"""How a chat ends and goes on: killed, hung up, on another day; the terminal is given back, and no finished turn is lost."""
+"""How a chat ends and is continued: after a kill, a hang-up or a normal end; the terminal is restored, and no finished turn is
+lost.
+"""
 
 import os
 import random
@@ -14,7 +16,7 @@ from terminal import Terminal
 
 
 @pytest.mark.parametrize("end", ["Ctrl-D", "SIGTERM at the prompt", "SIGTERM during an answer"])
-def test_the_terminal_is_given_back_as_it_was(tmp_path, end):
+def test_the_terminal_is_restored(tmp_path, end):
     command = " ".join(f"'{word}'" for word in fake("chat", "--no-save", reply="many words", delay="0.3"))
     t = Terminal(["bash", "-c", f"set -m; {command}; echo status=$?; stty -a"])
     t.wait(READY)

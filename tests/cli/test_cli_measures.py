@@ -1,4 +1,4 @@
-"""`inspect`, `tokenize`, `bench`, `perplexity` and `imatrix` as a user meets them, over the miniature model of fakes.py."""
+"""`inspect`, `tokenize`, `bench`, `perplexity` and `imatrix` from a user's view, with the miniature model of fakes.py."""
 
 import io
 import json

@@ -54,7 +54,7 @@ def answer(capfd, model, *args):
 
 @pytest.mark.parametrize("size, more", [((200, 100), ["--image-tiles", "2"]), ((50, 50), []), ((224, 168), [])])
 def test_tokenize_gives_the_ids_that_stand_for_a_picture_in_a_prompt(model, tmp_path, capfd, size, more):
-    """And needs no tower's arithmetic for them."""
+    """The tower does not run for this."""
     path = made(tmp_path / "a.png", 1, size)
 
     def said(*args):
@@ -130,7 +130,7 @@ def test_without_a_tower_one_line_says_what_is_missing(photo, tmp_path, capfd):
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-def test_a_bomb_is_refused_before_the_model_is_loaded_and_within_little_memory(tmp_path):
+def test_a_decompression_bomb_is_refused_early_and_in_little_memory(tmp_path):
     bomb = tmp_path / "bomb.bmp"
     Image.new("1", (32, 32)).save(bomb)
     data = bytearray(bomb.read_bytes())

@@ -1,4 +1,4 @@
-"""`quantize` as a user meets it: plan, tables, JSON, a bar at a real pseudo-terminal."""
+"""`quantize` from a user's view: plan, tables, JSON, a progress bar on a real pseudo-terminal."""
 
 import json
 import os
@@ -231,7 +231,7 @@ def test_quantize_verbose_tells_plain_lines_and_a_table_by_groups(folder, tmp_pa
 
 
 def at_a_terminal(folder, out, columns, **env):
-    """All that `quantize` says on a pseudo-terminal."""
+    """All output of `quantize` on a pseudo-terminal."""
     script = "import sys; from llamacli.cli import console, main; console.DRAW_EVERY = 0; sys.exit(main())"
     args = ["-c", script, "quantize", str(folder), str(out), "--type", "F32"]
     env = {**os.environ, "TERM": "xterm", "NO_COLOR": "", "PYTHONPATH": str(TESTS.parent), "PYTHONUTF8": "1", **env}
@@ -243,7 +243,7 @@ def at_a_terminal(folder, out, columns, **env):
 
 
 def table_lines(text):
-    """All but remarks, which the terminal breaks."""
+    """The lines of tables, without remarks, which the terminal wraps."""
     return [line for line in text.split("\r\n") if "wrote" not in line and "licence" not in line]
 
 

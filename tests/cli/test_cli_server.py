@@ -1,4 +1,4 @@
-"""`run` and `chat` against a real `llamacli serve` over the small model."""
+"""`run` and `chat` with a real `llamacli serve` and the small model."""
 
 import base64
 import json

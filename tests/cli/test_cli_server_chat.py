@@ -1,4 +1,4 @@
-"""At a terminal with a server that fails, falls silent or steers: the conversation goes on."""
+"""A chat at a terminal continues although its server fails, stops sending or sends control sequences."""
 
 import subprocess
 import threading
@@ -50,7 +50,7 @@ def test_ctrl_c_ends_the_wait_for_a_silent_server_and_the_chat_goes_on(tmp_path)
         t.close()
 
 
-def test_a_chat_that_a_server_s_context_does_not_hold_is_told_what_makes_room(tmp_path):
+def test_a_chat_beyond_the_servers_context_gets_advice_how_to_make_room(tmp_path):
     words = error("the prompt has 600 tokens and the context holds 512", "context_length_exceeded")
     answers = [stream(said("Half", None), end=b""), response(words, "400 Bad Request"), stream(said("Short enough.", "stop"))]
     with pretending(lambda c: c.sendall(answers.pop(0))) as (url, _):

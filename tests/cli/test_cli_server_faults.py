@@ -1,4 +1,4 @@
-"""`run` against servers that break every rule: one line, and nothing kept without end."""
+"""`run` with servers that break the protocol: errors are one line, and memory is limited."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_a_fault_before_the_first_word_writes_nothing(how, tmp_path, capfd):
     assert capfd.readouterr().out == "" and not (tmp_path / "out").exists()
 
 
-def test_nobody_there_is_said_with_what_to_do(capfd, nobody):
+def test_an_unreachable_server_is_reported_with_advice(capfd, nobody):
     assert run("--server", f"http://{nobody}", "Hi") == 1
     assert "Connection refused" in (err := capfd.readouterr().err) and "llamacli serve" in err
 
@@ -74,7 +74,7 @@ def test_a_server_that_falls_silent_is_not_waited_for_without_end(capfd, monkeyp
     assert out == "Paris\n" and "sent nothing for 1.5 s" in err
 
 
-def test_a_line_without_end_is_not_kept_for_ever(capfd, monkeypatch):
+def test_an_endless_line_is_limited_in_memory(capfd, monkeypatch):
     from llamacli.client import connection
 
     monkeypatch.setattr(connection, "LONGEST_LINE", 1 << 20)
@@ -83,7 +83,7 @@ def test_a_line_without_end_is_not_kept_for_ever(capfd, monkeypatch):
     assert "found a longer one" in capfd.readouterr().err
 
 
-def test_an_answer_without_end_is_not_kept_for_ever(capfd, monkeypatch):
+def test_an_endless_answer_is_limited_in_memory(capfd, monkeypatch):
     from llamacli.client import remote
 
     monkeypatch.setattr(remote, "LONGEST_ANSWER", 1000)
@@ -101,13 +101,13 @@ def test_odd_events_are_passed_over_and_text_is_kept_whole(capfd):
     assert capfd.readouterr().out == "a\ufffdbc\n"
 
 
-def test_a_server_without_a_list_of_models_is_asked_all_the_same(capfd):
+def test_a_server_without_a_list_of_models_is_used(capfd):
     with pretending(stream(said("ok", "stop")), models=response(b"", "404 Not Found")) as (url, _):
         assert run("--server", url, "Hi") == 0
     assert capfd.readouterr().out == "ok\n"
 
 
-def test_a_text_too_long_for_any_server_is_refused_without_a_word_about_options_of_a_model_here(tmp_path, capfd):
+def test_a_text_too_long_for_any_server_is_refused_without_advice_about_local_options(tmp_path, capfd):
     (tmp_path / "huge.txt").write_bytes(b"x" * ((64 << 20) + 1))
     (tmp_path / "large.txt").write_bytes(b"x" * (5 << 20))
     with pretending(response(error("5 MB are too much", "context_length_exceeded"), "400 Bad Request")) as (url, asked):
@@ -118,7 +118,7 @@ def test_a_text_too_long_for_any_server_is_refused_without_a_word_about_options_
     assert "5 MB are too much" in (err := capfd.readouterr().err) and "-c" not in err.split()
 
 
-def test_a_context_that_is_full_there_is_said_without_a_word_about_options_of_a_model_here(capfd):
+def test_a_full_context_of_the_server_is_reported_without_advice_about_local_options(capfd):
     full = {"choices": [], "usage": {"prompt_tokens": 500, "completion_tokens": 12}}
     with pretending(stream(said("so far", "length"), full)) as (url, _):
         assert run("--server", url, "Hi") == 0

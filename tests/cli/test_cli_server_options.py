@@ -1,4 +1,4 @@
-"""Options of `run` and `chat` with --server: each is sent, done here, or refused by its name."""
+"""Options of `run` and `chat` with --server: each is sent to the server, applied here, or refused by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The chat goes on whatever happens: errors of every kind before and in the middle of an answer, another model."""
+"""The chat continues after errors before and during an answer, and after a change of the model."""
 
 import pytest
 from fakes import REPLY, Answers, FakeModel, Scripted

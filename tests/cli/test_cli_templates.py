@@ -1,4 +1,4 @@
-"""Templates of prompts: places are filled once; what does not fit is one line."""
+"""Templates of prompts: places are filled once; errors are one line."""
 
 import re
 

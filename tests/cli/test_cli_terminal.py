@@ -1,4 +1,4 @@
-"""`run` and `plan` on a real pseudo-terminal: how far a prompt is, words at the edge, tables, what `-q` keeps quiet."""
+"""`run` and `plan` on a real pseudo-terminal: progress of a prompt, wrapping of words, tables, the effect of `-q`."""
 
 import json
 import os
@@ -24,7 +24,7 @@ LONG = "The experts of this model are read from the disk whenever the router ask
 
 
 def lines(command, columns=80, rows=50, **environment):
-    """What stands on the screen when the command has ended."""
+    """The screen's contents when the command has ended."""
     t = Terminal(command, columns, rows, **environment)
     assert t.ends() == 0, t.text
     return t.lines
@@ -34,7 +34,7 @@ def lines(command, columns=80, rows=50, **environment):
 
 
 def drawn(t, pattern):
-    """Whether a line that was drawn again and again has looked so."""
+    """Whether a line that is redrawn had this content at some time."""
     return any(re.fullmatch(pattern, re.sub(r"\x1b\[[0-9;]*[mK]", "", line)) for line in re.split("[\r\n]+", t.raw))
 
 
@@ -64,7 +64,7 @@ def test_a_model_that_fetches_experts_says_that_it_reads_them():
     assert t.lines == ["fine"]
 
 
-def test_quiet_waits_without_a_word_and_so_does_a_pipe(preloaded):
+def test_no_progress_is_shown_with_quiet_or_in_a_pipe(preloaded):
     quiet = Terminal(fake("run", "-q", "x" * 45, delay="0.04"), start=preloaded.start)
     piped = subprocess.run(fake("run", "x" * 45, delay="0.04"), stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
     assert (piped.stdout, piped.stderr) == (b"first line\nsecond line\n", b"")
@@ -90,7 +90,7 @@ def test_a_long_question_of_a_chat_is_followed_too(tmp_path, preloaded):
 
 
 def test_a_model_that_is_loaded_says_how_large_it_is(tmp_path):
-    """Loading is slowed down, and the compiler is not there: what is named is the file."""
+    """Loading is slowed down and no kernel is compiled, so the note names the file."""
     (tmp_path / "slow.gguf").write_bytes(bytes(2_500_000))
     code = (
         "import sys, time, llamacli; from llamacli.cli import enter, inputs\n"
@@ -241,7 +241,7 @@ def test_cells_of_a_narrow_terminal_break_between_words(tmp_path):
 
 @pytest.fixture(scope="module")
 def piped(scout):
-    """What a pipe gets."""
+    """The output in a pipe."""
     return subprocess.run(plan(scout), capture_output=True, text=True, check=True).stdout
 
 

@@ -1,4 +1,4 @@
-"""`run` with tools: who is asked, what goes to which stream, and tools that hang, die or print escapes."""
+"""`run` with tools: permission, output streams, and tools that hang, die or print escapes."""
 
 import json
 import signal
@@ -53,7 +53,7 @@ def test_functions_run_where_they_are_allowed_and_stdout_has_the_answer_alone(mo
     assert "\x1b" not in err
 
 
-def test_in_a_pipe_nothing_runs_that_was_not_allowed(model, functions, capfd):
+def test_in_a_pipe_only_allowed_tools_run(model, functions, capfd):
     assert main(["run", "--functions", functions, "Oslo?"]) == 2
     assert "--allow-tools weather,hang lets them run" in capfd.readouterr().err
     assert main(["run", "--functions", functions, "--allow-tools", "wether", "Oslo?"]) == 2
@@ -76,7 +76,7 @@ def test_a_function_that_hangs_is_ended_and_the_answer_goes_on(model, functions,
     assert record["usage"]["completion_tokens"] == len("[hang()]") + len("It hangs.")
 
 
-def test_calls_of_tools_without_a_program_are_the_answer(model, definitions, capfd, tmp_path):
+def test_calls_to_tools_without_a_command_are_the_answer(model, definitions, capfd, tmp_path):
     file = definitions(CITY)
     answers(model, f"I ask. {OSLO}")
     assert main(["run", "--tools", file, "Oslo?"]) == 0
@@ -147,7 +147,7 @@ def terminal():
 
 
 def test_at_a_terminal_each_call_is_asked_for(terminal, functions):
-    """The miniature model says the same again and again: a call, until the limit of rounds."""
+    """The miniature model repeats its answer, a call, until the limit of rounds."""
     reply = "Hm.\n" + OSLO.replace("Oslo", "Os\\u001blo")
     t = terminal("run", "--functions", functions, "--tool-rounds", "3", "Oslo?", reply=reply)
     question = r'call weather(city="Os\u001blo")? [y]es, [n]o, [a]lways:'
@@ -180,8 +180,8 @@ def test_ctrl_c_ends_a_tool_and_the_program(functions, tmp_path):
     assert process.wait(300) == -signal.SIGINT
 
 
-def test_a_call_can_be_demanded(definitions, capfd):
-    """Of the small model, which would not call by itself."""
+def test_a_call_can_be_required(definitions, capfd):
+    """With the small model, which would not call a tool by itself."""
     city = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
     tools = ["--tools", definitions(CITY | {"parameters": city}), "--tool-choice", "weather"]
     assert main(["run", "--no-stdin", *tools, "--seed", "1", "Hi"]) == 0
@@ -226,6 +226,6 @@ def test_a_piped_chat_runs_what_is_allowed(functions):
     assert (refused.stdout.read(), refused.wait(300)) == (b"", 2)
 
 
-def test_a_chat_takes_no_tools_that_nothing_runs(definitions):
+def test_a_chat_refuses_tools_without_a_command(definitions):
     process = start("chat", "--tools", definitions(CITY), "Oslo?")
     assert (process.wait(300), process.stderr.read().count(b"expected tools that run here")) == (2, 1)

@@ -1,4 +1,4 @@
-"""One grammar for all commands: names, aliases, values from elsewhere, and errors that name what was written."""
+"""The command line's grammar: names, aliases, values from variables and settings, and errors that name the wrong word."""
 
 import json
 import os
@@ -180,7 +180,7 @@ def test_tokenize_joins_words_and_reads_files(capfd, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_errors_are_one_line_in_our_words(model, capfd, args, words):
+def test_parser_errors_are_one_line(model, capfd, args, words):
     assert main(args) == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -383,7 +383,7 @@ def test_config_writes_what_it_shows_and_keeps_comments(config, capfd):
 
 
 def test_a_settings_file_that_is_a_link_stays_one(config, tmp_path):
-    """As those who keep their settings in a repository have it."""
+    """Some users keep their settings in a repository and link to it."""
     file, kept = config(""), tmp_path / "kept.toml"
     kept.write_text("temp = 0.5\n")
     file.unlink()
@@ -430,7 +430,7 @@ def test_a_file_that_cannot_be_made_is_refused_before_the_answer_is_computed(mod
 
 
 def test_an_answer_that_finds_no_room_in_its_file_is_not_lost(tmp_path):
-    """The disk is full by then, which a limit stands in for; the terminal or the pipe is still there."""
+    """A limit on file sizes simulates a full disk; the terminal or the pipe can still be written."""
     out = tmp_path / "out.txt"
     process = start("run", "-o", str(out), "hi", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4, 4)))
     said, err = process.communicate(timeout=300)

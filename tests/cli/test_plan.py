@@ -1,4 +1,4 @@
-"""`llamacli plan` as a user meets it: a folder that holds config.json alone, a file, sizes and speeds, refusals."""
+"""`llamacli plan` from a user's view: a folder with config.json alone, a file, sizes and speeds, refusals."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Progress: a bar that fits any width, words for a log, speeds of the last seconds."""
+"""Progress: a bar that fits any width, text for a log, speeds of the last seconds."""
 
 import pytest
 from wcwidth import wcswidth

@@ -1,7 +1,7 @@
-"""Ctrl-C, SIGTERM and SIGHUP: heard within half a second wherever the program is, and the process dies of them.
+"""Ctrl-C, SIGTERM and SIGHUP: handled wherever the program is, and the process ends by the signal.
 
-Compiled code that hears no Python is stood in for by a call that keeps the main thread in the C library. How soon the real
-program ends on a real model is not measured here.
+Compiled code, which Python cannot interrupt, is simulated by a call that keeps the main thread in the C library. These tests do
+not measure how soon the program ends with a real model.
 """
 
 import json
@@ -50,7 +50,7 @@ enter()
 
 @contextmanager
 def deaf(after, *args, code=DEAF, **how):
-    """A `llamacli` whose engine is deaf from its call number `after` on."""
+    """A `llamacli` whose engine cannot be interrupted from its call number `after` on."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     pipes.setdefault("env", os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(__file__))})
     process = subprocess.Popen([sys.executable, "-c", code, str(after), *args], **pipes)
@@ -66,25 +66,25 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_in_compiled_code_ends_the_process_soon(number):
+def test_a_signal_in_compiled_code_ends_the_process(number):
     with deaf(0, "run", "hi") as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (-number, b"", b"")
-    # the call alone would wait for ever
+    # the call alone would never return
 
 
 def test_ctrl_c_before_the_first_token_leaves_no_output():
-    """In a call that hears it."""
+    """The call can be interrupted."""
     with deaf(0, "run", "hi", code=DEAF.replace("lock = ctypes", "import time; time.sleep(1000); lock = ctypes")) as process:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
 
 
-def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
-    """There is nothing to keep yet: the process ends although the main thread is deaf, would have a thousand seconds, and holds
-    the interpreter's lock, as the library does that builds the tokenizer.
+def test_a_signal_while_a_model_is_loaded_ends_the_process_at_once():
+    """There is nothing to keep yet, so the process ends at once, although the main thread cannot be interrupted, has a limit of
+    a thousand seconds, and holds the interpreter's lock, as the library does that builds the tokenizer.
     """
     code = DEAF.replace("libc = ctypes.CDLL", "libc = ctypes.PyDLL").replace(
         "options.load_model = lambda *args, **more: model",
@@ -93,7 +93,7 @@ def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
         "options.load_model = load",
     )
     with deaf(0, "run", "hi", code=code) as process:
-        sleeps(process)  # in its deaf call, since nothing before that one waits
+        sleeps(process)  # in the call that cannot be interrupted: nothing before it waits
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
@@ -101,7 +101,7 @@ def test_a_signal_while_a_model_is_loaded_is_waited_for_by_nobody():
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_a_model_is_loaded_leaves_no_random_file(number, tmp_path):
-    """What `bench --shape` makes for itself is gigabytes."""
+    """The file that `bench --shape` makes has gigabytes."""
     code = (
         DEAF.replace("options.load_model = lambda *args, **more: model", "from llamacli.cli import bench, signals")
         .replace("options.find_model = lambda name, console: name", "from quantize import shapes")
@@ -158,7 +158,7 @@ def test_json_interrupted_between_tokens_prints_what_it_has(model, monkeypatch, 
     assert (record["text"], record["finish_reason"]) == (REPLY[:5], "interrupt")
 
 
-def test_a_chat_that_hears_no_signal_gives_the_terminal_back():
+def test_a_chat_killed_in_compiled_code_restores_the_terminal():
     command = shlex.join([sys.executable, "-c", DEAF, "0", "chat", "--no-save"])
     t = Terminal(["bash", "-c", f"set -m; {command}; echo status=$?; stty -a"], PYTHONPATH=str(ROOT / "tests"))
     t.wait("ctx 0 of")
@@ -227,8 +227,8 @@ start()
 
 
 def started(interrupted_at, *args):
-    """The program as the script that pip makes starts it; interrupted where it imports a module. The modules that are imported
-    before its first line, and what became of it.
+    """Start the program as pip's script does and interrupt it where it imports a module. Returns the modules imported before
+    its first line, and the result.
     """
     command = [sys.executable, "-c", STARTED, ROOT / "pyproject.toml", interrupted_at, *args]
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
@@ -243,8 +243,8 @@ def test_ctrl_c_while_the_program_starts_is_quiet(module):
 
 
 def test_next_to_nothing_is_imported_before_ctrl_c_is_quiet():
-    """An interrupt in one of these is a traceback, and so is one in the interpreter's own start. What is built into the
-    interpreter is there at once.
+    """An interrupt during one of these shows a traceback, as does one during the interpreter's own start. What is built into
+    the interpreter is there at once.
     """
     imported = set(started("", "--version")[0]) - set(sys.builtin_module_names)
     assert imported <= {"__future__", "llamacli", "llamacli.__main__", "llamacli.errors"}
@@ -252,7 +252,7 @@ def test_next_to_nothing_is_imported_before_ctrl_c_is_quiet():
 
 @pytest.mark.parametrize("place", ["install", "main", "after"])
 def test_ctrl_c_before_and_after_the_command_is_quiet(place):
-    """In the lines around it that are of no command."""
+    """In the lines before and after the command's own code."""
     code = (
         "import os, signal, sys\nfrom llamacli import cli\nfrom llamacli.cli import signals\n"
         "def interrupt(*_, **__):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 0\n"

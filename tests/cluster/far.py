@@ -1,4 +1,4 @@
-"""Nodes in network namespaces of this machine, as far from each other as wanted, and commands that are typed on the first.
+"""Nodes in network namespaces of this machine, with a chosen delay between them, and commands on the first node.
 
 For root on Linux. Every node has its own host name, models folder and network; memory, disks and processors are shared.
 """
@@ -62,7 +62,7 @@ class Far(Two):
         return subprocess.run(words, env=self.env | more, capture_output=True, text=True, timeout=280, cwd=ROOT)
 
     def python(self, code: str, *args: str, **more: str) -> str:
-        """The last line that a program prints on the first node; all of it is shown."""
+        """Run a program on the first node; returns its last line and shows all of its output."""
         env = self.env | {"ADDRESS": self.address, "FILE": str(TINY)} | more
         words = self.words(1, sys.executable, "-c", code, *args)
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=280, cwd=ROOT)
@@ -99,7 +99,7 @@ def send(pids: Sequence[int], number: int) -> None:
 
 
 class Command:
-    """A command under way on the first node: what it writes, when."""
+    """A running command on the first node: its output with times."""
 
     def __init__(self, far: Far, *args: str, **more: str):
         words = far.words(1, sys.executable, "-m", "llamacli", *args)
@@ -153,5 +153,5 @@ class Command:
 
 
 def told(command: Command) -> str:
-    """What the user saw, in one line for a table."""
+    """The notes of the command in one line for a table."""
     return " | ".join(command.said.splitlines())

@@ -27,7 +27,7 @@ LONGEST = 0.2  # seconds that a packet may wait for those before it where the ba
 
 
 class Network:
-    """Namespaces, made here, and the process between them. Nodes count from 1."""
+    """Namespaces, made here, and the process between them. Nodes are numbered from 1."""
 
     def __init__(self, spaces: Sequence[str]):
         self.spaces, self.down = spaces, set()
@@ -46,12 +46,12 @@ class Network:
         self._tell(delay=delay, jitter=jitter, loss=loss, bandwidth=bandwidth, seed=seed)
 
     def cut(self, k: int) -> None:
-        """Let nothing go to node k or come from it."""
+        """Drop all packets to and from node k."""
         self.down.add(k)
         self._tell(cut=k)
 
     def mend(self, k: int) -> None:
-        """The end of `cut`."""
+        """Undo `cut`."""
         self.down.discard(k)
         self._tell(mend=k)
 
@@ -63,7 +63,7 @@ class Network:
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
     def _tell(self, **what) -> None:
-        """The process answers when it has done so."""
+        """Send a command; the process answers when it is done."""
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
         self._process.stdout.readline()
@@ -74,7 +74,7 @@ def _ip(*words: str) -> None:
 
 
 class Relay:
-    """What the process does: packets from device to device."""
+    """The process's work: packets from device to device."""
 
     def __init__(self, devices: Sequence[int]):
         self.devices, self.down = devices, set()
@@ -86,7 +86,7 @@ class Relay:
         self._free: dict[tuple[int, int], float] = {}  # when each direction has room for the next
 
     def tell(self, what: dict) -> None:
-        """A command of Network."""
+        """Execute a command of Network."""
         if "cut" in what:
             self.down.add(what["cut"] - 1)
         elif "mend" in what:
@@ -95,7 +95,7 @@ class Relay:
             self.how, self._random = what, random.Random(what["seed"])
 
     def take(self, source: int, packet: bytes, now: float) -> None:
-        """A packet that was sent: dropped, or kept until its time."""
+        """Drop a packet, or keep it until its time."""
         if len(packet) < 20 or packet[0] >> 4 != 4:
             return
         target, how = packet[19] - 1, self.how
@@ -113,7 +113,7 @@ class Relay:
         heapq.heappush(self._waiting, (arrives, self._number, target, packet))
 
     def give(self, now: float) -> float | None:
-        """Write what is due; returns seconds until the next, None if nothing waits."""
+        """Write the packets that are due; returns seconds until the next, None if none is left."""
         while self._waiting and self._waiting[0][0] <= now:
             _, _, target, packet = heapq.heappop(self._waiting)
             if target not in self.down:
@@ -125,7 +125,7 @@ class Relay:
 def main(spaces: Sequence[str]) -> None:
     """Relay until stdin ends."""
     with suppress(OSError):
-        os.nice(-10)  # the network is as fast when the machine is busy
+        os.nice(-10)  # so that the network keeps its speed on a busy machine
     devices = [_device(space) for space in spaces]
     relay, pause = Relay(devices), None
     print("ready", flush=True)

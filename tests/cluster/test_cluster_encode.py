@@ -1,4 +1,4 @@
-"""A conversion on nodes: every byte is that of one machine, whatever happens to the nodes."""
+"""A conversion on nodes: every byte equals that of one machine, also when nodes are lost."""
 
 import re
 import socket
@@ -26,7 +26,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 256, "intermediate_size_mlp": 
 
 
 class Nodes:
-    """Two nodes in this process, opened anew whenever they are asked for."""
+    """Two nodes in this process, opened again whenever they are asked for."""
 
     def __init__(self, folder):
         self.folder, self.said, self.made = folder, [], {}
@@ -69,14 +69,14 @@ def nodes(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """What one machine makes: the file, and each tensor's error."""
+    """The result of one machine: the file, and each tensor's error."""
     out = tmp_path_factory.mktemp("whole") / "out.gguf"
     report = convert(folder, out, "Q4_K_M", threads=1)
     return out.read_bytes(), {t["name"]: t["energy"] for t in report["tensors"]}
 
 
 def on_nodes(nodes, out, after=None, do=lambda: None, **more):
-    """Convert; when `after` tensors are told of, do something."""
+    """Convert; after `after` tensors were reported, call a function."""
     seen = set()
 
     def follow(done, total, name):
@@ -144,7 +144,7 @@ def test_a_node_that_is_silent_is_lost(nodes, whole, tmp_path, monkeypatch):
     def stop():
         nodes.gone = {"a"}
         for link in nodes.made["a"]._links:
-            link.send = lambda *_: None  # it hears and says nothing
+            link.send = lambda *_: None  # it reads and sends nothing
 
     on_nodes(nodes, tmp_path / "out.gguf", after=5, do=stop)
     assert (tmp_path / "out.gguf").read_bytes() == whole[0]

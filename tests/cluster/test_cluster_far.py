@@ -1,4 +1,4 @@
-"""A model over nodes that are far from each other: delay and loss change no byte of its logits; what a token and a prompt cost.
+"""A model on distant nodes: delay and packet loss change no byte of its logits; shows the cost of a token and of a prompt.
 
 Slow, and only for root on Linux (far.py). Run with -s to see the figures.
 """

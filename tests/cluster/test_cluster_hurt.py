@@ -36,7 +36,7 @@ def far(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def mended(far):
-    """No test leaves a cable cut."""
+    """After each test all nodes are connected."""
     yield
     for k in list(far.network.down):
         far.network.mend(k)
@@ -44,7 +44,7 @@ def mended(far):
 
 @pytest.fixture(scope="module")
 def alone(far):
-    """The answer of one machine."""
+    """The answer of one machine alone."""
     return far.llamacli("run", "-m", str(TINY), "--threads", "1", *QUESTION).stdout
 
 
@@ -64,7 +64,7 @@ def holders(far, command, k):
 
 
 def whole(far, alone):
-    """Whether all three nodes answer, without a word."""
+    """Whether all three nodes answer without a note."""
     command = run(far).end()
     return command.text == alone and command.said == "" and command.process.returncode == 0
 

@@ -1,4 +1,4 @@
-"""A cluster of two nodes on this machine: what `llamacli cluster` starts, and answers on it beside those of one process."""
+"""A cluster of two nodes on this machine, started by `llamacli cluster`: its answers equal those of one process."""
 
 import json
 import os
@@ -56,12 +56,12 @@ class Two:
         return folder
 
     def llamacli(self, *args: str, folder: Path = ROOT, **more: str) -> subprocess.CompletedProcess:
-        """A command that is typed in a folder; as the installed one does, it imports nothing from there."""
+        """Run a command in a folder; as the installed one, it imports nothing from there."""
         words = [sys.executable, "-P", "-m", "llamacli", *args]
         return subprocess.run(words, env=self.env | more, capture_output=True, text=True, timeout=280, cwd=folder)
 
     def python(self, code: str, **more: str) -> dict:
-        """What a program prints, which finds the address and the file in `ADDRESS` and `FILE`."""
+        """The output of a program, whose `ADDRESS` and `FILE` are the cluster's address and the model."""
         words = {"ADDRESS": self.address, "FILE": str(TINY)} | more
         done = subprocess.run(
             [sys.executable, "-c", code], env=self.env | words, capture_output=True, text=True, timeout=280, cwd=ROOT
@@ -200,7 +200,7 @@ def test_status_shows_both_nodes_with_their_copies(two):
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
-    """What one machine makes of the source."""
+    """The result of one machine."""
     out = tmp_path_factory.mktemp("converted") / "one.gguf"
     convert(SOURCE, out, "Q4_K_M")
     return out.read_bytes()
@@ -265,7 +265,7 @@ print(json.dumps([ray.is_initialized(), left]))
 """
 
 
-def test_who_leaves_while_nodes_are_opened_leaves_nothing_behind(two):
+def test_a_program_that_ends_while_nodes_are_opened_leaves_no_processes(two):
     assert two.python(LEFT, SOURCE=str(SOURCE)) == [False, []]
     end = time.monotonic() + 60
     while (held := holders(two)) and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""A model whose layers are on nodes: every logit has the bytes of one process, whatever happens to the nodes."""
+"""A model whose layers are on nodes: every logit has the bytes of one process, also when nodes are lost."""
 
 import itertools
 import socket
@@ -38,7 +38,7 @@ IDS = np.random.default_rng(0).integers(0, 200, 700).tolist()
 
 
 class Nodes:
-    """Two nodes in this process, opened anew whenever they are asked for; and the same model without them."""
+    """Two nodes in this process, opened again whenever they are asked for; and the same model without them."""
 
     def __init__(self, **changes):
         self.gguf = open_gguf(TINY)
@@ -219,7 +219,7 @@ def test_where_no_node_is_left_the_conversation_waits_for_one(nodes):
 
 @contextmanager
 def interrupting(engine, every):
-    """Interrupts come all the time, so many seconds apart: one that comes between two calls is forgotten."""
+    """A context with regular interrupts, this many seconds apart: one between two calls has no effect."""
     over = threading.Event()
 
     def interrupt():
@@ -272,7 +272,7 @@ def test_an_interrupt_at_any_line_of_going_back_loses_nothing_that_may_be_needed
 
 
 def interrupted_at(event, functions, action):
-    """Whether `action` came to so many lines of these functions of the stage and its caches; there it is interrupted."""
+    """Interrupt `action` at a line of these functions of the stage and its caches; returns whether it reached that line."""
     files, left = {stage.__file__, cluster_cache.__file__}, [event]
 
     def trace(frame, kind, argument):
@@ -320,7 +320,7 @@ def test_what_an_interrupt_at_any_line_leaves_when_layers_are_opened_anew_is_sou
 
 
 def test_segments_that_a_broken_off_call_wrote_over_are_evaluated_again(in_segments):
-    """The nodes are through with the call that fails, so their newest segments are those of tokens that do not count."""
+    """The nodes have finished the call that fails, so their newest segments belong to tokens that were not accepted."""
     session, cache, sink = Session(in_segments.engine, None, 512), in_segments.one.new_cache(512), in_segments.made[-1]._next
     session.sync(IDS[:40])
     true, sink.send = sink.send, lambda head, arrays=(): true(head | {"error": 7}, ())
@@ -436,7 +436,7 @@ def test_frames_that_make_no_sense_end_neither_node_nor_program(nodes, head):
 
 
 class Together:
-    """Five answers, of which four at a time are under way, in two groups."""
+    """Five answers, four at a time, in two groups."""
 
     def __init__(self, engine, nodes, width=4):
         self.tokenizer = Tokenizer.from_gguf(nodes.gguf)
@@ -463,7 +463,7 @@ def test_answers_together_go_through_the_nodes_in_groups_and_have_the_text_of_on
     under_way = []
     many = Together(nodes.engine, nodes)
     assert many.texts(lambda n: under_way.append(len(nodes.engine.stages[0]._under_way))) == alone
-    assert nodes.engine.depth == 2 and max(under_way) == 1  # one group is waited for, another is on its way
+    assert nodes.engine.depth == 2 and max(under_way) == 1  # one group is read while another is on the nodes
 
 
 @pytest.mark.parametrize("which", [-2, -1], ids=["first", "last"])

@@ -1,4 +1,4 @@
-"""Ray's processes on this machine, and the connection to a cluster, without Ray: what ends, and what is left behind."""
+"""Ray's processes on this machine and the connection to a cluster, tested without Ray: processes and files are cleaned up."""
 
 import os
 import signal
@@ -78,7 +78,7 @@ while str(os.getppid()) == sys.argv[1]:
 
 
 def sleeping(*words, **how):
-    """A process of that name, and one that it has started with these words, if there are any."""
+    """A process of that name and, with `words`, a child process with these arguments."""
     code = f"FOLLOWING = {FOLLOWING!r}\n{SLEEPING}"
     process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, start_new_session=True, **how)
     process.stdout.readline()
@@ -155,7 +155,7 @@ def ray(state, monkeypatch):
 
 
 class JobConfig:
-    """As Ray's, as far as llamacli knows it."""
+    """The parts of Ray's JobConfig that llamacli uses."""
 
     def __init__(self):
         self._py_driver_sys_path = []
@@ -165,7 +165,7 @@ class JobConfig:
 
 
 class Told(OSError):
-    """What Ray raises in place of an error of a node."""
+    """The exception that Ray raises for an error of a node."""
 
     def __init__(self, cause):
         super().__init__()
@@ -242,7 +242,7 @@ def test_a_node_that_refused_to_encode_gets_no_other_process_before_it_has_joine
     assert made.call_count == asked + 1
 
 
-def test_who_leaves_does_not_wait_for_a_call_of_ray_that_waits_for_a_cluster_which_has_gone(ray):
+def test_closing_does_not_wait_for_a_call_to_ray_that_hangs(ray):
     waiting, over = threading.Event(), threading.Event()
     ray.get.return_value = {"pid": 1}
     cluster = control.Cluster("127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""What a node holds of a file: all of it, some layers, nothing; and what it is told then."""
+"""Nodes with all of a file, some layers or nothing; and the advice for each."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_node_finds_the_file_or_some_layers_of_it_by_its_name(models):
     first.write_bytes(b"no GGUF")
     assert copies.own_copies(elsewhere) == {str(some): range(2, 4)}
     some.write_bytes(b"no GGUF")
-    assert copies.own_copies(elsewhere) == {str(first): None, str(some): None}  # told when they are opened
+    assert copies.own_copies(elsewhere) == {str(first): None, str(some): None}  # reported when they are opened
     shutil.copy(TINY, models)
     whole = models / TINY.name
     assert copies.own_copies(elsewhere) == {str(whole): range(4)} and copies.own_copy(elsewhere) == whole
@@ -82,7 +82,7 @@ def test_layers_alone_are_opened_where_they_are_the_same_and_no_others(models):
 
 
 class Facts:
-    """A cluster of two nodes, of which it is only told what they have."""
+    """Simulates a cluster of two nodes by facts about them."""
 
     latency = 0.0
 

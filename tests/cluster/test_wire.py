@@ -1,4 +1,4 @@
-"""Frames between nodes: what comes is what was sent; nothing is taken from who does not know the secret."""
+"""Frames between nodes: they arrive unchanged; frames of a peer without the secret are rejected."""
 
 import mmap
 import queue
@@ -26,7 +26,7 @@ def listener():
 
 
 def accepted(listener, secret=SECRET):
-    """What the accepting side comes to: a Link, or the error."""
+    """The accepting side's result: a Link, or the error."""
     found = []
 
     def accept():
@@ -71,7 +71,7 @@ def test_another_secret_is_refused_on_both_sides(listener):
     assert isinstance(found[0], LinkClosed)
 
 
-def test_who_sends_our_own_words_back_is_refused(listener):
+def test_a_peer_that_echoes_our_bytes_is_refused(listener):
     def echo():
         sock, _ = listener.accept()
         while data := sock.recv(64):
@@ -83,7 +83,7 @@ def test_who_sends_our_own_words_back_is_refused(listener):
 
 
 class Between:
-    """A machine in the middle, which may change what goes by."""
+    """A machine in the middle, which can change the bytes between both sides."""
 
     def __init__(self, listener, change):
         self.address = None
@@ -127,7 +127,7 @@ def test_frames_that_were_changed_end_the_connection(listener, change):
 
 
 def silent_after(n):
-    """Pass on so many bytes, then nothing."""
+    """Forward the first bytes, then nothing."""
     left, over = [n], threading.Event()
 
     def change(data):
@@ -234,7 +234,7 @@ def test_a_link_whose_other_side_is_gone_leaves_no_thread(listener):
         assert not thread.is_alive(), thread.name
 
 
-def test_a_stranger_that_says_nothing_or_rubbish_gets_no_link(listener, monkeypatch):
+def test_a_peer_that_sends_nothing_or_garbage_gets_no_link(listener, monkeypatch):
     monkeypatch.setattr(wire, "GREETING", 0.2)
     for words in (b"", b"GET / HTTP/1.1\r\n\r\n" * 10):
         thread, found = accepted(listener)
@@ -252,7 +252,7 @@ def is_over(sock):
         return True
 
 
-def test_strangers_that_hold_connections_lock_nobody_out(monkeypatch):
+def test_unauthenticated_connections_do_not_block_others(monkeypatch):
     monkeypatch.setattr(wire, "STRANGERS", 8)
     monkeypatch.setattr(wire, "GREETING", 30.0)  # they would hold them for long
     welcomed = queue.Queue()

@@ -1,4 +1,4 @@
-"""Questions on the page, as its tests put them: in, a tab of the browser and a text; out, the answer on the page."""
+"""Helpers for tests of the page. In: a tab of the browser and a question. Out: the answer on the page."""
 
 import threading
 
@@ -9,7 +9,7 @@ STILL = "!document.querySelector('[aria-busy]')"  # no answer is under way
 
 
 class Held(Scripted):
-    """Says as many tokens as a test lets it: what is done meanwhile may take long or short."""
+    """A model that answers as many tokens as the test allows, so that tests do not depend on speed."""
 
     def __init__(self, text, tokens):
         super().__init__(text, chunk=64)

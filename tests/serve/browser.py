@@ -1,6 +1,6 @@
 """A real browser for tests: the system's Chromium without a window, driven over its DevTools protocol.
 
-`Browser()` starts it; `browser.tab(url)` is a page with storage of its own, on which a test clicks, types and looks.
+`Browser()` starts it; `browser.tab(url)` is a page with its own storage, in which a test clicks, types and reads.
 """
 
 import base64
@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 
 from websockets.sync.client import connect
 
-LONGEST = 240  # seconds without a word of the browser: one core that others use, too, lays a hard page out for over a minute
+LONGEST = 240  # seconds without a message of the browser: a busy core lays out a large page for over a minute
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 KEYS = {  # name: code, the number of its virtual key, the text that it types
     "Enter": ("Enter", 13, "\r"),
@@ -57,13 +57,13 @@ class Browser:
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         lines = iter(self._process.stderr.readline, b"")
         found = next(filter(None, (re.search(rb"listening on (ws://\S+)", line) for line in lines)))
-        threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()  # or its pipe would fill
+        threading.Thread(target=lambda: [None for _ in lines], daemon=True).start()  # else its pipe would fill
         self._ends = ExitStack()
         self._socket = self._ends.enter_context(connect(found[1].decode(), max_size=None, compression=None, proxy=None))
         self._numbers, self.events = itertools.count(1), []
 
     def call(self, method, session=None, **parameters):
-        """What a method of the protocol returns."""
+        """Call a method of the protocol and return its result."""
         number = next(self._numbers)
         message = {"id": number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
         self._socket.send(json.dumps(message))
@@ -96,7 +96,7 @@ class Browser:
 
 
 class Tab:
-    """A page and a person before it."""
+    """A page with a simulated user."""
 
     def __init__(self, browser, context, session):
         self._browser, self._context, self._session = browser, context, session
@@ -107,7 +107,7 @@ class Tab:
         return self._browser.call(method, self._session, **parameters)
 
     def look(self, width=1200, height=800, dark=False, phone=False, scale=1):
-        """How large the window is, light or dark, with a finger or a mouse."""
+        """Set the size of the window, the colour scheme, and touch or mouse."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": ("light", "dark")[dark]}])
@@ -137,22 +137,22 @@ class Tab:
         return found
 
     def appears(self, selector):
-        """Wait until something is there."""
+        """Wait until an element exists."""
         self.wait(f"document.querySelector({json.dumps(selector)}) !== null")
 
     def _now(self, expression):
         found = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        return None if "exceptionDetails" in found else found["result"].get("value")  # while a page loads, things are missing
+        return None if "exceptionDetails" in found else found["result"].get("value")  # while a page loads, elements are missing
 
     def text(self, selector="body"):
-        """What a person reads there."""
+        """The visible text of an element."""
         return self.js(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''")
 
     def count(self, selector):
         return self.js(f"document.querySelectorAll({json.dumps(selector)}).length")
 
     def point(self, selector, text=None):
-        """The middle of what is there and seen; `text`: of the element that says so."""
+        """The middle of a visible element; `text`: of the one with this text."""
         find = f"""(() => {{
             const wanted = {json.dumps(text)};
             const all = [...document.querySelectorAll({json.dumps(selector)})].filter((e) => e.checkVisibility()
@@ -167,13 +167,13 @@ class Tab:
         return self.wait(find)
 
     def click(self, selector, text=None):
-        """Move the mouse there and press it."""
+        """Click an element with the mouse."""
         x, y = self.point(selector, text)
         for kind, buttons in (("mouseMoved", 0), ("mousePressed", 1), ("mouseReleased", 0)):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1)
 
     def tap(self, selector, text=None):
-        """Touch the screen there."""
+        """Tap an element."""
         x, y = self.point(selector, text)
         self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
@@ -183,7 +183,7 @@ class Tab:
         self.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=down)
 
     def type(self, text):
-        """Put text where the focus is, as a keyboard does."""
+        """Type text into the focused element, as a keyboard does."""
         self.call("Input.insertText", text=text)
 
     def press(self, key, shift=False, ctrl=False, **more):
@@ -194,7 +194,7 @@ class Tab:
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def focus(self):
-        """The name of what has the focus, as a screen reader says it."""
+        """The accessible name of the focused element."""
         object_id = self.call("Runtime.evaluate", expression="document.activeElement")["result"]["objectId"]
         nodes = self.call("Accessibility.getPartialAXTree", objectId=object_id, fetchRelatives=False)["nodes"]
         return nodes[0].get("name", {}).get("value", "")
@@ -205,23 +205,23 @@ class Tab:
         self.call("DOM.setFileInputFiles", objectId=object_id["objectId"], files=[str(path) for path in paths])
 
     def drop(self, selector, *paths):
-        """Drag files there from outside."""
+        """Drop files on an element."""
         x, y = self.point(selector)
         data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def download_to(self, folder):
-        """Let the page save files there."""
+        """Let the page save files in this folder."""
         where = {"behavior": "allow", "browserContextId": self._context, "downloadPath": str(folder)}
         self._browser.call("Browser.setDownloadBehavior", **where)
 
     def picture(self):
-        """What the window shows, as PNG."""
+        """A screenshot of the window as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def events(self, method):
-        """What the browser told of this page so far, by the name of an event."""
+        """The browser's events of this page so far, by name."""
         self.js("1")
         found = (event for event in self._browser.events if event.get("sessionId") == self._session)
         return [event["params"] for event in found if event["method"] == method]

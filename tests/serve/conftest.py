@@ -1,4 +1,4 @@
-"""Fixture of this room: the page in a real Chromium, over a miniature model."""
+"""Fixture of these tests: the page in a real Chromium, with a miniature model."""
 
 from contextlib import contextmanager
 
@@ -10,7 +10,9 @@ from serving import serving
 
 @pytest.fixture
 def opened(chromium):
-    """`opened(engine, ...)` yields a page over a model, and a client of its server; no error may stand on its console."""
+    """`opened(engine, ...)` yields a page over a model, and a client of its server; the test fails if its console has an
+    error.
+    """
 
     @contextmanager
     def open_(engine=None, model=None, quiet=True, look=(), **how):

@@ -1,4 +1,4 @@
-"""A server over a model in this process, on a real socket, and what a test asks it."""
+"""A server with a model in this process, on a real socket, and requests for tests."""
 
 import json
 import socket
@@ -47,14 +47,14 @@ def events(response):
 
 
 def raw(client, data=b""):
-    """A socket on which `data` was sent."""
+    """Open a socket and send `data`."""
     made = socket.create_connection((client.base_url.host, client.base_url.port), timeout=300)
     made.sendall(data)
     return made
 
 
 def post(body, path="/v1/chat/completions", **headers):
-    """A request's bytes."""
+    """The bytes of a request."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]

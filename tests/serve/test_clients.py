@@ -11,9 +11,9 @@ from serving import serving
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}
 CALL = '{"name": "weather", "parameters": {"city": "Paris", "days": 2}}'
-CHUNK = 64  # to whose edge the miniature's cache goes back where a conversation parts from what it holds
+CHUNK = 64  # the miniature's cache goes back to a chunk's edge where a conversation differs from its contents
 HI = [{"role": "user", "content": "Hi"}]
-LONG = "You are an assistant that is asked to write code. " * 2  # what two prompts share is then kept in whatever place is free
+LONG = "You are an assistant that is asked to write code. " * 2  # any place then keeps what two prompts share
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def server():
 
 @pytest.fixture
 def says(server):
-    """Has the model say something from now on."""
+    """Sets the model's next answers."""
 
     def say(text):
         server.server.model.engine.reply = [*text.encode(), EOT]
@@ -158,7 +158,7 @@ def test_openai_responses_stores_nothing(gpt, says):
 
 
 class Codex:
-    """Asks as Codex does: the whole conversation each time, as a stream, with tools and fields of its own."""
+    """Sends requests as Codex does: the whole conversation each time, as a stream, with its own tools and fields."""
 
     def __init__(self, server):
         self.server, self.input = server, []
@@ -191,7 +191,7 @@ class Codex:
         }
 
     def say(self, *items):
-        """Add items, ask, and give the events of the answer, whose items then are part of the conversation."""
+        """Add items, ask, and return the events of the answer, whose items become part of the conversation."""
         self.input += items
         headers = {"x-api-key": "key", "Accept": "text/event-stream", "originator": "codex_cli_rs", "session_id": "s"}
         answer = self.server.post("/v1/responses", json=self.asked | {"input": self.input}, headers=headers)
@@ -233,11 +233,11 @@ def test_a_session_as_codex_has_it(says, server):
         assert output in prompt_of(server)
     last = events[-1]["response"]
     assert [item["type"] for item in last["output"]] == ["message"] and last["output"][0]["content"][0]["text"] == "two files"
-    for before, after in zip(costs, [*costs[1:], last["usage"]], strict=True):  # what was asked before is held
+    for before, after in zip(costs, [*costs[1:], last["usage"]], strict=True):  # the earlier conversation is reused
         assert after["input_tokens_details"]["cached_tokens"] >= (before["input_tokens"] - 1) // CHUNK * CHUNK
 
 
-def test_a_question_of_codex_whether_somebody_is_there(server):
+def test_codex_can_check_whether_the_server_responds(server):
     asked = Codex(server).asked | {"input": [], "max_output_tokens": 1, "stream": False}
     assert server.post("/v1/responses", json=asked, headers={"x-api-key": "key"}).status_code == 200
 
@@ -283,7 +283,9 @@ def test_anthropic_errors(claude, says):
 
 
 class ClaudeCode:
-    """Asks as Claude Code does: blocks with cache_control, dozens of tools, a count before, ?beta=true, always a stream."""
+    """Sends requests as Claude Code does: blocks with cache_control, dozens of tools, a count before, ?beta=true, always a
+    stream.
+    """
 
     def __init__(self, server):
         self.server, self.messages = server, []
@@ -321,7 +323,7 @@ class ClaudeCode:
         return answer
 
     def say(self, *blocks):
-        """Add a user's blocks, ask, and give the content, the reason and the usage of the answer."""
+        """Add a user's blocks, ask, and return the content, the reason and the usage of the answer."""
         self.messages.append({"role": "user", "content": [*blocks]})
         body = self.asked | {"messages": self.messages}
         counted = self.post("/v1/messages/count_tokens", body).json()["input_tokens"]
@@ -348,7 +350,7 @@ class ClaudeCode:
 
 
 def test_a_session_as_claude_code_has_it(says, server):
-    assert server.head("/").status_code == 200  # it looks whether somebody is there
+    assert server.head("/").status_code == 200  # it checks whether the server responds
     claude = ClaudeCode(server)
     quota = {"model": "claude-haiku-x", "max_tokens": 1, "messages": [{"role": "user", "content": "quota"}]}
     assert claude.post("/v1/messages", quota).json()["stop_reason"] in ("max_tokens", "end_turn")
@@ -376,7 +378,7 @@ def test_a_session_as_claude_code_has_it(says, server):
     assert "i\na.txt b.txt" in said and "i\nno such thing" in said
     held = second["cache_read_input_tokens"]
     before = first["input_tokens"] + first["cache_read_input_tokens"]
-    assert held >= (before - 1) // CHUNK * CHUNK  # what was asked before
+    assert held >= (before - 1) // CHUNK * CHUNK  # the earlier conversation
 
 
 # llm
@@ -384,7 +386,7 @@ def test_a_session_as_claude_code_has_it(says, server):
 
 @pytest.fixture
 def llm(server, tmp_path, monkeypatch):
-    """Runs the command `llm` against the server; gives its output."""
+    """Runs the command `llm` with the server; returns its output."""
     from click.testing import CliRunner
 
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))

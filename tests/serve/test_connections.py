@@ -1,4 +1,4 @@
-"""What connections may hold: bodies of all requests together, heads that do not come, answers that nobody takes."""
+"""Limits of connections: bodies of all requests together, heads that are not sent, answers that are not received."""
 
 import json
 import socket
@@ -18,7 +18,7 @@ def served(reply="ok", delay=0.0, ctx=3000, **limits):
 
 
 def all_of(made):
-    """What comes until the server closes the connection."""
+    """All data until the server closes the connection."""
     received = b""
     try:
         while part := made.recv(65536):
@@ -29,7 +29,7 @@ def all_of(made):
 
 
 def half_sent(client, size):
-    """A request without the last byte of its body, which is on its way."""
+    """Send a request without the last byte of its body."""
     before = client.server._bodies.held
     made = raw(client, post(b" " * size)[:-1])
     until(lambda: client.server._bodies.held >= before + size - 1 or client.server._bodies.held < before)
@@ -75,7 +75,7 @@ def test_a_refused_body_is_given_back():
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea"])
-def test_who_does_not_send_the_head_of_a_request_is_cut_off(monkeypatch, sent):
+def test_a_connection_without_a_complete_request_head_is_closed(monkeypatch, sent):
     monkeypatch.setattr(listen, "IDLE", 0.2)
     with served() as client:
         monkeypatch.setattr(listen, "HEAD", 0.2)
@@ -98,7 +98,7 @@ def test_a_connection_between_requests_is_not_cut_off(monkeypatch):
         made.close()
 
 
-def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch):
+def test_a_client_that_does_not_receive_its_answer_is_disconnected(monkeypatch):
     monkeypatch.setattr(listen, "MOST_WAIT", 1.0)
     with served("x" * 2900) as client:
         made = socket.socket()

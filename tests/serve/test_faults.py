@@ -1,4 +1,4 @@
-"""Clients that are hostile, broken or gone: the server goes on, and the engine is free again. Over real sockets."""
+"""Hostile, broken or disconnected clients: the server continues, and the engine becomes free. Over real sockets."""
 
 import json
 import random
@@ -28,7 +28,7 @@ def client():
 
 @pytest.fixture(autouse=True)
 def free_again(client):
-    """Whatever a test does, all places are free soon after it, and the server answers."""
+    """After each test all places become free, and the server answers."""
     yield
     until(lambda: client.server.scheduler.active == client.server.scheduler.waiting == 0)
     answer = client.post("/v1/chat/completions", json=chat(max_tokens=3))
@@ -36,7 +36,7 @@ def free_again(client):
 
 
 def reset(made):
-    """Close without a goodbye."""
+    """Close the connection by a reset."""
     made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     made.close()
 
@@ -46,7 +46,7 @@ def reset(made):
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_who_leaves_in_the_middle_of_an_answer_frees_the_engine(client, stream, leave):
+def test_a_client_that_leaves_during_its_answer_frees_the_engine(client, stream, leave):
     made = raw(client, post(chat(stream=stream)))
     until(lambda: client.server.scheduler.active)
     if stream:
@@ -56,16 +56,16 @@ def test_who_leaves_in_the_middle_of_an_answer_frees_the_engine(client, stream, 
     until(lambda: client.server.scheduler.totals.cancelled == cancelled + 1)
 
 
-def test_who_leaves_while_its_prompt_is_read_frees_the_engine(client):
+def test_a_client_that_leaves_during_its_prompt_frees_the_engine(client):
     made = raw(client, post(chat("y" * 3500, stream=True)))
     until(lambda: client.server.scheduler.active)
     before = client.server.scheduler.totals.prompt_tokens
     made.close()
     until(lambda: not client.server.scheduler.active)
-    assert client.server.scheduler.totals.prompt_tokens == before  # it was never through
+    assert client.server.scheduler.totals.prompt_tokens == before  # it was never evaluated completely
 
 
-def test_who_leaves_the_queue_takes_no_place(client):
+def test_a_client_that_leaves_the_queue_uses_no_place(client):
     busy = [raw(client, post(chat(stream=True))) for _ in range(2)]
     until(lambda: client.server.scheduler.active == 2)
     waiting = raw(client, post(chat("never read", stream=True)))
@@ -118,7 +118,7 @@ def test_a_comment_comes_while_a_prompt_is_read(client):
     assert comments and "tokens of the prompt" in comments[-1]
 
 
-def test_a_full_queue_says_when_to_come_again(client):
+def test_a_full_queue_says_when_to_retry(client):
     made = [raw(client, post(chat(f"{i}", stream=True))) for i in range(2)]
     until(lambda: client.server.scheduler.active == 2)
     refused = client.post("/v1/chat/completions", json=chat(n=5))
@@ -139,7 +139,7 @@ def test_a_body_without_a_length_is_counted_as_it_comes(client):
     assert answer.status_code == 413
 
 
-def test_a_body_that_does_not_come_is_not_waited_for_for_ever(client):
+def test_a_body_that_is_not_sent_times_out(client):
     made = raw(client, post(b"{" + b" " * 100)[:-50])
     assert made.recv(65536).startswith(b"HTTP/1.1 408")
     made.close()
@@ -156,7 +156,7 @@ def test_a_body_that_does_not_come_is_not_waited_for_for_ever(client):
     ],
     ids=["empty", "word", "TLS", "version", "endless line"],
 )
-def test_what_is_no_http_ends_its_connection(client, data):
+def test_data_that_is_not_http_ends_its_connection(client, data):
     made = raw(client)
     try:
         made.sendall(data)
@@ -169,7 +169,7 @@ def test_what_is_no_http_ends_its_connection(client, data):
 
 
 def mutated(seed):
-    """A request that is wrong in some way, or by luck not."""
+    """A request with random errors, possibly none."""
     random.seed(seed)
     body = chat("Hello", stream=random.random() < 0.3, max_tokens=2, temperature=0.5, stop=["\n"], logprobs=True, n=1)
     body |= {"input": "Hi", "prompt": "x", "content": "y", "max_output_tokens": 2, "tokens": [65], "tools": []}
@@ -235,10 +235,10 @@ def test_a_thousand_malformed_requests():
     ask_wrongly(range(1000, 2000))
 
 
-# who may
+# access control
 
 
-def test_a_key_is_asked_for_everywhere_but_at_health():
+def test_every_route_except_health_requires_the_key():
     with serving(FakeModel(Scripted("ok", chunk=64), ctx=100), keys=["right", "other"]) as client:
         assert client.get("/health").status_code == 200
         for path in ("/v1/models", "/metrics"):
@@ -251,7 +251,7 @@ def test_a_key_is_asked_for_everywhere_but_at_health():
         assert client.get("/v1/models", headers={"x-api-key": "right"}).status_code == 200
 
 
-def test_a_client_that_asks_too_often_is_told_when_to_come_again():
+def test_a_client_over_its_rate_limit_is_told_when_to_retry():
     with serving(FakeModel(Scripted("ok", chunk=64), ctx=100), Limits(rate=3), keys=["a", "b"]) as client:
         found = [client.post("/v1/chat/completions", json=chat(), headers={"x-api-key": "a"}) for _ in range(4)]
         assert [answer.status_code for answer in found] == [200, 200, 200, 429]
@@ -259,13 +259,13 @@ def test_a_client_that_asks_too_often_is_told_when_to_come_again():
         assert client.post("/v1/chat/completions", json=chat(), headers={"x-api-key": "b"}).status_code == 200
 
 
-def test_a_client_of_a_server_without_keys_is_counted_whatever_key_it_makes_up():
+def test_without_keys_the_rate_limit_ignores_the_clients_key():
     with serving(FakeModel(Scripted("ok", chunk=64), ctx=100), Limits(rate=3)) as client:
         found = [client.post("/v1/chat/completions", json=chat(), headers={"x-api-key": f"{i}"}) for i in range(4)]
         assert [answer.status_code for answer in found] == [200, 200, 200, 429]
 
 
-def test_web_pages_are_refused_unless_they_are_let_in(client):
+def test_web_pages_are_refused_unless_their_origin_is_allowed(client):
     page = {"Origin": "https://evil.example"}
     refused = client.post("/v1/chat/completions", json=chat(max_tokens=1), headers=page)
     assert refused.status_code == 403 and "--cors" in refused.json()["error"]["message"]

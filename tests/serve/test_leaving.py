@@ -1,4 +1,4 @@
-"""Clients that leave at every moment, and HTTP that is broken in every way: nothing of them stays, the engine is free again."""
+"""Clients that leave at any moment, and malformed HTTP: no resources stay in use, and the engine becomes free."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ PROTOCOLS = {
 
 
 class Gated(Scripted):
-    """Waits before each token of an answer, if a test says so."""
+    """Waits before each token of an answer if a test asks for it."""
 
     gate = None
 
@@ -39,18 +39,18 @@ class Gated(Scripted):
 def client():
     model = FakeModel(Gated(REPLY, chunk=64), ctx=600)
     with serving(model, Limits(places=2, body_seconds=0.5, keep_alive=0.05)) as made:
-        for path, body in PROTOCOLS.items():  # whatever is made for the first request is there
+        for path, body in PROTOCOLS.items():  # everything that the first request creates exists
             made.post(path, json=body | {"stream": False}).raise_for_status()
         yield made
 
 
 def said(engine, calls):
-    """Tokens of answers that were evaluated after so many calls."""
+    """Tokens of answers that were evaluated from this call on."""
     return sum(ids == SAID for _, ids in engine.calls[calls:])
 
 
 def held(client):
-    """What a client may make the server hold: sockets and files, threads, bodies, places, jobs in the queue."""
+    """The resources that a client can make the server hold: sockets and files, threads, bodies, places, jobs in the queue."""
     gc.collect()
     server = client.server
     files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -60,7 +60,7 @@ def held(client):
 
 @pytest.fixture(autouse=True)
 def nothing_stays(client):
-    """Also that the server answers afterwards as before."""
+    """Check that no resources stay in use and that the server still answers."""
 
     def answers():
         body = client.post("/v1/chat/completions", json=chat("still there?")).json()
@@ -79,7 +79,7 @@ def reset(made):
 
 
 @pytest.mark.parametrize("path", PROTOCOLS)
-def test_who_leaves_after_any_part_of_its_request(client, path):
+def test_a_client_that_leaves_during_its_request_leaves_no_resources(client, path):
     request = post(PROTOCOLS[path], path)
     body = request.index(b"\r\n\r\n") + 4
     cuts = sorted({0, 1, 4, body - 4, body - 2, body, body + 1, len(request) - 1, len(request), *range(0, len(request), 13)})
@@ -89,8 +89,8 @@ def test_who_leaves_after_any_part_of_its_request(client, path):
 
 
 @pytest.mark.parametrize("path", PROTOCOLS)
-def test_who_leaves_after_any_event_of_its_answer(client, path):
-    """The engine waits before each token, so the answer is exactly there when the client leaves."""
+def test_a_client_that_leaves_during_its_answer_leaves_no_resources(client, path):
+    """The engine waits before each token, so the answer is at a known token when the client leaves."""
     engine = client.server.model.engine
     for tokens in range(0, 12):
         engine.gate = threading.Semaphore(tokens)
@@ -102,14 +102,14 @@ def test_who_leaves_after_any_event_of_its_answer(client, path):
             received += made.recv(65536)
         reset(made) if tokens % 2 else made.close()
         until(lambda: client.server._bodies.held == 0)  # the server has seen it
-        engine.gate.release(1)  # the token that the engine is at; no other is needed
+        engine.gate.release(1)  # the token under way; no other is needed
         until(lambda n=cancelled: client.server.scheduler.totals.cancelled == n + 1)
         until(lambda: client.server.scheduler.active == 0)
         assert said(engine, calls) <= tokens + 1
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_who_half_closes_in_any_state_holds_nothing(client, whole):
+def test_a_half_closed_connection_leaves_no_resources(client, whole):
     request = post(chat("Hi", stream=True))
     for cut in (0, 10, request.index(b"\r\n\r\n") + 4, len(request) - 1, len(request)):
         made = raw(client, request[:cut])
@@ -178,7 +178,7 @@ def test_broken_http_ends_its_connection_alone(client, what):
             received += part
             if what in FINE and received.count(b'"usage"') == BROKEN[what].count(b"POST"):
                 break
-    except OSError:  # the server was quicker
+    except OSError:  # the server closed first
         pass
     made.close()
     statuses = {line.split()[1] for line in received.split(b"\r\n") if line.startswith(b"HTTP/1.1")}
@@ -187,7 +187,7 @@ def test_broken_http_ends_its_connection_alone(client, what):
 
 
 def test_broken_http_at_random(client):
-    """A sound request with some bytes changed, left out or sent twice."""
+    """A valid request with some bytes changed, omitted or sent twice."""
     random.seed(3)
     sound = POST + LENGTH + b"\r\n" + BODY
     for _ in range(150):

@@ -1,4 +1,4 @@
-"""A client that leaves within a long prompt of a model whose experts are read from the file: the engine is free again."""
+"""A client that leaves during a long prompt of a model whose experts are read from the file: the engine becomes free."""
 
 import time
 from dataclasses import replace
@@ -27,15 +27,15 @@ def client(tmp_path_factory):
 
 
 def asking(seed):
-    """A request for the continuation of ids that no other one begins with."""
+    """A request to continue ids whose beginning differs from all other requests."""
     ids = np.random.default_rng(seed).integers(300, SHAPE.n_vocab, TOKENS).tolist()
     return {"prompt": ids, "max_tokens": 2, "stream": bool(seed % 2), "ignore_eos": True}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("beside", "moments"), [(False, 10), (True, 4)], ids=["alone", "beside an answer"])
-def test_who_leaves_within_a_long_prompt_is_not_read_for_any_more(client, beside, moments):
-    """At several places of the prompt: the engine goes on for less than a layer of a batch. The seconds are shown by -s."""
+def test_experts_are_not_read_for_a_client_that_left_during_its_prompt(client, beside, moments):
+    """At several places of the prompt: the engine continues for less than a layer of a batch. -s shows the seconds."""
     scheduler, engine = client.server.scheduler, client.server.model.engine
     answering = raw(
         client, post({"prompt": [300], "max_tokens": TOKENS, "ignore_eos": True, "stream": True}, "/v1/completions")
@@ -59,7 +59,7 @@ def test_who_leaves_within_a_long_prompt_is_not_read_for_any_more(client, beside
         assert scheduler.active == beside and scheduler.totals.prompt_tokens == prompt_tokens
     if beside:
         said = scheduler.totals.completion_tokens
-        until(lambda: scheduler.totals.completion_tokens > said, 60)  # the other one goes on
+        until(lambda: scheduler.totals.completion_tokens > said, 60)  # the other request continues
         answering.close()
     until(lambda: scheduler.active == 0, 60)
     print(f"free again after at most {worst:.2f} s")

@@ -1,4 +1,4 @@
-"""A line about each request: what it cost, and nothing that the client wrote."""
+"""The log has a line for each request: with its cost, and without any data of the client."""
 
 import re
 
@@ -26,7 +26,7 @@ def client(lines):
 
 
 def forget(lines):
-    """Those of the questions whether the server is there."""
+    """Drop the lines of requests that check whether the server responds."""
     until(lambda: lines and "/health 200" in lines[-1])
     lines.clear()
 

@@ -1,4 +1,4 @@
-"""OpenAI's protocol, as its reference and its clients have it, over a miniature model and real sockets."""
+"""OpenAI's protocol, by its reference and its clients, with a miniature model and real sockets."""
 
 import json
 

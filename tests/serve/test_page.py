@@ -1,4 +1,4 @@
-"""The page to chat with, by clicks and keys in a real Chromium, over a miniature model and real sockets."""
+"""The chat page, used by clicks and keys in a real Chromium, with a miniature model and real sockets."""
 
 import base64
 import hashlib
@@ -67,7 +67,7 @@ def test_an_answer_grows_as_it_comes_and_stops_when_asked(opened):
         tab.wait(STILL)
         assert "stopped" in tab.text("article.answer .below")
         until(lambda: tab.server._bodies.held == 0)  # the server has seen it
-        engine.may.release()  # the token that the engine is at
+        engine.may.release()  # the token under way
         until(lambda: tab.server.scheduler.active == 0)
         said = tab.text(".markdown")
         engine.may.release(50)
@@ -117,7 +117,7 @@ def test_a_reload_keeps_the_conversation(opened):
 
 
 class Pretending(BaseHTTPRequestHandler):
-    """The page before a server that answers questions with what a test says: (status, body) and headers."""
+    """A server for the page that answers with the (status, body) and headers of a test."""
 
     protocol_version, answer, asked = "HTTP/1.0", None, ()
 
@@ -145,7 +145,7 @@ class Pretending(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pretended(chromium):
-    """A page before such a server, whose class is `tab.server`."""
+    """A page of such a server; `tab.server` is its class."""
     handler = type("Handler", (Pretending,), {"asked": []})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""How the page looks and is used: by keys alone, on a phone, by a screen reader; nothing jumps. In a real Chromium."""
+"""Layout and accessibility of the page: keyboard only, phone, screen reader, no layout shifts. In a real Chromium."""
 
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def test_nothing_jumps_while_the_page_loads_and_answers(opened):
         ask(tab, "One")
         ask(tab, "Two")
         tab.js("new Promise((done) => setTimeout(done, 100))")
-        assert sum(tab.js("jumps")) < 0.1  # what web.dev/cls calls good; the row below an answer moves as it grows
+        assert sum(tab.js("jumps")) < 0.1  # good by web.dev/cls; the row below an answer moves as it grows
 
 
 AXE = Path(axe_core_python.__file__).with_name("axe.min.js")

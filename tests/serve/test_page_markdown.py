@@ -1,4 +1,4 @@
-"""Markdown on the page: the elements that CommonMark gives (markdown-it's), and nothing that a hostile model wants."""
+"""Markdown on the page: the same elements as CommonMark (markdown-it), and no effect of hostile text."""
 
 import json
 from html.parser import HTMLParser
@@ -11,7 +11,7 @@ from serving import serving
 
 pytestmark = pytest.mark.skipif(browser.program() is None, reason="needs Chromium: apt-get install chromium")
 
-# what models write, and the corners of CommonMark 0.31 that it names
+# typical text of models, and corner cases of CommonMark 0.31
 CASES = """
 plain text\nin two lines, and a third  \nafter a hard break\\\nand another
 ====
@@ -119,7 +119,7 @@ class Tree(HTMLParser):
             node.append({"start": int(found.get("start", 1))})
         if "style" in found:
             node.append({"align": found["style"].partition(":")[2]})
-        if name == "img":  # nothing is loaded: the words that stand for it
+        if name == "img":  # pictures are not loaded: their alternative text
             self.handle_data(found["alt"])
             return
         self.stack[-1].append(node)
@@ -137,7 +137,7 @@ class Tree(HTMLParser):
 
 
 def plain(node):
-    """A tree without differences that nobody sees: levels of headings, white space around blocks, texts in two pieces."""
+    """A tree without invisible differences: levels of headings, white space around blocks, texts in two pieces."""
     name, *rest = node
     found = [f"h{min(6, int(name[1]))}" if name[0] == "h" and name[1:].isdigit() else name]
     for each in rest:

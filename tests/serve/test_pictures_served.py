@@ -1,4 +1,6 @@
-"""Pictures in requests: counted before the tower looks, one at a time, and no text waits for them. Over the small model."""
+"""Pictures in requests: counted before the tower runs, encoded one at a time, and no text request waits for them. With the
+small model.
+"""
 
 import base64
 import threading
@@ -40,7 +42,7 @@ def client(tmp_path_factory):
 
 
 class Slow:
-    """A tower in whose place a test stands: `begun` names the pictures it was asked about, `go` lets it look at one more."""
+    """A tower that a test controls: `begun` names the pictures it was given, `go` lets it encode one more."""
 
     def __init__(self, sight):
         self.look, self.begun, self.go, self.stop = sight.look, [], threading.Semaphore(0), threading.Event()
@@ -125,7 +127,7 @@ def test_pictures_of_several_requests_take_turns_and_no_more_are_remembered_than
     assert set(slow.begun[-3:]) >= {url(31), url(32)}  # the third waited
 
 
-def test_who_leaves_stops_the_tower_and_the_next_is_looked_at(client, slow):
+def test_the_tower_stops_for_a_client_that_left_and_encodes_the_next_picture(client, slow):
     made = raw(client, post(seen(url(40), url(41))))
     until(lambda: slow.begun)
     waiting = raw(client, post(seen(url(42))))

@@ -1,4 +1,4 @@
-"""One engine, many clients: turns, prompts in slices, sessions that are gone on with or copied, jobs that are cancelled."""
+"""The scheduler: turns of clients, prompts in slices, sessions that are continued or copied, cancelled jobs."""
 
 import queue
 import threading
@@ -15,7 +15,7 @@ from llamacli.session import Session
 
 
 class Gated(FakeEngine):
-    """Waits before each call until the test lets it go on."""
+    """Waits before each call until the test releases it."""
 
     def __init__(self, **how):
         super().__init__(**how)
@@ -222,7 +222,7 @@ def test_an_error_ends_its_own_job_alone(make):
 
 
 class Faulty(FakeEngine):
-    """Raises when it evaluates the token POISON, in whatever call; `more` gives all calls that a test wants to fail."""
+    """Raises when it evaluates the token POISON in any call; `more`: further calls that fail."""
 
     def __init__(self, wrong=lambda ids: POISON in ids, **how):
         super().__init__(**how)
@@ -234,7 +234,7 @@ class Faulty(FakeEngine):
         return super().forward(ids, cache, **more)
 
 
-POISON = 260  # an id that no answer of the miniature has
+POISON = 260  # an id that the miniature never answers
 FAULTS = {
     "its prompt is read": lambda job: job.prompt.insert(7, POISON),
     "a slice of its prompt is read": lambda job: job.prompt.insert(SLICE + 7, POISON),
@@ -248,7 +248,7 @@ FAULTS = {
 
 
 class Unsound:
-    """A sampler that picks another id after three tokens, or raises there."""
+    """A sampler that picks a different id after three tokens, or raises."""
 
     def __init__(self):
         self._sampler, self._left = Greedy(), 3
@@ -267,7 +267,7 @@ class Unsound:
 
 @pytest.mark.parametrize("where", FAULTS)
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_an_error_that_nobody_expected_ends_only_what_it_concerns(make, where, at_once):
+def test_an_unexpected_error_ends_only_its_own_answer(make, where, at_once):
     reports = []
     scheduler = make(Faulty(), places=4, report=reports.append)
     others = [Asked(prompt(10, i), max_tokens=40) for i in range(at_once)]
@@ -278,7 +278,7 @@ def test_an_error_that_nobody_expected_ends_only_what_it_concerns(make, where, a
     wrong.sampler = Unsound()
     FAULTS[where](wrong)
     scheduler.submit([wrong])
-    if "told" not in where:  # whoever raises there hears nothing more
+    if "told" not in where:  # a job whose `emit` raised gets no further events
         assert isinstance(wrong.all()[-1], Broken)
     for other in others:
         assert "".join(piece.text for piece in other.all()) == alone(other.prompt, 40)
@@ -293,7 +293,7 @@ def test_an_error_of_all_answers_together_ends_none_that_goes_on_alone(make):
     class Alone(FakeEngine):
         def forward_each(self, ids, caches):
             if len(ids) > 1:
-                super().forward_each(ids[:1], caches[:1])  # one is through when the call breaks off
+                super().forward_each(ids[:1], caches[:1])  # one is finished when the call fails
                 raise OSError(5, "Input/output error")
             return super().forward_each(ids, caches)
 
@@ -314,7 +314,7 @@ def test_an_engine_that_fails_always_ends_each_answer_and_takes_the_next(make):
     assert last.text() == alone(last.prompt)
 
 
-def test_where_not_even_a_new_session_can_be_made_nobody_waits(make):
+def test_if_no_session_can_be_made_each_job_gets_an_error(make):
     scheduler = make(Faulty(), places=1)
     session, scheduler._model.session = scheduler._model.session, lambda **how: 1 / 0
     jobs = [Asked([BOS, POISON, HEADER]), *(Asked(prompt(9, i)) for i in range(3))]
@@ -369,7 +369,7 @@ def test_an_error_that_cannot_be_reported_ends_only_what_it_concerns(make):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_where_the_thread_itself_ends_nobody_waits(make):
+def test_if_the_engines_thread_ends_each_job_gets_an_error(make):
     class Ended(BaseException):
         pass
 

@@ -1,4 +1,4 @@
-"""`llamacli serve` as a process, over the small model: its address, its answers, its memory, its end."""
+"""`llamacli serve` as a process, with the small model: its address, answers, memory and end."""
 
 import json
 import os
@@ -129,7 +129,7 @@ def said(path, response):
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("path", USED)
 def test_the_second_turn_costs_its_new_tokens_only_by_each_protocol(client, model, path, stream):
-    """Each conversation begins in words of its own, so that none goes on with another's."""
+    """Each conversation has its own first words, so that none reuses another's session."""
     turns = [f"{path} {stream} asks: What is the capital of France? Answer in one short sentence, please."]
     more = {"temperature": 0, "stream": stream}
     costs = []
@@ -157,7 +157,7 @@ KEPT_APART += "environment.snapshots_folder = lambda: Path(sys.argv[1]); sys.exi
 
 @pytest.mark.parametrize("others", [0, 1], ids=["alone", "while another answers"])
 def test_a_server_that_starts_anew_reads_back_what_it_kept(tmp_path, others):
-    """Kept are blocks of 256 tokens. The first server is killed, so nothing is written at its end."""
+    """Blocks of 256 tokens are kept. The first server is killed, so it writes nothing at its end."""
     python = ("-c", KEPT_APART, str(tmp_path))
 
     def ask(client, question):

@@ -1,4 +1,4 @@
-"""Tool calls in answers: every dialect of Llama 4, whole and in any pieces; what is broken stays text."""
+"""Tool calls in answers: every dialect of Llama 4, complete and in any pieces; malformed calls stay text."""
 
 import json
 

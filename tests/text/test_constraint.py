@@ -1,4 +1,4 @@
-"""Answers bound to a schema, a grammar or a choice: what may come next, what must, what is refused."""
+"""Answers constrained to a schema, a grammar or a choice: allowed tokens, forced tokens, refusals."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def grammars(tokenizer):
 
 
 def said(tokenizer, constraint, seed=0, most=400, favour=None):
-    """An answer drawn from random logits, which lean to the end more and more; and whether it is whole."""
+    """An answer drawn from random logits that favour the end more and more; and whether it is complete."""
     random, sampler = np.random.default_rng(seed), Sampler(temp=1.0, top_p=1.0, seed=seed, constraint=constraint)
     ends = np.array([any(c in '"}],' for c in tokenizer.decode([id])) for id in range(tokenizer.n_vocab)])
     ends[list(tokenizer.stop_ids)] = True

@@ -1,4 +1,4 @@
-"""Sampler: the documented order, exact candidates, honest frequencies, and the logits left alone."""
+"""Sampler: the documented order, exact candidates, correct frequencies, unchanged logits."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,7 @@ def test_infinite_logits_are_not_fatal():
 
 @pytest.mark.parametrize("n", [200, 1000, 20_000])
 def test_a_flat_choice_among_many_is_not_cut_short(n):
-    """Half of all tokens share half of the weight, however many that takes."""
+    """Half of the tokens have half of the weight, however many these are."""
     found = seen(4000, logits=np.linspace(0.001, 0, n, dtype=np.float32), top_p=0.5)
     assert 0.48 * n < max(found) <= 0.5 * n
     assert min(found) < 0.02 * n
@@ -168,5 +168,5 @@ def test_at_a_temperature_past_all_measure_all_but_the_hidden_are_alike(temp):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_temperature_next_to_zero_is_greedy_without_a_word():
+def test_a_temperature_near_zero_is_greedy_without_warnings():
     assert Sampler(temp=1e-320).pick(np.array([0.0, 3.0, 2.0], np.float32)) == 1

@@ -1,4 +1,4 @@
-"""Each sampler against a plain reference: all tokens sorted, float64, one at a time, in the order that was asked for."""
+"""Each sampler against a plain reference: all tokens sorted, float64, one sampler at a time, in the given order."""
 
 import math
 
@@ -30,7 +30,7 @@ def ranked(values):
 
 
 class Plain:
-    """The definitions, word by word, over a dict of logits."""
+    """The definitions, literally, over a dict of logits."""
 
     def __init__(self, history, **s):
         self.history, self.s = list(history), {name: rule[0] for name, rule in SETTINGS.items()} | s
@@ -156,12 +156,12 @@ def test_typical_among_many_tokens_is_its_definition(p, spread):
     st.lists(st.integers(0, 11), max_size=40),
 )
 def test_any_chain_in_any_order_is_the_plain_chain(seed, names, order, history):
-    """On 300 tokens with values far enough apart that rounding decides nothing."""
+    """On 300 tokens with values so far apart that rounding has no effect."""
     random = np.random.default_rng(seed)
     logits = random.permutation(np.cumsum(random.uniform(0.02, 0.1, 300)) - 12).astype(np.float32)
     chosen = {key: value for name in names for key, value in ON[name].items()}
     found, expected = compared(logits, history, order, chosen)
-    likely = {id: p for id, p in expected.items() if p > 1e-9}  # what is less likely may have been dropped
+    likely = {id: p for id, p in expected.items() if p > 1e-9}  # less likely tokens may have been dropped
     assert {id: found.get(id) for id in likely} == pytest.approx(likely, rel=1e-3)
     assert sum(p for id, p in found.items() if id not in likely) < 1e-6
 
@@ -355,7 +355,7 @@ def test_other_senseless_settings_are_refused(wrong):
 @pytest.mark.parametrize(
     "logits", [[0.0], [1e30, -1e30, 0.0], [5.0] * 40, [3.0, -np.inf, -np.inf], [88.0, -88.0, 1e-30]], ids=str
 )
-def test_odd_logits_are_sampled_without_a_word(name, logits):
+def test_odd_logits_are_sampled_without_warnings(name, logits):
     logits = np.array(logits, np.float32)
     for extreme in ({}, {"temp": 1e-30}, {"temp": 1e30}, {"mirostat": 2}, {"repeat_penalty": 100.0, "presence_penalty": 100.0}):
         sampler = Sampler(**{**OFF, **ON[name], **extreme}, seed=2)

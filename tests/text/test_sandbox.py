@@ -1,4 +1,4 @@
-"""The sandbox: whatever a chat template asks for, rendering ends soon, within little memory, in text or one line of error."""
+"""The sandbox: rendering any chat template ends soon, within little memory, with a text or a one-line error."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Templates: Llama 4's ids, transformers' texts, BOS once, and nothing a message says ever acts as a special token."""
+"""Templates: Llama 4's ids, transformers' texts, BOS once, and text of messages never becomes a special token."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ tokenizer = Tokenizer.from_gguf(vocab.in_memory())
 
 
 def turn(role, content):
-    """What a turn must be: the blank line and the content are one run of text."""
+    """The expected ids of a turn: the blank line and the content are one run of text."""
     start, end, eot = (tokenizer.token_id(f"<|{name}|>") for name in ("header_start", "header_end", "eot"))
     return [start, *plain(role), end, *plain("\n\n" + content), eot]
 
@@ -41,7 +41,7 @@ def plain(text):
 
 
 def shown(template, *messages):
-    """What a template makes of messages, as text with special tokens' names; without messages, of one that says nothing."""
+    """The text that a template makes of messages, with special tokens' names; without messages, of an empty one."""
     ids = render(tokenizer, messages or [{"role": "user", "content": ""}], template)
     return tokenizer.decode(ids, special=True).removeprefix("<|begin_of_text|>")
 
@@ -154,7 +154,7 @@ def test_a_message_never_becomes_a_control_token_however_it_is_spelled(name):
 
 
 def test_parts_of_messages_do_not_add_up_to_a_special_token():
-    """Neither next to each other, nor after the template has cut, replaced or changed the case of what was said."""
+    """Neither if they are adjacent, nor after the template cut or replaced text or changed its case."""
     said = [{"role": "user", "content": text} for text in ("<|e", "ot|>", "<|eXot|>", "<|EOT|>", "x<|eot|>")]
     template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages[2].content | replace('X', '') }}"

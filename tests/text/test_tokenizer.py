@@ -53,7 +53,7 @@ def test_any_text_gives_the_reference_s_ids_and_comes_back(text):
 
 
 def test_a_long_text_gives_the_reference_s_ids_and_other_threads_run_meanwhile(tokenizer):
-    """One of them hears Ctrl-C."""
+    """Another thread can so handle Ctrl-C."""
     text, ticks, over = "The sea is salt, é🦙 and 12345 who asked? " * 20_000, [], threading.Event()
 
     def tick():
@@ -80,7 +80,7 @@ def test_plain_text_never_becomes_a_special_token(text):
 
 
 def test_the_reference_stands_apart_from_a_pattern_without_marks_and_case():
-    """So that the comparison above can fail: the other pattern splits the samples in other places."""
+    """This shows that the comparison above can fail: the other pattern splits the samples differently."""
     llama3 = Tokenizer.from_gguf(vocab.in_memory(pre="llama-bpe"))
     assert any(llama3.encode(text, bos=False) != vocab.trained().encode(text).ids for text in TEXTS)
 
@@ -142,7 +142,7 @@ WORDS = ["Lutetia", "statin", "<think>", "</think>", " Paris", "  ", "thequ", "t
 
 @given(st.lists(st.sampled_from([*WORDS, " ", "x", "the ", "<", "🦙", "é", "<|eot|>", "quick"]), max_size=12).map("".join))
 def test_added_words_are_found_in_text_as_the_reference_finds_them(text):
-    """They are user-defined, not special: the fine-tune saw its words as one token each, wherever they stood."""
+    """They are user-defined, not special: in the fine-tune's training each was one token, wherever it occurred."""
     reference = tokenizers.Tokenizer.from_str(vocab.trained().to_str())
     reference.add_tokens([tokenizers.AddedToken(word, normalized=True) for word in WORDS])
     expected = [reference.id_to_token(i) for i in reference.encode(text).ids]
@@ -264,7 +264,7 @@ def test_hidden_are_reserved_padding_and_structure_but_nothing_a_model_may_write
 
 
 def test_tokens_that_may_be_said_are_shown_by_name(tokenizer):
-    """So that the history of a conversation, and who calls tools, see what the model said."""
+    """So that the history of a conversation and the parser of tool calls have the whole answer."""
     tokens = vocab.lists()[0]
     said = {tokens[i] for i in tokenizer.visible_ids}
     assert said == {
