@@ -46,7 +46,7 @@ class FakeHub:
                 "type": "file",
                 "path": path,
                 "size": len(data),
-                "oid": hashlib.sha1(path.encode()).hexdigest(),  # size of the pointer file in git
+                "oid": hashlib.sha1(path.encode()).hexdigest(),  # of the pointer file in git
                 "lfs": {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 135},
             }
             for path, data in self.files.items()

@@ -1,5 +1,4 @@
-"""Measures the speed of single kernels for each tensor type: `python tests/leaves.py [TYPE ...] [--ggml libggml-cpu.so] [-t 2]
-...`.
+"""Speed of single kernels for each tensor type: `python tests/leaves.py [TYPE ...] [--ggml libggml-cpu.so] [-t 2] ...`.
 
 Out, a table: "decode", GB/s of rows that one token is multiplied with, of more bytes than a cache holds; "prefill", Gop/s (a
 multiply-add is two) of products with many tokens, unpacking included, one column for each count of `--tokens`. `LLAMACLI_SIMD`

@@ -1,5 +1,5 @@
-"""Measures the effect of `--cache`: a long prompt is evaluated once, then restored from disk. Run by hand: python
-tests/resume_cost.py [FILE] [-n TOKENS] [--kv TYPE] [-t THREADS] [--folder DIR]
+"""Measures the effect of `--cache`: a long prompt is evaluated once, then restored from disk. Run by hand:
+python tests/resume_cost.py [FILE] [-n TOKENS] [--kv TYPE] [-t THREADS] [--folder DIR]
 
 In: a model (default: the small one). Out: one line for each step with seconds, and bytes on disk. Between writing and reading,
 the files' pages are dropped from the page cache, so that the disk is read.

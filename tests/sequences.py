@@ -1,5 +1,4 @@
-"""Measures the speed of several sequences that decode together: `python tests/sequences.py FILE.gguf [--counts 1,2,4,8]
-[--tokens 32] ...`.
+"""Speed of several sequences that decode together: `python tests/sequences.py FILE.gguf [--counts 1,2,4,8] [--tokens 32] ...`.
 
 In: a GGUF that fits into memory. Out, for each count of sequences: tokens per second, and the ratio to the first count;
 "by-bytes": the ratio if only reading took time, where a step reads each weight that every token uses once, and an expert once
