@@ -295,8 +295,8 @@ class CpuStage:
         """Buffers for `n` tokens at a time, and the program over them."""
         if n <= self._capacity:
             return
+        self._capacity = 0  # first: an interrupt from here on has the next call make all of them
         self._recorded = self._buffers = self._stream = None  # the old buffers make room for the new ones
-        self._capacity = 0
         capacity = max(n, min(self._most, 1 << (n - 1).bit_length()))
         kind = {"embeds": self._embeds, "heads": self._heads}
         fetched = {"slots": self.slots is not None, "kv_file": self._reader is not None}
