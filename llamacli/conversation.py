@@ -212,10 +212,10 @@ class Conversation:
             except (sqlite3.IntegrityError, LookupError) as error:
                 self._create()
                 if isinstance(error, HeadMovedError):
-                    self.trouble = f"another chat went on with this conversation; this one is kept as {self.id} from now on"
+                    self.trouble = f"another chat continued this conversation; this one is now saved as {self.id}"
         except (sqlite3.Error, OSError) as error:
             self._store = None
-            self.trouble = f"this conversation is kept no longer: {error}; /export FILE saves it"
+            self.trouble = f"this conversation is no longer saved: {error}; /export FILE saves it"
 
 
 class Answer:

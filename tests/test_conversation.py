@@ -238,7 +238,7 @@ def test_a_store_that_fails_does_not_stop_a_conversation(store):
     store.close()
     turn(c, "two", "2")
     assert said(c) == ["one", "1", "two", "2"]
-    assert "kept no longer" in c.trouble
+    assert "no longer saved" in c.trouble
     assert not c.kept
 
 

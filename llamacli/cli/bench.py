@@ -188,9 +188,9 @@ def _earlier(path: Path) -> dict[str, float]:
     except OSError as error:
         raise UsageError(f"{path}: expected what `bench --json` printed, found: {error.strerror}; check the path") from None
     except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(f"{path}: expected what `bench --json` printed, found something else; make it anew") from None
+        raise UsageError(f"{path}: expected what `bench --json` printed, found something else; make it again") from None
     if not found:
-        raise UsageError(f"{path}: expected measurements by `llamacli bench --json`, found nothing to compare; make it anew")
+        raise UsageError(f"{path}: expected measurements by `llamacli bench --json`, found nothing to compare; make it again")
     return found
 
 

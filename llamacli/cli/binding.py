@@ -54,7 +54,7 @@ def check_whole(sampler, reason: str | None) -> None:
     """CutAnswerError if a constrained answer was cut. Even a number may lack its last digits."""
     if sampler.constraint is not None and reason != "stop":
         limit = {"length": "the -n limit", "context": "the full context"}.get(reason, "an interrupt")
-        raise CutAnswerError(f"the answer is cut: expected all of what it is bound to, found {limit} first; allow more tokens")
+        raise CutAnswerError(f"the answer is cut: expected a complete one, found {limit} first; allow more tokens")
 
 
 def slowness(sampler, stats) -> str | None:

@@ -121,7 +121,7 @@ def _list(console: Console, everything: bool, as_json: bool) -> None:
         for model in found
     ]
     rows += [
-        (name, amount(have), "/".join(part.parts[-3:-1]), f"cut off at {have / size:.0%}; pull goes on")
+        (name, amount(have), "/".join(part.parts[-3:-1]), f"cut off at {have / size:.0%}; pull continues")
         for name, part, have, size in unfinished()
         if size > 0
     ]
@@ -166,7 +166,7 @@ def _show(name: str, console: Console, as_json: bool) -> None:
     model = _found(name)
     if model.lacks:
         raise ModelFileError(
-            f"{model.name}: expected all its parts, found {model.lacks} missing; `llamacli models pull` goes on"
+            f"{model.name}: expected all its parts, found {model.lacks} missing; `llamacli models pull` continues"
         )
     inside = describe(open_gguf(model.paths[0]))
     if as_json:
@@ -210,7 +210,7 @@ def _add(file: Path, name: str | None, console: Console) -> None:
         raise OutputError(
             f"{error.filename2 or error.filename}: expected a new link, found: {error.strerror}; remove it first"
         ) from None
-    console.note(f"{name} is {file} from now on, which stays where it is")
+    console.note(f"{name} is now a name of {file}, which stays where it is")
 
 
 def _check(names: list[str], console: Console) -> None:
@@ -306,7 +306,7 @@ def _pull(text: str, memory: int | None, dry_run: bool, force: bool, as_json: bo
                     pull.fetch()
                 path = str(pull.path)
         except KeyboardInterrupt:
-            console.note("what has come stays; the same command goes on")
+            console.note("the received part is kept; the same command continues")
             raise
     if dry_run:
         console.result(json.dumps(record) if as_json else "\n".join(words or [f"{path} is here already"]))
@@ -323,7 +323,7 @@ def _plan(pull, variant, memory: int | None, force: bool) -> tuple[list[str], di
     except (UnsupportedModelError, MemoryLimitError) as error:
         if not force:
             pull.forget()
-            raise type(error)(f"{error} (--force fetches it all the same)") from None
+            raise type(error)(f"{error} (--force fetches it anyway)") from None
         words, plan = f"it cannot run here: {error}", None
     n = len(variant.files)
     size = (

@@ -1,6 +1,4 @@
-"""`llamacli perplexity`: measures how well a model predicts a text, and its divergence from another model. bench/quality.py
-measures; this module prints.
-"""
+"""`llamacli perplexity`: prints how well a model predicts a text, and its divergence from another, by bench/quality.py."""
 
 import json
 import os

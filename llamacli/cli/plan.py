@@ -1,8 +1,8 @@
-"""`llamacli plan`: whether a model runs in a given memory, which part of it is resident, and the expected speed; nothing is
-loaded.
+"""`llamacli plan`: whether a model runs in a given memory, which part is resident, and the expected speed.
 
 In: a GGUF, of which the header is read, or a Hugging Face folder, of which config.json is enough; memory, context, speeds.
-Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine, and this module prints.
+Out: tables or one JSON object on stdout. placement.py computes, machine.py measures this machine, and this module prints. No
+model is loaded.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def _from_file(path: Path, type_name: str | None, threads: int) -> Model:
     from llamacli.plan.placement import size_by_kind
 
     if type_name is not None:
-        raise UsageError("--type: expected a Hugging Face folder with it, found a file, whose types are what they are")
+        raise UsageError("--type: expected a Hugging Face folder with it, found a file, whose types are fixed")
     gguf = open_gguf(path)
     config, notices = Config.from_gguf(gguf), []
     held = [(t.name, held_bytes(t)) for t in gguf.tensors.values()]

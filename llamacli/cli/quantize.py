@@ -1,5 +1,4 @@
-"""`llamacli quantize`: a Hugging Face folder or a GGUF to a GGUF of another type. The package quantize converts; this module
-prints.
+"""`llamacli quantize`: converts a Hugging Face folder or a GGUF to a GGUF of another type, by the package quantize.
 
 In: paths, a recipe, options. Out: the file; progress and a table of what it holds on stderr; the plan of a dry run, or with
 --json one object, on stdout.
@@ -118,7 +117,7 @@ def quantize(
 ) -> None:
     """Convert and quantize a model.
 
-    An interrupted conversion goes on where it stopped when the same command is given again.
+    An interrupted conversion continues when the same command is given again.
 
     Examples:
     llamacli quantize Llama-4-Scout-17B-16E-Instruct scout.gguf --type Q4_K_M
@@ -170,7 +169,7 @@ def quantize(
                 layers=some,
             )
     except KeyboardInterrupt:
-        console.note("stopped; the same command goes on where this one did")
+        console.note("stopped; the same command continues")
         raise
     _show(report, follow.told, as_json, console)
 

@@ -1,6 +1,4 @@
-"""`llamacli tokenize`: a text or a picture in, token ids on stdout, or ids in and text out. Reads only the vocabulary of a file
-and, for a picture, the sizes of a tower.
-"""
+"""`llamacli tokenize`: a text or a picture to token ids, or ids to text. It reads a vocabulary and a tower's sizes only."""
 
 import json
 import re

@@ -1,5 +1,4 @@
-"""An actor of Ray on each node: it describes its machine, and opens layers (node.py) or the source of a conversion
-(encoding.py).
+"""The actor on each node: it describes its machine, and opens layers (node.py) or a conversion's source (encoding.py).
 
 In: calls of control.py. Out: plain dicts. Exceptions of llamacli are returned unchanged.
 """
@@ -76,13 +75,13 @@ class Host:
         try:
             gguf = open_gguf(copy)
         except ModelFileError as error:
-            raise ModelFileError(f"{error}; copy it anew") from None
+            raise ModelFileError(f"{error}; copy it again") from None
         config = Config.from_gguf(gguf)
         layers = range(first, end)
         if copies.digest(gguf, config, layers) != digest:
             raise ModelFileError(
                 f"{copy} on {socket.gethostname()}: expected the same file as here, found another in layers {first} to "
-                f"{end - 1}; copy it anew"
+                f"{end - 1}; copy it again"
             )
         most = buffers.tokens(config, batch)
         stage = cpu_part(gguf, replace(config, kv_type=kv), layers, threads, slots, most)
@@ -119,7 +118,7 @@ class Host:
         source = open_source(copy)
         if copies.source_digest(source) != digest:
             raise ModelFileError(
-                f"{copy} on {socket.gethostname()}: expected the same weights as here, found others; copy it anew"
+                f"{copy} on {socket.gethostname()}: expected the same weights as here, found others; copy it again"
             )
         self._node = EncodingNode(source, self._secret, host, threads or usable_cpus())
         return {"address": self._node.address, "pid": os.getpid()}

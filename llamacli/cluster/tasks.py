@@ -218,7 +218,7 @@ class Tasks:
     def _refuse(self, name: str, words: str) -> None:
         if name not in self._refused:
             self._refused.add(name)
-            self._told(f"node {name} is left out: what it could not encode was no problem here: {words}")
+            self._told(f"node {name} is left out: it failed to encode what this machine could: {words}")
         if worker := self.workers.get(name):
             self._lose(worker, words, again=False)
 

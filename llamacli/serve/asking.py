@@ -115,7 +115,7 @@ def bound(found: dict, offer: Offer | None) -> dict:
     """The constraint of the answer: by its format, or by a tool call that is required."""
     if found and offer:
         raise Refusal(
-            "expected no tools beside an answer that is bound, found both; leave one of them out, or set tool_choice to none",
+            "expected no tools beside an answer with a format, found both; leave one of them out, or set tool_choice to none",
             code="invalid_value",
             param="tools",
         )

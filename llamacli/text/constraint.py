@@ -119,7 +119,7 @@ class Constraint:
         """Begin another answer, whose text so far is `begun`. PromptError if that does not fit the grammar."""
         self._matcher, self._count, self.seconds = self._fresh.deep_copy(), len(begun), 0.0
         if begun and not self._matcher.consume_tokens(list(begun)):
-            raise PromptError("the answer so far does not fit what it is bound to: ask for a new one")
+            raise PromptError("the answer so far does not fit its schema, grammar or choice: ask for a new one")
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [n_vocab] of tokens that may not come next to minus infinity, in place.

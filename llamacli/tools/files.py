@@ -1,5 +1,4 @@
-"""Reads tools from files: definitions with or without a command, servers of the Model Context Protocol, functions of a Python
-file.
+"""Reads tools from files: definitions with or without a command, MCP servers, functions of a Python file.
 
 In: the text of a JSON file, or the path of a Python file. Out: a `Source`, which must be closed after use.
 

@@ -1,6 +1,4 @@
-"""How a chat ends and is continued: after a kill, a hang-up or a normal end; the terminal is restored, and no finished turn is
-lost.
-"""
+"""Ends of a chat: after a kill, a hang-up or /exit the terminal is restored, and no finished turn is lost."""
 
 import os
 import random

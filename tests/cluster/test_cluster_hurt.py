@@ -191,7 +191,7 @@ def test_another_file_and_another_version(far, alone, tmp_path):
         path.write_bytes(kept)
         print(f"{what} file: {told(command)}")
         assert command.text == alone
-        assert f"node {far.names[1]}" in command.said and "copy it anew" in command.said and command.said.count("\n") == 1
+        assert f"node {far.names[1]}" in command.said and "copy it again" in command.said and command.said.count("\n") == 1
     far.signal(3, signal.SIGKILL)
     shutil.copytree(ROOT / "llamacli", tmp_path / "llamacli", ignore=shutil.ignore_patterns("__pycache__"))
     with open(tmp_path / "llamacli" / "errors.py", "a") as file:

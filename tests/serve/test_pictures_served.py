@@ -1,6 +1,4 @@
-"""Pictures in requests: counted before the tower runs, encoded one at a time, and no text request waits for them. With the
-small model.
-"""
+"""Pictures in requests: counted before the tower runs, encoded one at a time; text requests do not wait for them."""
 
 import base64
 import threading

@@ -25,9 +25,9 @@ def chat(
     file: Annotated[
         list[Path] | None, option("-f", "--file", metavar="FILE", help="Text before the first question; repeatable.")
     ] = None,
-    go_on: Annotated[bool, option("--continue", help="Go on with the latest conversation.")] = False,
+    go_on: Annotated[bool, option("--continue", help="Continue the latest conversation.")] = False,
     resume: Annotated[
-        str | None, option("--resume", metavar="ID|NAME", help="Go on with this conversation; see llamacli history.")
+        str | None, option("--resume", metavar="ID|NAME", help="Continue this conversation; see llamacli history.")
     ] = None,
     no_save: Annotated[bool, option("--no-save", help="Keep neither the conversation nor what is typed.")] = False,
     plain: Annotated[bool, option("--plain", help="Show Markdown as it is written.")] = False,

@@ -139,7 +139,7 @@ class Commands:
         if self.talk.reason == "context":
             self.console.fail(
                 f"the context of {ctx} tokens is full, the answer ends here; {more}{more and ', then /continue goes on; '}"
-                f"/drop forgets the oldest turn, /clear begins anew"
+                f"/drop forgets the oldest turn, /clear starts over"
             )
         elif self.typed and self.talk.nearly_full:
             self.console.note(f"the context is nearly full, {self.talk.room} tokens: {more or '/drop forgets the oldest turn'}")
@@ -181,7 +181,7 @@ class Commands:
     def drop_(self, rest: str) -> None:
         dropped = self._conversation.drop(_count(rest, "/drop"))
         if not dropped:
-            raise PromptError("nothing to drop: the latest turn stays, /clear begins anew")
+            raise PromptError("nothing to drop: the latest turn stays, /clear starts over")
         turns = "turn" if dropped == 1 else f"{dropped} turns"
         self.console.note(f"the model no longer sees the oldest {turns}; nothing is deleted")
 
