@@ -188,7 +188,7 @@ def _earlier(path: Path) -> dict[str, float]:
     except OSError as error:
         raise UsageError(f"{path}: expected what `bench --json` printed, found: {error.strerror}; check the path") from None
     except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
-        raise UsageError(f"{path}: expected what `bench --json` printed, found something else; make it again") from None
+        raise UsageError(f"{path}: expected the output of `llamacli bench --json`, found another file; make it again") from None
     if not found:
         raise UsageError(f"{path}: expected measurements by `llamacli bench --json`, found nothing to compare; make it again")
     return found
