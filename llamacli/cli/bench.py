@@ -186,7 +186,9 @@ def _earlier(path: Path) -> dict[str, float]:
         records = json.loads(path.read_text())
         found = {str(record["test"]): float(_value(record)) for record in records if float(_value(record)) > 0}
     except OSError as error:
-        raise UsageError(f"{path}: expected what `bench --json` printed, found: {error.strerror}; check the path") from None
+        raise UsageError(
+            f"{path}: expected output of `llamacli bench --json`, found: {error.strerror}; check the path"
+        ) from None
     except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"{path}: expected the output of `llamacli bench --json`, found another file; make it again") from None
     if not found:
