@@ -221,7 +221,7 @@ def test_two_chats_that_go_on_with_one_conversation_lose_nothing(path):
 
 
 @pytest.mark.parametrize("back", [lambda c: c.undo(), lambda c: c.retract()])
-def test_a_chat_that_goes_back_takes_nothing_from_one_that_went_on(path, back):
+def test_going_back_in_one_chat_loses_no_turn_of_another_that_continued(path, back):
     c = Conversation(Store(path))
     turn(c, "one", "1")
     d = Conversation.resume(Store(path), Store(path).latest())

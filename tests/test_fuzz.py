@@ -28,7 +28,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name):
     assert outcomes == {True, False}  # otherwise the mutations are too weak or too strong
 
 
-def test_the_kinds_here_are_all_that_there_are(tmp_path):
+def test_every_kind_of_fuzz_is_tested(tmp_path):
     assert set(fuzz.kinds(tmp_path)) == set(KINDS)
 
 

@@ -68,7 +68,7 @@ def test_eval_continues_where_the_session_stands():
     assert np.array_equal(s.eval([4, 5]), session().sync([1, 2, 3, 4, 5]))
 
 
-def test_a_prompt_longer_than_the_context_says_what_to_do():
+def test_a_prompt_longer_than_the_context_is_an_error_with_advice():
     with pytest.raises(ContextFullError, match=r"300 tokens.*256.*-c 1024"):
         session().sync([1] * 300)
 
@@ -230,7 +230,7 @@ def test_an_interrupt_inside_the_engine_leaves_the_session_usable(written, held)
     assert np.array_equal(s.eval([60]), session().sync([*range(held), 60]))
 
 
-def test_an_interrupted_answer_hands_out_what_it_held_back_first():
+def test_an_interrupted_answer_first_yields_the_held_back_text():
     s = session(Scripted("abEND", chunk=64))
     answer, texts = s.stream([BOS, 1, HEADER], Greedy(), None, ["ENDING"]), []
     with pytest.raises(KeyboardInterrupt):

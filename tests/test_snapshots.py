@@ -345,7 +345,7 @@ def test_the_folder_lies_in_the_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("held", [BLOCK + 8, CHUNK - 1])
-def test_a_damaged_block_leaves_the_session_with_nothing_wrong(held, engine, tmp_path):
+def test_a_damaged_block_never_leaves_wrong_keys_and_values(held, engine, tmp_path):
     """The rings get the later chunk first; then a block of the earlier one, which the session uses, is found damaged."""
     prompt = BOOK[: CHUNK + 2 * BLOCK + 5]
     answer(engine, prompt, snap(engine, tmp_path, exact=False))

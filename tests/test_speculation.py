@@ -46,7 +46,7 @@ def test_the_pieces_are_the_same_with_fewer_evaluations(how, chunk):
 
 @pytest.mark.parametrize("chunk", [8, 32])
 @pytest.mark.parametrize("length", range(3, 40, 3))
-def test_what_was_guessed_wrongly_leaves_no_trace(length, chunk):
+def test_wrong_guesses_leave_no_trace_in_the_cache(length, chunk):
     """The fake engine's logits change with every token that the cache should not hold."""
     prompt = [BOS, *([5, 6, 7, 8] * 10)[:length], HEADER]
     plain, guessing = (session(FakeEngine(chunk=chunk), speculate=on) for on in (False, True))
@@ -62,7 +62,7 @@ def test_a_full_context_ends_at_the_same_token():
         assert list(guessing.stream([BOS, HEADER], Greedy())) == list(plain.stream([BOS, HEADER], Greedy()))
 
 
-def test_an_answer_that_is_left_or_interrupted_holds_only_what_was_said():
+def test_an_abandoned_or_interrupted_answer_holds_only_accepted_tokens():
     guessing = session(Scripted(REPLY, chunk=64))
     answer, said = guessing.stream([BOS, 1, HEADER], Greedy()), []
     for piece in answer:
@@ -93,7 +93,7 @@ def test_an_answer_that_was_left_takes_nothing_from_what_the_session_holds_since
 # guesses
 
 
-def test_what_followed_the_last_place_is_proposed():
+def test_tokens_after_the_last_repetition_are_proposed():
     guesses = Guesses([1, 2, 3, 4, 5, 1, 2, 3, 9, 9, 8, 1, 2], settles=False)
     assert guesses.propose(3) == [3, 9, 9]
     guesses.said(3)

@@ -93,7 +93,7 @@ def test_an_interrupt_while_the_next_prompt_is_waited_for_ends_those_under_way_a
 
 
 @pytest.mark.parametrize("fails", ["together", "alone"])
-def test_an_error_of_a_step_ends_only_what_fails_alone_too(fails):
+def test_an_error_of_a_step_ends_only_requests_that_also_fail_alone(fails):
     class Faulty(FakeEngine):
         def forward(self, ids, cache, **more):
             if fails == "alone" and len(ids) == 1 and cache.ctx == 200:
@@ -182,7 +182,7 @@ def test_a_fork_goes_on_by_itself(engine, length):
 
 
 @pytest.mark.parametrize("length", [12, 16, 70])
-def test_several_samples_of_a_prompt_are_each_what_its_seed_gives_alone(engine, length):
+def test_each_of_several_samples_equals_the_one_of_its_seed_alone(engine, length):
     """A prompt within a chunk, up to its edge, over several; more answers than go together."""
     prompt = np.random.RandomState(length).randint(0, 250, length).tolist()
     hidden = np.arange(256, 288)

@@ -250,7 +250,7 @@ def _random_file(name: str, layers: int, tests, keep: bool, console):
         yield path
         return
     try:
-        with signals.last_words(lambda: path.unlink(missing_ok=True)):  # gigabytes, if the process must end in compiled code
+        with signals.at_forced_end(lambda: path.unlink(missing_ok=True)):  # gigabytes, if the process must end in compiled code
             yield path
     finally:
         path.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ class BestAnswer(Answer):
             self._found.append(Sampled(seeded.seed))
         self._binds = samplers[0].constraint is not None
         session = options.session(model, exact=True)
-        with signals.last_words(lambda: self._end(stats, "interrupt")):
+        with signals.at_forced_end(lambda: self._end(stats, "interrupt")):
             try:
                 self._answer(model, session, ids, samplers, options, stats)
             finally:  # also on Ctrl-C and SIGTERM

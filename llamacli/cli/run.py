@@ -254,7 +254,7 @@ class Answer:
         wrap = None if self._held else console.wrap()
         with ExitStack() as stack:
             first = stack.enter_context(reading(console, model))
-            stack.enter_context(signals.last_words(lambda: self._end(session.stats, "interrupt")))
+            stack.enter_context(signals.at_forced_end(lambda: self._end(session.stats, "interrupt")))
             try:
                 for piece in self._pieces(model, session, sampler, ids, messages, options):
                     first()

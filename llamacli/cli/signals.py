@@ -33,7 +33,7 @@ class _State:
     survives = False  # the command continues after a first Ctrl-C
     unhurried = False  # the command may take its time to end
     engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
-    last_words: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
+    at_forced_end: list[Callable[[], None]] = []  # noqa: RUF012  called before the process ends from the watching thread
 
 
 def install() -> None:
@@ -73,13 +73,13 @@ def die(number: int) -> None:
 
 
 @contextmanager
-def last_words(say: Callable[[], None]):
-    """A context in which `say` is called if the process must end while the main thread is in compiled code."""
-    _State.last_words.append(say)
+def at_forced_end(action: Callable[[], None]):
+    """A context in which `action` is called if the process must end while the main thread is in compiled code."""
+    _State.at_forced_end.append(action)
     try:
         yield
     finally:
-        _State.last_words.remove(say)
+        _State.at_forced_end.remove(action)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def obeyed() -> None:
 
 @contextmanager
 def at_once():
-    """A context in which the first signal ends the process: by default handling or, if there are `last_words`, after these.
+    """A context in which the first signal ends the process: by default handling, after the functions of `at_forced_end`.
 
     A library that is called here may hold the interpreter's lock for a third of a second, so that no thread of ours can handle
     a signal. The compiler calls back into Python where an exception cannot propagate: it would be printed, and the interrupt
@@ -124,7 +124,7 @@ def at_once():
         yield
         return
     before = {number: signal.getsignal(number) for number in _NUMBERS}
-    ending = (lambda number, frame: _end(number)) if _State.last_words else signal.SIG_DFL
+    ending = (lambda number, frame: _end(number)) if _State.at_forced_end else signal.SIG_DFL
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, ending)
@@ -187,9 +187,11 @@ def _tell(text: str) -> None:
 
 
 def _end(number: int) -> None:
-    """End the process by the signal, from any thread: `last_words` first, then a line end on a terminal."""
-    for say in reversed(_State.last_words):
+    """End the process by the signal, from any thread: call the functions of `at_forced_end`, then write a line end on a
+    terminal.
+    """
+    for action in reversed(_State.at_forced_end):
         with suppress(Exception):
-            say()
+            action()
     _tell("" if sys.stderr is None else "\n")
     die(number)

@@ -79,11 +79,11 @@ class Tooling:
             raise UsageError(f"{alone}: expected --tools or --functions with it, found neither; add one or leave this out")
 
     @contextlib.contextmanager
-    def box(self, console: Console, aside=contextlib.nullcontext) -> Iterator["Toolbox | None"]:
+    def box(self, console: Console, suspended=contextlib.nullcontext) -> Iterator["Toolbox | None"]:
         """A context with the tools, ready to run; it ends their programs. None if there are no tools.
 
-        `aside()` is a context that pauses the display of the answer, for other output and input. UsageError if a tool could run
-        without permission and there is no terminal to ask on.
+        `suspended()` is a context that pauses the display of the answer, for other output and input. UsageError if there is no
+        terminal to ask for permission on and a tool could run without it.
         """
         if not self.asked:
             yield None
@@ -105,16 +105,16 @@ class Tooling:
                 source = files.from_python(path)
                 stack.callback(source.close)
                 tools += source.tools
-            if aside is contextlib.nullcontext:  # no display of an answer that a line could disturb
+            if suspended is contextlib.nullcontext:  # no display of an answer that a line could disturb
                 tools = [_with_sign(tool, console) for tool in tools]
-            ask = _asking(console, aside)
+            ask = _asking(console, suspended)
             allowed = self._allowed([tool.name for tool in tools], any(tool.run for tool in tools), ask)
 
             def may_run(call: "Call") -> bool:
                 return allowed is None or call.name in allowed or (ask is not None and ask(call))
 
             def tell(result) -> None:
-                with aside():
+                with suspended():
                     console.note(f"{shown(result.call)}: {_short(result.text)}")
 
             yield loop.Toolbox(
@@ -142,7 +142,7 @@ class Tooling:
         return allowed
 
 
-def _asking(console: Console, aside):
+def _asking(console: Console, suspended):
     """A function that asks before each call if there is a terminal, else None."""
     if not (is_terminal(sys.stdin) and is_terminal(sys.stderr)):
         return None
@@ -151,7 +151,7 @@ def _asking(console: Console, aside):
     def ask(call: "Call") -> bool:
         if call.name in always:
             return True
-        with aside():
+        with suspended():
             word = console.question(f"call {_whole(call)}? [y]es, [n]o, [a]lways: ").lower()
         if word in ("a", "always"):
             always.add(call.name)

@@ -109,7 +109,7 @@ def test_model_streams_messages_and_takes_the_files_sampling_values():
     }
 
 
-def test_a_models_sampler_knows_its_end_tokens_and_what_breaks_a_repetition():
+def test_a_models_sampler_has_its_end_tokens_and_breakers():
     import small_vocab
 
     from llamacli.text.tokenizer import Tokenizer
@@ -465,7 +465,7 @@ def test_a_signal_ends_the_line_and_keeps_what_was_said(number):
     assert len(said) < 1000
 
 
-def test_none_stands_for_no_cluster_in_spite_of_the_settings(monkeypatch, capfd, nobody):
+def test_cluster_none_overrides_the_settings(monkeypatch, capfd, nobody):
     monkeypatch.setenv("LLAMACLI_CLUSTER", nobody)
     monkeypatch.setenv("LLAMACLI_CLUSTER_SECRET", "of this test")
     asked = ["run", "--no-stdin", "-t", "1", "-n", "2", "--temp", "0", "Hi"]

@@ -44,7 +44,7 @@ def test_words_and_files_come_before_each_line_and_empty_lines_ask_nothing(model
     assert prompts_of(model) == ["u\ntext\n\nwords\n\na", "u\ntext\n\nwords\n\nb"]
 
 
-def test_a_result_is_one_line_whatever_is_said(model, tmp_path, capfd):
+def test_a_result_is_one_line_for_any_answer(model, tmp_path, capfd):
     model.engine.reply = [*"a\n\u2028\x85é".encode(), 257]
     assert main(["run", "--batch", write(tmp_path / "in", "one")]) == 0
     out = capfd.readouterr().out
@@ -101,7 +101,7 @@ def test_as_many_as_memory_holds_are_answered_at_a_time_with_the_bytes_of_one(tm
     assert [r["line"] for r in records(one.stdout)] == list(range(1, 21))
 
 
-def test_what_all_prompts_begin_with_is_evaluated_once(tmp_path, monkeypatch):
+def test_the_common_beginning_of_prompts_is_evaluated_once(tmp_path, monkeypatch):
     (tmp_path / "text").write_text("The cat sits on the mat and sees a red ball. " * 40)
     questions, evaluated = write(tmp_path / "in", *(f"Question {i}? " * 20 for i in range(9))), []
     evaluate = Session._evaluate

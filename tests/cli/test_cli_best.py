@@ -40,7 +40,7 @@ def test_an_answer_that_is_whole_is_better_than_a_likelier_one_that_is_cut():
     assert (done.returncode, found["finish_reason"]) == ((0, "stop") if whole else (1, "length"))
 
 
-def test_ctrl_c_leaves_the_best_of_what_there_is(model, capfd, monkeypatch):
+def test_ctrl_c_writes_the_best_answer_so_far(model, capfd, monkeypatch):
     steps, forward_each = [], model.engine.forward_each
 
     def interrupted(*args):
@@ -64,6 +64,6 @@ def test_ctrl_c_leaves_the_best_of_what_there_is(model, capfd, monkeypatch):
         (["--best-of", "0"], "from 1 to 64"),
     ],
 )
-def test_best_of_what_makes_no_sense_is_refused(model, capfd, args, words):
+def test_best_of_with_contradicting_options_is_refused(model, capfd, args, words):
     assert main(["run", "--best-of", "2", *args, "hi"]) == 2
     assert words in capfd.readouterr().err

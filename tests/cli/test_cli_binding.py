@@ -19,7 +19,7 @@ def test_an_answer_that_is_cut_inside_its_json_says_so():
 
 
 @pytest.mark.parametrize("schema", ['{"const": [1, 2, 3]}', '{"type": "integer", "minimum": 10000000}'])
-def test_an_answer_that_is_cut_among_what_is_certain_or_in_a_number_says_so_too(schema, tmp_path):
+def test_an_answer_cut_in_forced_tokens_or_in_a_number_is_an_error(schema, tmp_path):
     done = small("--schema", schema, "-n", "2", "Hi")
     assert done.returncode == 1 and len(done.stdout) < 6 and "the answer is cut" in done.stderr
     done = small("--schema", schema, "-n", "2", "--batch", write(tmp_path / "in", "Hi"))
@@ -47,7 +47,7 @@ def test_a_choice_and_a_schema_from_a_file_bind(tmp_path):
         (["--choice", '["a"'], "JSON list"),
     ],
 )
-def test_what_cannot_bind_is_refused_before_the_model_loads(capfd, args, words):
+def test_an_invalid_constraint_is_refused_before_the_model_loads(capfd, args, words):
     assert main(["run", "-m", "/no/such/model.gguf", *args, "hi"]) == 2
     err = capfd.readouterr().err
     assert words in err and err.count("\n") == 1

@@ -43,7 +43,7 @@ def test_exit_typed_as_a_word_is_explained_once(begin):
     assert t.ends() == 0
 
 
-def test_undo_says_what_it_forgets(begin, tmp_path):
+def test_undo_names_the_removed_question(begin, tmp_path):
     t = begin()
     for n, question in enumerate(("one", "two", "three"), 1):
         asked(t, question, n)
@@ -125,7 +125,7 @@ def test_export_search_list_and_load(begin, tmp_path):
     t.wait('"about elephants", 1 turn so far')
 
 
-def test_a_full_context_says_what_to_do_and_loses_nothing(begin, tmp_path):
+def test_a_full_context_gives_advice_and_loses_nothing(begin, tmp_path):
     t = begin("-c", "40")
     asked(t, "first question")
     t.type("a second question\r")

@@ -93,7 +93,7 @@ def test_code_of_200_lines_is_printed_as_it_comes_and_once():
     assert all(end.count(f"def step_{i}(state, scale={i}):") == 1 for i in range(50))
 
 
-def test_what_is_shown_in_the_meantime_fits_the_screen():
+def test_an_unfinished_block_fits_the_screen():
     """A table cannot be printed before its end; the last rows of it are seen while it grows."""
     seen = []
     streamed(ANSWERS["tall table"], 40, 12, PACES[3], meanwhile=lambda n, paper, live: n == 100 and seen.extend(paper.lines))

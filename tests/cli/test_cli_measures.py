@@ -27,7 +27,7 @@ TESTS = Path(__file__).parents[1]
 # inspect, tokenize, bench
 
 
-def test_inspect_shows_what_cannot_be_run_and_says_so(tmp_path, capfd):
+def test_inspect_shows_a_file_that_cannot_run_with_the_reason(tmp_path, capfd):
     path = write_gguf(tmp_path / "other.gguf", "mamba")
     assert main(["inspect", path]) == 0
     out = capfd.readouterr().out
@@ -141,7 +141,7 @@ def test_bench_compare_says_how_to_get_llama_cpp(measured, capfd, monkeypatch):
     assert "pip install llama-cpp-python" in capfd.readouterr().err
 
 
-def test_bench_of_a_shape_says_what_the_whole_model_would_do_and_leaves_no_file(capfd, monkeypatch, tmp_path):
+def test_bench_of_a_shape_estimates_the_whole_model_and_removes_its_file(capfd, monkeypatch, tmp_path):
     small = replace(
         shapes.SHAPES["scout"],
         **{"n_layers": 8, "n_embd": 256, "n_heads": 2, "n_kv_heads": 1, "n_ff": 512, "n_ff_exp": 256, "n_experts": 4},

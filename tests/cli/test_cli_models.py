@@ -41,7 +41,7 @@ def said(capfd, *args, code=0):
     return capfd.readouterr()
 
 
-def test_what_is_pulled_runs_by_its_name(hub, capfd, folders):
+def test_a_pulled_model_runs_by_its_name(hub, capfd, folders):
     hub.faults = [("cut", 100_000), ("status", 429, {"Retry-After": "3"})]
     out = said(capfd, "pull", "-v", "me/model:F32")
     path = folders / "own" / "me" / "model" / "tiny-F32.gguf"
@@ -113,7 +113,7 @@ def test_a_split_model_is_pulled_with_all_its_parts(hub, model, tmp_path, capfd,
     assert main(["run", "-m", "s-Q8_0", "-n", "2", "--no-stdin", "hi"]) == 0
 
 
-def test_what_cannot_run_is_refused_before_its_weights_come(hub, capfd, folders):
+def test_a_model_that_cannot_run_is_refused_before_its_weights_are_fetched(hub, capfd, folders):
     refused = said(capfd, "pull", "me/model", "--memory", "1M", code=1)
     assert "expected at least" in refused.err and "--force" in refused.err and refused.err.count("\n") == 1
     assert not list((folders / "own").rglob("*.gguf*"))
@@ -127,7 +127,7 @@ def test_what_cannot_run_is_refused_before_its_weights_come(hub, capfd, folders)
     assert not list((folders / "own").rglob("*.gguf"))
 
 
-def test_a_full_disk_is_said_before_anything_comes(hub, capfd, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_fetched(hub, capfd, monkeypatch):
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
@@ -154,7 +154,7 @@ def test_a_plan_leaves_nothing_and_takes_nothing_away(hub, capfd, folders):
         assert part.stat().st_size >= 100_000
 
 
-def test_what_the_hub_refuses_is_one_line(hub, capfd, monkeypatch):
+def test_a_refusal_of_the_hub_is_a_one_line_error(hub, capfd, monkeypatch):
     assert "check the spelling" in said(capfd, "pull", "me/other", code=1).err
     hub.token = "right"
     assert "set HF_TOKEN" in said(capfd, "pull", "me/model", code=1).err

@@ -80,13 +80,13 @@ def test_tokenize_gives_the_ids_that_stand_for_a_picture_in_a_prompt(model, tmp_
         (["--image", "/nowhere.png"], "/nowhere.png: expected a picture"),
     ],
 )
-def test_tokenize_refuses_what_makes_no_sense_of_a_picture(model, photo, capfd, words, expected):
+def test_tokenize_refuses_wrong_options_with_a_picture(model, photo, capfd, words, expected):
     assert main(["tokenize", "-m", model, *(word.replace("PHOTO", str(photo)) for word in words)]) in (1, 2)
     out, err = capfd.readouterr()
     assert out == "" and expected in err and err.count("\n") == 1
 
 
-def test_run_says_what_the_model_saw(model, photo, capfd):
+def test_run_describes_the_encoded_picture(model, photo, capfd):
     found = answer(capfd, model, "--image", photo, "--image-tiles", 2, "What is it?")
     (image,) = found["images"]
     assert image == {
@@ -119,7 +119,7 @@ def test_a_picture_on_stdin_is_a_picture(model, photo, capfd, monkeypatch):
     assert raw["usage"]["prompt_tokens"] < named["usage"]["prompt_tokens"]
 
 
-def test_without_a_tower_one_line_says_what_is_missing(photo, tmp_path, capfd):
+def test_a_missing_tower_is_a_one_line_error(photo, tmp_path, capfd):
     alone = tmp_path / "alone.gguf"
     shutil.copy(SMALL_MODEL, alone)
     assert main(["run", "-m", str(alone), "--image", str(photo), "hi"]) == 1
@@ -146,7 +146,7 @@ def test_a_decompression_bomb_is_refused_early_and_in_little_memory(tmp_path):
     assert "million pixels" in done.stderr
 
 
-def test_inspect_and_plan_say_what_the_tower_takes(model, capfd):
+def test_inspect_and_plan_show_the_cost_of_the_tower(model, capfd):
     for command in (["inspect", "--json", model], ["plan", "--json", "--bandwidth", "10", "--disk", "1", model]):
         assert main(command) == 0
         vision = json.loads(capfd.readouterr().out)["vision"]
@@ -302,7 +302,7 @@ def test_a_picture_that_cannot_be_seen_is_its_lines_error(model, photo, tmp_path
         ({"messages": [{"role": "user", "content": []}]}, "parts of text and image"),
     ],
 )
-def test_what_is_no_picture_of_a_line_is_named_before_the_first_answer(model, tmp_path, capfd, line, words):
+def test_an_invalid_picture_of_a_line_is_named_before_the_first_answer(model, tmp_path, capfd, line, words):
     found, err = batch(capfd, model, ["a", line], code=1, folder=tmp_path)
     assert found == []
     assert f"line 2: expected {words}" in err or ("line 2" in err and words in err)

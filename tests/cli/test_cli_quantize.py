@@ -77,7 +77,7 @@ def test_imatrix_does_not_write_over_what_it_reads(tmp_path, capfd, over):
     assert {path.read_text() for path in files.values()} == {"precious"}
 
 
-def test_a_source_that_is_not_there_is_said_before_the_compiler_is_loaded():
+def test_a_missing_source_is_reported_before_the_compiler_is_imported():
     code = (
         "import sys; from llamacli.cli import main; code = main(['quantize', 'missing.gguf', 'out.gguf']);"
         "print(code, 'numba' in sys.modules)"

@@ -100,7 +100,7 @@ def test_none_loads_a_model_here_in_spite_of_the_environment(model, capfd, monke
 @pytest.mark.parametrize(
     "address", ["ftp://host", "http://", "http://a b", "http://host:99999", "http://u:p@host", "http://h/?q=1", "hé"]
 )
-def test_an_address_that_is_none_is_refused(address, capfd):
+def test_an_invalid_address_is_refused(address, capfd):
     assert run("--server", address, "Hi") == 2
     assert "--server: expected an address" in capfd.readouterr().err
 

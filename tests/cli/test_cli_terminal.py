@@ -38,7 +38,7 @@ def drawn(t, pattern):
     return any(re.fullmatch(pattern, re.sub(r"\x1b\[[0-9;]*[mK]", "", line)) for line in re.split("[\r\n]+", t.raw))
 
 
-def test_how_far_the_prompt_is_stands_there_until_the_first_token(preloaded):
+def test_progress_of_the_prompt_is_shown_until_the_first_token(preloaded):
     t = Terminal(fake("run", "x" * 95, delay="0.03"), columns=80, start=preloaded.start)
     assert t.ends() == 0
     assert drawn(t, r"reading the prompt, +\d+ of 100 tokens  ━+─+  +\d+ %  \d+:\d\d left"), t.raw
@@ -129,7 +129,7 @@ with {work} as update:
     ],
     ids=["bar", "waiting"],
 )
-def test_a_warning_does_not_stand_behind_what_is_drawn_again_and_again(work, until_drawn):
+def test_a_warning_starts_on_its_own_line_beside_a_progress_line(work, until_drawn):
     code = WARNED.format(work=work, until_drawn=until_drawn)
     assert lines([sys.executable, "-c", code]) == ["llamacli: careful", "llamacli: and more"]
 
@@ -146,7 +146,7 @@ def test_words_are_whole_at_the_edge_of_a_terminal_and_bytes_in_a_pipe(columns, 
     assert subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stdout.decode() == LONG + "\n"
 
 
-def test_an_answer_stands_alone_and_a_cut_one_says_so_unless_quiet(preloaded):
+def test_stdout_has_only_the_answer_and_a_cut_one_is_noted_unless_quiet(preloaded):
     assert lines(fake("run", "hi"), start=preloaded.start) == ["first line", "second line"]
     assert lines(fake("run", "-n", "5", "hi"), start=preloaded.start)[:1] == ["first"]
     assert "stopped at the -n limit" in " ".join(lines(fake("run", "-n", "5", "hi"), start=preloaded.start))

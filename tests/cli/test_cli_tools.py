@@ -107,7 +107,7 @@ def test_a_server_from_the_common_file_is_used(model, tmp_path, capfd):
     assert (out, "add(a=40, b=2): 42" in err) == ("42.\n", True)
 
 
-def test_the_limit_of_rounds_is_said(model, functions, capfd):
+def test_the_limit_of_rounds_is_reported(model, functions, capfd):
     answers(model, OSLO, OSLO)
     assert main(["run", "--functions", functions, "--allow-tools", "all", "--tool-rounds", "1", "x"]) == 0
     assert "after 1 rounds of calls; --tool-rounds allows more" in capfd.readouterr().err

@@ -97,7 +97,7 @@ def test_the_table_can_be_drawn(folder, capfd, tmp_path):
     assert "plan.png" in run(capfd, folder(**REAL), *args, str(tmp_path / "plan.nonsense"), code=1).err
 
 
-def test_what_was_assumed_or_given_is_called_so(folder, capfd):
+def test_assumed_and_given_speeds_are_labelled(folder, capfd):
     out = run(capfd, folder(**REAL), "--memory", "32G", "--disk", "7").out
     assert "7.0 GB/s, given" in out
     assert "GB/s, assumed" in out
@@ -167,7 +167,7 @@ def test_types_that_become_half_precision_are_counted_so(tmp_path, capfd, limits
         (["--type", "Q9"], "--type: expected one of"),
     ],
 )
-def test_what_is_no_number_is_said_in_one_line(folder, capfd, args, words):
+def test_an_invalid_number_is_a_one_line_error(folder, capfd, args, words):
     said = run(capfd, folder(**REAL), *args, *(["--memory", "14G"] if "--memory" not in args else []), code=2)
     assert words in said.err
     assert said.err.count("\n") == 1

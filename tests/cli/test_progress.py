@@ -38,7 +38,7 @@ def test_a_bar_counts_the_columns_of_a_terminal_and_not_characters(label):
     assert wcswidth(bars[100].partition("━")[0]) == wcswidth(label) + 2
 
 
-def test_what_matters_least_gives_way_first():
+def test_the_least_important_parts_are_omitted_first():
     meter = meter_at(40)
     shown = [[part in meter.bar(width) for part in (" %", " left", "━", "MB/s", "M weights/s")] for width in reversed(WIDTHS)]
     assert shown[0] == [True] * 5
@@ -72,7 +72,7 @@ def test_words_for_a_log():
     assert meter_at(40, weights=None, label="pp512").words() == "quantize: 50 %, pp512, 0:40 left"
 
 
-def test_nothing_is_guessed_before_there_is_a_speed():
+def test_speed_and_time_left_are_shown_once_known():
     assert meter_at(0).words() == "quantize: 0 %, blk.12.ffn_gate_exps"
     assert meter_at(5, rate=0).words().endswith("0 MB/s")
     assert meter_at(0, total=0).words() == "quantize: 0 %, blk.12.ffn_gate_exps"
@@ -88,7 +88,7 @@ def test_speeds_are_those_of_the_last_seconds():
     assert "5.0 MB/s" in meter.words()
 
 
-def test_what_an_earlier_run_did_counts_for_no_speed():
+def test_work_of_an_earlier_run_does_not_count_for_the_speed():
     now = 0
     meter = Meter("quantize", lambda: now)
     for now in (0, 10):

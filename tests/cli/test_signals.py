@@ -122,7 +122,7 @@ def test_a_signal_while_a_model_is_loaded_leaves_no_random_file(number, tmp_path
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_an_interrupted_answer_keeps_what_it_has(number, tmp_path):
+def test_an_interrupted_answer_keeps_its_text(number, tmp_path):
     with deaf(3, "run", "hi") as process:
         process.send_signal(number)
         out, _ = process.communicate(timeout=300)
@@ -134,7 +134,7 @@ def test_an_interrupted_answer_keeps_what_it_has(number, tmp_path):
 
 
 @pytest.mark.parametrize("calls, text", [(0, ""), (4, REPLY[:4])])
-def test_json_interrupted_in_compiled_code_prints_what_it_has(calls, text):
+def test_json_interrupted_in_compiled_code_prints_the_text_so_far(calls, text):
     with deaf(calls, "run", "--json", "hi") as process:
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=300)
@@ -143,7 +143,7 @@ def test_json_interrupted_in_compiled_code_prints_what_it_has(calls, text):
     assert (record["text"], record["finish_reason"]) == (text, "interrupt")
 
 
-def test_json_interrupted_between_tokens_prints_what_it_has(model, monkeypatch, capfd):
+def test_json_interrupted_between_tokens_prints_the_text_so_far(model, monkeypatch, capfd):
     answered, logits = [], model.engine.logits
 
     def interrupted(*args):
@@ -242,7 +242,7 @@ def test_ctrl_c_while_the_program_starts_is_quiet(module):
     assert started(module, "run", "hi")[1] == (-signal.SIGINT, b"", b"")
 
 
-def test_next_to_nothing_is_imported_before_ctrl_c_is_quiet():
+def test_few_modules_are_imported_before_ctrl_c_is_quiet():
     """An interrupt during one of these shows a traceback, as does one during the interpreter's own start. What is built into
     the interpreter is there at once.
     """

@@ -56,7 +56,7 @@ def talk_at_length(
         conversation.system = options.system
     edits = typed and not environment.dumb_terminal() and (is_terminal(sys.stdout) or is_terminal(sys.stderr))
     screen = Screen(console, edits, plain)
-    with tooling.box(console, screen.aside) as box:
+    with tooling.box(console, screen.suspended) as box:
         if box and not box.runs_all:
             raise UsageError("chat: expected tools that run here, found definitions alone; give each a command, or use run")
         talk = Talk(options.load(console), options, console, conversation, box)

@@ -92,7 +92,7 @@ class Screen:
         self._space()
 
     @contextlib.contextmanager
-    def aside(self):
+    def suspended(self):
         """A context for other output and input during an answer: the drawn part stays, and the terminal has its normal mode."""
         if self._drawn:
             with unbroken():

@@ -38,7 +38,7 @@ class Quiet:
         with contextlib.suppress(OSError, ValueError, termios.error if termios else OSError):
             if termios and sys.stdin is not None and os.isatty(0):
                 self._before = termios.tcgetattr(0)
-                self._end.enter_context(signals.last_words(self._give_back))
+                self._end.enter_context(signals.at_forced_end(self._give_back))
                 self._silence()
                 self.drain()
                 self._typed = self._typed.replace(b"\n", b"\r")  # until then the system translated the key Enter
