@@ -392,7 +392,7 @@ def plan_residency(
 def _check_converted(gguf, tensors: Iterable, memory: int) -> None:
     """MemoryLimitError if tensors that become float16 do not fit: a file's own pages can be read again, these cannot."""
     converted = [t for t in tensors if not has_kernels(t)]
-    if (needed := sum(map(held_bytes, converted))) > memory:
+    if converted and (needed := sum(map(held_bytes, converted))) > memory:
         raise MemoryLimitError(
             f"{gguf.path}: expected {_gb(needed)} of memory for {len(converted)} tensors of types without fast kernels "
             f"({converted[0].type.name}), which become F16, found {_gb(max(0, memory))}; use a file of another type"
