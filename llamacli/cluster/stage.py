@@ -191,10 +191,12 @@ class ClusterStage:
             row.stop(last)
 
     def abandon_after(self, cache: ClusterCache, pos: int) -> None:
-        """Forget what is under way if it writes to a cache at `pos` or beyond: an interrupted call does not wait for it."""
+        """Forget what is under way if it writes to a cache at `pos` or beyond: an interrupted call does not wait for it.
+        Another thread's call may go on meanwhile.
+        """
         if any(
             own is cache and start + n > pos
-            for batch in self._under_way.values()
+            for batch in [*self._under_way.values()]
             for own, start, n in (() if batch.repeats else batch.runs)
         ):
             self.abandon()

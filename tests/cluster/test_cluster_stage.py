@@ -485,6 +485,27 @@ def test_another_call_that_fails_disturbs_no_answer(nodes):
     assert Together(nodes.engine, nodes).texts(fail) == alone
 
 
+def test_a_thread_goes_back_in_its_sequence_while_another_evaluates(nodes):
+    other = nodes.new_caches()[0]
+    nodes.engine.forward(IDS[:50], other)
+    end = threading.Event()
+
+    def evaluate():
+        while not end.is_set():
+            nodes.engine.forward([1], nodes.caches[0])
+
+    thread, every = threading.Thread(target=evaluate), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change in the middle of everything
+    thread.start()
+    try:
+        for _ in range(60000):
+            assert other.truncate(50) == 50
+    finally:
+        sys.setswitchinterval(every)
+        end.set()
+        thread.join()
+
+
 def test_keys_and_values_of_forgotten_sequences_are_released(nodes):
     assert nodes.same(IDS[:50])
     before = nodes.caches[0].nbytes
