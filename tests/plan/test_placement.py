@@ -294,9 +294,9 @@ def test_types_that_become_half_precision_are_planned_in_half_precision_at_load(
 def test_a_mapped_model_of_which_nothing_is_converted_loads_beside_others_that_hold_the_memory(tmp_path):
     """A mapped model is not held to the memory: the system reads its pages again."""
     path = tiny_gguf(tmp_path / "tiny.gguf")
-    with llamacli.Model.load(path, threads=1, ctx=64, experts="mapped"):
-        with llamacli.Model.load(path, threads=1, ctx=64, experts="mapped", memory=1 << 20, sessions=4) as model:
-            assert model.sessions == 4
+    how = {"threads": 1, "ctx": 64, "experts": "mapped"}
+    with llamacli.Model.load(path, **how), llamacli.Model.load(path, **how, memory=1 << 20, sessions=4) as model:
+        assert model.sessions == 4
 
 
 def test_an_embedding_that_becomes_half_precision_is_held_whole_beside_slots(tmp_path, monkeypatch):
