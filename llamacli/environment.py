@@ -107,7 +107,7 @@ def plain_terminal() -> bool:
 
 
 def dumb_terminal() -> bool:
-    """Whether the terminal knows no control sequences, or nobody knows which."""
+    """Whether the terminal has no control sequences, or unknown ones."""
     return os.environ.get("TERM") in ("dumb", "unknown")
 
 

@@ -137,8 +137,8 @@ class Snapshots:
             self._notice(f"{self._folder}: the prompt is not kept: {error.strerror or error}")
 
     def _trusted(self) -> bool:
-        """Whether nobody else can put keys and values into the folder, which would change answers; one that is not there is
-        made as the user's own.
+        """Whether only the user can write to the folder, since foreign keys and values would change answers. A missing folder
+        counts, since it will be made for the user alone.
         """
         try:
             info = self._folder.stat()

@@ -152,7 +152,7 @@ class Console:
         return os.read(0, 4096).decode("utf-8", "replace").strip()
 
     def warn(self, text: str) -> None:
-        """A line to stderr that is shown in any case."""
+        """A line to stderr that -q does not suppress."""
         self.say(_folded(f"llamacli: {one_line(text)}"))
 
     def fail(self, text: str) -> None:
@@ -165,7 +165,7 @@ class Console:
         return f"{DIM}{text}{PLAIN}" if _coloured(sys.stderr, self._color) else text
 
     def piece(self, text: str) -> None:
-        """A piece of the answer, to stdout at once. BrokenPipeError if nobody reads any more."""
+        """A piece of the answer, to stdout at once. BrokenPipeError if the reader has closed the pipe."""
         if text:
             self._last = text[-1]
             _write(text.encode("utf-8", "replace"))

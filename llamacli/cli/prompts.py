@@ -38,7 +38,8 @@ class Prompts:
             raise UsageError(f"--raw and {self.template.path} exclude each other: the template has a system prompt")
 
     def added(self, pictures: Sequence[str]) -> bytes:
-        """What options add to each line of a batch, to tell runs apart; empty if nothing. `pictures`: hashes of theirs."""
+        """Bytes that identify what the options add to each line of a batch; empty if nothing. `pictures`: hashes of pictures.
+        """
         form = self.template and [self.template.prompt, self.template.system, self.template.defaults]
         parts = [self.text, self.system, form, dict(self.params), self.raw, pictures]
         return json.dumps(parts, sort_keys=True).encode() if any(parts) else b""

@@ -199,7 +199,7 @@ class Link:
                         self._sock.sendall(part[at : at + SENT])
                         self.moved = time.monotonic()
                 count += 1
-        except Exception:  # also of a frame that cannot be written: whoever waits for it must learn that it does not come
+        except Exception:  # also for a frame that cannot be written, so that its receiver does not wait for it
             self._closed = True
             with suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)  # the reading thread reports it

@@ -31,7 +31,7 @@ _OF_KIND = {
 
 
 class ToolError(Exception):
-    """A call failed; the model is told why and may go on."""
+    """A call failed; the model is given the reason and may continue."""
 
 
 @dataclass(frozen=True)
