@@ -38,8 +38,7 @@ class Prompts:
             raise UsageError(f"--raw and {self.template.path} exclude each other: the template has a system prompt")
 
     def added(self, pictures: Sequence[str]) -> bytes:
-        """Bytes that identify what the options add to each line of a batch; empty if nothing. `pictures`: hashes of pictures.
-        """
+        """Bytes that identify what the options add to each line of a batch; empty if nothing. `pictures`: their hashes."""
         form = self.template and [self.template.prompt, self.template.system, self.template.defaults]
         parts = [self.text, self.system, form, dict(self.params), self.raw, pictures]
         return json.dumps(parts, sort_keys=True).encode() if any(parts) else b""
