@@ -40,12 +40,13 @@ class Conversation:
         self.messages: list[Message] = []
         self.model, self.id, self.name, self.start, self.trouble = model, None, None, 0, None
         self._store, self._system = store, system
+        self._head: int | None = None  # in the store, as this process wrote or read it last
 
     @classmethod
     def resume(cls, store: Store, chat: StoredChat) -> "Conversation":
         """A conversation of the store, as it was left."""
         self = cls(store, chat.model, chat.system)
-        self.id, self.name = chat.id, chat.name
+        self.id, self.name, self._head = chat.id, chat.name, chat.head
         self.messages = [Message(m.role, m.content, m.id, m.finish) for m in store.branch(chat)]
         self.start = next((i for i, m in enumerate(self.messages) if m.id == chat.first), 0)
         return self
@@ -100,29 +101,26 @@ class Conversation:
         """Take the last answer off the branch, to answer its question anew. Returns a function that puts it back."""
         if not self.messages:
             raise PromptError("nothing to answer again: ask something first")
-        if self.unanswered:
-            return lambda: None
-        answer = self.messages[-1]
-        self._cut(len(self.messages) - 1)
-
-        def put_back() -> None:
-            if not self.unanswered:
-                self._cut(len(self.messages) - 1)
-            was = self._head
-            self.messages.append(answer)
-            self._move_head(was)
-
-        return put_back
+        return (lambda: None) if self.unanswered else self._take_off(len(self.messages) - 1)
 
     def set_aside(self) -> Callable[[], None]:
         """Take the latest question and its answer off the branch. Returns a function that puts them back."""
-        messages, start = [*self.messages], self.start
-        self.undo()
+        return self._take_off(max((i for i, m in enumerate(self.messages) if m.role == "user"), default=0))
+
+    def _take_off(self, length: int) -> Callable[[], None]:
+        """Cut the branch to this length. Returns a function that puts back what was cut off, in place of what came since."""
+        chat, start, off = self.id, self.start, self.messages[length:]
+        self._cut(length)
 
         def put_back() -> None:
-            was = self._head
-            self.messages, self.start = messages, start
-            self._move_head(was)
+            self._cut(length)
+            self.start = start
+            if self.id == chat:
+                self.messages += off
+                self._move_head()
+            else:  # saved as another conversation meanwhile, which lacks them
+                for message in off:
+                    self._append(message)
 
         return put_back
 
@@ -166,34 +164,37 @@ class Conversation:
             self._keep(lambda: self._write(len(self.messages) - 1))
 
     def _cut(self, length: int) -> None:
-        was = self._head
         del self.messages[length:]
         if self.start >= length:
             self.start = 0
-        self._move_head(was)
+        self._move_head()
 
-    @property
-    def _head(self) -> int | None:
-        return self.messages[-1].id if self.messages else None
-
-    def _move_head(self, was: int | None) -> None:
+    def _move_head(self) -> None:
         if self.id is not None:
-            self._keep(lambda: self._store.move(self.id, was, self._head))
+            self._keep(self._write_head)
+
+    def _write_head(self) -> None:
+        head = next((m.id for m in reversed(self.messages) if m.id is not None), None)
+        self._store.move(self.id, self._head, head)
+        self._head = head
 
     def _create(self) -> None:
         """Write everything so far as a new conversation: with the first question, or if another process deleted it, or went on
         with it.
         """
-        self.id = self._store.create(self.model, self._system, self.name)
+        self.id, self._head = self._store.create(self.model, self._system, self.name), None
         for i in range(len(self.messages)):
             self._write(i)
+        if self.start:
+            self._store.update(self.id, first=self.messages[self.start].id)
 
     def _write(self, i: int) -> None:
         if i and self.messages[i - 1].id is None:  # an interrupt came between a message and its writing
             self._write(i - 1)
         parent = self.messages[i - 1].id if i else None
         message = self.messages[i]
-        message.id = self._store.add(self.id, parent, message.role, message.content, message.finish)
+        written = message.role, message.content, message.finish
+        message.id = self._head = self._store.add(self.id, self._head, parent, *written)
 
     def _rewrite(self, message: Message) -> None:
         self._keep(lambda: self._store.rewrite(message.id, message.content, message.finish))

@@ -117,9 +117,9 @@ class Store:
         )
         return chat
 
-    def add(self, chat: str, parent: int | None, role: str, content: str, finish: str | None = None) -> int:
-        """Append a message after `parent`, which must be the head, and make it the head. sqlite3.IntegrityError if the
-        conversation was deleted, HeadMovedError if another process moved the head; nothing is added then.
+    def add(self, chat: str, head: int | None, parent: int | None, role: str, content: str, finish: str | None = None) -> int:
+        """Append a message after `parent` and make it the head instead of `head`. sqlite3.IntegrityError if the conversation
+        was deleted, HeadMovedError if the head is another; nothing is added then.
         """
         now = time.time()
         with self._transaction():
@@ -127,7 +127,7 @@ class Store:
                 "INSERT INTO message (chat, parent, role, content, finish, created) VALUES (?, ?, ?, ?, ?, ?)",
                 (chat, parent, role, content, finish, now),
             ).lastrowid
-            self._move(chat, parent, message)
+            self._move(chat, head, message)
         return message
 
     def move(self, chat: str, head: int | None, to: int | None) -> None:
@@ -226,11 +226,12 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # an interrupt may come between the begin of one and the next line
+                self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
 

@@ -1,5 +1,6 @@
 """Persistent conversations: branches, a kill at any moment, two processes at once, search, and a store that fails."""
 
+import functools
 import json
 import os
 import random
@@ -230,6 +231,77 @@ def test_going_back_in_one_chat_loses_no_turn_of_another_that_continued(path, ba
     assert d.id != c.id
     (chat,) = [chat for chat in Store(path).chats() if chat.id == c.id]
     assert [m.content for m in Store(path).branch(chat)] == ["one", "1", "two", "2"]
+
+
+@pytest.mark.parametrize("aside", [lambda c: c.set_aside(), lambda c: c.retract()])
+def test_what_is_put_back_after_another_chat_went_on_is_in_the_copy(path, aside):
+    """The conversation is saved as another one between the two, which lacks what was taken off."""
+    c = Conversation(Store(path))
+    turn(c, "one", "1")
+    turn(c, "two", "2")
+    turn(c, "three", "3")
+    c.drop()
+    other = Conversation.resume(Store(path), Store(path).latest())
+    turn(other, "four", "4")
+    put_back = aside(c)
+    if not c.unanswered:
+        c.ask("three in other words")
+    put_back()
+    assert said(c) == ["one", "1", "two", "2", "three", "3"]
+    kept = Conversation.resume(Store(path), Store(path).find(c.id))
+    assert (said(kept), kept.start, c.start) == (said(c), 2, 2)
+    turn(c, "five", "5")
+    assert said(Conversation.resume(Store(path), Store(path).find(c.id))) == said(c)
+
+
+def test_turns_that_were_dropped_stay_dropped_in_a_copy(path):
+    c = Conversation(Store(path))
+    turn(c, "one", "1")
+    turn(c, "two", "2")
+    c.drop()
+    turn(Conversation.resume(Store(path), Store(path).latest()), "three", "3")
+    turn(c, "four", "4")
+    kept = Conversation.resume(Store(path), Store(path).find(c.id))
+    assert [m["content"] for m in kept.prompt()] == [m["content"] for m in c.prompt()] == ["two", "2", "four", "4"]
+
+
+def test_a_question_that_an_interrupt_kept_from_the_disk_is_no_other_chat(path, store, monkeypatch):
+    c = Conversation(store)
+    turn(c, "one", "1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "add", interrupted)
+        c.ask("two")
+    turn(c, "three", "3")
+    assert (said(again(path)), len(store.chats()), c.trouble) == (["one", "1", "three", "3"], 1, None)
+
+
+def test_an_interrupt_while_another_process_holds_the_file_leaves_it_usable(path, monkeypatch):
+    """SQLite returns from its wait with the transaction begun, and only then is the interrupt raised."""
+
+    class Connection(sqlite3.Connection):
+        begun = False
+
+        def execute(self, sql, *values):
+            found = super().execute(sql, *values)
+            if self.begun and sql.startswith("BEGIN"):
+                Connection.begun = False
+                raise KeyboardInterrupt
+            return found
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Connection))
+    c = Conversation(Store(path))
+    turn(c, "one", "1")
+    c.ask("a question that the next one replaces")
+    monkeypatch.setattr(Connection, "begun", True)
+    with pytest.raises(KeyboardInterrupt):
+        c.ask("two")
+    turn(Conversation(Store(path)), "another", "chat")
+    turn(c, "three", "3")
+    assert (said(c), said(again(path)), c.trouble) == (["one", "1", "three", "3"], said(c), None)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_store_that_fails_does_not_stop_a_conversation(store):
