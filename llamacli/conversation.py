@@ -165,7 +165,7 @@ class Conversation:
 
     def _cut(self, length: int) -> None:
         del self.messages[length:]
-        if self.start >= length:
+        if self.start > length:
             self.start = 0
         self._move_head()
 
@@ -185,8 +185,6 @@ class Conversation:
         self.id, self._head = self._store.create(self.model, self._system, self.name), None
         for i in range(len(self.messages)):
             self._write(i)
-        if self.start:
-            self._store.update(self.id, first=self.messages[self.start].id)
 
     def _write(self, i: int) -> None:
         if i and self.messages[i - 1].id is None:  # an interrupt came between a message and its writing
@@ -195,6 +193,8 @@ class Conversation:
         message = self.messages[i]
         written = message.role, message.content, message.finish
         message.id = self._head = self._store.add(self.id, self._head, parent, *written)
+        if i and i == self.start:  # in place of a message that was the first of those sent
+            self._store.update(self.id, first=message.id)
 
     def _rewrite(self, message: Message) -> None:
         self._keep(lambda: self._store.rewrite(message.id, message.content, message.finish))

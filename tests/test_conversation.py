@@ -131,6 +131,19 @@ def test_dropped_turns_are_not_sent_but_stay(path, store):
     assert [m["content"] for m in c.prompt()] == ["s", "a", "A"]
 
 
+@pytest.mark.parametrize("aside", [lambda c: c.set_aside(), lambda c: c.undo(), lambda c: c.retract(), lambda c: c.ask("x")])
+def test_dropped_turns_stay_dropped_when_the_question_after_them_is_replaced(path, store, aside):
+    c = Conversation(store)
+    turn(c, "one", "1")
+    turn(c, "two", "2")
+    c.drop()
+    aside(c)
+    turn(c, "three", "3")
+    assert [m["content"] for m in c.prompt()][-2:] == ["three", "3"]
+    assert "one" not in [m["content"] for m in c.prompt()]
+    assert again(path).prompt() == c.prompt()
+
+
 def test_clear_begins_another_conversation(store):
     c = Conversation(store, system="s")
     turn(c, "one", "1")

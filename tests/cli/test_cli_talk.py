@@ -108,6 +108,22 @@ def test_an_edited_question_that_the_context_does_not_hold_says_to_edit_again(tm
     assert "then /edit asks again" in " ".join(capfd.readouterr().err.split())
 
 
+def test_an_edited_question_that_gets_no_answer_gives_back_what_was_read_for_it(room, tmp_path):
+    (tmp_path / "notes.txt").write_text("my notes")
+    room.type("one", f"/read {tmp_path}/notes.txt", lambda: room.engine.arm(ERRORS[0], 1), "/edit uno")
+    assert room.said == ["one", "hello"]
+    assert room.type("/edit uno") == ["my notes\n\nuno", "hello"]
+
+
+def test_an_edited_question_fits_after_the_oldest_turn_is_dropped(tmp_path):
+    """The advice that the error gives works."""
+    room = Room(tmp_path, "hello", ctx=60)
+    room.type("zero", "one", "/edit " + "x" * 44)
+    assert room.said == ["zero", "hello", "one", "hello"]
+    room.type("/drop", "/edit " + "x" * 44)
+    assert room.said[:3] == ["zero", "hello", "x" * 44]
+
+
 def test_a_question_without_an_answer_gives_way_to_the_edited_one(room):
     room.type(lambda: room.engine.arm(ERRORS[0], 1), "one", lambda: room.engine.arm(ERRORS[0], 1), "/edit uno")
     assert room.said == ["uno"]

@@ -74,9 +74,14 @@ class Talk:
         """Ask the latest question in other words; the old one stays on a branch of its own, or comes back with its answer if
         the new one gets none.
         """
-        answered = not self.conversation.unanswered
-        put_back = self.conversation.set_aside()
+        answered, unread = not self.conversation.unanswered, {**self.unread}
+        take_back = self.conversation.set_aside()
         answer = self._asked(question)
+
+        def put_back() -> None:
+            take_back()
+            self.unread.update(unread)
+
         return self._instead(answer, put_back, "then /edit asks again") if answered else self._answer(answer)
 
     def regenerate(self) -> Iterator[str]:
