@@ -67,7 +67,7 @@ class Cluster:
     """A connection to a running cluster, as one of its nodes. Ray allows one per process."""
 
     def __init__(self, address: str):
-        """DeviceError if no cluster answers there, or with another secret."""
+        """DeviceError if no cluster answers there, or with another secret. UsageError if this process has a connection."""
         self.secret = environment.cluster_secret()
         if not self.secret:
             raise UsageError(
@@ -83,6 +83,10 @@ class Cluster:
             ) from None
         os.environ.update(environ(self.secret))
         self._ray = library()
+        if self._ray.is_initialized():
+            raise UsageError(
+                "--cluster: expected no other connection of this process to Ray, which allows one, found one; close it first"
+            )
         if name in ("127.0.0.1", "localhost"):
             keep_loopback()
         check_private(self._ray, "_private")
@@ -96,7 +100,6 @@ class Cluster:
                     address=f"{name}:{port}",
                     logging_level="CRITICAL",
                     log_to_driver=False,
-                    ignore_reinit_error=True,
                     job_config=job,
                 )
         except (ConnectionError, RuntimeError, ValueError, self._ray.exceptions.RayError) as error:

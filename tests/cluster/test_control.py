@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from llamacli.cluster import control, processes
-from llamacli.errors import DeviceError
+from llamacli.errors import DeviceError, UsageError
 
 STUBBORN = """
 import os, signal, sys, time
@@ -142,6 +142,7 @@ def ray(state, monkeypatch):
     """In place of Ray: one node, whose processes answer with what `ray.get` returns."""
     ray = MagicMock()
     ray.job_config.JobConfig, ray.exceptions.RayError, ray.exceptions.RayTaskError = JobConfig, OSError, Told
+    ray.is_initialized.return_value = False
     ray.init.side_effect = lambda job_config, **how: job_config._serialize()
     ray.nodes.return_value = [node("1")]
     ray.wait.side_effect = lambda references, **how: (references, [])
@@ -195,6 +196,15 @@ def test_a_ray_that_would_have_nodes_import_from_the_program_s_folders_is_refuse
     change(ray)
     with pytest.raises(DeviceError, match=r"^ray 2.*: expected a version with .*; install ray 2"):
         control.Cluster("127.0.0.1:1")
+
+
+def test_a_second_connection_is_refused_and_the_first_one_stays(ray):
+    control.Cluster("127.0.0.1:1")
+    ray.is_initialized.return_value = True
+    ray.init.side_effect = None  # as Ray does where there is a connection
+    with pytest.raises(UsageError, match="expected no other connection .* close it first"):
+        control.Cluster("127.0.0.1:1")
+    assert not ray.shutdown.called
 
 
 STARTED = """
