@@ -202,7 +202,7 @@ def test_a_second_connection_is_refused_and_the_first_one_stays(ray):
     control.Cluster("127.0.0.1:1")
     ray.is_initialized.return_value = True
     ray.init.side_effect = None  # as Ray does where there is a connection
-    with pytest.raises(UsageError, match="expected no other connection .* close it first"):
+    with pytest.raises(UsageError, match=r"expected no other connection .* close it first"):
         control.Cluster("127.0.0.1:1")
     assert not ray.shutdown.called
 
