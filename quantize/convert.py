@@ -5,7 +5,6 @@ the whole file, checks the output and then streams it a few rows at a time. Memo
 model. Nothing is printed.
 """
 
-import errno
 import math
 import os
 import re
@@ -185,11 +184,12 @@ def _layers_of(src: Path, source: Source, layers: range) -> tuple[dict[str, Rows
 def _target(path: Path) -> Path:
     """The file to write: a link is followed, not replaced."""
     try:
-        return path.resolve() if path.is_symlink() else path
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
-        if getattr(error, "errno", errno.ELOOP) != errno.ELOOP:
-            raise OutputError(f"{path}: expected a name for a file, found: {error.strerror}; choose another name") from None
-        raise OutputError(f"{path}: expected a link to a file, found one that leads in a circle; choose another name") from None
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    except OSError as error:
+        raise OutputError(f"{path}: expected a name for a file, found: {error.strerror}; choose another name") from None
+    if target.is_symlink():
+        raise OutputError(f"{path}: expected a link to a file, found one that leads in a circle; choose another name")
+    return target
 
 
 def _check_outputs(out: Path, files: list[File], inputs: list[Path], job: str, force: bool, nbytes: int) -> None:

@@ -6,6 +6,7 @@ In: paths, a recipe, options. Out: the file; progress and a table of what it hol
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
@@ -200,7 +201,7 @@ def _out_and_type(out: str | None, word: str | None, type_name: str | None) -> t
 
 def default_out(source: Path, type_name: str) -> Path:
     """NAME-TYPE.gguf in the working folder."""
-    resolved = source.resolve()
+    resolved = Path(os.path.realpath(source))
     name = resolved.stem if resolved.suffix == ".gguf" else resolved.name
     return Path(f"{name or 'model'}-{find_recipe(type_name).name}.gguf")
 

@@ -39,7 +39,7 @@ def kept(path: Path) -> str | None:
 
 def known(path: Path) -> str | None:
     """The checksum that a file should have; None if none is recorded."""
-    by_name = _DIGEST.fullmatch(path.resolve().name)
+    by_name = _DIGEST.fullmatch(os.path.basename(os.path.realpath(path)))
     return by_name[1] if by_name else _noted(path)[0]
 
 

@@ -42,7 +42,8 @@ def test_help_imports_neither_numba_nor_numpy():
 FEW_THREADS = """
 import os, sys, threading
 from llamacli.cli import main
-left, start = [int(sys.argv[1])], threading._start_new_thread
+left, name = [int(sys.argv[1])], "_start_joinable_thread" if sys.version_info >= (3, 13) else "_start_new_thread"
+start = getattr(threading, name)
 
 def start_new_thread(*arguments, **more):
     if not left[0]:
@@ -50,15 +51,13 @@ def start_new_thread(*arguments, **more):
     left[0] -= 1
     return start(*arguments, **more)
 
-threading._start_new_thread = start_new_thread
+setattr(threading, name, start_new_thread)
 os._exit(main(sys.argv[2:]))
 """
-threads_by_name = pytest.mark.skipif(sys.version_info >= (3, 13), reason="threads start by another private name")
 
 
-@threads_by_name
 @pytest.mark.parametrize(
-    "command", [["run", "-t", "2", "-n", "1", "Hi"], ["quantize", str(environment.SMALL_MODEL), "OUT", "Q8_0"]]
+    "command", [["run", "-t", "2", "-n", "1", "Hi"], ["quantize", "-t", "2", str(environment.SMALL_MODEL), "OUT", "Q8_0"]]
 )
 @pytest.mark.parametrize("threads", [0, 1])
 def test_no_more_threads_is_a_one_line_error(command, threads, tmp_path):
@@ -70,7 +69,6 @@ def test_no_more_threads_is_a_one_line_error(command, threads, tmp_path):
     assert "a bug" not in done.stderr
 
 
-@threads_by_name
 def test_prefetching_is_left_out_where_there_is_no_thread_for_it(tmp_path):
     words = [sys.executable, "-c", FEW_THREADS, "3", "run", "-t", "2", "-n", "1", "--temp", "0", "Hi"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)

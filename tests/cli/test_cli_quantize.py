@@ -77,6 +77,14 @@ def test_imatrix_does_not_write_over_what_it_reads(tmp_path, capfd, over):
     assert {path.read_text() for path in files.values()} == {"precious"}
 
 
+def test_a_source_that_is_a_link_to_itself_is_refused_in_one_line(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    assert main(["quantize", "circle"]) == 1
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "circle: expected a" in error and "a bug" not in error
+
+
 def test_a_missing_source_is_reported_before_the_compiler_is_imported():
     code = (
         "import sys; from llamacli.cli import main; code = main(['quantize', 'missing.gguf', 'out.gguf']);"

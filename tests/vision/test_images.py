@@ -17,7 +17,7 @@ from llamacli.llama4.config import Config
 from llamacli.prompt import tokens
 from llamacli.vision.pictures import read_picture
 from llamacli.vision.sight import Marks, segments
-from llamacli.vision.tiles import Tiles, cut, layout
+from llamacli.vision.tiles import cut, layout
 from llamacli.vision.tower import Tower
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -84,7 +84,7 @@ def test_logits_after_pictures_are_those_of_transformers(golden, tmp_path, name)
             prompt.append(random.randint(0, 257, part).tolist())
         else:
             tiles, grid = golden[f"tiles.{part}"], tuple(golden[f"grid.{part}"])
-            prompt += segments(Tiles(tiles, grid, (1, 1)), rows_of(tower, tiles), part.encode(), marks)
+            prompt += segments(grid, rows_of(tower, tiles), part.encode(), marks)
     found = tokens(prompt)
     assert list(map(operator.index, found)) == golden[f"ids.{name}"].tolist()
     shape = {key: value for key, value in case.items() if key != "seed"}
