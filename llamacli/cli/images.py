@@ -151,7 +151,7 @@ def cost_rows(found: dict) -> list[tuple[str, str]]:
     """The cost of a vision tower (sight.cost), as rows of a table."""
     return [
         ("file", found["file"]),
-        ("weights", f"{amount(found['weights_bytes'])}, and {amount(found['working_bytes'])} to work in"),
+        ("weights", f"{amount(found['weights_bytes'])}, and {amount(found['working_bytes'])} of working memory"),
         ("a picture", f"1 to {found['most_tiles']} tiles of {found['tile']} pixels, {found['tile_tokens']} tokens each"),
         ("the largest", f"{found['most_tokens']} tokens"),
         ("work", f"{count(2 * found['tile_products'])} operations a tile"),

@@ -188,7 +188,7 @@ def plan(
         _show_many(record, console)
     if share and not as_json:
         rows = [("layers", f"{share.layers} of {model.config.n_layers}, and the head"), ("weights", amount(share.weights))]
-        rows += [("KV cache", amount(share.kv)), ("to work in", amount(share.working))]
+        rows += [("KV cache", amount(share.kv)), ("working memory", amount(share.working))]
         rows.append(("all", f"{amount(share.nbytes)} of {amount(share.budget)}"))
         console.table("\nOf it on the GPU; the speeds above are those of a CPU, no GPU having been measured", rows)
     if plot:  # last: if it cannot be written, the numbers have been shown
@@ -381,7 +381,7 @@ def _show(model: Model, p, record: dict, speeds: dict, many: dict, placement, co
         rows.append(("rows of the embedding", amount(p.rows)))
     if p.kv_files:
         rows.append(("positions in memory", f"{min(p.window, p.ctx)} of {p.ctx}"))
-    rows += [("KV cache", amount(p.kv)), ("to work in", amount(p.working)), ("all", amount(p.resident))]
+    rows += [("KV cache", amount(p.kv)), ("working memory", amount(p.working)), ("all", amount(p.resident))]
     console.table(f"\nResident with {p.ctx} tokens", rows)
     origins = {name: f"{values[0]:.1f} GB/s, {origin}" for name, (values, origin) in speeds.items() if name != "compute"}
     rows = [("disk", origins["disk"]), ("memory", origins["bandwidth"])]
