@@ -9,25 +9,13 @@ from installed import needed
 
 mx = needed("mlx.core")
 
-import cpp  # noqa: E402
 from stages import EXACT, WIDE, WIDENED, agreement, difference, engine, in_pieces, one_pass, tokens  # noqa: E402
 
 from llamacli.files.gguf import open_gguf  # noqa: E402
 from llamacli.llama4.config import Config  # noqa: E402
-from llamacli.mlx import kernels, matrix  # noqa: E402
+from llamacli.mlx import matrix  # noqa: E402
 from llamacli.mlx.stage import MlxStage  # noqa: E402
 from llamacli.text.tokenizer import Tokenizer  # noqa: E402
-
-
-@pytest.fixture
-def as_cpp(monkeypatch):
-    if cpp.COMPILER is None:
-        pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(kernels, "dialect", cpp.dialect)
-    cpp.forget(kernels)
-    yield
-    cpp.forget(kernels)
-
 
 TYPES = ["F32", "F16", "BF16", "Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S"]
 

@@ -8,16 +8,15 @@ from installed import needed
 
 mx = needed("mlx.core")
 
-import cpp  # noqa: E402
+from stages import EXACT, difference, in_pieces, tokens  # noqa: E402
 
 from llamacli import Model  # noqa: E402
 from llamacli.engine import Engine  # noqa: E402
 from llamacli.errors import ModelFileError, UnsupportedModelError, UsageError  # noqa: E402
 from llamacli.files.gguf import open_gguf  # noqa: E402
 from llamacli.llama4.config import Config  # noqa: E402
-from llamacli.mlx import kernels, memory, streaming  # noqa: E402
+from llamacli.mlx import memory, streaming  # noqa: E402
 
-EXACT = 1e-5
 WIDE = {"n_embd": 256, "head_dim": 64, "n_ff": 512, "n_ff_exp": 256}
 
 
@@ -27,29 +26,6 @@ def engine(path, slots, **more):
     config = Config.from_gguf(file)
     total = slots * sum(map(config.is_moe, range(config.n_layers)))
     return Engine(file, config, 2, total, gpu_layers=config.n_layers, **more)
-
-
-def tokens(n, seed=0):
-    return np.random.RandomState(seed).randint(0, 257, n)
-
-
-def in_pieces(model, ids, size):
-    cache = model.new_cache(len(ids))
-    return np.concatenate([model.forward(ids[at : at + size], cache, all_logits=True) for at in range(0, len(ids), size)])
-
-
-def difference(found, expected):
-    return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-@pytest.fixture
-def as_cpp(monkeypatch):
-    if cpp.COMPILER is None:
-        pytest.skip("needs a C++ compiler")
-    monkeypatch.setattr(kernels, "dialect", cpp.dialect)
-    cpp.forget(kernels)
-    yield
-    cpp.forget(kernels)
 
 
 SHAPES = {"scout": tiny.SCOUT, "maverick": tiny.MAVERICK, "2 of 6 experts": {"used": 2, "experts": 6}}
