@@ -357,7 +357,7 @@ class Results:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or (found.get("line"), found.get("input")) != (request.line, request.digest):
-            raise self._foreign(f"another in place of that for line {request.line}")
+            raise self._foreign(f"for line {request.line} one to another text, picture, template or system prompt")
 
     def check_end(self) -> None:
         """OutputError if the file has more results than the batch has lines."""

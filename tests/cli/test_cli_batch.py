@@ -221,7 +221,10 @@ def test_results_to_another_prompt_are_not_taken_for_those_of_this_run(model, tm
     assert run(before) == 0
     assert run(now) == 1
     assert out.read_text() == good
-    assert "expected the results of this batch, found another in place of that for line 1" in capfd.readouterr().err
+    assert (
+        "expected the results of this batch, found for line 1 one to another text, picture, template or system prompt"
+        in capfd.readouterr().err
+    )
 
 
 def test_of_another_file_no_more_is_read_than_tells_it_apart(model, tmp_path, capfd):
