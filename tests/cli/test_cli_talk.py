@@ -108,6 +108,16 @@ def test_an_edited_question_that_the_context_does_not_hold_says_to_edit_again(tm
     assert "then /edit asks again" in " ".join(capfd.readouterr().err.split())
 
 
+def test_a_command_that_saves_the_conversation_as_another_says_so(room, capfd):
+    """It may be the last one before the chat is left."""
+    room.type("one", "two")
+    other = Conversation.resume(room.store, room.store.latest())
+    other.ask("three")
+    room.type("/undo")
+    assert room.conversation.id != other.id
+    assert f"this one is now saved as {room.conversation.id}" in " ".join(capfd.readouterr().err.split())
+
+
 def test_an_edited_question_that_gets_no_answer_gives_back_what_was_read_for_it(room, tmp_path):
     (tmp_path / "notes.txt").write_text("my notes")
     room.type("one", f"/read {tmp_path}/notes.txt", lambda: room.engine.arm(ERRORS[0], 1), "/edit uno")

@@ -75,7 +75,17 @@ class Commands:
         return self.talk.conversation
 
     def take(self, text: str) -> None:
-        """Execute a command or answer a turn. EOFError leaves the chat."""
+        """Execute a command or answer a turn, and report where the conversation is saved if that changed. EOFError leaves the
+        chat.
+        """
+        try:
+            self._take(text)
+        finally:
+            if trouble := self._conversation.trouble:
+                self._conversation.trouble = None
+                self.console.fail(trouble)
+
+    def _take(self, text: str) -> None:
         editing, self._editing, self.draft = self._editing, False, ""
         word, _, rest = text.strip().partition(" ")
         name = ALIASES.get(word.lower(), word.lower())
@@ -143,9 +153,6 @@ class Commands:
             )
         elif self.typed and self.talk.nearly_full:
             self.console.note(f"the context is nearly full, {self.talk.room} tokens: {more or '/drop forgets the oldest turn'}")
-        if self._conversation.trouble:
-            self.console.fail(self._conversation.trouble)
-            self._conversation.trouble = None
         if self.talk.reason in ("length", "context"):
             check_whole(self.talk.sampler, self.talk.reason)
 
