@@ -232,7 +232,8 @@ def _chat_template(folder: Path, settings: dict) -> tuple[str | None, str | None
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            template = read_file(file, MAX_TEMPLATE).decode("utf-8-sig")
+            text = read_file(file, MAX_TEMPLATE).decode("utf-8-sig")
+            template = text.replace("\r\n", "\n").replace("\r", "\n")  # transformers reads it as text, too
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file}: expected a template in UTF-8, found: {error}; download it again") from None
     else:

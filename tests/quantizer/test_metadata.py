@@ -153,10 +153,10 @@ def test_the_template_for_chat_is_found(tmp_path, template, expected, notice):
     assert notice is None or any(notice in text for text in report["notices"])
 
 
-def test_a_template_file_with_a_byte_order_mark(tmp_path):
+def test_a_template_file_with_a_byte_order_mark_and_ends_of_lines_of_other_systems(tmp_path):
     weights = checkpoint.write(tmp_path / "hf")
-    (tmp_path / "hf" / "chat_template.jinja").write_bytes(b"\xef\xbb\xbffrom the file")
-    assert made(tmp_path / "hf", weights)[0].metadata["tokenizer.chat_template"] == "from the file"
+    (tmp_path / "hf" / "chat_template.jinja").write_bytes(b"\xef\xbb\xbffrom\r\nthe\rfile\n")
+    assert made(tmp_path / "hf", weights)[0].metadata["tokenizer.chat_template"] == "from\nthe\nfile\n"
 
 
 HOSTILE_HINTS = [
