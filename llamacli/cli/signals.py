@@ -4,8 +4,9 @@ The first signal raises KeyboardInterrupt (SIGINT) or SystemExit (SIGTERM, and S
 or the connection to it lost) in the main thread, so that a command can keep what it has. Compiled code cannot be interrupted by
 an exception. So a thread of its own watches the descriptor to which the interpreter writes the number of each signal. It asks
 the engines to end their calls. If the main thread still does not run the handler within GRACE seconds, it ends the process,
-unless the command continues after a signal (`chat`); a second signal ends it at once. To end the process, it restores the
-terminal and raises the signal with its default handling, so that a shell's loop stops as well.
+unless the command continues after a signal (`chat`); a second signal ends it at once. A SIGHUP after a SIGTERM or another
+SIGHUP does not count, since nobody means it: where a terminal is closed, the system sends one and the shell another. To end the
+process, it restores the terminal and raises the signal with its default handling, so that a shell's loop stops as well.
 """
 
 import os
@@ -30,6 +31,7 @@ class _State:
     answers = 0  # number of times that the main thread ran a handler
     obeying: int | None = None  # the value of `answers` for the signal that is being handled
     survived = False  # whether the command continued after that signal
+    leaving = False  # whether the main thread has handled a SIGTERM or SIGHUP, after which no command continues
     survives = False  # the command continues after a first Ctrl-C
     unhurried = False  # the command may take its time to end
     engines = weakref.WeakSet()  # noqa: RUF012  whose calls are to end
@@ -136,7 +138,10 @@ def at_once():
 
 
 def _handle(number, frame):
+    if number == signal.SIGHUP and _State.leaving:
+        return
     _State.answers += 1
+    _State.leaving = _State.leaving or number != signal.SIGINT
     if _State.obeying is None:
         _State.obeying, _State.survived = _State.answers, _State.survives
     if number == signal.SIGINT:
@@ -147,10 +152,14 @@ def _handle(number, frame):
 def _watch(reader: int) -> None:
     """Answers are counted, since the main thread may handle a signal before this thread has read its number."""
     seen, deaf = 0, False  # answers to earlier signals; whether the last signal had none in time
+    leaving = False  # a SIGTERM or SIGHUP was read
     while data := os.read(reader, 1):
         number = data[0]
         if number not in _NUMBERS or signal.getsignal(number) is signal.SIG_IGN:
             continue
+        if number == signal.SIGHUP and leaving:
+            continue
+        leaving = leaving or number != signal.SIGINT
         if (_State.obeying is not None and _State.obeying <= seen) or (deaf and _State.answers == seen):
             _end(number)
         if deaf:

@@ -47,6 +47,8 @@ sys.argv[1:2] = []
 enter()
 """
 
+SLEEPING = DEAF.replace("lock = ctypes", "import time; time.sleep(1000); lock = ctypes")  # its call can be interrupted
+
 
 @contextmanager
 def deaf(after, *args, code=DEAF, **how):
@@ -75,8 +77,7 @@ def test_a_signal_in_compiled_code_ends_the_process(number):
 
 
 def test_ctrl_c_before_the_first_token_leaves_no_output():
-    """The call can be interrupted."""
-    with deaf(0, "run", "hi", code=DEAF.replace("lock = ctypes", "import time; time.sleep(1000); lock = ctypes")) as process:
+    with deaf(0, "run", "hi", code=SLEEPING) as process:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (-signal.SIGINT, b"", b"")
@@ -131,6 +132,21 @@ def test_an_interrupted_answer_keeps_its_text(number, tmp_path):
         process.send_signal(number)
         process.communicate(timeout=300)
     assert (process.returncode, (tmp_path / "out").read_bytes()) == (-number, REPLY[:3].encode() + b"\n")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGHUP])
+def test_a_sighup_while_the_program_ends_stops_no_write(first, tmp_path):
+    """Where a terminal is closed, the shell sends one and the system another, within a millisecond."""
+    code = SLEEPING.replace(
+        "sys.argv[1:2] = []",
+        "import os, signal\nfrom llamacli.cli import run\nwrite = run.write_new\n"
+        "run.write_new = lambda *how: (os.kill(os.getpid(), signal.SIGHUP), write(*how))\nsys.argv[1:2] = []",
+    )
+    with deaf(3, "run", "-o", str(tmp_path / "out"), "hi", code=code) as process:
+        process.send_signal(first)
+        _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (-first, b"")
+    assert (tmp_path / "out").read_bytes() == REPLY[:3].encode() + b"\n"
 
 
 @pytest.mark.parametrize("calls, text", [(0, ""), (4, REPLY[:4])])
