@@ -259,8 +259,8 @@ class Talk:
         larger = f"/ctx {(n + 512 + 1023) // 1024 * 1024} holds more"
         if sum(m.role == "user" for m in self.conversation.messages[self.conversation.start :]) > 1:
             raise ContextFullError(
-                f"the conversation has {n} tokens with this question, the context holds {ctx}: /undo or /clear makes room, "
-                f"/drop forgets the oldest turn, {larger}; {then}"
+                f"the conversation has {n} tokens with this question, the context holds {ctx}: /drop forgets the oldest turn, "
+                f"{larger}; {then}; /undo or /clear makes room for another question"
             )
         raise ContextFullError(f"this question alone has {n} tokens, the context holds {ctx}: shorten it, or {larger}")
 
