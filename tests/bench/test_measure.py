@@ -318,7 +318,8 @@ def test_llama_cpp_runs_the_same_tests(tmp_path):
 
 
 def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
         plot.check(Path("bench.png"))
 
