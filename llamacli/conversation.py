@@ -118,8 +118,11 @@ class Conversation:
             if self.id == chat:
                 self.messages += off
                 self._move_head()
+                if 0 < start < len(self.messages):
+                    self._update(first=self.messages[start].id)
             else:  # saved as another conversation meanwhile, which lacks them
                 for message in off:
+                    message.id = None
                     self._append(message)
 
         return put_back
@@ -161,7 +164,7 @@ class Conversation:
         if self.id is None:
             self._keep(self._create)
         else:
-            self._keep(lambda: self._write(len(self.messages) - 1))
+            self._keep(self._write)
 
     def _cut(self, length: int) -> None:
         del self.messages[length:]
@@ -182,19 +185,22 @@ class Conversation:
         """Write everything so far as a new conversation: with the first question, or if another process deleted it, or went on
         with it.
         """
+        for message in self.messages:
+            message.id = None
         self.id, self._head = self._store.create(self.model, self._system, self.name), None
-        for i in range(len(self.messages)):
-            self._write(i)
+        self._write()
 
-    def _write(self, i: int) -> None:
-        if i and self.messages[i - 1].id is None:  # an interrupt came between a message and its writing
-            self._write(i - 1)
-        parent = self.messages[i - 1].id if i else None
-        message = self.messages[i]
-        written = message.role, message.content, message.finish
-        message.id = self._head = self._store.add(self.id, self._head, parent, *written)
-        if i and i == self.start:  # in place of a message that was the first of those sent
-            self._store.update(self.id, first=message.id)
+    def _write(self) -> None:
+        """Write the last messages: those that have no id, usually one, or more after an interrupt."""
+        begin = len(self.messages)
+        while begin and self.messages[begin - 1].id is None:
+            begin -= 1
+        for i, message in enumerate(self.messages[begin:], begin):
+            parent = self.messages[i - 1].id if i else None
+            written = message.role, message.content, message.finish
+            message.id = self._head = self._store.add(self.id, self._head, parent, *written)
+            if i and i == self.start:  # in place of a message that was the first of those sent
+                self._store.update(self.id, first=message.id)
 
     def _rewrite(self, message: Message) -> None:
         self._keep(lambda: self._store.rewrite(message.id, message.content, message.finish))

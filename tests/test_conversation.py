@@ -1,6 +1,7 @@
 """Persistent conversations: branches, a kill at any moment, two processes at once, search, and a store that fails."""
 
 import functools
+import itertools
 import json
 import os
 import random
@@ -276,6 +277,36 @@ def test_turns_that_were_dropped_stay_dropped_in_a_copy(path):
     turn(c, "four", "4")
     kept = Conversation.resume(Store(path), Store(path).find(c.id))
     assert [m["content"] for m in kept.prompt()] == [m["content"] for m in c.prompt()] == ["two", "2", "four", "4"]
+
+
+def test_a_copy_that_an_interrupt_cuts_is_made_whole_with_the_next_message(path, monkeypatch):
+    store = Store(path)
+    c = Conversation(store)
+    turn(c, "one", "1")
+    turn(Conversation.resume(Store(path), Store(path).latest()), "two", "2")
+    add, calls = store.add, itertools.count()
+
+    def once(*record):
+        if next(calls) == 2:  # after the question that was refused, and the first message of the copy
+            raise KeyboardInterrupt
+        return add(*record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "add", once)
+        c.ask("three")
+    turn(c, "four", "4")
+    assert said(Conversation.resume(Store(path), Store(path).find(c.id))) == said(c) == ["one", "1", "four", "4"]
+
+
+def test_turns_that_were_dropped_stay_dropped_when_a_question_is_put_back(path, store):
+    c = Conversation(store)
+    turn(c, "one", "1")
+    turn(c, "two", "2")
+    c.drop()
+    put_back = c.set_aside()
+    c.ask("deux")
+    put_back()
+    assert again(path).prompt() == c.prompt() == [{"role": "user", "content": "two"}, {"role": "assistant", "content": "2"}]
 
 
 def test_a_question_that_an_interrupt_kept_from_the_disk_is_no_other_chat(path, store, monkeypatch):
