@@ -126,6 +126,9 @@ class FakeEngine:
         self.follow_progress = None
         self.break_after = None  # raise KeyboardInterrupt after this many tokens of a call are written
 
+    def close(self):
+        pass
+
     def new_cache(self, ctx):
         return FakeCache(ctx, self.chunk)
 

@@ -187,6 +187,14 @@ def test_another_model_that_cannot_be_loaded_leaves_the_old_one(room, monkeypatc
     assert room.store.latest().model == "good"
 
 
+def test_a_model_is_closed_before_another_one_is_loaded(room):
+    """Its memory, and on a cluster its connection, of which a process may have one, must be free."""
+    events, model = [], room.talk.model
+    model.close = lambda: events.append("closed")
+    room.talk.use(lambda path: (events.append(path), model)[1], "good")
+    assert events == ["closed", "good"]
+
+
 def test_a_file_that_is_no_model_changes_nothing(room, tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"nothing")
     model = room.talk.model

@@ -184,7 +184,8 @@ class Talk:
         """Answer with the model that `load(path)` returns. If it cannot be loaded, the old one is loaded again."""
         ctx, before = self.session.ctx, self.conversation.model
         self._views.clear()
-        self.session = self.sampler = self.model = None  # its memory must be free before the next model asks for it
+        self.model.close()  # the next model needs its memory, and its connection to a cluster, of which a process may have one
+        self.session = self.sampler = self.model = None
         try:
             self.model = load(path)
             self.conversation.use(path)
