@@ -4,6 +4,7 @@ In: records of measure.speed and `llamacli plan`, arrays of routing.py. Out: an 
 which is an extra.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ def check(path: Path) -> None:
         raise UsageError("--plot: expected matplotlib, found none; install it with `pip install matplotlib`") from None
     if not path.parent.is_dir():
         raise OutputError(f"{path}: expected a folder to write an image into, found none; create it first")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{path}: expected a file that can be written, found none; choose another name, such as bench.png")
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix and path.suffix[1:].lower() not in kinds:
         raise OutputError(f"{path}: expected the name of an image, found {path.suffix}; write {path.stem}.png, for one")

@@ -324,9 +324,10 @@ def test_a_picture_without_matplotlib_says_how_to_get_it(monkeypatch):
         plot.check(Path("bench.png"))
 
 
-@pytest.mark.parametrize("name", ["no/bench.png", "bench.nonsense"])
+@pytest.mark.parametrize("name", ["no/bench.png", "bench.nonsense", "folder.png"])
 def test_a_place_for_no_picture_is_refused_before_anything_is_measured(name, tmp_path, capfd):
     pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
     plot.check(tmp_path / "bench.png")
     for args in (["bench", "-p", "8", "-n", "0"], ["plan"]):
         assert main([*args, "--plot", str(tmp_path / name)]) == 1
