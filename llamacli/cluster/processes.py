@@ -4,6 +4,7 @@ In: addresses. Out: a record for each node started here, in the state folder; er
 that were started here are stopped, and only their folders are removed.
 """
 
+import glob
 import ipaddress
 import json
 import os
@@ -231,7 +232,7 @@ def _in_use(session: Path, address: str) -> bool:
     starting = re.compile(rf"llamacli\.cluster\.launch .*(--port={port}|--address=\S*:{port})( |$)")
     if any(str(session) in one.command or starting.search(one.command) for one in _processes()):
         return True
-    for file in Path("/proc").glob("[0-9]*/fd/*"):
+    for file in glob.iglob("/proc/[0-9]*/fd/*"):  # unlike Path.glob of Python 3.11, it allows that a process ends meanwhile
         with suppress(OSError):
             if os.readlink(file).startswith(f"{session}/"):
                 return True

@@ -85,6 +85,25 @@ def sleeping(*words, **how):
     return process
 
 
+def test_a_process_that_ends_while_its_open_files_are_listed_stops_nothing(state, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def ended_meanwhile(path="."):
+        if os.fspath(path).endswith("/fd"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", ended_meanwhile)
+    monkeypatch.setattr(processes, "_ray_folder", lambda: tmp_path / "ray")
+    session = tmp_path / "ray" / "session_2026-11-29_10-01-00_123456_1"
+    session.mkdir(parents=True)
+    process = sleeping("llamacli.cluster.launch", f"--session-dir={session}")
+    node = processes.Running(process.pid, "127.0.0.1:7001", "127.0.0.1", True)
+    monkeypatch.setattr(processes, "_records", lambda: [(state / "no record", node)])
+    assert processes.stop() == [node]
+    assert process.wait() == -signal.SIGTERM and not session.exists()
+
+
 @pytest.mark.parametrize("other", ["nobody", "names it", "has a file open", "starts a node there", "starts another cluster"])
 def test_stop_removes_the_folder_of_the_node_s_session_unless_another_process_may_use_it(state, tmp_path, monkeypatch, other):
     monkeypatch.setattr(processes, "_ray_folder", lambda: tmp_path / "ray")
