@@ -144,9 +144,13 @@ class Snapshots:
             info = self._folder.stat()
         except OSError:
             return True
-        if info.st_uid in (0, os.geteuid()) and not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if info.st_uid not in (0, os.geteuid()):
+            why = "the folder belongs to another user; set LLAMACLI_CACHE to a folder of your own"
+        elif info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            why = "others can write there; chmod go-w it"
+        else:
             return True
-        self._notice(f"{self._folder}: prompts are not kept: others can write there (chmod go-w), or it is theirs")
+        self._notice(f"{self._folder}: prompts are not kept: {why}")
         return False
 
     def last_edge(self, n: int) -> int:
