@@ -2,103 +2,22 @@
 
 import itertools
 import socket
-import sys
 import threading
 import time
 from collections import Counter
-from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
+from row_of_nodes import IDS, SECRET, Nodes
 
 from llamacli import Model
-from llamacli.cluster import cache as cluster_cache
 from llamacli.cluster import progress, row, stage
 from llamacli.cluster.node import Node
-from llamacli.cluster.row import NodeLost, Place
-from llamacli.cluster.stage import ClusterStage
+from llamacli.cluster.row import NodeLost
 from llamacli.cluster.wire import LinkClosed, connect
-from llamacli.cpu.buffers import MAX_BATCH
-from llamacli.cpu.kernels.ops import matmul
-from llamacli.cpu.stage import cpu_part
-from llamacli.engine import Engine
 from llamacli.errors import DeviceError, UsageError
-from llamacli.files.gguf import open_gguf
-from llamacli.llama4.config import Config
-from llamacli.session import Session
-from llamacli.text.sampler import Sampler
 from llamacli.text.tokenizer import Tokenizer
-from llamacli.together import Request, answer_together
-
-TINY = Path(__file__).resolve().parents[2] / "models" / "scout-tiny" / "scout-tiny.gguf"
-SECRET = b"of this test"
-IDS = np.random.default_rng(0).integers(0, 200, 700).tolist()
-
-
-class Nodes:
-    """Two nodes in this process, opened again whenever they are asked for; and the same model without them."""
-
-    def __init__(self, **changes):
-        self.gguf = open_gguf(TINY)
-        self.config = replace(Config.from_gguf(self.gguf), **changes)
-        self.made: list[Node] = []
-        self.said: list[str] = []
-        self.losses = Counter()
-        self.fail = False
-        self.most = MAX_BATCH  # tokens that nodes which are opened now have the memory for
-        self.alike = matmul.few_tokens() - 1  # sequences whose bits nodes that are opened now keep
-        self.cuts = (self.config.n_layers // 2,)  # where those are divided
-        self.waiting = []  # nodes that could be used and are not
-        self.batches: list[int] = []  # tokens of each call of a stage
-        local = cpu_part(self.gguf, self.config, range(0), 1, ends=True)
-        stage = ClusterStage(local, self.config, self.open, SECRET, there_again=lambda losses: self.waiting)
-        stage.lost = self.said.append
-        self.engine, self.one = Engine(self.gguf, self.config, 1, cluster=stage), Engine(self.gguf, self.config, 1)
-        self.caches = self.new_caches()
-
-    def open(self, losses):
-        self.losses = Counter(losses)
-        if self.fail:
-            raise DeviceError("no memory on any node")
-        places = []
-        for layers in map(range, (0, *self.cuts), (*self.cuts, self.config.n_layers)):
-            stage = cpu_part(self.gguf, self.config, layers, 1)
-            true = stage.forward
-            stage.forward = lambda x, runs, true=true: (self.batches.append(len(x)), true(x, runs))[1]
-            self.made.append(Node(stage, SECRET, "127.0.0.1", layers.stop == self.config.n_layers, self.most))
-            how = {"batch": self.most, "seconds": 1.0, "alike": self.alike}
-            places.append(Place(f"n{len(self.made)}", self.made[-1].address, layers, **how))
-        return places
-
-    def new_caches(self):
-        return self.engine.new_cache(4096), self.one.new_cache(4096)
-
-    def same(self, ids, caches=None, **how) -> bool:
-        """Evaluate with and without nodes."""
-        ours, theirs = caches or self.caches
-        return np.array_equal(self.engine.forward(ids, ours, **how), self.one.forward(ids, theirs, **how))
-
-    def close(self):
-        self.engine.close()
-        self.one.close()
-        for node in self.made:
-            node.close()
-
-
-@pytest.fixture
-def in_segments():
-    found = Nodes(kv_type="Q4_0")
-    yield found
-    found.close()
-
-
-@pytest.fixture
-def nodes():
-    found = Nodes()
-    yield found
-    found.close()
 
 
 def test_prompts_steps_guesses_and_several_sequences_have_the_bytes_of_one_process(nodes):
@@ -217,121 +136,6 @@ def test_where_no_node_is_left_the_conversation_waits_for_one(nodes):
     assert nodes.same([1])
 
 
-@contextmanager
-def interrupting(engine, every):
-    """A context with regular interrupts, this many seconds apart: one between two calls has no effect."""
-    over = threading.Event()
-
-    def interrupt():
-        while not over.wait(every):
-            engine.interrupt()
-
-    other = threading.Thread(target=interrupt)
-    other.start()
-    try:
-        yield
-    finally:
-        over.set()
-        other.join()
-
-
-def test_an_interrupt_leaves_the_cache_where_whole_batches_ended(nodes):
-    assert nodes.same(IDS[:50])
-    with interrupting(nodes.engine, 0.03), pytest.raises(KeyboardInterrupt):
-        while True:
-            nodes.engine.forward(IDS, nodes.caches[0])
-            assert nodes.caches[0].truncate(50) == 50
-    reached = nodes.caches[0].pos
-    assert 50 <= reached < 50 + len(IDS)
-    nodes.caches[0].truncate(50)
-    assert nodes.same(IDS[:80])
-
-
-def test_what_nobody_waits_for_any_more_is_not_evaluated_again_after_a_loss(nodes):
-    assert nodes.same(IDS[:20]) and nodes.same(IDS[:30])
-    nodes.engine.begin_each([IDS[:3]], nodes.caches[:1])  # and an interrupt before the result is asked for
-    assert {cache.truncate(20) for cache in nodes.caches} == {20}
-    nodes.made[-1].close()
-    assert nodes.same(IDS[:9]) and nodes.same([7])
-
-
-def test_an_interrupt_at_any_line_of_going_back_loses_nothing_that_may_be_needed_after_a_loss(nodes):
-    event, begun = 0, True
-    while begun:
-        event += 1
-        session, nodes.caches = Session(nodes.engine, None, 512), nodes.new_caches()
-        session.sync(IDS[:20])
-        session.eval(IDS[20:50])
-        begun = interrupted_at(
-            event, ("truncate", "abandon_after", "abandon"), lambda session=session: session.recall(IDS[5:40])
-        )
-        nodes.made[-1].close()
-        expected = nodes.one.forward(IDS[:30], nodes.caches[1])
-        assert np.abs(session.sync(IDS[:30]) - expected).max() < 1e-2 * np.abs(expected).max(), event  # in other batches
-    assert event > 4
-
-
-def interrupted_at(event, functions, action):
-    """Interrupt `action` at a line of these functions of the stage and its caches; returns whether it reached that line."""
-    files, left = {stage.__file__, cluster_cache.__file__}, [event]
-
-    def trace(frame, kind, argument):
-        if frame.f_code.co_filename in files and frame.f_code.co_name in functions:
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-        return trace if frame.f_code.co_filename in files else None
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-def test_what_an_interrupt_at_any_line_of_a_result_leaves_is_made_anew_after_a_loss(nodes):
-    for event in range(1, 45):  # of the first two parts of a batch
-        ours, theirs = nodes.caches = nodes.new_caches()
-        assert nodes.same(IDS[:50])
-        assert interrupted_at(event, ("_receive", "take"), lambda ours=ours: nodes.engine.forward(IDS[:400], ours))
-        if ours.pos > 50:
-            nodes.one.forward(IDS[: ours.pos - 50], theirs)
-        nodes.made[-1].close()
-        assert nodes.same([7]), event
-
-
-def test_what_an_interrupt_at_any_line_leaves_when_layers_are_opened_anew_is_sound(nodes):
-    functions, event, begun = ("_leave_row", "_open", "_send_waiting", "_evaluate_again", "_look_out"), 0, True
-    nodes.cuts = ()
-    while begun:
-        event += 1
-        nodes.caches = ours, _ = nodes.new_caches()
-        assert nodes.same(IDS[:50])
-        nodes.made[-1].close()
-        begun = interrupted_at(event, functions, lambda ours=ours: nodes.engine.forward([5], ours))
-        if not begun:
-            ours.truncate(50)
-        assert nodes.same([5]) and nodes.same([6]), event
-    assert event > 30
-
-
-def test_segments_that_a_broken_off_call_wrote_over_are_evaluated_again(in_segments):
-    """The nodes have finished the call that fails, so their newest segments belong to tokens that were not accepted."""
-    session, cache, sink = Session(in_segments.engine, None, 512), in_segments.one.new_cache(512), in_segments.made[-1]._next
-    session.sync(IDS[:40])
-    true, sink.send = sink.send, lambda head, arrays=(): true(head | {"error": 7}, ())
-    with pytest.raises(DeviceError):
-        session.eval(IDS[40:120])
-    sink.send = true
-    in_segments.one.forward(IDS[:40], cache)
-    assert cache.truncate(32) == 32
-    assert np.array_equal(session.eval(IDS[40:50]), in_segments.one.forward(IDS[32:50], cache))
-
-
 def test_a_node_that_is_silent_is_lost(nodes, monkeypatch):
     monkeypatch.setattr(row, "PATIENCE", 1.0)
     monkeypatch.setattr(row, "PING_EVERY", 0.1)
@@ -435,86 +239,6 @@ def test_frames_that_make_no_sense_end_neither_node_nor_program(nodes, head):
     stray.close()
 
 
-class Together:
-    """Five answers, four at a time, in two groups."""
-
-    def __init__(self, engine, nodes, width=4):
-        self.tokenizer = Tokenizer.from_gguf(nodes.gguf)
-        self._engine, self._width = engine, width
-        beginnings = ("Once upon a time", "A young horse is", "The river goes to", "In the morning the", "She said that")
-        self._asked = [
-            Request(Session(engine, self.tokenizer, 512), self.tokenizer.encode(text), Sampler(temp=0), 20 + 3 * k)
-            for k, text in enumerate(beginnings)
-        ]
-
-    def texts(self, hurt=lambda n: None):
-        """All answers; `hurt` is called after each piece."""
-        texts = [""] * len(self._asked)
-        for n, (number, piece) in enumerate(answer_together(self._asked, self._width)):
-            assert not isinstance(piece, Exception), piece
-            texts[number] += piece.text
-            hurt(n)
-        return texts
-
-
-def test_answers_together_go_through_the_nodes_in_groups_and_have_the_text_of_one_at_a_time(nodes):
-    alone = Together(nodes.one, nodes, width=1).texts()
-    assert len("".join(alone)) > 200
-    under_way = []
-    many = Together(nodes.engine, nodes)
-    assert many.texts(lambda n: under_way.append(len(nodes.engine.stages[0]._under_way))) == alone
-    assert nodes.engine.depth == 2 and max(under_way) == 1  # one group is read while another is on the nodes
-
-
-@pytest.mark.parametrize("which", [-2, -1], ids=["first", "last"])
-def test_a_loss_while_several_answer(nodes, which):
-    alone = Together(nodes.one, nodes, width=1).texts()
-    assert Together(nodes.engine, nodes).texts(lambda n: n == 30 and nodes.made[which].close()) == alone
-
-
-def test_another_call_that_fails_disturbs_no_answer(nodes):
-    alone, other = Together(nodes.one, nodes, width=1).texts(), nodes.new_caches()[0]
-
-    def fail(n):
-        if n % 7 == 0:
-            with interrupting(nodes.engine, 0.002), suppress(KeyboardInterrupt):
-                while True:
-                    nodes.engine.forward(IDS[:100], other)
-                    other.truncate(0)
-
-    assert Together(nodes.engine, nodes).texts(fail) == alone
-
-
-def test_a_thread_goes_back_in_its_sequence_while_another_evaluates(nodes):
-    other = nodes.new_caches()[0]
-    nodes.engine.forward(IDS[:50], other)
-    end = threading.Event()
-
-    def evaluate():
-        while not end.is_set():
-            nodes.engine.forward([1], nodes.caches[0])
-
-    thread, every = threading.Thread(target=evaluate), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # threads change in the middle of everything
-    thread.start()
-    try:
-        for _ in range(60000):
-            assert other.truncate(50) == 50
-    finally:
-        sys.setswitchinterval(every)
-        end.set()
-        thread.join()
-
-
-def test_keys_and_values_of_forgotten_sequences_are_released(nodes):
-    assert nodes.same(IDS[:50])
-    before = nodes.caches[0].nbytes
-    nodes.caches = nodes.new_caches()
-    assert nodes.same(IDS[:50])
-    assert nodes.same(IDS[:1])
-    assert nodes.caches[0].nbytes <= before
-
-
 def test_a_batch_goes_through_the_nodes_in_equal_parts(nodes):
     assert nodes.same((IDS * 3)[:2048])
     assert nodes.batches == [512] * 8  # four parts, through two nodes
@@ -608,28 +332,3 @@ def test_snapshots_are_refused_because_what_they_hold_could_not_be_made_again(no
     model = Model(nodes.gguf, nodes.config, Tokenizer.from_gguf(nodes.gguf), nodes.engine, 512, 0)
     with pytest.raises(UsageError, match="--cache: expected a model on this machine alone, found a cluster"):
         model.snapshots()
-
-
-@pytest.fixture
-def short_chunks():
-    found = Nodes(chunk_size=256)
-    yield found
-    found.close()
-
-
-def test_an_interrupt_after_a_ring_was_overwritten_goes_back_to_the_start_of_its_chunk(short_chunks):
-    nodes, engine = short_chunks, short_chunks.engine
-    assert nodes.same(IDS[:200])
-
-    def follow(done, total):
-        if done > 56:  # a batch of the next chunk is under way, and none of this one is taken yet
-            time.sleep(0.5)
-            engine.interrupt()
-
-    engine.follow_progress = follow
-    with pytest.raises(KeyboardInterrupt):
-        engine.forward(IDS[:200], nodes.caches[0])
-    engine.follow_progress = None
-    assert nodes.caches[0].pos == 0
-    nodes.caches[1].truncate(0)
-    assert nodes.same(IDS[:230]) and nodes.same(IDS[:40])
